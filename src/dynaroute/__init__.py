@@ -1,0 +1,1 @@
+"""dynaroute: dynamic weight retrieval and DAG-wired attention as one reproducible pipeline."""

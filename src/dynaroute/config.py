@@ -1,0 +1,283 @@
+"""params.yaml -> validated, typed, immutable settings.
+
+Every stage loads the whole file, so that a mistake anywhere stops the pipeline before expensive work. The classes
+hold no defaults: params.yaml is the only place that holds values, and a test pins its keys to these classes.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+from ruamel.yaml import YAML, YAMLError
+
+from dynaroute.errors import DynarouteError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def invalid(key: str, value: object, allowed: str) -> PydanticCustomError:
+    """The error for a value that is wrong in the light of another one."""
+    return PydanticCustomError("invalid", "{allowed}", {"key": key, "value": value, "allowed": allowed})
+
+
+class Section(BaseModel):
+    """Base of all settings: typed strictly, immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_nearest_key(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(cls.model_fields)}"
+                raise invalid(str(key), data[key], f"unknown key; {hint}")
+        return data
+
+
+# --- corpora -----------------------------------------------------------------------------------------------------
+
+
+class InstalledDocs(Section):
+    """English documentation of installed Python packages, read by static parsing: real text without a network."""
+
+    kind: Literal["installed_docs"]
+    packages: Annotated[list[str], Field(min_length=1)]  # importable names; "python" is the standard library
+
+
+class Hub(Section):
+    """A text dataset that `datasets.load_dataset` finds: a hub id or a local directory."""
+
+    kind: Literal["hub"]
+    path: str
+    name: str | None  # the dataset's configuration
+    revision: str | None  # a commit hash, so that the text cannot change under a finished run
+    text_column: str
+    rows: Literal["documents", "joined"]  # joined: all rows of a split, two newlines between, are one document
+
+
+class Dolma(Section):
+    """Gzipped JSON lines in Dolma's format, {id, text, source, ...}, found by local glob patterns."""
+
+    kind: Literal["dolma"]
+    paths: Annotated[list[str], Field(min_length=1)]
+
+
+class Files(Section):
+    """Local UTF-8 text files found by glob patterns, a document each; `source` is the name of its folder."""
+
+    kind: Literal["files"]
+    paths: Annotated[list[str], Field(min_length=1)]
+
+
+Source = Annotated[InstalledDocs | Hub | Dolma | Files, Field(discriminator="kind")]
+
+
+class Split(Section):
+    """Shares of the documents held out, drawn by a hash of the document's id; the rest is for training."""
+
+    validation: Fraction
+    test: Fraction
+
+    @model_validator(mode="after")
+    def _leave_something_to_train_on(self) -> Self:
+        if self.validation + self.test >= 1:
+            raise invalid("test", self.test, f"validation + test must be below 1; validation is {self.validation}")
+        return self
+
+
+class ByteBPE(Section):
+    """A byte-level BPE trained on the corpus's own training split."""
+
+    kind: Literal["bpe"]
+    vocab_size: Annotated[int, Field(ge=257)]  # 256 bytes and the end-of-text token
+
+
+class GPT2(Section):
+    """GPT-2's BPE by tiktoken: 50,257 tokens."""
+
+    kind: Literal["gpt2"]
+
+
+class HubTokenizer(Section):
+    """The fast tokenizer of a hub id or a local directory."""
+
+    kind: Literal["hub"]
+    path: str
+    revision: str | None
+
+
+Tokenizer = Annotated[ByteBPE | GPT2 | HubTokenizer, Field(discriminator="kind")]
+
+
+class Corpus(Section):
+    """One named corpus: where it comes from, how it is split, how it is tokenized."""
+
+    source: Source
+    split: Literal["official"] | Split  # official: the train, validation and test splits of a hub dataset
+    tokenizer: Tokenizer
+
+    @model_validator(mode="after")
+    def _official_splits_need_a_hub(self) -> Self:
+        if self.split == "official" and self.source.kind != "hub":
+            raise invalid("split", self.split, f"{self.source.kind} has no official splits: give the shares held out")
+        return self
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+class Training(Section):
+    """What the one training loop needs to know, whatever it trains."""
+
+    epochs: Positive
+    batch_size: Positive  # sequences per optimizer step, over all processes
+    micro_batch_size: Positive  # sequences per forward pass of one process; the rest is gradient accumulation
+    lr: PositiveFloat
+    min_lr: NonNegativeFloat  # where the cosine ends
+    warmup_steps: Annotated[int, Field(ge=0)]
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+    weight_decay: NonNegativeFloat  # on matrices only: no biases, norms or embeddings
+    clip_norm: PositiveFloat
+    precision: Literal["fp32", "bf16"]  # bf16: autocast where the device has it, else fp32
+    validate_every: Literal["epoch"] | Positive  # steps
+    checkpoint_every: Positive  # steps between checkpoints; one is also written at every validation
+    early_stopping_patience: Positive | None  # validations without improvement before stopping; null: never
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.batch_size % self.micro_batch_size:
+            allowed = f"must divide batch_size = {self.batch_size}"
+            raise invalid("micro_batch_size", self.micro_batch_size, allowed)
+        if self.min_lr > self.lr:
+            raise invalid("min_lr", self.min_lr, f"must be at most lr = {self.lr}")
+        return self
+
+
+# --- dynamic weight retrieval ------------------------------------------------------------------------------------
+
+
+class DWRArchitecture(Section):
+    """The sizes of a DWR model but for its vocabulary, which comes from the tokens."""
+
+    d_model: Positive
+    d_ff: Positive  # hidden width of one expert
+    num_layers: Positive
+    num_heads: Positive
+    num_experts: Positive  # per layer
+    top_k: Positive  # experts per token
+    max_seq_len: Positive  # learned positions, and the training window
+    dropout: Fraction
+    capacity_factor: PositiveFloat | None  # null: dropless; else each expert takes at most factor * fair share
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.d_model % self.num_heads:
+            raise invalid("d_model", self.d_model, f"must be divisible by num_heads = {self.num_heads}")
+        if self.top_k > self.num_experts:
+            raise invalid("top_k", self.top_k, f"must be at most num_experts = {self.num_experts}")
+        for key in ("d_model", "d_ff"):
+            if getattr(self, key) % 16:
+                allowed = "must be a multiple of 16, so that every exported tensor starts 64-byte aligned"
+                raise invalid(key, getattr(self, key), allowed)
+        return self
+
+
+class DWR(DWRArchitecture):
+    """The DWR model and its training."""
+
+    corpus: str
+    balance_coefficient: NonNegativeFloat
+    training: Training
+
+
+class BenchmarkCache(Section):
+    """The sweep of expert-cache capacities."""
+
+    capacities: Annotated[list[Positive], Field(min_length=1)]  # experts
+    num_prompts: Positive
+    prompt_tokens: Positive
+    new_tokens: Positive
+    repeats: Positive  # timed repetitions of every cell, interleaved
+
+
+# --- the whole file ----------------------------------------------------------------------------------------------
+
+
+class Settings(Section):
+    """All of params.yaml."""
+
+    launcher: str
+    seed: Annotated[int, Field(ge=0)]
+    num_threads: Positive
+    corpora: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Corpus]
+    dwr: DWR
+    benchmark_cache: BenchmarkCache
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        if self.dwr.corpus not in self.corpora:
+            raise invalid("dwr.corpus", self.dwr.corpus, f"must be one of corpora: {', '.join(self.corpora)}")
+        window = self.benchmark_cache.prompt_tokens + self.benchmark_cache.new_tokens
+        if window > self.dwr.max_seq_len:
+            allowed = f"with prompt_tokens must be at most dwr.max_seq_len = {self.dwr.max_seq_len}"
+            raise invalid("benchmark_cache.new_tokens", self.benchmark_cache.new_tokens, allowed)
+        return self
+
+
+def read_yaml(path: str | Path) -> Any:
+    """YAML 1.2, in which the `1e-05` that DVC writes is a float (PyYAML reads YAML 1.1, and a string).
+
+    Raises:
+        DynarouteError: the file is missing or is not YAML.
+    """
+    try:
+        return YAML(typ="safe", pure=True).load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
+    except YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise DynarouteError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+
+
+def load_settings(path: str | Path = "params.yaml") -> Settings:
+    """Reads and validates all settings.
+
+    Raises:
+        DynarouteError: with one line that names the key, its value and what is allowed.
+    """
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise DynarouteError(f"{path}: must be a mapping of settings, not {type(data).__name__}")
+    try:
+        return Settings.model_validate(data)
+    except ValidationError as error:
+        raise DynarouteError(f"{path}: {_one_line(error, data)}") from error
+
+
+def _one_line(error: ValidationError, data: Any) -> str:
+    """The first problem as "key = value: what is allowed", and how many more there are."""
+    problems = error.errors()
+    first = problems[0]
+    keys, at = [], data
+    for part in first["loc"]:  # the location also holds the tags of unions, which are not keys of the file
+        if isinstance(at, dict) and part in at or isinstance(at, list) and isinstance(part, int):
+            keys.append(str(part))
+            at = at[part]
+        elif first["type"] == "missing" and part == first["loc"][-1]:
+            keys.append(str(part))
+    if first["type"] == "invalid":
+        keys, value = [*keys, first["ctx"]["key"]], first["ctx"]["value"]
+    else:
+        value = first["input"]
+    name = ".".join(keys)
+    allowed = first["msg"][0].lower() + first["msg"][1:]
+    line = f"{name} is missing" if first["type"] == "missing" else f"{name} = {value!r}: {allowed}"
+    return line + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")

@@ -1,0 +1,1 @@
+"""Dynamic weight retrieval: the Mixture-of-Experts model, its expert store and cached inference."""

@@ -1,0 +1,1 @@
+"""Negative log-likelihood and what else is measured on trained models."""

@@ -1,0 +1,16 @@
+"""What several test modules share."""
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real text and the GPT-2 tokenizer files, which are kept outside the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"needs the data in {SHARED_DATA}, which is not part of the repository")
+    return SHARED_DATA
