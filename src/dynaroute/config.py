@@ -230,6 +230,16 @@ class Settings(Section):
             raise invalid("benchmark_cache.new_tokens", self.benchmark_cache.new_tokens, allowed)
         return self
 
+    def corpus(self, name: str) -> Corpus:
+        """The corpus of that name.
+
+        Raises:
+            DynarouteError: there is none.
+        """
+        if name not in self.corpora:
+            raise DynarouteError(f"corpora.{name}: no such corpus; known: {', '.join(self.corpora)}")
+        return self.corpora[name]
+
 
 def read_yaml(path: str | Path) -> Any:
     """YAML 1.2, in which the `1e-05` that DVC writes is a float (PyYAML reads YAML 1.1, and a string).
