@@ -1,0 +1,167 @@
+"""Where text comes from: every kind of source of params.yaml as one stream of documents.
+
+What becomes of the stream, splits and files, is `collection.py`'s part.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dynaroute.config import Dolma, Files, Hub, InstalledDocs, Source
+from dynaroute.data import installed_docs
+from dynaroute.errors import DynarouteError
+
+
+class Document(NamedTuple):
+    """A text, the name by which its corpus knows it, and the part of the corpus that it comes from."""
+
+    id: str
+    text: str
+    source: str
+    split: str | None = None  # the name of its official split, where the source has such
+
+
+def documents(source: Source) -> Iterator[Document]:
+    """Streams the documents of a source, in an order that only its content decides; blank documents are left out.
+
+    Raises:
+        DynarouteError: with the file and line, the column or the package that is missing or damaged.
+    """
+    match source:
+        case InstalledDocs():
+            found = _installed_documents(source)
+        case Hub():
+            found = _hub_documents(source)
+        case Dolma():
+            found = _dolma_documents(source)
+        case Files():
+            found = _file_documents(source)
+    for document in found:
+        if document.text and not document.text.isspace():
+            yield document._replace(id=_valid_unicode(document.id), text=_valid_unicode(document.text))
+
+
+def locate(source: Source) -> dict[str, Any]:
+    """What a source consists of right now, without reading it: package versions, or files with sizes and times.
+
+    Two results that are equal mean the same text, so this is what `collect` depends on.
+
+    Raises:
+        DynarouteError: a package is not installed, or a pattern matches no file.
+    """
+    match source:
+        case InstalledDocs():
+            return {"packages": {name: installed_docs.version(name) for name in source.packages}}
+        case Hub():
+            place = Path(source.path)
+            files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
+            return {"path": source.path, "name": source.name, "revision": source.revision, **_file_states(files)}
+        case Dolma() | Files():
+            return _file_states(matched_files(source.paths))
+
+
+def matched_files(patterns: list[str]) -> list[Path]:
+    """The files that glob patterns match, sorted, each once; relative patterns start at the working directory.
+
+    Raises:
+        DynarouteError: a pattern matches no file.
+    """
+    matched: set[Path] = set()
+    for pattern in patterns:
+        path = Path(pattern)
+        found = {file for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if file.is_file()}
+        if not found:
+            raise DynarouteError(f"paths: {pattern!r} matches no file (seen from {Path.cwd()})")
+        matched |= found
+    return sorted(matched)
+
+
+def _file_states(files: list[Path]) -> dict[str, Any]:
+    states = {path.as_posix(): path.stat() for path in files}
+    return {"files": {name: {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns} for name, state in states.items()}}
+
+
+def _valid_unicode(text: str) -> str:
+    r"""Replaces lone halves of surrogate pairs, which an escape like \ud800 makes and UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _installed_documents(source: InstalledDocs) -> Iterator[Document]:
+    for package, module_id, text in installed_docs.modules(source.packages):
+        yield Document(module_id, text, package)
+
+
+def _hub_documents(source: Hub) -> Iterator[Document]:
+    for split, rows in _load_hub_dataset(source).items():
+        feature = rows.features.get(source.text_column)
+        if getattr(feature, "dtype", None) not in ("string", "large_string"):
+            columns = ", ".join(f"{name} ({getattr(kind, 'dtype', kind)})" for name, kind in rows.features.items())
+            raise DynarouteError(
+                f"text_column: {source.text_column!r} is not a column of text in split {split} of {source.path}, "
+                f"which has: {columns}"
+            )
+        texts = (text or "" for text in rows[source.text_column])  # a missing value is an empty row
+        if source.rows == "joined":
+            yield Document(split, "\n\n".join(texts), source.path, split)
+        else:
+            for index, text in enumerate(texts):
+                yield Document(f"{split}-{index}", text, source.path, split)
+
+
+def _load_hub_dataset(source: Hub) -> Any:
+    import datasets  # takes a second, which only this kind should pay
+
+    try:
+        return datasets.load_dataset(source.path, source.name, revision=source.revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        place = ", ".join(part for part in (source.path, source.name, source.revision) if part)
+        raise DynarouteError(f"path: dataset {place} cannot be loaded: {reason}") from error
+
+
+def _dolma_documents(source: Dolma) -> Iterator[Document]:
+    for path in matched_files(source.paths):
+        number = 0
+        try:
+            with gzip.open(path) as lines:
+                for number, line in enumerate(lines, start=1):
+                    yield parse_document(line, f"{path}, line {number}")
+        except (OSError, EOFError, zlib.error) as error:
+            raise DynarouteError(f"{path}: damaged gzip after line {number}: {error}: fetch the file again") from error
+
+
+def parse_document(line: str | bytes, place: str) -> Document:
+    """A document from a JSON line {id, text, source, ...}; other keys are ignored.
+
+    Raises:
+        DynarouteError: naming the place, if the line is not such an object.
+    """
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise DynarouteError(f"{place}: not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise DynarouteError(f"{place}: must be an object with id, text and source, not {type(fields).__name__}")
+    values = {key: fields.get(key) for key in ("id", "text", "source")}
+    for key, value in values.items():
+        if not isinstance(value, str):
+            raise DynarouteError(f"{place}: {key} = {value!r:.80}: must be a string")
+    return Document(**values)
+
+
+def _file_documents(source: Files) -> Iterator[Document]:
+    for path in matched_files(source.paths):
+        try:
+            text = path.read_text("utf-8-sig")  # a byte-order mark is not text
+        except UnicodeDecodeError as error:
+            raise DynarouteError(f"{path}: not UTF-8 text at byte {error.start}") from error
+        except OSError as error:
+            raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
+        yield Document(path.as_posix(), text, path.absolute().parent.name)
