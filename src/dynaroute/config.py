@@ -215,6 +215,7 @@ class Settings(Section):
 
     launcher: str
     seed: Annotated[int, Field(ge=0)]
+    device: Literal["cpu", "cuda"]
     num_threads: Positive
     corpora: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Corpus]
     dwr: DWR
@@ -278,7 +279,7 @@ def _one_line(error: ValidationError, data: Any) -> str:
     first = problems[0]
     keys, at = [], data
     for part in first["loc"]:  # the location also holds the tags of unions, which are not keys of the file
-        if isinstance(at, dict) and part in at or isinstance(at, list) and isinstance(part, int):
+        if (isinstance(at, dict) and part in at) or (isinstance(at, list) and isinstance(part, int)):
             keys.append(str(part))
             at = at[part]
         elif first["type"] == "missing" and part == first["loc"][-1]:

@@ -1,0 +1,53 @@
+"""What DWR is trained on: next-token NLL and the balance loss of its routers."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynaroute.dwr.model import DWRConfig
+from dynaroute.training.loop import Batch
+
+
+class DWRObjective:
+    """NLL plus `balance_coefficient` times the balance loss summed over layers.
+
+    The balance loss of a layer is `E * sum_e f_e * P_e` (Switch Transformer, eq. 4, with `f` counting all top-k
+    assignments, so that uniform routing gives top_k; its validation metric is divided by top_k, where 1 is ideal).
+    """
+
+    def __init__(self, config: DWRConfig, balance_coefficient: float) -> None:
+        self.config = config
+        self.balance_coefficient = balance_coefficient
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss of a batch, and NLL (nats per token), balance loss by layer and the share of
+        assignments dropped for the record."""
+        logits, router = model(batch.tokens)
+        nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        balance = torch.stack([layer.balance_loss for layer in router])  # [L]
+        dropped = torch.stack([layer.dropped for layer in router]).sum()
+        assignments = batch.tokens.numel() * self.config.top_k * self.config.num_layers
+        metrics = {"loss": nll, "dropped_share": dropped / assignments}
+        metrics |= {f"balance_loss_layer{index}": value for index, value in enumerate(balance)}
+        return nll + self.balance_coefficient * balance.sum(), metrics
+
+    def validation_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Sums over the batch's tokens: NLL and predicted tokens; by layer and expert, assignments and probability."""
+        logits, router = model(batch.tokens)
+        nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+        counts = torch.stack([layer.counts for layer in router]).double()  # [L, E]
+        return {
+            "nll": nll.double().sum(),
+            "predicted": (batch.targets != -100).sum(),
+            "tokens": torch.tensor(batch.tokens.numel(), device=batch.tokens.device),
+            "assigned": counts,
+            "probability": torch.stack([layer.mean_probability for layer in router]).double() * batch.tokens.numel(),
+        }
+
+    def validation_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Mean NLL in nats per token, and the balance loss of each layer over the whole set, divided by top_k."""
+        share = sums["assigned"] / sums["tokens"]  # [L, E], sums to top_k
+        probability = sums["probability"] / sums["tokens"]  # [L, E], sums to one
+        balance = self.config.num_experts * (share * probability).sum(1) / self.config.top_k  # [L]
+        metrics = {"loss": float(sums["nll"] / sums["predicted"])}
+        return metrics | {f"balance_layer{index}": float(value) for index, value in enumerate(balance)}

@@ -1,0 +1,78 @@
+"""Checkpoints as single safetensors files: tensors, and a state as JSON in the header. Nothing is ever unpickled.
+
+One file is one rename, so a checkpoint is whole or absent. One header key keeps the bytes the same on every run
+(safetensors writes several in any order).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dynaroute.artifacts import output_file
+from dynaroute.errors import DynarouteError
+
+
+def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Writes tensors and a JSON-serialisable state to one file, atomically."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with output_file(path) as temporary:
+        save_file(tensors, temporary, metadata={"state": json.dumps(state, allow_nan=False)})
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save_checkpoint` wrote, on the CPU.
+
+    Raises:
+        DynarouteError: the file is missing, damaged, or not a checkpoint of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {})["state"])
+            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118, not a dict
+    except FileNotFoundError as error:
+        raise DynarouteError(f"{path}: no such checkpoint") from error
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise DynarouteError(f"{path}: not a readable checkpoint ({error})") from error
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Copies tensors into the model's parameters; names and shapes must be exactly its own.
+
+    Raises:
+        DynarouteError: names or shapes differ; `path` is named as where the tensors came from.
+    """
+    own = model.state_dict()
+    for name in [*own, *tensors]:
+        if name not in own or name not in tensors:
+            raise DynarouteError(f"{path}: {name} is {'missing' if name in own else 'not part of this model'}")
+        if own[name].shape != tensors[name].shape:
+            found, expected = list(tensors[name].shape), list(own[name].shape)
+            raise DynarouteError(f"{path}: {name} has shape {found}; the model's is {expected}")
+    model.load_state_dict(tensors)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's per-parameter state under names made of the parameters' own."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[id(parameter)]}.{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Puts back what `optimizer_tensors` took out. Learning rates are not part of it: the loop sets them anew."""
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        parameter, _, key = name.rpartition(".")
+        by_parameter.setdefault(parameter, {})[key] = value
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    state = {index: by_parameter[name] for index, name in enumerate(order) if name in by_parameter}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,333 @@
+"""The one training loop. What is trained, and on what loss, is an `Objective`'s business.
+
+Every random draw is a function of (seed, step, process), and data order of (seed, epoch), so a run that was killed
+and resumed from its last checkpoint takes the very steps that an uninterrupted one takes. Devices, mixed precision
+and several processes are accelerate's.
+"""
+
+import contextlib
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dynaroute.artifacts import read_json, write_json
+from dynaroute.config import Training
+from dynaroute.data.shards import Windows
+from dynaroute.errors import DynarouteError
+from dynaroute.training.checkpoints import (
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from dynaroute.training.schedules import decay_groups, warmup_cosine
+from dynaroute.training.scratch import StopRequest, exclusive
+
+
+class Batch(NamedTuple):
+    """Windows of text on the training device."""
+
+    tokens: Tensor  # [B, T] int64
+    targets: Tensor  # [B, T] int64, -100 where there is nothing to predict
+    windows: Tensor  # [B] int64, which windows they are
+
+
+class Objective(Protocol):
+    """What is being trained."""
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise, and scalars to average for the record."""
+
+    def validation_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Sums over the batch; they are added up over all batches and processes."""
+
+    def validation_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Metrics from the sums over the whole validation set; `loss` decides which model is best."""
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands: what a checkpoint holds beside tensors."""
+
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)  # a row for each validation
+    best_step: int = 0
+    best_loss: float = math.inf
+    validations_without_improvement: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The state with the infinity of a run without validation as None: JSON has no infinity."""
+        return {**vars(self), "best_loss": self.best_loss if math.isfinite(self.best_loss) else None}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "TrainingState":
+        """What `to_json` gave."""
+        return cls(**{**data, "best_loss": math.inf if data["best_loss"] is None else data["best_loss"]})
+
+
+def make_accelerator(device: str, precision: str) -> Accelerator:
+    """The accelerator for params.yaml's `device` and a `precision`; bf16 falls back to fp32 where it would be slow.
+
+    Raises:
+        DynarouteError: the device is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DynarouteError("params.yaml: device = 'cuda': this machine shows no CUDA device; use cpu")
+    bf16 = precision == "bf16" and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device == "cpu")
+
+
+def steps_per_epoch(num_windows: int, batch_size: int) -> int:
+    """Whole batches in one pass over the training windows; the incomplete last one is left out.
+
+    Raises:
+        DynarouteError: there is not one whole batch.
+    """
+    if num_windows < batch_size:
+        raise DynarouteError(f"the training split has {num_windows} windows, less than batch_size = {batch_size}")
+    return num_windows // batch_size
+
+
+class Trainer:
+    """Trains one model with one objective, resumably, in a scratch folder that it holds for itself as a context."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        training: Windows,
+        validation: Windows,
+        settings: Training,
+        *,
+        accelerator: Accelerator,
+        seed: int,
+        scratch: Path,
+    ) -> None:
+        """Prepares a run in the folder `scratch`.
+
+        Raises:
+            DynarouteError: batches do not divide among the processes, or there is not one whole batch.
+        """
+        processes = accelerator.num_processes
+        if settings.batch_size % (settings.micro_batch_size * processes):
+            raise DynarouteError(
+                f"batch_size = {settings.batch_size} must be a multiple of micro_batch_size = "
+                f"{settings.micro_batch_size} times the number of processes = {processes}"
+            )
+        self.objective, self.settings, self.accelerator = objective, settings, accelerator
+        self.training, self.validation = training, validation
+        self.seed, self.scratch = seed, scratch
+        self.steps_per_epoch = steps_per_epoch(len(training), settings.batch_size)
+        self.total_steps = settings.epochs * self.steps_per_epoch
+        self.validate_every = self.steps_per_epoch if settings.validate_every == "epoch" else settings.validate_every
+        optimizer = torch.optim.AdamW(
+            decay_groups(model, settings.weight_decay), lr=settings.lr, betas=tuple(settings.betas), fused=True
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.state = TrainingState()
+        self.sums: dict[str, Tensor] = {}  # of training metrics since the last validation, float64
+        self.seconds = 0.0  # spent on training steps, those of earlier processes included
+
+    def __enter__(self) -> "Trainer":
+        """Takes the scratch folder, and goes on from the checkpoint in it if there is one.
+
+        Raises:
+            DynarouteError: another process trains there, or the checkpoint is damaged.
+        """
+        self._held = contextlib.ExitStack()
+        if self.accelerator.is_main_process:
+            self._held.enter_context(exclusive(self.scratch))
+        self.accelerator.wait_for_everyone()
+        if self.last_path.exists():
+            self._restore()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets go of the scratch folder."""
+        self._held.close()
+
+    def discard_scratch(self) -> None:
+        """Removes the scratch folder, once its results are where they belong."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.scratch)
+
+    @property
+    def last_path(self) -> Path:
+        """The checkpoint to go on from: weights, optimizer, state."""
+        return self.scratch / "last.safetensors"
+
+    @property
+    def best_path(self) -> Path:
+        """The weights with the lowest validation loss."""
+        return self.scratch / "best.safetensors"
+
+    def run(self) -> TrainingState:
+        """Trains to the end, or until validation stops improving.
+
+        Raises:
+            DynarouteError: the loss is no longer finite, or a signal asked to stop.
+        """
+        tokens_per_step = self.settings.batch_size * self.training.seq_len
+        progress = tqdm(
+            total=self.total_steps * tokens_per_step,
+            initial=self.state.step * tokens_per_step,
+            unit="tok",
+            unit_scale=True,
+            desc="train",
+            disable=None if self.accelerator.is_main_process else True,  # None: shown on a terminal only
+        )
+        with StopRequest() as stop, progress:
+            while True:
+                if self._validation_is_due():
+                    self._validate(progress, stop)
+                patience = self.settings.early_stopping_patience
+                if patience is not None and self.state.validations_without_improvement >= patience:
+                    break
+                if self.state.step == self.total_steps:
+                    break
+                started = time.perf_counter()
+                loss = self._step()
+                self.seconds += time.perf_counter() - started
+                progress.update(tokens_per_step)
+                progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                is_time = self.state.step % self.settings.checkpoint_every == 0 and not self._validation_is_due()
+                if stop.signal or is_time:  # a validation saves by itself
+                    self._save(stop)
+            self.accelerator.wait_for_everyone()
+        return self.state
+
+    def _step(self) -> float:
+        """One optimizer step; returns this process's mean loss."""
+        step, settings, accelerator = self.state.step, self.settings, self.accelerator
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.training))
+        indices = order[position * settings.batch_size : (position + 1) * settings.batch_size]
+        own = indices[accelerator.process_index :: accelerator.num_processes]
+        parts = np.array_split(own, len(own) // settings.micro_batch_size)
+        self.model.train()
+        total = 0.0
+        for number, part in enumerate(parts):
+            draw = np.random.SeedSequence([self.seed, step, accelerator.process_index, number])
+            torch.manual_seed(int(draw.generate_state(1, np.uint64)[0] >> 1))
+            is_last = number == len(parts) - 1
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
+                loss, metrics = self.objective.loss(self.model, self._batch(self.training, part), step)
+                accelerator.backward(loss / len(parts))
+            total += loss.item() / len(parts)
+            for name, value in metrics.items():
+                self._add(name, value.detach() / len(parts))
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            good = f"{self.last_path} (step {self.saved_step})" if self.last_path.exists() else "none was written yet"
+            raise DynarouteError(
+                f"step {step + 1}: loss {total}, gradient norm {float(norm)}: training diverged; the last good "
+                f"checkpoint is {good}; lower lr or clip_norm, or lengthen warmup_steps"
+            )
+        self._add("gradient_norm", norm)
+        lr = warmup_cosine(step, self.total_steps, settings.warmup_steps, settings.lr, settings.min_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        return total
+
+    def _batch(self, windows: Windows, indices: Iterable[int]) -> Batch:
+        tokens, targets = windows.batch(indices)
+        device = self.accelerator.device
+        return Batch(tokens.to(device), targets.to(device), torch.as_tensor(indices, device=device))
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.detach().to(torch.float64)
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _validation_is_due(self) -> bool:
+        step, history = self.state.step, self.state.history
+        due = step % self.validate_every == 0 or step == self.total_steps
+        return due and (not history or history[-1]["step"] != step)
+
+    def _validate(self, progress: tqdm, stop: StopRequest) -> None:
+        """Adds a row to the history, keeps the model if it is the best, and saves."""
+        state, settings = self.state, self.settings
+        sums = self.validation_sums(self.validation, stop)
+        metrics = self.objective.validation_metrics(sums)
+        since = state.step - (state.history[-1]["step"] if state.history else 0)
+        row = {"step": state.step, "epoch": state.step / self.steps_per_epoch}
+        row["tokens"] = state.step * settings.batch_size * self.training.seq_len
+        row["lr"] = self.optimizer.param_groups[0]["lr"] if state.step else 0.0
+        row |= {f"validation_{name}": value for name, value in metrics.items()}
+        for name, value in sorted(self.sums.items()):
+            row[f"train_{name}"] = float(self.accelerator.reduce(value, "mean")) / since
+        self.sums = {}
+        state.history.append(row)
+        if metrics["loss"] < state.best_loss:
+            state.best_step, state.best_loss, state.validations_without_improvement = state.step, metrics["loss"], 0
+            if self.accelerator.is_main_process:
+                weights = self.accelerator.unwrap_model(self.model).state_dict()
+                save_checkpoint(self.best_path, weights, {"step": state.step, "validation_loss": metrics["loss"]})
+        else:
+            state.validations_without_improvement += 1
+        if self.accelerator.is_main_process:
+            shown = {name: row[name] for name in ("train_loss", "validation_loss") if name in row}
+            text = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
+            progress.write(f"step {state.step} of {self.total_steps}: {text}", file=sys.stderr)
+        self._save(stop)
+
+    @torch.no_grad()
+    def validation_sums(self, windows: Windows, stop: StopRequest | None = None) -> dict[str, Tensor]:
+        """The objective's sums over all windows, shared out among the processes and added up exactly once each."""
+        accelerator = self.accelerator
+        self.model.eval()
+        own = range(accelerator.process_index, len(windows), accelerator.num_processes)
+        sums: dict[str, Tensor] = {}
+        for start in range(0, len(own), self.settings.micro_batch_size):
+            part = np.asarray(own[start : start + self.settings.micro_batch_size])
+            for name, value in self.objective.validation_sums(self.model, self._batch(windows, part)).items():
+                sums[name] = sums[name] + value if name in sums else value
+            if stop is not None and stop.signal:
+                self._save(stop)
+        return {name: accelerator.reduce(value, "sum").cpu() for name, value in sums.items()}
+
+    def _save(self, stop: StopRequest) -> None:
+        """Writes the checkpoint to go on from; leaves the run if a signal asked for it."""
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model)
+            tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+            optimizer = optimizer_tensors(model, self.optimizer)
+            tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
+            tensors |= {f"sums.{name}": value for name, value in self.sums.items()}
+            save_checkpoint(self.last_path, tensors, self.state.to_json())
+            write_json(self.scratch / "timing.json", {"seconds": self.seconds})
+        self.saved_step = self.state.step
+        if stop.signal:
+            raise DynarouteError(
+                f"stopped by {stop.signal.name} at step {self.state.step} of {self.total_steps}; "
+                f"the same command goes on from there"
+            )
+
+    def _restore(self) -> None:
+        tensors, state = load_checkpoint(self.last_path)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "sums": {}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        model = self.accelerator.unwrap_model(self.model)
+        load_weights(model, parts["model"], self.last_path)
+        load_optimizer(model, self.optimizer.optimizer, parts["optimizer"])
+        self.sums = {name: value.to(self.accelerator.device) for name, value in parts["sums"].items()}
+        self.state = TrainingState.from_json(state)
+        self.saved_step = self.state.step
+        timing = self.scratch / "timing.json"
+        self.seconds = read_json(timing)["seconds"] if timing.exists() else 0.0
