@@ -1,4 +1,4 @@
-"""Where a run keeps what it needs to go on after it was stopped, outside the outputs that DVC deletes and checks out."""
+"""Where a run keeps what it needs to go on after a stop: outside the outputs, which DVC deletes and checks out."""
 
 import contextlib
 import fcntl

@@ -1,0 +1,40 @@
+"""What a measurement was made on. Written beside measured figures only, never into outputs that must repeat."""
+
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Processor or GPU, threads and library versions."""
+    import accelerate
+    import transformers
+
+    return {
+        "processor": torch.cuda.get_device_name() if device == "cuda" else _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def peak_memory(device: str) -> int:
+    """The most memory that this process has held, in bytes: allocated on the GPU, or resident on the CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,161 @@
+"""Trains the DWR model and measures what its routers do.
+
+    python stages/train_dwr.py
+
+Reads   data/tokens/<dwr.corpus>
+Writes  data/dwr/train/            best.safetensors (weights), last.safetensors (all that a run goes on from), run.json
+        reports/dwr/training.csv   a row for each validation
+        reports/dwr/training.json  summary metrics and checks
+        reports/dwr/router.csv     gate norm and load of every expert, on the validation split
+        reports/dwr/training_timing.json  what was measured: seconds, tokens/s, memory
+
+A run that was stopped goes on from its last checkpoint in .scratch/train_dwr/.
+"""
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from dynaroute.artifacts import output_directory, sha256, write_csv, write_json
+from dynaroute.config import Settings
+from dynaroute.data.shards import TokenShards, Windows
+from dynaroute.dwr.model import DWRConfig, DWRTransformer
+from dynaroute.dwr.objective import DWRObjective
+from dynaroute.machine import describe_machine, peak_memory
+from dynaroute.stage import run
+from dynaroute.training.checkpoints import load_checkpoint, load_weights
+from dynaroute.training.loop import Trainer, make_accelerator
+from dynaroute.training.scratch import run_id, scratch_folder
+
+REPORTS = Path("reports/dwr")
+
+
+def main(settings: Settings) -> None:
+    """Trains, then publishes the checkpoints and what was found."""
+    dwr = settings.dwr
+    torch.set_num_threads(settings.num_threads)
+    tokens = Path("data/tokens") / dwr.corpus
+    shards = {split: TokenShards(tokens, split) for split in ("train", "validation", "test")}
+    for split in shards.values():
+        split.verify()
+    training = Windows(shards["train"], dwr.max_seq_len, keep_tail=False)
+    validation, test = (Windows(shards[split], dwr.max_seq_len, keep_tail=True) for split in ("validation", "test"))
+
+    vocab_size = shards["train"].padded_vocab_size
+    config = DWRConfig(vocab_size=vocab_size, **dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"}))
+    identity = {
+        "dwr": dwr.model_dump(),
+        "seed": settings.seed,
+        "device": settings.device,
+        "num_threads": settings.num_threads,
+        "tokens": sha256(tokens / "metadata.json"),
+    }
+    identifier = run_id(identity)
+    accelerator = make_accelerator(settings.device, dwr.training.precision)
+    torch.manual_seed(settings.seed)
+    model = DWRTransformer(config)
+    objective = DWRObjective(config, dwr.balance_coefficient)
+    trainer = Trainer(
+        model,
+        objective,
+        training,
+        validation,
+        dwr.training,
+        accelerator=accelerator,
+        seed=settings.seed,
+        scratch=scratch_folder("train_dwr", identifier),
+    )
+    with trainer:
+        state = trainer.run()
+        gradients = router_gradients(trainer, training)
+        weights, best = load_checkpoint(trainer.best_path)
+        load_weights(model, weights, trainer.best_path)
+        sums = trainer.validation_sums(validation)
+        validated = objective.validation_metrics(sums)
+        tested = objective.validation_metrics(trainer.validation_sums(test))
+        if not accelerator.is_main_process:
+            return
+        checks = {
+            "parameter_count_matches_the_formula": sum(p.numel() for p in model.parameters()) == config.num_params(),
+            "gradient_reaches_every_router": all(norm > 0 for norm in gradients),
+            "every_recorded_loss_is_finite": all(
+                math.isfinite(value) for row in state.history for name, value in row.items() if "loss" in name
+            ),
+            "best_checkpoint_reproduces_its_validation_loss": validated["loss"] == best["validation_loss"],
+            "validation_loss_is_below_unigram_entropy": validated["loss"] < shards["validation"].unigram_entropy,
+        }
+        with output_directory("data/dwr/train") as folder:
+            shutil.copyfile(trainer.best_path, folder / "best.safetensors")
+            shutil.copyfile(trainer.last_path, folder / "last.safetensors")
+            write_json(folder / "run.json", {"run": identifier, "config": config.model_dump(), "identity": identity})
+        write_csv(REPORTS / "training.csv", with_all_columns(state.history))
+        write_csv(REPORTS / "router.csv", router_rows(model, sums))
+        write_json(
+            REPORTS / "training.json",
+            {
+                "run": identifier,
+                "parameters": config.num_params(),
+                "active_parameters": config.num_active_params(),
+                "training_tokens": shards["train"].num_tokens,
+                "steps": state.step,
+                "steps_planned": trainer.total_steps,
+                "steps_per_epoch": trainer.steps_per_epoch,
+                "stopped_early": state.step < trainer.total_steps,
+                "best_step": state.best_step,
+                "best_validation_loss": validated["loss"],
+                "best_validation_perplexity": math.exp(validated["loss"]),
+                "final_validation_loss": state.history[-1]["validation_loss"],
+                "test_loss": tested["loss"],
+                "test_perplexity": math.exp(tested["loss"]),
+                "validation_unigram_entropy": shards["validation"].unigram_entropy,
+                "checks": checks,
+            },
+        )
+        write_json(
+            REPORTS / "training_timing.json",
+            {
+                "seconds": trainer.seconds,
+                "tokens_per_second": state.history[-1]["tokens"] / trainer.seconds,
+                "peak_memory_bytes": peak_memory(settings.device),
+                "machine": describe_machine(settings.device),
+            },
+        )
+        trainer.discard_scratch()
+
+
+def router_gradients(trainer: Trainer, windows: Windows) -> list[float]:
+    """The norm of the NLL's gradient on each layer's router, over one batch."""
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    tokens, targets = (part.to(trainer.accelerator.device) for part in windows.batch([0]))
+    loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
+    gradients = torch.autograd.grad(loss, [layer.moe.router.weight for layer in model.layers])
+    return [float(gradient.norm()) for gradient in gradients]
+
+
+def router_rows(model: DWRTransformer, sums: dict[str, torch.Tensor]) -> list[dict[str, float]]:
+    """A row for each expert: the L2 norm of its router row, its share of assignments, its mean probability."""
+    load = sums["assigned"] / sums["assigned"].sum(1, keepdim=True)  # [L, E]
+    probability = sums["probability"] / sums["tokens"]  # [L, E]
+    return [
+        {
+            "layer": index,
+            "expert": expert,
+            "gate_norm": float(norm),
+            "load": float(load[index, expert]),
+            "mean_probability": float(probability[index, expert]),
+        }
+        for index, layer in enumerate(model.layers)
+        for expert, norm in enumerate(layer.moe.router.weight.norm(dim=1))
+    ]
+
+
+def with_all_columns(history: list[dict]) -> list[dict]:
+    """Rows with the same columns: the one before the first step has no training metrics."""
+    columns = dict.fromkeys(name for row in history for name in row)
+    return [{name: row.get(name, "") for name in columns} for row in history]
+
+
+if __name__ == "__main__":
+    run(main, __doc__)
