@@ -8,7 +8,7 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML, YAMLError
 
@@ -92,6 +92,14 @@ class Split(Section):
         return self
 
 
+# official: the train, validation and test splits of a hub dataset. Told apart by type, so that a mistake in the
+# shares is reported as such.
+OfficialOrShares = Annotated[
+    Annotated[Literal["official"], Tag("official")] | Annotated[Split, Tag("shares")],
+    Discriminator(lambda value: "official" if isinstance(value, str) else "shares"),
+]
+
+
 class ByteBPE(Section):
     """A byte-level BPE trained on the corpus's own training split."""
 
@@ -120,7 +128,7 @@ class Corpus(Section):
     """One named corpus: where it comes from, how it is split, how it is tokenized."""
 
     source: Source
-    split: Literal["official"] | Split  # official: the train, validation and test splits of a hub dataset
+    split: OfficialOrShares
     tokenizer: Tokenizer
 
     @model_validator(mode="after")
@@ -274,21 +282,29 @@ def load_settings(path: str | Path = "params.yaml") -> Settings:
 
 
 def _one_line(error: ValidationError, data: Any) -> str:
-    """The first problem as "key = value: what is allowed", and how many more there are."""
-    problems = error.errors()
-    first = problems[0]
+    """The first problem as "key = value: what is allowed", and how many other keys have one."""
+    problems: dict[str, list[str]] = {}  # what is allowed, by key and value: a union has an answer for each member
+    for problem in error.errors():
+        keys, value, allowed = _key_of(problem, data), problem["input"], problem["msg"]
+        allowed = allowed[0].lower() + allowed[1:]
+        if problem["type"] == "invalid":
+            keys, value = [*keys, problem["ctx"]["key"]], problem["ctx"]["value"]
+        elif problem["type"] == "union_tag_invalid":
+            keys, value = [*keys, "kind"], problem["ctx"]["tag"]
+            allowed = f"must be one of {problem['ctx']['expected_tags']}"
+        name = ".".join(keys)
+        subject = f"{name} is missing" if problem["type"] == "missing" else f"{name} = {value!r}"
+        problems.setdefault(subject, []).append(allowed)
+    subject, allowed = next(iter(problems.items()))
+    line = subject if subject.endswith(" is missing") else f"{subject}: {' or '.join(allowed)}"
+    return line + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+
+
+def _key_of(problem: Any, data: Any) -> list[str]:
+    """The path of keys in the file: a problem's location also holds the tags of unions, which are not keys."""
     keys, at = [], data
-    for part in first["loc"]:  # the location also holds the tags of unions, which are not keys of the file
+    for part in problem["loc"]:
         if (isinstance(at, dict) and part in at) or (isinstance(at, list) and isinstance(part, int)):
             keys.append(str(part))
             at = at[part]
-        elif first["type"] == "missing" and part == first["loc"][-1]:
-            keys.append(str(part))
-    if first["type"] == "invalid":
-        keys, value = [*keys, first["ctx"]["key"]], first["ctx"]["value"]
-    else:
-        value = first["input"]
-    name = ".".join(keys)
-    allowed = first["msg"][0].lower() + first["msg"][1:]
-    line = f"{name} is missing" if first["type"] == "missing" else f"{name} = {value!r}: {allowed}"
-    return line + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+    return [*keys, str(problem["loc"][-1])] if problem["type"] == "missing" else keys

@@ -136,7 +136,8 @@ class MoE(nn.Module):
         batch, time, d = x.shape
         top_k, num_experts = self.config.top_k, self.config.num_experts
         x = x.reshape(-1, d)  # [S, D]
-        probabilities = self.router(x).float().softmax(-1)  # [S, E]
+        scores = self.router(x)  # [S, E]
+        probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # not in bf16
         weights, chosen = probabilities.topk(top_k)  # [S, K]
         weights = weights / weights.sum(-1, keepdim=True)
 

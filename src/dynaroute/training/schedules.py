@@ -6,11 +6,13 @@ from torch import nn
 
 
 def warmup_cosine(step: int, total_steps: int, warmup_steps: int, peak: float, final: float) -> float:
-    """The learning rate of step `step` (from 0): linear to `peak`, then half a cosine down to `final`."""
+    """The learning rate of step `step` (from 0): linear to `peak`, which the last step of the
+    warm-up has, then half a cosine down to `final`, which the last step of all has.
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = (step + 1 - warmup_steps) / (total_steps - warmup_steps)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -1,0 +1,122 @@
+"""Settings: what params.yaml may say, and what it is told when it says something else."""
+
+import copy
+
+import pytest
+from conftest import REPOSITORY
+from ruamel.yaml import YAML
+
+from dynaroute.config import Section, load_settings, read_yaml
+from dynaroute.errors import DynarouteError
+
+DEFAULT = REPOSITORY / "params.yaml"
+PAPER = REPOSITORY / "params.paper.yaml"
+
+
+def load_with(tmp_path, changes):
+    """Loads the default with `changes`, {dotted key: value}; None as a value is a value, `...` removes the key."""
+    data = copy.deepcopy(read_yaml(DEFAULT))
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        at = data
+        for part in path:
+            at = at[part]
+        if value is ...:
+            del at[last]
+        else:
+            at[last] = value
+    path = tmp_path / "params.yaml"
+    YAML(typ="safe").dump(data, path)
+    return load_settings(path)
+
+
+def keys_of(section):
+    """The nested keys of a settings class, named dictionaries (corpora) left out."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from (f"{name}.{key}" for key in keys_of(field.annotation))
+        elif name != "corpora":
+            yield name
+
+
+def keys_in(data):
+    for name, value in data.items():
+        if isinstance(value, dict) and name != "corpora":
+            yield from (f"{name}.{key}" for key in keys_in(value))
+        elif name != "corpora":
+            yield name
+
+
+@pytest.mark.parametrize("path", [DEFAULT, PAPER], ids=["default", "paper"])
+def test_both_parameter_files_validate_and_hold_exactly_the_keys_of_the_settings(path):
+    settings = load_settings(path)
+    assert sorted(keys_in(read_yaml(path))) == sorted(keys_of(type(settings)))
+
+
+def test_the_paper_file_is_the_seeds_model():
+    dwr = load_settings(PAPER).dwr
+    assert (dwr.d_model, dwr.d_ff, dwr.num_layers, dwr.num_heads, dwr.num_experts, dwr.top_k) == (
+        512,
+        2048,
+        6,
+        8,
+        16,
+        2,
+    )
+    training = dwr.training
+    assert (training.batch_size, dwr.max_seq_len, training.epochs, training.warmup_steps) == (16, 512, 10, 200)
+    assert (training.lr, training.min_lr, training.betas, training.weight_decay) == (3e-4, 3e-5, [0.9, 0.95], 0.1)
+
+
+def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
+    text = DEFAULT.read_text().replace("min_lr: 1e-4", "min_lr: 1e-05")
+    (tmp_path / "params.yaml").write_text(text)
+    assert load_settings(tmp_path / "params.yaml").dwr.training.min_lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dwr.top_k": 9}, "dwr.top_k = 9: must be at most num_experts = 8"),
+        ({"dwr.d_model": 130}, "dwr.d_model = 130: must be divisible by num_heads = 4"),
+        ({"dwr.d_ff": 250}, "dwr.d_ff = 250: must be a multiple of 16"),
+        ({"dwr.top_k": "2"}, "dwr.top_k = '2': input should be a valid integer"),
+        ({"dwr.top_k": True}, "dwr.top_k = True: input should be a valid integer"),
+        ({"dwr.training.lr": -1.0}, "dwr.training.lr = -1.0: input should be greater than 0"),
+        ({"dwr.training.lr": float("nan")}, "dwr.training.lr = nan: input should be"),
+        ({"dwr.training.micro_batch_size": 5}, "dwr.training.micro_batch_size = 5: must divide batch_size = 16"),
+        ({"dwr.training.min_lr": 1.0}, "dwr.training.min_lr = 1.0: must be at most lr"),
+        ({"dwr.training.validate_every": "never"}, "dwr.training.validate_every = 'never': input should be 'epoch' or"),
+        ({"dwr.topk": 3}, "dwr.topk = 3: unknown key; did you mean top_k?"),
+        ({"sed": 3}, "sed = 3: unknown key; did you mean seed?"),
+        ({"dwr.d_ff": ...}, "dwr.d_ff is missing"),
+        ({"dwr.corpus": "wiki"}, "dwr.corpus = 'wiki': must be one of corpora: docs"),
+        ({"corpora.docs.source.kind": "ftp"}, "corpora.docs.source.kind = 'ftp': must be one of"),
+        ({"corpora.docs.split": "official"}, "corpora.docs.split = 'official': installed_docs has no official splits"),
+        ({"corpora.docs.split.test": 0.97}, "corpora.docs.split.test = 0.97: validation + test must be below 1"),
+        ({"benchmark_cache.new_tokens": 10_000}, "benchmark_cache.new_tokens = 10000: with prompt_tokens must be"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_key_the_value_and_what_is_allowed(tmp_path, changes, message):
+    with pytest.raises(DynarouteError) as caught:
+        load_with(tmp_path, changes)
+    text = str(caught.value)
+    assert message in text
+    assert "\n" not in text
+
+
+def test_a_corpus_name_cannot_be_a_path(tmp_path):
+    docs = read_yaml(DEFAULT)["corpora"]["docs"]
+    with pytest.raises(DynarouteError, match=r"\.\./evil"):
+        load_with(tmp_path, {"corpora": {"docs": docs, "../evil": docs}})
+
+
+def test_text_that_is_not_yaml_is_named_with_its_line(tmp_path):
+    (tmp_path / "params.yaml").write_text("a: 1\nb: [1, 2\n")
+    with pytest.raises(DynarouteError, match=r"params\.yaml, line \d+: not valid YAML"):
+        load_settings(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("just a string")
+    with pytest.raises(DynarouteError, match="must be a mapping"):
+        load_settings(tmp_path / "params.yaml")
+    with pytest.raises(DynarouteError, match=r"absent\.yaml: cannot be read"):
+        load_settings(tmp_path / "absent.yaml")
