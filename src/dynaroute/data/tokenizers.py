@@ -1,0 +1,183 @@
+"""Text to tokens and back: GPT-2 by tiktoken, anything else by the `tokenizers` library.
+
+A tokenizer is made once (`save_tokenizer`), kept as a folder beside its tokens, and loaded from there: no network, no
+`transformers`. All of them read special-token text inside a document as ordinary text, so that the end-of-text token
+can only ever come from the end of a document.
+"""
+
+import base64
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from dynaroute.artifacts import read_json, write_json, write_text
+from dynaroute.config import GPT2, ByteBPE, HubTokenizer
+from dynaroute.errors import DynarouteError
+
+END_OF_TEXT = "<|endoftext|>"
+# GPT-2's pattern of what a token may not cross; possessive quantifiers do not change what it matches.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+GPT2_FILE = "gpt2.tiktoken"  # a line "base64 of the token's bytes, its id" each, as tiktoken's own files have it
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer offers, whichever library does the work."""
+
+    vocab_size: int  # the largest id + 1
+    eot_id: int  # the end-of-text token
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, on all cores; nothing is put before or after them."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, special tokens included; bytes that are not UTF-8 become U+FFFD."""
+
+
+class TiktokenTokenizer:
+    """GPT-2's tokenizer from the token file in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the token file; raises DynarouteError if it is missing or damaged."""
+        path = folder / GPT2_FILE
+        try:
+            pairs = [line.split() for line in path.read_bytes().splitlines()]
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+            self._encoding = tiktoken.Encoding(
+                "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+            )
+        except (OSError, ValueError) as error:
+            raise DynarouteError(f"{path}: not a readable token file: {error}: tokenize the corpus again") from error
+        self.vocab_size = self._encoding.n_vocab
+        self.eot_id = self._encoding.eot_token
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """See `Tokenizer`."""
+        return self._encoding.encode_ordinary_batch(texts)
+
+    def decode(self, ids: list[int]) -> str:
+        """See `Tokenizer`."""
+        return self._encoding.decode(ids)
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of the `tokenizers` library from tokenizer.json and tokenizer_config.json in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads both files; raises DynarouteError if one is missing or damaged, or names no end-of-text token."""
+        path = folder / "tokenizer.json"
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more precise
+            raise DynarouteError(f"{path}: not a readable tokenizer: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # as ordinary text; the file does not keep this setting
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        eos = read_json(folder / "tokenizer_config.json").get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        eot_id = self._tokenizer.token_to_id(eos) if isinstance(eos, str) else None
+        if eot_id is None:
+            raise DynarouteError(f"{folder / 'tokenizer_config.json'}: eos_token = {eos!r}: must be a token")
+        self.eot_id = eot_id
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """See `Tokenizer`."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """See `Tokenizer`."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def save_tokenizer(
+    settings: ByteBPE | GPT2 | HubTokenizer, training_texts: Iterable[str], folder: str | Path
+) -> Tokenizer:
+    """Makes the tokenizer of a corpus and saves it into a folder, which is made.
+
+    Only a byte-level BPE reads the training texts. What is saved depends on settings and texts alone: it is the same
+    on every run and with any number of threads. `AutoTokenizer.from_pretrained` loads the folder too, but for GPT-2's.
+
+    Raises:
+        DynarouteError: the texts are too few for the vocabulary, or a tokenizer cannot be fetched or used.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    match settings:
+        case ByteBPE():
+            _train_bpe(settings.vocab_size, training_texts, folder)
+        case GPT2():
+            _save_gpt2(folder)
+        case HubTokenizer():
+            _save_hub_tokenizer(settings, folder)
+    return load_tokenizer(folder)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Loads a tokenizer that `save_tokenizer` saved.
+
+    Raises:
+        DynarouteError: a file is missing or damaged.
+    """
+    folder = Path(folder)
+    return TiktokenTokenizer(folder) if (folder / GPT2_FILE).exists() else HuggingFaceTokenizer(folder)
+
+
+def _train_bpe(vocab_size: int, texts: Iterable[str], folder: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    learned = tokenizer.get_vocab_size()
+    if learned < vocab_size:
+        raise DynarouteError(f"tokenizer.vocab_size = {vocab_size}: the training text yields only {learned} tokens")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END_OF_TEXT,
+            "clean_up_tokenization_spaces": False,  # else decoding would drop the space before a full stop
+        },
+    )
+
+
+def _save_gpt2(folder: Path) -> None:
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except OSError as error:  # what `requests` raises is an OSError too
+        raise DynarouteError(
+            "tokenizer.kind = 'gpt2': tiktoken cannot fetch its files "
+            f"(without a network, point TIKTOKEN_CACHE_DIR to a folder that has them): {error}"
+        ) from error
+    tokens = [encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token)]
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens)]
+    write_text(folder / GPT2_FILE, "".join(lines))
+
+
+def _save_hub_tokenizer(settings: HubTokenizer, folder: Path) -> None:
+    from transformers import AutoTokenizer  # takes seconds, which only this kind should pay
+
+    name = settings.path + (f" at {settings.revision}" if settings.revision else "")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            settings.path, revision=settings.revision or "main", trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DynarouteError(f"tokenizer.path: {name} cannot be loaded: {reason}") from error
+    if not tokenizer.is_fast:
+        raise DynarouteError(f"tokenizer.path: {name} has no fast tokenizer (tokenizer.json), which is needed")
+    if tokenizer.eos_token is None:
+        raise DynarouteError(f"tokenizer.path: {name} has no end-of-text token (eos_token), which is needed")
+    tokenizer.save_pretrained(folder)
