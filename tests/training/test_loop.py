@@ -1,0 +1,264 @@
+"""The training loop: equal to a plain loop, the same after any interruption, and clear when it cannot go on."""
+
+import os
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dynaroute.config import Training
+from dynaroute.errors import DynarouteError
+from dynaroute.training.checkpoints import load_checkpoint
+from dynaroute.training.loop import Trainer, make_accelerator
+
+VOCAB, SEQ_LEN = 13, 6
+
+
+class Tokens:
+    """Windows of random tokens, all in memory."""
+
+    def __init__(self, number, seed=0):
+        self.data = torch.randint(VOCAB, (number, SEQ_LEN + 1), generator=torch.Generator().manual_seed(seed))
+        self.seq_len = SEQ_LEN
+
+    def __len__(self):
+        return len(self.data)
+
+    def batch(self, indices):
+        return self.data[list(indices), :-1].clone(), self.data[list(indices), 1:].clone()
+
+
+class Model(nn.Module):
+    def __init__(self, dropout):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCAB, 8)
+        self.norm = nn.LayerNorm(8)
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(8, VOCAB)
+
+    def forward(self, tokens):
+        return self.output(self.dropout(self.norm(self.embedding(tokens))))
+
+
+class Objective:
+    """Plain NLL, with a hook that the tests use to interrupt."""
+
+    def __init__(self, before_step=lambda step: None):
+        self.before_step = before_step
+
+    def loss(self, model, batch, step):
+        self.before_step(step)
+        loss = F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten())
+        return loss, {"loss": loss, "squared": loss**2}
+
+    def validation_sums(self, model, batch):
+        nll = F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten(), reduction="sum")
+        return {"nll": nll.double(), "count": torch.tensor(batch.targets.numel())}
+
+    def validation_metrics(self, sums):
+        return {"loss": float(sums["nll"] / sums["count"])}
+
+
+def make_settings(**changes):
+    settings = {
+        "epochs": 3, "batch_size": 4, "micro_batch_size": 4, "lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 3,
+        "betas": [0.9, 0.95], "weight_decay": 0.1, "clip_norm": 0.5, "precision": "fp32", "validate_every": "epoch",
+        "checkpoint_every": 3, "early_stopping_patience": None,
+    }  # fmt: skip
+    return Training(**{**settings, **changes})
+
+
+def make_trainer(scratch, objective=None, dropout=0.2, training=None, **changes):
+    return Trainer(
+        Model(dropout), objective or Objective(), training or Tokens(30), Tokens(7, seed=1), make_settings(**changes),
+        accelerator=make_accelerator("cpu", "fp32"), seed=5, scratch=scratch,
+    )  # fmt: skip
+
+
+def train(scratch, *args, **changes):
+    with make_trainer(scratch, *args, **changes) as trainer:
+        trainer.run()
+        return trainer
+
+
+def assert_same_checkpoint(one, other):
+    (tensors, state), (other_tensors, other_state) = load_checkpoint(one), load_checkpoint(other)
+    assert state == other_state
+    assert tensors.keys() == other_tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, other_tensors[name]), name
+
+
+def test_training_equals_a_plain_loop(tmp_path):
+    trainer = train(tmp_path, dropout=0.0)
+    model, tokens = Model(0.0), Tokens(30)
+    matrices, others = [model.output.weight], [model.embedding.weight, *model.norm.parameters(), model.output.bias]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 3, total_iters=2)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=21 - 3, eta_min=1e-3)
+    scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[2])
+    import numpy as np
+
+    losses = []
+    for epoch in range(3):
+        order = np.random.default_rng([5, epoch]).permutation(30)
+        for start in range(0, 28, 4):
+            inputs, targets = tokens.batch(order[start : start + 4])
+            loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            scheduler.step()
+            losses.append(loss.item())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trainer.model.state_dict()[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+    history = trainer.state.history
+    assert [row["step"] for row in history] == [0, 7, 14, 21]
+    assert history[2]["train_loss"] == pytest.approx(sum(losses[7:14]) / 7, rel=1e-5)
+
+
+@pytest.mark.parametrize("crash_at", [0, 1, 2, 3, 4, 7, 8, 13, 20])
+def test_a_run_resumed_after_a_crash_ends_bit_for_bit_as_one_that_never_crashed(tmp_path, crash_at):
+    def crash(step):
+        if step == crash_at:
+            raise KeyboardInterrupt
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "resumed", Objective(crash))
+    resumed = train(tmp_path / "resumed")
+    assert_same_checkpoint(whole.last_path, resumed.last_path)
+    assert_same_checkpoint(whole.best_path, resumed.best_path)
+
+
+def test_a_finished_run_started_again_changes_nothing(tmp_path):
+    trainer = train(tmp_path)
+    before = trainer.last_path.read_bytes()
+    assert train(tmp_path).state == trainer.state
+    assert trainer.last_path.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_with_a_message_and_the_run_goes_on_from_there(tmp_path, number):
+    def stop(step):
+        if step == 4:
+            os.kill(os.getpid(), number)
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(DynarouteError, match=f"stopped by {number.name} at step 5 of 21"):
+        train(tmp_path / "resumed", Objective(stop))
+    assert load_checkpoint(tmp_path / "resumed" / "last.safetensors")[1]["step"] == 5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same_checkpoint(whole.last_path, train(tmp_path / "resumed").last_path)
+
+
+def test_accumulated_micro_batches_equal_the_whole_batch(tmp_path):
+    whole = train(tmp_path / "whole", dropout=0.0)
+    parts = train(tmp_path / "parts", dropout=0.0, micro_batch_size=1)
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(parts.model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+    for one, other in zip(whole.state.history, parts.state.history, strict=True):
+        assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-5)
+        if one["step"]:
+            assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+
+
+def test_best_holds_the_weights_of_the_lowest_validation_loss(tmp_path):
+    trainer = train(tmp_path, lr=0.5, epochs=6)
+    losses = {row["step"]: row["validation_loss"] for row in trainer.state.history}
+    best = min(losses, key=losses.get)
+    tensors, state = load_checkpoint(trainer.best_path)
+    assert (state["step"], state["validation_loss"]) == (best, losses[best])
+    assert trainer.state.best_step == best
+    assert best != trainer.state.step, "this test needs a run that gets worse in the end"
+    trainer.model.load_state_dict(tensors)
+    sums = trainer.validation_sums(trainer.validation)
+    assert trainer.objective.validation_metrics(sums)["loss"] == losses[best]
+
+
+def test_early_stopping_counts_validations_without_improvement(tmp_path):
+    trainer = train(tmp_path, lr=0.5, epochs=30, early_stopping_patience=2)
+    losses = [row["validation_loss"] for row in trainer.state.history]
+    assert len(losses) - 1 - losses.index(min(losses)) == 2
+    assert trainer.state.step < trainer.total_steps
+    assert train(tmp_path, lr=0.5, epochs=30, early_stopping_patience=2).state == trainer.state
+
+
+def test_validation_may_come_every_n_steps(tmp_path):
+    trainer = train(tmp_path, validate_every=8)
+    assert [row["step"] for row in trainer.state.history] == [0, 8, 16, 21]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(tmp_path):
+    class Diverging(Objective):
+        def loss(self, model, batch, step):
+            loss, metrics = super().loss(model, batch, step)
+            return (loss * float("nan") if step == 7 else loss), metrics
+
+    with pytest.raises(DynarouteError, match=r"step 8: loss nan.*last\.safetensors \(step 7\)"):
+        train(tmp_path, Diverging())
+    tensors, state = load_checkpoint(tmp_path / "last.safetensors")
+    assert state["step"] == 7
+    assert all(value.isfinite().all() for value in tensors.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    class Exploding(Objective):
+        def loss(self, model, batch, step):
+            loss, metrics = super().loss(model, batch, step)
+            return loss + (0 * model.output.bias.sum()).sqrt(), metrics  # the square root's slope at 0 is infinite
+
+    with pytest.raises(DynarouteError, match=r"step 1: loss .*gradient norm nan.*\(step 0\)"):
+        train(tmp_path, Exploding())
+
+
+def test_a_second_trainer_on_the_same_run_is_refused(tmp_path):
+    with make_trainer(tmp_path), pytest.raises(DynarouteError, match=f"process {os.getpid()} is already training"):
+        make_trainer(tmp_path).__enter__()
+    train(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "other_model", "not_a_checkpoint"])
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    path = train(tmp_path, epochs=1).last_path
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "not_a_checkpoint":
+        torch.save({"model": 1}, path)
+    else:
+        from dynaroute.training.checkpoints import save_checkpoint
+
+        tensors, state = load_checkpoint(path)
+        tensors["model.output.weight"] = torch.zeros(2, 2)
+        save_checkpoint(path, tensors, state)
+    with pytest.raises(DynarouteError, match=r"last\.safetensors"):
+        train(tmp_path, epochs=1)
+
+
+def test_batches_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(DynarouteError, match="3 windows, less than batch_size = 4"):
+        make_trainer(tmp_path, training=Tokens(3))
+
+
+def test_a_checkpoint_has_the_same_bytes_on_every_run(tmp_path):
+    one, other = train(tmp_path / "one"), train(tmp_path / "other")
+    assert one.last_path.read_bytes() == other.last_path.read_bytes()
+    assert one.best_path.read_bytes() == other.best_path.read_bytes()
+
+
+def test_a_missing_cuda_device_is_an_error():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(DynarouteError, match="device = 'cuda': this machine shows no CUDA device"):
+        make_accelerator("cuda", "bf16")
+
+
+def test_bf16_falls_back_to_fp32_where_it_would_be_slow():
+    assert make_accelerator("cpu", "bf16").mixed_precision == "no"
