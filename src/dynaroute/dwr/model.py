@@ -172,9 +172,11 @@ class MoE(nn.Module):
         capacity = self.capacity(x.shape[0] // self.config.top_k)
         outputs: dict[int, Tensor] = {}
         for expert, weights in self.experts.fetch([expert for expert, count in enumerate(counts) if count]):
-            outputs[expert] = expert_ffn(slices[expert][:capacity], weights)
-            if counts[expert] > capacity:
-                outputs[expert] = F.pad(outputs[expert], (0, 0, 0, counts[expert] - capacity))
+            overflow = max(0, counts[expert] - capacity)
+            # Slicing costs a gradient-sized fill even where it takes all.
+            kept = slices[expert][:capacity] if overflow else slices[expert]
+            y = expert_ffn(kept, weights)
+            outputs[expert] = F.pad(y, (0, 0, 0, overflow)) if overflow else y
         return torch.cat([outputs[expert] for expert in sorted(outputs)])
 
 
