@@ -1,0 +1,217 @@
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from dynaroute.config import Dolma, Files, Hub, InstalledDocs
+from dynaroute.data.corpora import Document, documents, locate
+from dynaroute.errors import DynarouteError
+
+
+def write_dolma(path: Path, *rows: object) -> Dolma:
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    return Dolma(kind="dolma", paths=[str(path.parent / "*.gz")])
+
+
+def row(document_id: str, text: str = "Text.", **more: object) -> dict:
+    return {"id": document_id, "text": text, "source": "wiki", **more}
+
+
+def hub(path: Path, rows: str = "documents", **changes: object) -> Hub:
+    settings = {"path": str(path), "name": None, "revision": None, "text_column": "text", "rows": rows}
+    return Hub(kind="hub", **settings | changes)
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty dataset folder; what `datasets` makes of it is kept away from the user's cache."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "dataset").mkdir()
+    return tmp_path / "dataset"
+
+
+def write_split(folder: Path, split: str, texts: list, column: str = "text") -> None:
+    parquet.write_table(pyarrow.table({column: texts}), folder / f"{split}-00000-of-00001.parquet")
+
+
+# --- dolma -------------------------------------------------------------------------------------------------------
+
+
+def test_dolma_documents_come_by_sorted_file_and_then_line(tmp_path):
+    write_dolma(tmp_path / "b.gz", row("3"))
+    source = write_dolma(tmp_path / "a.gz", row("1", added="2024-01-01", metadata={}), row("2", "Line\u2028break\r\n"))
+    assert list(documents(source)) == [
+        Document("1", "Text.", "wiki"),
+        Document("2", "Line\u2028break\r\n", "wiki"),
+        Document("3", "Text.", "wiki"),
+    ]
+
+
+def test_real_dolma_shards_are_read_whole(shared_data):
+    source = Dolma(kind="dolma", paths=[str(shared_data / "dolma_sample" / "*.json.gz")])
+    counts = {}
+    for document in documents(source):
+        counts[document.source] = counts.get(document.source, 0) + 1
+    assert counts == {"wiki": 121, "books": 167, "peps": 363, "rfcs": 436, "code": 204}
+
+
+def test_blank_documents_are_left_out(tmp_path):
+    source = write_dolma(tmp_path / "a.gz", row("1", ""), row("2", " \n\t"), row("3"))
+    assert [document.id for document in documents(source)] == ["3"]
+
+
+def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
+    source = write_dolma(tmp_path / "a.gz", row("1", "a\ud800b \U0001f600"))
+    assert next(documents(source)).text == "a\ufffdb \U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "must be an object"),
+        ('{"id": "x", "source": "s"}', "text = None: must be a string"),
+        ('{"id": 7, "text": "t", "source": "s"}', "id = 7: must be a string"),
+    ],
+)
+def test_a_damaged_line_is_named_after_the_good_ones_were_streamed(tmp_path, line, problem):
+    path = tmp_path / "a.gz"
+    path.write_bytes(gzip.compress((json.dumps(row("1")) + "\n" + line + "\n").encode()))
+    stream = documents(Dolma(kind="dolma", paths=[str(path)]))
+    assert next(stream).id == "1"
+    with pytest.raises(DynarouteError, match=rf"a\.gz, line 2: {problem}"):
+        next(stream)
+
+
+def test_a_truncated_gzip_is_named(tmp_path):
+    source = write_dolma(tmp_path / "a.gz", row("1"), row("2"))
+    (tmp_path / "a.gz").write_bytes((tmp_path / "a.gz").read_bytes()[:-12])
+    with pytest.raises(DynarouteError, match=r"a\.gz: damaged gzip after line \d"):
+        list(documents(source))
+
+
+def test_a_file_that_is_not_gzip_is_named(tmp_path):
+    (tmp_path / "a.gz").write_text(json.dumps(row("1")))
+    with pytest.raises(DynarouteError, match=r"a\.gz: damaged gzip after line 0"):
+        list(documents(Dolma(kind="dolma", paths=[str(tmp_path / "a.gz")])))
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_documents_named_by_path_and_sourced_by_folder(tmp_path, monkeypatch):
+    (tmp_path / "texts" / "poems").mkdir(parents=True)
+    (tmp_path / "texts" / "poems" / "b.txt").write_text("Zwölf", "utf-8")
+    (tmp_path / "texts" / "a.txt").write_text("\ufeffMarked", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    found = list(documents(Files(kind="files", paths=["texts/**/*.txt", "texts/a.txt"])))
+    assert found == [Document("texts/a.txt", "Marked", "texts"), Document("texts/poems/b.txt", "Zwölf", "poems")]
+
+
+def test_patterns_may_leave_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "a.txt").write_text("A")
+    monkeypatch.chdir(tmp_path / "project")
+    assert [document.id for document in documents(Files(kind="files", paths=["../*.txt"]))] == ["../a.txt"]
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"ok \xff")
+    with pytest.raises(DynarouteError, match=r"a\.txt: not UTF-8 text at byte 3"):
+        list(documents(Files(kind="files", paths=[str(tmp_path / "*.txt")])))
+
+
+@pytest.mark.parametrize("kind", [Dolma, Files])
+def test_a_pattern_that_matches_nothing_is_named(tmp_path, kind):
+    (tmp_path / "a.txt").write_text("A")
+    source = kind(kind=kind.__name__.lower(), paths=[str(tmp_path / "*.txt"), str(tmp_path / "*.nothing")])
+    for use in (locate, lambda source: list(documents(source))):
+        with pytest.raises(DynarouteError, match=r"\*\.nothing' matches no file"):
+            use(source)
+
+
+# --- hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_hub_rows_become_documents_with_their_official_split(hub_folder):
+    write_split(hub_folder, "train", ["One.", "", None, "Two.\n"])
+    write_split(hub_folder, "test", ["Three."])
+    path = str(hub_folder)
+    assert list(documents(hub(hub_folder))) == [
+        Document("train-0", "One.", path, "train"),
+        Document("train-3", "Two.\n", path, "train"),
+        Document("test-0", "Three.", path, "test"),
+    ]
+
+
+def test_joined_rows_are_one_document_a_split(hub_folder):
+    write_split(hub_folder, "train", ["", " = Title = \n", "", "Body.\n"])
+    write_split(hub_folder, "validation", ["Held out."])
+    assert [(d.id, d.text) for d in documents(hub(hub_folder, "joined"))] == [
+        ("train", "\n\n = Title = \n\n\n\n\nBody.\n"),
+        ("validation", "Held out."),
+    ]
+
+
+def test_a_missing_column_is_named_with_those_there_are(hub_folder):
+    write_split(hub_folder, "train", ["One."], column="content")
+    with pytest.raises(DynarouteError, match=r"'text' is not a column of text in split train .* content \(string\)"):
+        list(documents(hub(hub_folder)))
+
+
+def test_a_column_of_numbers_is_not_text(hub_folder):
+    write_split(hub_folder, "train", [1, 2])
+    with pytest.raises(DynarouteError, match=r"text \(int64\)"):
+        list(documents(hub(hub_folder)))
+
+
+def test_a_hub_dataset_that_cannot_be_loaded_is_named(hub_folder):
+    with pytest.raises(DynarouteError, match=r"path: dataset .*dataset cannot be loaded"):
+        list(documents(hub(hub_folder)))
+
+
+# --- locate ------------------------------------------------------------------------------------------------------
+
+
+def test_locate_tells_package_versions():
+    found = locate(InstalledDocs(kind="installed_docs", packages=["python", "numpy"]))
+    assert found["packages"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["packages"]["numpy"] == __import__("numpy").__version__
+
+
+def test_locate_changes_with_a_file_and_only_then(tmp_path):
+    source = write_dolma(tmp_path / "a.gz", row("1"))
+    before = locate(source)
+    assert locate(source) == before
+    write_dolma(tmp_path / "a.gz", row("1", "Longer text."))
+    assert locate(source) != before
+
+
+def test_locate_follows_a_local_dataset_and_names_a_remote_one(hub_folder):
+    assert locate(hub(Path("Someone/dataset"), revision="abc")) == {
+        "path": "Someone/dataset",
+        "name": None,
+        "revision": "abc",
+        "files": {},
+    }
+    write_split(hub_folder, "train", ["One."])
+    before = locate(hub(hub_folder))
+    write_split(hub_folder, "train", ["One.", "Two."])
+    assert locate(hub(hub_folder)) != before
+
+
+def test_heavy_libraries_are_imported_only_where_they_are_used():
+    code = (
+        "import sys, dynaroute.stage, dynaroute.data.corpora as light; "
+        "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)); "
+        "import dynaroute.data.tokenization; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\nset()\n"

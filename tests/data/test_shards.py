@@ -1,0 +1,193 @@
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynaroute.data.shards import ShardWriter, TokenShards, Windows, padded, token_dtype
+from dynaroute.errors import DynarouteError
+
+VOCABULARY = 300
+EOT = 7
+DOCUMENTS = st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20), min_size=1, max_size=12)
+
+
+def write(folder: Path, documents: list[list[int]], shard_tokens: int = 8, vocab_size: int = VOCABULARY) -> Path:
+    """A folder of tokens with one split, in which documents come from the sources "a" and "b" in turn."""
+    writer = ShardWriter(folder, "train", ["a", "b"], vocab_size, shard_tokens)
+    for index, ids in enumerate(documents):
+        writer.write(ids, "ab"[index % 2], num_characters=3 * len(ids))
+    metadata = {
+        "vocab_size": vocab_size,
+        "padded_vocab_size": padded(vocab_size),
+        "eot_id": EOT,
+        "dtype": token_dtype(vocab_size),
+        "sources": ["a", "b"],
+        "splits": {"train": writer.close()},
+    }
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    return folder
+
+
+@given(DOCUMENTS, st.integers(1, 30), st.integers(1, 25), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_windows_over_shards_equal_slices_of_the_plain_concatenation(documents, shard_tokens, seq_len, keep_tail):
+    stream = np.concatenate(documents)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = TokenShards(write(Path(folder), documents, shard_tokens), "train")
+        predicted = len(stream) - 1
+        length = math.ceil(predicted / seq_len) if keep_tail else predicted // seq_len
+        if length == 0:
+            with pytest.raises(DynarouteError, match="a window needs"):
+                Windows(shards, seq_len, keep_tail)
+            return
+        windows = Windows(shards, seq_len, keep_tail)
+        assert len(windows) == length
+        tokens, targets = windows.batch(range(length))
+    assert tokens.dtype == targets.dtype == torch.int64
+    assert tokens.shape == targets.shape == (length, seq_len)
+    tokens, targets = tokens.numpy().ravel(), targets.numpy().ravel()
+    count = min(predicted, length * seq_len)
+    assert (targets[:count] == stream[1 : count + 1]).all()  # each token but the first, once and in order
+    assert (targets[count:] == -100).all()
+    assert (tokens[:count] == stream[:count]).all()
+    assert (tokens[len(stream) :] == EOT).all()
+
+
+@given(DOCUMENTS, st.integers(1, 30), st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_stretch_of_tokens_is_read_across_the_borders_of_shards(documents, shard_tokens, data):
+    stream = np.concatenate(documents)
+    start = data.draw(st.integers(0, len(stream)))
+    stop = data.draw(st.integers(start, len(stream) + 5))
+    with tempfile.TemporaryDirectory() as folder:
+        shards = TokenShards(write(Path(folder), documents, shard_tokens), "train")
+        assert shards.num_tokens == len(stream)
+        assert len(list(Path(folder).glob("train-0*.npy"))) == math.ceil(len(stream) / shard_tokens)
+        assert shards.read(start, stop).tolist() == stream[start:stop].tolist()
+
+
+def test_documents_are_found_again_by_offset_and_source(tmp_path):
+    documents = [[1, 2, EOT], [EOT], [3, 4, 5, 6, 7, 8, 9, 10, 11, EOT]]
+    shards = TokenShards(write(tmp_path, documents), "train")
+    for index, ids in enumerate(documents):
+        assert shards.read(shards.offsets[index], shards.offsets[index + 1]).tolist() == ids
+    assert [shards.sources[index] for index in shards.document_sources] == ["a", "b", "a"]
+    own = shards.metadata["splits"]["train"]
+    assert own["tokens_by_source"] == {"a": 13, "b": 1}
+    assert (shards.num_documents, shards.num_characters) == (3, 42)
+
+
+def test_unigram_entropy_is_that_of_the_splits_own_tokens(tmp_path):
+    shards = TokenShards(write(tmp_path, [[1, 1, 2, 2], [3, 3, 4, 4], [5] * 8]), "train")
+    # 1 to 4 with probability 1/8 each, 5 with 1/2: 4/8 log 8 + 1/2 log 2 = 2 log 2
+    assert shards.unigram_entropy == pytest.approx(2 * math.log(2))
+
+
+def test_a_batch_takes_windows_in_any_order_and_refuses_others(tmp_path):
+    windows = Windows(TokenShards(write(tmp_path, [list(range(20))]), "train"), 5, keep_tail=True)
+    tokens, targets = windows.batch(torch.tensor([3, 0]))
+    assert tokens.tolist() == [[15, 16, 17, 18, 19], [0, 1, 2, 3, 4]]
+    assert targets.tolist() == [[16, 17, 18, 19, -100], [1, 2, 3, 4, 5]]
+    for index in (4, -1):
+        with pytest.raises(IndexError, match=f"window {index} of 4"):
+            windows.batch([index])
+
+
+def test_a_tail_without_a_target_is_not_a_window(tmp_path):
+    shards = TokenShards(write(tmp_path, [list(range(11))]), "train")
+    assert len(Windows(shards, 5, keep_tail=True)) == len(Windows(shards, 5, keep_tail=False)) == 2
+
+
+def test_too_few_tokens_are_refused(tmp_path):
+    shards = TokenShards(write(tmp_path, [list(range(8))]), "train")
+    with pytest.raises(DynarouteError, match="train has 8 tokens, but a window needs 9"):
+        Windows(shards, 8, keep_tail=False)
+    assert len(Windows(shards, 7, keep_tail=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "size", "dtype"),
+    [(50257, 50304, "uint16"), (4096, 4096, "uint16"), (65536, 65536, "uint16"), (65537, 65600, "uint32")],
+)
+def test_the_vocabulary_is_padded_to_64_and_decides_the_type(tmp_path, vocab_size, size, dtype):
+    assert (padded(vocab_size), token_dtype(vocab_size)) == (size, dtype)
+    shards = TokenShards(write(tmp_path, [[0, vocab_size - 1]], vocab_size=vocab_size), "train")
+    assert shards.read(0, 2).tolist() == [0, vocab_size - 1]
+    assert np.load(tmp_path / "train-00000.npy", mmap_mode="r", allow_pickle=False).dtype == dtype
+
+
+def test_a_split_without_documents_opens_but_has_no_windows(tmp_path):
+    shards = TokenShards(write(tmp_path, []), "train")
+    assert (shards.num_tokens, shards.num_documents, shards.unigram_entropy) == (0, 0, 0)
+    assert len(shards.read(0, 10)) == 0
+    with pytest.raises(DynarouteError, match="train has 0 tokens"):
+        Windows(shards, 1, keep_tail=True)
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def save_other_dtype(path: Path) -> None:
+    np.save(path, np.load(path).astype(np.uint32))
+
+
+def save_fewer(path: Path) -> None:
+    np.save(path, np.load(path)[:-1])
+
+
+def save_pickle(path: Path) -> None:
+    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+
+
+def save_archive(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, np.arange(3))
+
+
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, truncate, save_other_dtype, save_fewer, save_pickle, save_archive], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("file", ["train-00001.npy", "train-offsets.npy", "train-sources.npy"])
+def test_a_damaged_file_is_named_when_it_is_opened(tmp_path, file, damage):
+    write(tmp_path, [list(range(20)), [1, 2]])
+    damage(tmp_path / file)
+    with pytest.raises(DynarouteError, match=file):
+        TokenShards(tmp_path, "train")
+
+
+def test_metadata_that_is_missing_or_incomplete_is_named(tmp_path):
+    with pytest.raises(DynarouteError, match=r"metadata\.json: cannot be read"):
+        TokenShards(tmp_path, "train")
+    write(tmp_path, [[1, 2]])
+    with pytest.raises(DynarouteError, match=r"metadata\.json: lacks 'dev'"):
+        TokenShards(tmp_path, "dev")
+    metadata = json.loads((tmp_path / "metadata.json").read_text())
+    metadata["splits"]["train"]["num_tokens"] = 3
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(DynarouteError, match=r"metadata\.json: shards of train hold 2 tokens, not 3"):
+        TokenShards(tmp_path, "train")
+    del metadata["eot_id"]
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(DynarouteError, match=r"metadata\.json: lacks 'eot_id'"):
+        TokenShards(tmp_path, "train")
+
+
+@pytest.mark.parametrize("file", ["train-00001.npy", "train-offsets.npy", "train-sources.npy"])
+def test_verify_names_a_file_of_which_one_bit_changed(tmp_path, file):
+    shards = TokenShards(write(tmp_path, [list(range(20)), [1, 2], [3]]), "train")
+    shards.verify()
+    content = bytearray((tmp_path / file).read_bytes())
+    content[-9] ^= 1
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(DynarouteError, match=rf"{file}: SHA-256"):
+        shards.verify()

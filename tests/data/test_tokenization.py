@@ -1,0 +1,117 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dynaroute.config import ByteBPE
+from dynaroute.data import tokenization
+from dynaroute.data.shards import TokenShards
+from dynaroute.data.tokenization import tokenize
+from dynaroute.errors import DynarouteError
+
+STAGES = Path(__file__).parents[2] / "stages"
+BPE = ByteBPE(kind="bpe", vocab_size=280)
+
+
+def write_collected(folder: Path, **documents: list[tuple[str, str]]) -> Path:
+    """A folder as `collect` writes it, from (source, text) pairs by split."""
+    folder.mkdir()
+    splits = {}
+    for split in ("train", "validation", "test"):
+        rows = [
+            {"id": f"{split}{index}", "text": text, "source": source}
+            for index, (source, text) in enumerate(documents.get(split, []))
+        ]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines, "utf-8")
+        characters = sum(len(row["text"]) for row in rows)
+        sources = {row["source"]: {} for row in rows}
+        splits[split] = {"documents": len(rows), "characters": characters, "sources": sources}
+    (folder / "metadata.json").write_text(json.dumps({"corpus": "c", "splits": splits}))
+    return folder
+
+
+@pytest.fixture
+def collected(tmp_path: Path) -> Path:
+    train = [("b", f"the cat {index} sat on the mat <|endoftext|> at the end\n" * (index + 1)) for index in range(8)]
+    return write_collected(tmp_path / "raw", train=train, test=[("a", "Zwölf mats."), ("b", "the cat")])
+
+
+def test_every_document_comes_back_from_its_tokens_with_one_separator(tmp_path, collected, monkeypatch):
+    monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", 200)  # several batches
+    metadata = tokenize("c", BPE, collected, tmp_path / "tokens", shard_tokens=50)
+    for split in ("train", "test"):
+        shards = TokenShards(tmp_path / "tokens", split)
+        shards.verify()
+        tokenizer = shards.tokenizer()
+        rows = [json.loads(line) for line in (collected / f"{split}.jsonl").read_text("utf-8").splitlines()]
+        assert shards.num_documents == len(rows)
+        for index, row in enumerate(rows):
+            ids = shards.read(shards.offsets[index], shards.offsets[index + 1]).tolist()
+            assert tokenizer.decode(ids[:-1]) == row["text"]
+            assert ids[-1] == shards.eot_id and shards.eot_id not in ids[:-1]
+            assert shards.sources[shards.document_sources[index]] == row["source"]
+        assert shards.num_characters == sum(len(row["text"]) for row in rows)
+        assert sum(metadata["splits"][split]["tokens_by_source"].values()) == shards.num_tokens
+    assert metadata["splits"]["validation"]["num_tokens"] == 0
+    assert (metadata["tokenizer"], metadata["sources"]) == ({"kind": "bpe", "vocab_size": 280}, ["a", "b"])
+
+
+def test_tokenizing_twice_gives_the_same_bytes(tmp_path, collected):
+    files = {}
+    for name in ("one", "two"):
+        tokenize("c", BPE, collected, tmp_path / name)
+        paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        files[name] = {path.relative_to(tmp_path / name): path.read_bytes() for path in paths}
+    assert files["one"] == files["two"]
+    assert len(files["one"]) == 11  # shards of two splits, offsets and sources of three, metadata, tokenizer
+
+
+def test_a_collected_file_that_lost_lines_is_named(tmp_path, collected):
+    lines = (collected / "test.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (collected / "test.jsonl").write_text(lines[0], "utf-8")
+    with pytest.raises(DynarouteError, match=r"test\.jsonl: 1 documents, but metadata\.json says 2"):
+        tokenize("c", BPE, collected, tmp_path / "tokens")
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_the_tokenizer_of_other_tokens_is_refused(tmp_path, collected):
+    tokenize("c", BPE, collected, tmp_path / "tokens")
+    tokenize("c", ByteBPE(kind="bpe", vocab_size=270), collected, tmp_path / "other")
+    (tmp_path / "tokens" / "tokenizer").rename(tmp_path / "gone")
+    (tmp_path / "other" / "tokenizer").rename(tmp_path / "tokens" / "tokenizer")
+    with pytest.raises(DynarouteError, match="not the tokenizer that made these tokens"):
+        TokenShards(tmp_path / "tokens", "train").tokenizer()
+
+
+def test_no_stage_script_hides_a_module_of_the_standard_library():
+    assert not {path.stem for path in STAGES.glob("*.py")} & sys.stdlib_module_names
+
+
+def test_the_three_stages_turn_files_into_tokens(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for index in range(30):
+        (tmp_path / "texts" / f"{index}.txt").write_text(f"Text {index} of thirty, about the cat and the mat. " * 5)
+    parameters = (STAGES.parent / "params.yaml").read_text()
+    corpus = (
+        "\n  mine:\n    source: {kind: files, paths: ['texts/*.txt']}\n"
+        "    split: {validation: 0.2, test: 0.2}\n    tokenizer: {kind: bpe, vocab_size: 280}\n"
+    )
+    (tmp_path / "params.yaml").write_text(parameters.replace("corpora:\n", f"corpora:{corpus}", 1))
+    for stage in ("locate", "collect", "tokenize_corpus"):
+        command = [sys.executable, str(STAGES / f"{stage}.py"), "mine"]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert result.stderr == ""  # no progress bar where nobody watches
+    assert len(json.loads((tmp_path / "data/raw/mine.source.json").read_text())["files"]) == 30
+    sizes = [
+        TokenShards(tmp_path / "data/tokens/mine", split).num_documents for split in ("train", "validation", "test")
+    ]
+    assert sum(sizes) == 30 and min(sizes) > 0
+
+
+def test_a_corpus_that_params_yaml_does_not_name_is_an_error_of_one_line():
+    command = [sys.executable, str(STAGES / "locate.py"), "dcos"]
+    result = subprocess.run(command, cwd=STAGES.parent, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (1, "locate: corpora.dcos: no such corpus; known: docs\n")
