@@ -1,0 +1,73 @@
+"""The files that the DWR stages wrote, as one consistent set: a report must not mix two runs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dynaroute.artifacts import sha256
+from dynaroute.errors import DynarouteError
+from dynaroute.reporting.inputs import REMEDY, Record, read_csv, read_record
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+REPORTS = Path("reports/dwr")
+CHECKPOINTS = Path("data/dwr/train")
+STORE = Path("data/dwr/expert_store")
+
+
+class Training(NamedTuple):
+    """What the training recorded about itself."""
+
+    summary: Record  # training.json
+    curve: "pd.DataFrame"  # training.csv: a row for each validation
+    router: "pd.DataFrame"  # router.csv: a row for each expert, of the best checkpoint
+
+
+class Corpus(NamedTuple):
+    """What the model was trained on."""
+
+    name: str
+    place: Record  # what its source consists of: packages and versions, or files
+    tokens: Record  # metadata.json of the token shards
+
+
+def read_training() -> Training:
+    """Reads summary, curve and router statistics.
+
+    Raises:
+        DynarouteError: a file is missing, damaged, or lacks what reports need.
+    """
+    router = read_csv(REPORTS / "router.csv", ["layer", "expert", "gate_norm", "load"])
+    balance = [f"validation_balance_layer{layer}" for layer in router["layer"].unique()]
+    path = REPORTS / "training.csv"
+    curve = read_csv(path, ["step", "epoch", "tokens", "lr", "validation_loss", *balance])
+    trained = curve[curve["step"] > 0]
+    for name in ["train_loss", *(f"train_balance_loss_layer{layer}" for layer in router["layer"].unique())]:
+        if trained.empty or name not in trained or trained[name].isna().any():
+            raise DynarouteError(f"{path}: {name!r} must hold a number in every row after step 0: {REMEDY}")
+    return Training(read_record(REPORTS / "training.json"), curve, router)
+
+
+def read_corpus(run: Record) -> Corpus:
+    """Reads what is known of the corpus of a run, given its run.json.
+
+    Raises:
+        DynarouteError: a file is missing or damaged, or the tokens are not those of that run.
+    """
+    name = run["identity"]["dwr"]["corpus"]
+    path = Path("data/tokens") / name / "metadata.json"
+    tokens = read_record(path)
+    if sha256(path) != run["identity"]["tokens"]:
+        raise DynarouteError(f"{path}: not the tokens that run {run['run']} was trained on: run dvc repro")
+    return Corpus(name, read_record(Path("data/raw") / f"{name}.source.json"), tokens)
+
+
+def check_same_run(expected: str, *records: Record) -> None:
+    """Refuses results of different runs.
+
+    Raises:
+        DynarouteError: naming the file that belongs to another run.
+    """
+    for record in records:
+        if record["run"] != expected:
+            raise DynarouteError(f"{record.path}: belongs to run {record['run']}, not {expected}: run dvc repro")

@@ -1,0 +1,78 @@
+"""What stages wrote, read with errors that name the file: a report is no place for a traceback."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynaroute.artifacts import read_json
+from dynaroute.config import read_yaml
+from dynaroute.errors import DynarouteError
+
+if TYPE_CHECKING:
+    import pandas as pd  # at run time where tables are read: it is slow to import
+
+REMEDY = "run the stage that makes it again"
+
+
+class Record(dict[str, Any]):
+    """A mapping read from a file, mappings inside it included, which names the file when a key is missing."""
+
+    def __init__(self, data: dict[str, Any], path: str | Path) -> None:
+        super().__init__({key: _with_path(value, path) for key, value in data.items()})
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise DynarouteError(f"{self.path}: lacks {key!r}: {REMEDY}")
+
+
+def read_record(path: str | Path) -> Record:
+    """Reads a mapping from a JSON or YAML file.
+
+    Raises:
+        DynarouteError: the file is missing or damaged; later, when a key is asked for that it lacks.
+    """
+    data = read_yaml(path) if Path(path).suffix == ".yaml" else read_json(path)
+    if not isinstance(data, dict):
+        raise DynarouteError(f"{path}: must be a mapping, not {type(data).__name__}: {REMEDY}")
+    return Record(data, path)
+
+
+def read_csv(path: str | Path, columns: list[str]) -> "pd.DataFrame":
+    """Reads CSV to the last digit; every column named in `columns` holds a number in every row.
+
+    Raises:
+        DynarouteError: the file is missing or damaged, or one of the columns is.
+    """
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path, float_precision="round_trip")
+    except OSError as error:
+        raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # pandas' parser errors, and bytes that are not UTF-8
+        raise DynarouteError(f"{path}: damaged, not valid CSV ({error}): {REMEDY}") from error
+    if table.empty:
+        raise DynarouteError(f"{path}: has no rows: {REMEDY}")
+    for name in columns:
+        if name not in table:
+            raise DynarouteError(f"{path}: lacks the column {name!r}: {REMEDY}")
+        if not pd.api.types.is_numeric_dtype(table[name]) or table[name].isna().any():
+            raise DynarouteError(f"{path}: column {name!r} must hold a number in every row: {REMEDY}")
+    return table
+
+
+def file_size(path: str | Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        DynarouteError: there is no such file.
+    """
+    try:
+        return Path(path).stat().st_size
+    except OSError as error:
+        raise DynarouteError(f"{path}: cannot be read: {error.strerror}: {REMEDY}") from error
+
+
+def _with_path(value: Any, path: str | Path) -> Any:
+    if isinstance(value, dict):
+        return Record(value, path)
+    return [_with_path(item, path) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,55 @@
+"""Markdown: tables, quotations and numbers with units."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+NONE = "–"  # in place of a value that does not exist
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; columns that hold numbers are aligned to the right."""
+    rows = [list(row) for row in rows]
+    numeric = [all(_is_numeric(row[column]) for row in rows) for column in range(len(header))]
+    rule = ["---:" if right else ":---" for right in numeric]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def published(text: str) -> str:
+    """Marks text, a table included, as published and not measured here: a Markdown quotation that says so first."""
+    return "\n".join(f"> {line}".rstrip() for line in f"**Published.** {text}".splitlines())
+
+
+def figure(path: str, caption: str) -> str:
+    """An image by its path relative to the report, with its caption below."""
+    return f"![{caption}]({path})\n\n*{caption}*"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the binary unit that suits them."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.2f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes and hours where there are many."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def perplexity(loss: float) -> str:
+    """The exponential of a loss in nats, to four digits or the decimal point."""
+    value = math.exp(loss)
+    return f"{value:,.{max(0, 3 - math.floor(math.log10(value)))}f}"
+
+
+def count(number: int, singular: str, plural: str | None = None) -> str:
+    """A number with its noun: "1 layer", "4 layers"."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
+def _is_numeric(cell: str) -> bool:
+    return cell.strip("*")[:1] in {*"0123456789+-−", NONE}
