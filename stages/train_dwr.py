@@ -147,7 +147,7 @@ def router_rows(model: DWRTransformer, sums: dict[str, torch.Tensor]) -> list[di
             "mean_probability": float(probability[index, expert]),
         }
         for index, layer in enumerate(model.layers)
-        for expert, norm in enumerate(layer.moe.router.weight.norm(dim=1))
+        for expert, norm in enumerate(layer.moe.router.weight.detach().norm(dim=1))
     ]
 
 

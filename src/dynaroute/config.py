@@ -144,7 +144,7 @@ class Corpus(Section):
 class Training(Section):
     """What the one training loop needs to know, whatever it trains."""
 
-    epochs: Positive
+    epochs: PositiveFloat  # passes over the training windows; may be a part of one
     batch_size: Positive  # sequences per optimizer step, over all processes
     micro_batch_size: Positive  # sequences per forward pass of one process; the rest is gradient accumulation
     lr: PositiveFloat

@@ -111,12 +111,12 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.copies = copies
-        return x[index]
+        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        gathered = gradient[inverse]  # [rows * copies, D]
+        gathered = gradient.index_select(0, inverse)  # [rows * copies, D]
         if ctx.copies > 1:
             gathered = gathered.view(-1, ctx.copies, gathered.shape[-1]).sum(1)
         return gathered, None, None, None

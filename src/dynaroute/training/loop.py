@@ -130,7 +130,7 @@ class Trainer:
         self.training, self.validation = training, validation
         self.seed, self.scratch = seed, scratch
         self.steps_per_epoch = steps_per_epoch(len(training), settings.batch_size)
-        self.total_steps = settings.epochs * self.steps_per_epoch
+        self.total_steps = max(1, round(settings.epochs * self.steps_per_epoch))
         self.validate_every = self.steps_per_epoch if settings.validate_every == "epoch" else settings.validate_every
         optimizer = torch.optim.AdamW(
             decay_groups(model, settings.weight_decay), lr=settings.lr, betas=tuple(settings.betas), fused=True
