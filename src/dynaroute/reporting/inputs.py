@@ -37,7 +37,7 @@ def read_record(path: str | Path) -> Record:
 
 
 def read_csv(path: str | Path, columns: list[str]) -> "pd.DataFrame":
-    """Reads CSV to the last digit; every column named in `columns` holds a number in every row.
+    """Reads CSV; every column named in `columns` holds a number in every row.
 
     Raises:
         DynarouteError: the file is missing or damaged, or one of the columns is.
@@ -45,11 +45,11 @@ def read_csv(path: str | Path, columns: list[str]) -> "pd.DataFrame":
     import pandas as pd
 
     try:
-        table = pd.read_csv(path, float_precision="round_trip")
+        table = pd.read_csv(path)
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # pandas' parser errors, and bytes that are not UTF-8
-        raise DynarouteError(f"{path}: damaged, not valid CSV ({error}): {REMEDY}") from error
+        raise DynarouteError(f"{path}: damaged, not valid CSV ({str(error).strip()}): {REMEDY}") from error
     if table.empty:
         raise DynarouteError(f"{path}: has no rows: {REMEDY}")
     for name in columns:

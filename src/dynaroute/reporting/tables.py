@@ -42,6 +42,8 @@ def duration(seconds: float) -> str:
 
 def perplexity(loss: float) -> str:
     """The exponential of a loss in nats, to four digits or the decimal point."""
+    if loss > 700:  # more than a float holds
+        return f"e^{loss:,.0f}"
     value = math.exp(loss)
     return f"{value:,.{max(0, 3 - math.floor(math.log10(value)))}f}"
 

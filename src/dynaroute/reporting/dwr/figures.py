@@ -8,6 +8,7 @@ from dynaroute.reporting.figures import BLACK, BLUE, GREY, SKY, VERMILION, saved
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 
 def plot_training(curve: "pd.DataFrame", summary: dict[str, Any], path: str | Path) -> None:
@@ -86,3 +87,46 @@ def plot_expert_load(router: "pd.DataFrame", path: str | Path) -> None:
         for spine in axes.spines.values():
             spine.set_visible(False)
         figure.colorbar(image, label="load / uniform share", extend="max", ticks=[0, 0.5, 1, 1.5, 2])
+
+
+def plot_hit_rates(cache: "pd.DataFrame", num_experts: int, path: str | Path) -> None:
+    """Hit rates of decoding and of prefill by capacity, cold and warm, against the share of experts held."""
+    with saved_figure(path, 6.2, 2.9) as figure:
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, phase in zip(panels, ("decode", "prefill"), strict=True):
+            _capacity_axis(axes, cache["capacity"], num_experts)
+            axes.plot([0, num_experts], [0, 1], color=GREY, linestyle=":", label="c/N: uniform routing, any policy")
+            for warm, style in _STARTS:
+                rows = cache[cache["warm_start"] == warm]
+                axes.plot(rows["capacity"], rows[f"{phase}_hit_rate"], **style)
+            axes.set_title(phase)
+        panels[0].set_ylabel("hit rate")
+        panels[0].set_ylim(-0.03, 1.03)
+        panels[0].legend()
+
+
+def plot_speed(timing: "pd.DataFrame", num_experts: int, path: str | Path) -> None:
+    """Tokens per second relative to the resident model by capacity, cold and warm, with the range of repetitions."""
+    with saved_figure(path, 4.4, 3.0) as figure:
+        axes = figure.subplots()
+        _capacity_axis(axes, timing["capacity"], num_experts)
+        axes.axhline(1, color=GREY, linestyle=":", label="all experts resident")
+        for warm, style in _STARTS:
+            rows = timing[timing["warm_start"] == warm]
+            ratio = rows["ratio_to_resident"]
+            spread = [ratio - rows["ratio_lowest"], rows["ratio_highest"] - ratio]
+            axes.errorbar(rows["capacity"], ratio, yerr=spread, capsize=2.5, elinewidth=0.9, **style)
+        axes.set_ylabel("decoding speed / resident")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+
+
+_STARTS = [
+    (False, {"color": BLUE, "linestyle": "-", "marker": "o", "label": "cold start"}),
+    (True, {"color": VERMILION, "linestyle": "--", "marker": "s", "label": "warm start"}),
+]
+
+
+def _capacity_axis(axes: "Axes", capacities: "pd.Series", num_experts: int) -> None:
+    axes.set_xlabel(f"capacity of the cache (experts of {num_experts})")
+    axes.set_xlim(0, num_experts * 1.03)

@@ -68,6 +68,7 @@ class Course(NamedTuple):
 
     best: "pd.Series"  # rows of the training curve
     last: "pd.Series"
+    training_loss_fell: bool  # meanwhile
 
     @property
     def rise(self) -> float:
@@ -82,9 +83,11 @@ class Course(NamedTuple):
     @property
     def overfitted(self) -> bool:
         """Whether it did so while the training loss went on falling."""
-        return self.turned and self.last.train_loss < self.best.train_loss
+        return self.turned and self.training_loss_fell
 
 
 def course(curve: "pd.DataFrame") -> Course:
     """The course of a training with its curve."""
-    return Course(curve.loc[curve["validation_loss"].idxmin()], curve.iloc[-1])
+    best = curve["validation_loss"].idxmin()
+    meanwhile = curve.loc[best:, "train_loss"].dropna()  # there is none of step 0
+    return Course(curve.loc[best], curve.iloc[-1], bool(meanwhile.iloc[-1] < meanwhile.iloc[0]))

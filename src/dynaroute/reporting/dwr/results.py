@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 REPORTS = Path("reports/dwr")
 CHECKPOINTS = Path("data/dwr/train")
 STORE = Path("data/dwr/expert_store")
+REFERENCE = Path("reports/reference.yaml")
+CACHE_COLUMNS = ["capacity", "warm_start", "prefill_hit_rate", "decode_hit_rate", "evictions", "bytes_read"]
 
 
 class Training(NamedTuple):
@@ -29,6 +31,55 @@ class Corpus(NamedTuple):
     name: str
     place: Record  # what its source consists of: packages and versions, or files
     tokens: Record  # metadata.json of the token shards
+
+
+class Results(NamedTuple):
+    """Everything that the report is made from but for measurements; all of one run."""
+
+    run: Record  # run.json
+    training: Training
+    corpus: Corpus
+    manifest: Record  # of the expert store
+    export: Record  # export.json
+    cache: "pd.DataFrame"  # cache.csv: a row for each capacity, cold and warm
+    cache_summary: Record  # cache.json
+    reference: Record  # the published numbers
+
+
+class Measurements(NamedTuple):
+    """What was measured, on which machine."""
+
+    training: Record  # training_timing.json
+    cache: "pd.DataFrame"  # cache_timing.csv: a row for the resident model, and for each capacity, cold and warm
+    cache_machine: Record
+
+
+def num_experts(run: Record) -> int:
+    """Experts of all layers together, of a run with its run.json."""
+    return run["config"]["num_layers"] * run["config"]["num_experts"]
+
+
+def read_results() -> Results:
+    """Reads everything but measurements.
+
+    Raises:
+        DynarouteError: a file is missing, damaged or of another run.
+    """
+    run, training = read_record(CHECKPOINTS / "run.json"), read_training()
+    manifest, export = read_record(STORE / "manifest.json"), read_record(REPORTS / "export.json")
+    cache_summary = read_record(REPORTS / "cache.json")
+    check_same_run(run["run"], training.summary, manifest, export, cache_summary)
+    reference = read_record(REFERENCE)["dwr"]
+    return Results(run, training, read_corpus(run), manifest, export, read_cache(), cache_summary, reference)
+
+
+def read_cache() -> "pd.DataFrame":
+    """Reads the hit rates of every capacity.
+
+    Raises:
+        DynarouteError: the file is missing or damaged.
+    """
+    return read_csv(REPORTS / "cache.csv", CACHE_COLUMNS)
 
 
 def read_training() -> Training:

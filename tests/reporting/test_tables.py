@@ -1,0 +1,29 @@
+from dynaroute.reporting import tables
+
+
+def test_columns_of_numbers_are_aligned_to_the_right():
+    text = tables.table(["name", "n"], [["a", "1"], ["b", "–"], ["c", "**+2.5**"]])
+    assert text.splitlines() == ["| name | n |", "| :--- | ---: |", "| a | 1 |", "| b | – |", "| c | **+2.5** |"]
+
+
+def test_every_line_of_what_is_published_is_marked():
+    lines = tables.published("One.\n\n| a |\n| --- |").splitlines()
+    assert lines[0].startswith("> **Published.** One.")
+    assert all(line.startswith(">") for line in lines)
+
+
+def test_sizes_take_the_unit_that_suits_them():
+    assert [tables.size(n) for n in (12, 2048, 8_398_848, 3 * 2**30)] == ["12 B", "2.00 KiB", "8.01 MiB", "3.00 GiB"]
+
+
+def test_perplexity_has_four_digits():
+    assert [tables.perplexity(loss) for loss in (0.1, 3.5, 5.4181, 10.8)] == ["1.105", "33.12", "225.5", "49,021"]
+    assert tables.perplexity(1e4) == "e^10,000"  # more than a float holds
+
+
+def test_durations():
+    assert [tables.duration(s) for s in (1.25, 600, 36_000)] == ["1.2 s", "10.0 min", "10.0 h"]
+
+
+def test_a_count_agrees_with_its_noun():
+    assert [tables.count(n, "check") for n in (0, 1, 2000)] == ["0 checks", "1 check", "2,000 checks"]
