@@ -50,9 +50,8 @@ def test_every_document_lands_in_one_split_unchanged(tmp_path):
 
 
 def test_metadata_counts_documents_and_characters_by_source(tmp_path):
-    metadata = collect(
-        "c", dolma_corpus(tmp_path / "a.gz", [f"{s}{i}" for s in "ab" for i in range(30)]), tmp_path / "o"
-    )
+    ids = [f"{source}{index}" for source in "ab" for index in range(30)]
+    metadata = collect("c", dolma_corpus(tmp_path / "a.gz", ids, text="Zwölf {}"), tmp_path / "o")
     assert metadata == json.loads((tmp_path / "o" / "metadata.json").read_text())
     for split in SPLITS:
         documents = list(read_documents(tmp_path / "o" / f"{split}.jsonl"))

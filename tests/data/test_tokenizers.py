@@ -7,6 +7,7 @@ import pytest
 import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from dynaroute.config import GPT2, ByteBPE, Hub, HubTokenizer
 from dynaroute.data.corpora import documents
@@ -83,11 +84,14 @@ def test_a_hub_tokenizer_is_saved_whole_and_adds_nothing(tmp_path, bpe_folder):
     original = AutoTokenizer.from_pretrained(bpe_folder, bos_token="<s>", eos_token="</s>")
     original.add_tokens(["<s>", "</s>"], special_tokens=True)
     original.backend_tokenizer.enable_truncation(3)
+    begin = ("<s>", original.bos_token_id)
+    original.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[begin])
     original.save_pretrained(tmp_path / "original")
     settings = HubTokenizer(kind="hub", path=str(tmp_path / "original"), revision=None)
     tokenizer = save_tokenizer(settings, iter(()), tmp_path / "saved")
     assert (tokenizer.vocab_size, tokenizer.decode([tokenizer.eot_id])) == (282, "</s>")
     text = "the cat</s> sat on the mat"
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")(text)["input_ids"][0] == begin[1]  # ours must not
     assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
     assert tokenizer.encode_batch([text]) == load_tokenizer(tmp_path / "saved").encode_batch([text])
     assert tokenizer.eot_id not in tokenizer.encode_batch([text])[0]

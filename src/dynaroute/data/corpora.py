@@ -107,7 +107,8 @@ def _hub_documents(source: Hub) -> Iterator[Document]:
                 f"text_column: {source.text_column!r} is not a column of text in split {split} of {source.path}, "
                 f"which has: {columns}"
             )
-        texts = (text or "" for text in rows[source.text_column])  # a missing value is an empty row
+        batches = rows.select_columns(source.text_column).iter(batch_size=1000)  # far faster than row by row
+        texts = (text or "" for batch in batches for text in batch[source.text_column])  # a missing value is empty
         if source.rows == "joined":
             yield Document(split, "\n\n".join(texts), source.path, split)
         else:

@@ -83,7 +83,8 @@ class ShardWriter:
     def _flush(self) -> None:
         if self._filled:
             tokens = self._buffer[: self._filled]
-            self._counts += np.bincount(tokens, minlength=len(self._counts))
+            for part in np.split(tokens, range(2**20, len(tokens), 2**20)):  # bincount takes 8 bytes a token
+                self._counts += np.bincount(part, minlength=len(self._counts))
             shard = self._save(f"{len(self._shards):05d}", tokens)
             self._shards.append({"file": shard["file"], "num_tokens": self._filled, "sha256": shard["sha256"]})
             self._filled = 0

@@ -57,7 +57,8 @@ def tokenize(
                 for batch in _batches(read_documents(collected / f"{split}.jsonl")):
                     encoded = tokenizer.encode_batch([document.text for document in batch])
                     for document, ids in zip(batch, encoded, strict=True):
-                        writer.write([*ids, tokenizer.eot_id], document.source, len(document.text))
+                        ids.append(tokenizer.eot_id)
+                        writer.write(ids, document.source, len(document.text))
                         progress.update(len(document.text))
                 own = metadata["splits"][split] = writer.close()
                 if own["num_documents"] != raw[split]["documents"]:

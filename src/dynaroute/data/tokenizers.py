@@ -142,14 +142,8 @@ def _train_bpe(vocab_size: int, texts: Iterable[str], folder: Path) -> None:
     if learned < vocab_size:
         raise DynarouteError(f"tokenizer.vocab_size = {vocab_size}: the training text yields only {learned} tokens")
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": END_OF_TEXT,
-            "clean_up_tokenization_spaces": False,  # else decoding would drop the space before a full stop
-        },
-    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _save_gpt2(folder: Path) -> None:
