@@ -2,7 +2,7 @@
 
     python stages/report_dwr.py
 
-in:  reports/dwr/, reports/reference.yaml, data/dwr/train/, data/dwr/expert_store/manifest.json,
+in:  reports/dwr/, reports/reference.yaml, data/dwr/train/,
      data/tokens/NAME/metadata.json and data/raw/NAME.source.json of the corpus of the run
 out: reports/dwr.md           the same bytes on every run
      reports/dwr_measured.md  times, speeds and memory
@@ -10,15 +10,18 @@ out: reports/dwr.md           the same bytes on every run
 
 from dynaroute.artifacts import write_text
 from dynaroute.config import Settings
+from dynaroute.reporting.dwr.measured import measured_page
 from dynaroute.reporting.dwr.report import page
-from dynaroute.reporting.dwr.results import read_results
+from dynaroute.reporting.dwr.results import read_measurements, read_results
 from dynaroute.stage import run
 
 
 def main(settings: Settings) -> None:
     """Reads one run's results, and writes both pages."""
     results = read_results()
+    measurements = read_measurements(results.run["run"])
     write_text("reports/dwr.md", page(results))
+    write_text("reports/dwr_measured.md", measured_page(results.run, measurements, results.reference))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import EXPERTS, LAYERS, RUN, edit_csv, edit_json, edit_yaml
+from dwr_tree import EXPERTS, LAYERS, RUN, edit_csv, edit_json, edit_yaml
 
 from dynaroute.errors import DynarouteError
 from dynaroute.reporting.dwr.report import page
@@ -18,7 +18,8 @@ CURVE = Path("reports/dwr/training.csv")
 ROUTER = Path("reports/dwr/router.csv")
 CACHE = Path("reports/dwr/cache.csv")
 RUN_JSON = Path("data/dwr/train/run.json")
-MANIFEST = Path("data/dwr/expert_store/manifest.json")
+EXPORT = Path("reports/dwr/export.json")
+CACHE_SUMMARY = Path("reports/dwr/cache.json")
 
 
 def report() -> str:
@@ -84,11 +85,19 @@ def test_sizes_are_those_of_the_summary(key):
 
 def test_sizes_of_files_are_measured_on_them():
     Path("data/dwr/train/best.safetensors").write_bytes(bytes(777 * 1024))
-    edit_json(MANIFEST, lambda data: data["files"]["backbone.safetensors"].__setitem__("bytes", 555 * 1024))
+    edit_json(EXPORT, lambda data: data.__setitem__("backbone_file_bytes", 555 * 1024))
     text = report()
     assert "777.00 KiB" in section(text, "4. Checkpoint inventory")
     assert "555.00 KiB" in section(text, "3.4")
     assert f"| expert files | {LAYERS * EXPERTS} |" in text
+
+
+def test_hit_rates_are_those_of_the_file():
+    edit_csv(CACHE, lambda cache: cache.__setitem__("decode_hit_rate", 0.4321))
+    text = section(report(), "6. Cached inference")
+    assert ["4", "0.333", "cold", "0.432", "0.100", "96", "8.79 KiB"] in table_rows(text)
+    assert "With 4 of 12 experts held (c/N = 0.333), the hit rate of decoding is 0.432 after a cold start" in text
+    assert "5 prompts of 9 tokens from the test split, each continued by 13 tokens" in text
 
 
 def test_settings_are_those_of_the_run_and_not_of_params_yaml():
@@ -225,6 +234,13 @@ def test_a_check_is_as_good_as_its_value():
     assert not any("gradient" in row[1] for row in rows)
 
 
+def test_inexact_logits_are_reported_as_such():
+    assert "The benchmark checked that logits are equal at every capacity." in report()
+    edit_json(CACHE_SUMMARY, lambda data: data["checks"].__setitem__("logits_are_equal_at_every_capacity", False))
+    text = section(report(), "6. Cached inference")
+    assert "**Not exact**: failed in the benchmark: logits are equal at every capacity." in text
+
+
 def test_capacity_and_early_stopping_are_reported_as_set():
     text = report()
     assert "no token loses an expert" in text
@@ -308,8 +324,7 @@ def test_no_published_number_is_unmarked():
 # --- inputs that are missing, damaged or of another run -----------------------------------------------------------
 
 INPUTS = [
-    *(TRAINING, CURVE, ROUTER, CACHE, RUN_JSON, MANIFEST),
-    *map(Path, ("reports/dwr/export.json", "reports/dwr/cache.json", "reports/reference.yaml")),
+    *(TRAINING, CURVE, ROUTER, CACHE, RUN_JSON, EXPORT, CACHE_SUMMARY, Path("reports/reference.yaml")),
     *map(Path, ("data/tokens/docs/metadata.json", "data/raw/docs.source.json")),
     *(Path(f"data/dwr/train/{name}.safetensors") for name in ("best", "last")),
 ]
@@ -335,7 +350,7 @@ def test_a_damaged_input_is_named(path, content):
     assert refusal().startswith(str(path))
 
 
-@pytest.mark.parametrize("path", [TRAINING, MANIFEST, Path("reports/dwr/export.json"), Path("reports/dwr/cache.json")])
+@pytest.mark.parametrize("path", [TRAINING, EXPORT, CACHE_SUMMARY])
 def test_results_of_another_run_are_refused(path):
     edit_json(path, lambda data: data.__setitem__("run", "fedcba"))
     assert refusal() == f"{path}: belongs to run fedcba, not {RUN}: run dvc repro"

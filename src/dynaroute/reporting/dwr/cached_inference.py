@@ -1,12 +1,12 @@
 """Inference with a cache of experts: exactness and hit rates. Speed and memory are `measured.py`'s."""
 
 from dynaroute.reporting.dwr.results import Results, num_experts
-from dynaroute.reporting.tables import figure, size, table
+from dynaroute.reporting.tables import count, figure, size, table
 
 
 def cached_inference(results: Results) -> str:
     """Hit rates by capacity, and whether logits are the resident model's."""
-    total = num_experts(results.run)
+    total, config, summary = num_experts(results.run), results.run["config"], results.cache_summary
     rows = [
         [
             f"{row.capacity:,}",
@@ -24,14 +24,18 @@ def cached_inference(results: Results) -> str:
         [
             f"The backbone is in memory, and at most as many of the {total} experts as the capacity says; one that is "
             "needed and not there is read from its file, and takes the place of the least recently used.",
-            exactness_sentence(results),
+            f"{count(summary['prompts'], 'prompt')} of {summary['prompt_tokens']} tokens from the test split, each "
+            f"continued by {count(summary['new_tokens'], 'token')}, greedily and alone. {exactness_sentence(results)}",
             figure("figures/dwr_cache_hit_rate.png", "Hit rate by capacity, in decoding and in prefill."),
             table(header, rows),
             "A request is one expert that one forward pass of a layer needs, for any number of tokens. Prefill is the "
-            "pass over the prompt, decode the passes over one token each. A warm start fills the cache with the experts "
-            "that were used most on the validation split; it is counted in what was read, not as requests. c/N is the "
+            "pass over the prompt, decode the passes over one token each. A warm start fills the cache with the "
+            "experts used most on the validation split; it is counted in what was read, not as requests. c/N is the "
             "share of experts held, and what any policy can expect to hit if routing is uniform and independent.",
-            f"{hit_rate_sentence(results)} Speed and memory: [what was measured](dwr_measured.md).",
+            f"{hit_rate_sentence(results)} One token needs top_k experts in every layer, "
+            f"{config['top_k'] * config['num_layers']} in all: a cache for fewer keeps next to nothing from one token "
+            "to the next, since it lets go of the least recently used.",
+            "Speed and memory: [what was measured](dwr_measured.md).",
         ]
     )
 
@@ -47,12 +51,10 @@ def exactness_sentence(results: Results) -> str:
 
 def hit_rate_sentence(results: Results) -> str:
     """Decoding's hit rate at the capacity nearest to a third of the experts, against c/N."""
-    total = num_experts(results.run)
-    cache = results.cache
-    capacity = cache["capacity"].loc[(cache["capacity"] - total / 3).abs().idxmin()]
+    total, capacity = num_experts(results.run), results.cache_summary["capacity_nearest_a_third"]
     rates = [
         f"{row.decode_hit_rate:.3f} after a {_start(row.warm_start)} start"
-        for row in cache[cache["capacity"] == capacity].itertuples()
+        for row in results.cache[results.cache["capacity"] == capacity].itertuples()
     ]
     return (
         f"With {capacity} of {total} experts held (c/N = {capacity / total:.3f}), the hit rate of decoding is "

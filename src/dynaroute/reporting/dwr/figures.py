@@ -95,14 +95,14 @@ def plot_hit_rates(cache: "pd.DataFrame", num_experts: int, path: str | Path) ->
         panels = figure.subplots(1, 2, sharey=True)
         for axes, phase in zip(panels, ("decode", "prefill"), strict=True):
             _capacity_axis(axes, cache["capacity"], num_experts)
-            axes.plot([0, num_experts], [0, 1], color=GREY, linestyle=":", label="c/N: uniform routing, any policy")
+            axes.plot([0, num_experts], [0, 1], color=GREY, linestyle=":", label="share of experts held (c/N)")
             for warm, style in _STARTS:
                 rows = cache[cache["warm_start"] == warm]
                 axes.plot(rows["capacity"], rows[f"{phase}_hit_rate"], **style)
             axes.set_title(phase)
         panels[0].set_ylabel("hit rate")
         panels[0].set_ylim(-0.03, 1.03)
-        panels[0].legend()
+        panels[1].legend(loc="upper left")
 
 
 def plot_speed(timing: "pd.DataFrame", num_experts: int, path: str | Path) -> None:
@@ -115,7 +115,8 @@ def plot_speed(timing: "pd.DataFrame", num_experts: int, path: str | Path) -> No
             rows = timing[timing["warm_start"] == warm]
             ratio = rows["ratio_to_resident"]
             spread = [ratio - rows["ratio_lowest"], rows["ratio_highest"] - ratio]
-            axes.errorbar(rows["capacity"], ratio, yerr=spread, capsize=2.5, elinewidth=0.9, **style)
+            beside = (0.006 if warm else -0.006) * num_experts  # or the ranges would hide each other
+            axes.errorbar(rows["capacity"] + beside, ratio, yerr=spread, capsize=2.5, elinewidth=0.9, **style)
         axes.set_ylabel("decoding speed / resident")
         axes.set_ylim(bottom=0)
         axes.legend()
@@ -123,7 +124,17 @@ def plot_speed(timing: "pd.DataFrame", num_experts: int, path: str | Path) -> No
 
 _STARTS = [
     (False, {"color": BLUE, "linestyle": "-", "marker": "o", "label": "cold start"}),
-    (True, {"color": VERMILION, "linestyle": "--", "marker": "s", "label": "warm start"}),
+    (
+        True,
+        {
+            "color": VERMILION,
+            "linestyle": "--",
+            "marker": "s",
+            "markersize": 7,
+            "markerfacecolor": "none",
+            "label": "warm start",
+        },
+    ),
 ]
 
 

@@ -1,33 +1,29 @@
 """The files of a run, and the checks that its stages made."""
 
-from dynaroute.reporting.dwr.results import CHECKPOINTS, STORE, Results
+from dynaroute.reporting.dwr.results import CHECKPOINTS, Results
 from dynaroute.reporting.inputs import file_size
-from dynaroute.reporting.tables import published, size, table
+from dynaroute.reporting.tables import count, published, size, table
 
 
 def export(results: Results) -> str:
     """Files of the expert store."""
-    files = {name: entry["bytes"] for name, entry in results.manifest["files"].items()}
-    experts = [num_bytes for name, num_bytes in files.items() if name.startswith("expert_")]
-    backbone = sum(files.values()) - sum(experts)
-    theirs = results.reference["expert_store"]
+    ours, theirs = results.export, results.reference["expert_store"]
     rows = [
-        ["expert files", f"{len(experts)}", f"{theirs['expert_files']}"],
-        ["size of one", size(max(experts)), f"{theirs['expert_mib']:.1f} MiB"],
-        ["backbone", size(backbone), f"{theirs['backbone_mib']} MiB"],
-        ["in all", size(sum(files.values())), f"{theirs['total_mib']} MiB"],
+        ["expert files", f"{ours['expert_files']}", f"{theirs['expert_files']}"],
+        ["one of them", size(ours["expert_file_bytes"]), f"{theirs['expert_mib']:.1f} MiB"],
+        ["backbone", size(ours["backbone_file_bytes"]), f"{theirs['backbone_mib']} MiB"],
+        ["in all", size(ours["total_bytes"]), f"{theirs['total_mib']} MiB"],
     ]
     return (
         f"{table(['', 'this run', 'published (' + theirs['source'] + ')'], rows)}\n\n"
         "The backbone is everything but the experts: embeddings, attention, routers, norms and the output projection. "
-        "All weights are 32-bit floats in safetensors files. The manifest holds the SHA-256 of each. "
-        "The published sizes are written there as MB."
+        "All weights are 32-bit floats in safetensors files. A manifest holds the SHA-256 of each. The published sizes "
+        "are written there as MB."
     )
 
 
 def inventory(results: Results) -> str:
     """Checkpoints and their sizes."""
-    store = sum(entry["bytes"] for entry in results.manifest["files"].values())
     theirs = results.reference["checkpoints"]
     rows = [
         [
@@ -41,9 +37,9 @@ def inventory(results: Results) -> str:
             "all that a run goes on from: weights, optimizer, state",
         ],
         [
-            f"`{STORE}/`",
-            size(store),
-            f"backbone and {len(results.manifest['files']) - 1} experts, of the best checkpoint",
+            "`data/dwr/expert_store/`",
+            size(results.export["total_bytes"]),
+            f"backbone and {count(results.export['expert_files'], 'expert')}, of the best checkpoint",
         ],
     ]
     return "\n\n".join(

@@ -1,13 +1,11 @@
 """reports/dwr_measured.md: times, speeds and memory, which no second run repeats to the byte."""
 
-from typing import TYPE_CHECKING
+import math
+from typing import Any
 
 from dynaroute.reporting.dwr.results import Measurements, num_experts
 from dynaroute.reporting.inputs import Record
-from dynaroute.reporting.tables import NONE, duration, figure, published, size, table
-
-if TYPE_CHECKING:
-    import pandas as pd
+from dynaroute.reporting.tables import NONE, count, duration, figure, published, size, table
 
 
 def measured_page(run: Record, measurements: Measurements, reference: Record) -> str:
@@ -15,21 +13,21 @@ def measured_page(run: Record, measurements: Measurements, reference: Record) ->
     parts = [
         "# Dynamic weight retrieval (DWR): what was measured",
         f"Run `{run['run']}`. Times, speeds and memory depend on the machine and on what else it does, so this page is "
-        "exempt from what holds for [the report](dwr.md): another run gives other numbers here. Only ratios of one "
-        "table were measured together.",
+        "exempt from what holds for [the report](dwr.md), which is the same on every run: here another run gives other "
+        "numbers. Compare only numbers of one table, which were measured together.",
         "## Machine",
         _machine(measurements),
         "## Training",
         _training(measurements.training, reference["timing"]),
         "## Cached inference",
-        _cached(measurements.cache, num_experts(run)),
+        _cached(measurements, num_experts(run)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _machine(measurements: Measurements) -> str:
     """A column for each stage that measured: they may have run on different machines."""
-    machines = {"training": measurements.training["machine"], "cached inference": measurements.cache_machine}
+    machines = {"training": measurements.training["machine"], "cached inference": measurements.cache["machine"]}
     names = dict.fromkeys(name for machine in machines.values() for name in machine)
     rows = [[name, *(str(machine.get(name, NONE)) for machine in machines.values())] for name in names]
     return table(["", *machines], rows)
@@ -43,27 +41,48 @@ def _training(timing: Record, reference: Record) -> str:
     ]
     theirs = published(
         f"About {reference['minutes_per_epoch']} minutes an epoch, {reference['minutes']} minutes in all, on "
-        f"{reference['hardware']} ({reference['source']}): another model, on another machine."
+        f"{reference['hardware']} ({reference['source']}): a model of another size, on another machine."
     )
     return f"{table(['', 'this run'], rows)}\n\nValidation and checkpoints are not in that time.\n\n{theirs}"
 
 
-def _cached(timing: "pd.DataFrame", total: int) -> str:
-    rows = [
-        [
-            "all, resident" if resident else f"{row.capacity:,.0f}",
-            NONE if resident else f"{row.capacity / total:.3f}",
-            NONE if resident else "warm" if row.warm_start else "cold",
-            f"{row.tokens_per_second:,.1f}",
-            f"{row.ratio_to_resident:.3f}",
-        ]
-        for row in timing.itertuples()
-        for resident in [row.capacity != row.capacity]
+def _cached(measurements: Measurements, total: int) -> str:
+    header = [
+        *("capacity (experts)", "c/N", "start", "tokens/s", "relative to resident (range)", "prefill"),
+        *("peak memory", "anonymous", "experts mapped"),
     ]
-    header = ["capacity (experts)", "c/N", "start", "tokens/s", "relative to resident"]
+    resident = ["all, resident", NONE, NONE, *_figures(measurements.resident)]
+    cells = [
+        [f"{row.capacity:,}", f"{row.capacity / total:.3f}", "warm" if row.warm_start else "cold", *_figures(row)]
+        for row in measurements.cells.itertuples()
+    ]
+    third, checks = measurements.cache["at_a_third_of_the_experts"], measurements.cache["checks"]
     return "\n\n".join(
         [
+            f"With {third['capacity']} of {total} experts held and a cold start, decoding runs at "
+            f"{third['ratio_to_resident']:.2f} of the speed of the resident model. Hit rates are in "
+            "[the report](dwr.md#6-cached-inference).",
             figure("figures/measured/dwr_cache_speed.png", "Decoding speed relative to all experts resident."),
-            table(header, rows),
+            table(header, [resident, *cells]),
+            f"Decoding is batch 1; speeds are medians of {count(measurements.cache['repeats'], 'repetition')}, taken "
+            "in turns with the resident model, and each ratio is to the resident run of the same repetition. Prefill "
+            "is the time for all prompts. Files were read before, so that experts came from the page cache: a cold "
+            "start means an empty expert cache, not a cold disk. Peak memory is all that a fresh process held while "
+            "decoding one prompt, Python and libraries included; anonymous is what it allocated, and experts mapped "
+            "are the pages of expert files among the rest.",
+            *(
+                f"{'✓' if passed is True else '✗ **failed:**'} {name.replace('_', ' ')}."
+                for name, passed in checks.items()
+            ),
         ]
     )
+
+
+def _figures(row: Any) -> list[str]:
+    memory = (row.peak_memory_bytes, row.peak_anonymous_bytes, row.peak_mapped_expert_bytes)
+    return [
+        f"{row.tokens_per_second:,.0f}",
+        f"{row.ratio_to_resident:.3f} ({row.ratio_lowest:.3f}–{row.ratio_highest:.3f})",
+        duration(row.prefill_seconds),
+        *(NONE if math.isnan(kind) else size(kind) for kind in memory),
+    ]

@@ -51,8 +51,8 @@ def introduction(results: Results) -> str:
         "expert, and run with its experts fetched through a cache. Every number below is from that run, but for those "
         f"marked as published, which are from *{results.reference['document']}* "
         f"({results.reference['setting']}) and stand beside ours for comparison.\n\n"
-        "How to reproduce: `make repro`, or `dvc repro report_dwr`. The same settings on the same packages and kind of "
-        "processor give the same bytes. Times, memory and speeds are on [a page of their own](dwr_measured.md)."
+        "How to reproduce: `make repro`, or `dvc repro report_dwr`. On the same kind of CPU, the same settings and "
+        "packages give the same bytes. Times, memory and speeds are on [a page of their own](dwr_measured.md)."
     )
 
 

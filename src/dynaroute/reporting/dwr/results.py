@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 REPORTS = Path("reports/dwr")
 CHECKPOINTS = Path("data/dwr/train")
-STORE = Path("data/dwr/expert_store")
 REFERENCE = Path("reports/reference.yaml")
-CACHE_COLUMNS = ["capacity", "warm_start", "prefill_hit_rate", "decode_hit_rate", "evictions", "bytes_read"]
 
 
 class Training(NamedTuple):
@@ -39,7 +37,6 @@ class Results(NamedTuple):
     run: Record  # run.json
     training: Training
     corpus: Corpus
-    manifest: Record  # of the expert store
     export: Record  # export.json
     cache: "pd.DataFrame"  # cache.csv: a row for each capacity, cold and warm
     cache_summary: Record  # cache.json
@@ -50,8 +47,9 @@ class Measurements(NamedTuple):
     """What was measured, on which machine."""
 
     training: Record  # training_timing.json
-    cache: "pd.DataFrame"  # cache_timing.csv: a row for the resident model, and for each capacity, cold and warm
-    cache_machine: Record
+    cache: Record  # cache_timing.json
+    resident: "pd.Series"  # the first row of cache_timing.csv: no cache
+    cells: "pd.DataFrame"  # the others: a row for each capacity, cold and warm
 
 
 def num_experts(run: Record) -> int:
@@ -66,11 +64,10 @@ def read_results() -> Results:
         DynarouteError: a file is missing, damaged or of another run.
     """
     run, training = read_record(CHECKPOINTS / "run.json"), read_training()
-    manifest, export = read_record(STORE / "manifest.json"), read_record(REPORTS / "export.json")
-    cache_summary = read_record(REPORTS / "cache.json")
-    check_same_run(run["run"], training.summary, manifest, export, cache_summary)
+    export, cache_summary = read_record(REPORTS / "export.json"), read_record(REPORTS / "cache.json")
+    check_same_run(run["run"], training.summary, export, cache_summary)
     reference = read_record(REFERENCE)["dwr"]
-    return Results(run, training, read_corpus(run), manifest, export, read_cache(), cache_summary, reference)
+    return Results(run, training, read_corpus(run), export, read_cache(), cache_summary, reference)
 
 
 def read_cache() -> "pd.DataFrame":
@@ -79,7 +76,27 @@ def read_cache() -> "pd.DataFrame":
     Raises:
         DynarouteError: the file is missing or damaged.
     """
-    return read_csv(REPORTS / "cache.csv", CACHE_COLUMNS)
+    rates = ["prefill_hit_rate", "decode_hit_rate"]
+    return read_csv(REPORTS / "cache.csv", ["capacity", "warm_start", *rates, "evictions", "bytes_read"])
+
+
+def read_measurements(run: str) -> Measurements:
+    """Reads what was measured on a run.
+
+    Raises:
+        DynarouteError: a file is missing, damaged or of another run.
+    """
+    path = REPORTS / "cache_timing.csv"
+    speeds = ["tokens_per_second", "tokens_per_second_lowest", "tokens_per_second_highest"]
+    ratios = ["ratio_to_resident", "ratio_lowest", "ratio_highest"]
+    rows = read_csv(path, [*speeds, *ratios, "prefill_seconds", "peak_memory_bytes"])
+    for name in ("capacity", "warm_start"):
+        if name not in rows or rows[name].notna().tolist() != [False, *[True] * (len(rows) - 1)]:
+            raise DynarouteError(f"{path}: {name!r} must be empty in the first row, of the resident model: {REMEDY}")
+    cells = rows.iloc[1:].astype({"capacity": int, "warm_start": bool})
+    cache = read_record(REPORTS / "cache_timing.json")
+    check_same_run(run, cache)
+    return Measurements(read_record(REPORTS / "training_timing.json"), cache, rows.iloc[0], cells)
 
 
 def read_training() -> Training:

@@ -59,21 +59,22 @@ def spread_sentence(router: "pd.DataFrame") -> str:
     trend = findings.depth_trend(spread)
     if trend is None:
         return "The spread of gate norms cannot have a trend over layers here: there are not two that differ."
-    return f"{_trend(trend)} It is largest in layer {spread.idxmax()} ({spread.max():.3f})."
+    sentence = _trend(trend)
+    return f"{sentence[0].upper()}{sentence[1:]} It is largest in layer {spread.idxmax()} ({spread.max():.3f})."
 
 
 def _their_spread(reference: dict[str, Any]) -> str:
     import pandas as pd
 
     trend = findings.depth_trend(pd.Series([row["spread"] for row in reference["rows"]]))
-    return f"They are described there as a spread that increases with depth. By our rule: {_trend(trend)}"
+    return f"They are described there as a spread that increases with depth. By our rule, {_trend(trend)}"
 
 
 def _trend(trend: Trend) -> str:
     what = {1: "grows with depth", -1: "shrinks with depth", 0: "shows no clear trend with depth"}[trend.direction]
     too_few = 1 / math.factorial(trend.layers) >= SIGNIFICANT
     return (
-        f"The spread of gate norms {what}: rank correlation with the layer {trend.rank_correlation:+.2f} over "
+        f"the spread of gate norms {what}: rank correlation with the layer {trend.rank_correlation:+.2f} over "
         f"{count(trend.layers, 'layer')}, one-sided p = {trend.chance:.2g}"
         + (" (with so few layers, no order could pass)." if too_few else ".")
     )

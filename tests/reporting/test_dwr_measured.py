@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import pytest
+from dwr_tree import RUN, edit_csv, edit_json
+
+from dynaroute.errors import DynarouteError
+from dynaroute.reporting.dwr.measured import measured_page
+from dynaroute.reporting.dwr.report import page
+from dynaroute.reporting.dwr.results import read_measurements, read_results
+
+pytestmark = pytest.mark.usefixtures("tree")
+
+TIMING = Path("reports/dwr/cache_timing.csv")
+SUMMARY = Path("reports/dwr/cache_timing.json")
+TRAINING = Path("reports/dwr/training_timing.json")
+
+
+def measured() -> str:
+    results = read_results()
+    return measured_page(results.run, read_measurements(results.run["run"]), results.reference)
+
+
+def test_it_says_that_it_is_exempt_and_names_its_run():
+    text = measured()
+    assert RUN in text
+    assert "exempt" in text
+
+
+def test_speed_and_memory_of_every_cell():
+    text = measured()
+    assert "| all, resident | – | – | 400 | 1.000 (0.610–1.310) | 45.6 ms | 210.00 MiB | 160.00 MiB | 0 B |" in text
+    assert "| 4 | 0.333 | warm | 404 | 0.960 (0.610–1.310) | 45.6 ms | 210.00 MiB | 160.00 MiB | 4.00 MiB |" in text
+    edit_csv(TIMING, lambda timing: timing.__setitem__("tokens_per_second", 4321))
+    assert "4,321" in measured()
+
+
+def test_a_system_that_does_not_tell_the_kinds_of_memory_apart():
+    def change(timing):
+        timing["peak_anonymous_bytes"] = None
+        timing["peak_mapped_expert_bytes"] = None
+
+    edit_csv(TIMING, change)
+    assert "| 210.00 MiB | – | – |" in measured()
+
+
+def test_training_and_machines():
+    text = measured()
+    assert "12,346 tokens/s" in text
+    assert "700.00 MiB" in text
+    assert "| processor | A Processor 9000 | Another Processor |" in text
+    assert "| torch | 2.9.99 | – |" in text
+
+
+def test_a_failed_check_is_shown_as_failed():
+    assert "✓ memory is bounded." in measured()
+    edit_json(SUMMARY, lambda data: data["checks"].__setitem__("memory_is_bounded", False))
+    assert "✗ **failed:** memory is bounded." in measured()
+
+
+def test_published_times_are_marked():
+    assert "> **Published.** About 7 minutes an epoch, 72 minutes in all" in measured()
+
+
+def test_measurements_do_not_change_the_report():
+    before = page(read_results())
+    edit_csv(TIMING, lambda timing: timing.__setitem__("tokens_per_second", 4321))
+    edit_json(TRAINING, lambda data: data.__setitem__("seconds", 1.0))
+    assert page(read_results()) == before
+
+
+@pytest.mark.parametrize("path", [TIMING, SUMMARY, TRAINING], ids=str)
+@pytest.mark.parametrize("content", [None, b"", b"[", b"a: [1"])
+def test_a_missing_or_damaged_input_is_named(path, content):
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(DynarouteError) as caught:
+        measured()
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_measurements_of_another_run_are_refused():
+    edit_json(SUMMARY, lambda data: data.__setitem__("run", "fedcba"))
+    with pytest.raises(DynarouteError, match="belongs to run fedcba"):
+        measured()
+
+
+@pytest.mark.parametrize("column", ["capacity", "warm_start"])
+def test_a_table_without_its_cells_is_refused(column):
+    edit_csv(TIMING, lambda timing: timing.drop(columns=column))
+    with pytest.raises(DynarouteError, match=r"cache_timing\.csv: "):
+        measured()
