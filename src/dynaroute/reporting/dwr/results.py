@@ -86,17 +86,24 @@ def read_measurements(run: str) -> Measurements:
     Raises:
         DynarouteError: a file is missing, damaged or of another run.
     """
+    cache = read_record(REPORTS / "cache_timing.json")
+    check_same_run(run, cache)
+    return Measurements(read_record(REPORTS / "training_timing.json"), cache, *read_speeds())
+
+
+def read_speeds() -> "tuple[pd.Series, pd.DataFrame]":
+    """Reads speed and memory of the resident model, and of every cell with a cache.
+
+    Raises:
+        DynarouteError: the file is missing or damaged.
+    """
     path = REPORTS / "cache_timing.csv"
-    speeds = ["tokens_per_second", "tokens_per_second_lowest", "tokens_per_second_highest"]
     ratios = ["ratio_to_resident", "ratio_lowest", "ratio_highest"]
-    rows = read_csv(path, [*speeds, *ratios, "prefill_seconds", "peak_memory_bytes"])
+    rows = read_csv(path, ["tokens_per_second", *ratios, "prefill_seconds", "peak_memory_bytes"])
     for name in ("capacity", "warm_start"):
         if name not in rows or rows[name].notna().tolist() != [False, *[True] * (len(rows) - 1)]:
             raise DynarouteError(f"{path}: {name!r} must be empty in the first row, of the resident model: {REMEDY}")
-    cells = rows.iloc[1:].astype({"capacity": int, "warm_start": bool})
-    cache = read_record(REPORTS / "cache_timing.json")
-    check_same_run(run, cache)
-    return Measurements(read_record(REPORTS / "training_timing.json"), cache, rows.iloc[0], cells)
+    return rows.iloc[0], rows.iloc[1:].astype({"capacity": int, "warm_start": bool})
 
 
 def read_training() -> Training:
