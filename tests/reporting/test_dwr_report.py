@@ -4,12 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from dwr_tree import EXPERTS, LAYERS, RUN, edit_csv, edit_json, edit_yaml
 
 from dynaroute.errors import DynarouteError
 from dynaroute.reporting.dwr.report import page
 from dynaroute.reporting.dwr.results import read_results
+from dynaroute.reporting.dwr.routers import spread_sentence
 
 pytestmark = pytest.mark.usefixtures("tree")
 
@@ -182,7 +184,7 @@ def test_the_unigram_entropy_may_be_on_either_side(entropy, words):
 
 def test_training_loss_that_rises_is_said_to():
     edit_csv(CURVE, lambda curve: curve.__setitem__("train_loss", [None, 4.0, 3.0, 3.5]))
-    assert "fell in 1 of 2 intervals" in report() or "rose in 1 of 2 intervals" in report()
+    assert "(it rose in 1 of 2 intervals)" in report()
     edit_csv(CURVE, lambda curve: curve.__setitem__("train_loss", [None, 4.0, 3.0, 4.5]))
     assert "did not fall" in report()
 
@@ -200,6 +202,25 @@ def test_three_layers_are_too_few_for_a_trend():
     spreads(0.1, 0.2, 0.3)
     assert "shows no clear trend with depth: rank correlation with the layer +1.00 over 3 layers" in report()
     assert "with so few layers, no order could pass" in report()
+
+
+@pytest.mark.parametrize(
+    ("spreads", "words"),
+    [
+        (
+            [0.1, 0.2, 0.3, 0.4],
+            "The spread of gate norms grows with depth: rank correlation with the layer +1.00 over 4",
+        ),
+        ([0.4, 0.3, 0.2, 0.1], "The spread of gate norms shrinks with depth: rank correlation with the layer -1.00"),
+        ([0.2, 0.1, 0.3, 0.4], "The spread of gate norms shows no clear trend with depth: rank correlation"),
+    ],
+)
+def test_a_trend_has_its_sentence(spreads, words):
+    router = pd.DataFrame(
+        {"layer": [0, 0, 1, 1, 2, 2, 3, 3], "gate_norm": [norm for spread in spreads for norm in (1, 1 + spread)]}
+    )
+    assert spread_sentence(router).startswith(words)
+    assert f"largest in layer {spreads.index(max(spreads))} ({max(spreads):.3f})" in spread_sentence(router)
 
 
 def test_equal_spreads_have_no_trend():
@@ -263,8 +284,6 @@ def test_precision_that_a_cpu_does_not_use():
 
 
 def test_a_long_curve_is_thinned_and_says_so():
-    import pandas as pd
-
     curve = pd.read_csv(CURVE)
     long = pd.concat([curve.iloc[[0]], *[curve.iloc[[1]]] * 99, curve.iloc[[3]]], ignore_index=True)
     long["step"] = range(0, 1010, 10)

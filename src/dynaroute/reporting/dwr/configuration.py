@@ -1,5 +1,6 @@
 """What was trained, and on what: settings beside the published ones, and the corpus."""
 
+from collections.abc import Callable
 from typing import Any
 
 from dynaroute.reporting.dwr.results import Corpus, Results
@@ -36,7 +37,7 @@ def configuration(results: Results) -> str:
     return f"{table(['parameter', 'this run', source], rows)}\n\n{difference}"
 
 
-def _setting(key: str) -> Any:
+def _setting(key: str) -> Callable[[dict[str, Any]], str]:
     def show(settings: dict[str, Any]) -> str:
         value = settings[key]
         return "none" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
@@ -82,9 +83,9 @@ def _validations(patience: int | None) -> str:
 def _precision(results: Results) -> str:
     identity = results.run["identity"]
     precision = identity["dwr"]["training"]["precision"]
-    return (
-        "fp32 (bf16 is set, but not used on a CPU)" if (precision, identity["device"]) == ("bf16", "cpu") else precision
-    )
+    if precision == "bf16" and identity["device"] == "cpu":
+        return "fp32 (bf16 is set, but not used on a CPU)"
+    return precision
 
 
 def _corpus_name(corpus: Corpus) -> str:

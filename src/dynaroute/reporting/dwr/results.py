@@ -117,7 +117,8 @@ def read_training() -> Training:
     path = REPORTS / "training.csv"
     curve = read_csv(path, ["step", "epoch", "tokens", "lr", "validation_loss", *balance])
     trained = curve[curve["step"] > 0]
-    for name in ["train_loss", *(f"train_balance_loss_layer{layer}" for layer in router["layer"].unique())]:
+    balance = [f"train_balance_loss_layer{layer}" for layer in router["layer"].unique()]
+    for name in ["train_loss", "train_dropped_share", *balance]:
         if trained.empty or name not in trained or trained[name].isna().any():
             raise DynarouteError(f"{path}: {name!r} must hold a number in every row after step 0: {REMEDY}")
     return Training(read_record(REPORTS / "training.json"), curve, router)
