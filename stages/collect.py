@@ -2,8 +2,8 @@
 
     python stages/collect.py docs
 
-in:  params.yaml (corpora.NAME.source, corpora.NAME.split), data/raw/NAME.source.json (by DVC alone)
-out: data/raw/NAME/{train,validation,test}.jsonl, metadata.json
+Reads   params.yaml (corpora.NAME.source, corpora.NAME.split), data/raw/NAME.source.json (by DVC alone)
+Writes  data/raw/NAME/{train,validation,test}.jsonl, metadata.json
 """
 
 from pathlib import Path

@@ -4,8 +4,8 @@
 
 It runs on every `dvc repro` in a fraction of a second, and `collect` runs again when what it records has changed.
 
-in:  params.yaml (corpora.NAME.source)
-out: data/raw/NAME.source.json
+Reads   params.yaml (corpora.NAME.source)
+Writes  data/raw/NAME.source.json
 """
 
 from pathlib import Path

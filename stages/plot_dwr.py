@@ -2,9 +2,9 @@
 
     python stages/plot_dwr.py
 
-in:  reports/dwr/
-out: reports/figures/dwr_{training_curves,gate_norms,expert_load,cache_hit_rate}.png  the same bytes on every run
-     reports/figures/measured/dwr_cache_speed.png                                     a measurement
+Reads   reports/dwr/
+Writes  reports/figures/dwr_{training_curves,gate_norms,expert_load,cache_hit_rate}.png  the same bytes on every run
+        reports/figures/measured/dwr_cache_speed.png                                     a measurement
 """
 
 from pathlib import Path

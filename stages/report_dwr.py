@@ -2,10 +2,10 @@
 
     python stages/report_dwr.py
 
-in:  reports/dwr/, reports/reference.yaml, data/dwr/train/,
-     data/tokens/NAME/metadata.json and data/raw/NAME.source.json of the corpus of the run
-out: reports/dwr.md           the same bytes on every run
-     reports/dwr_measured.md  times, speeds and memory
+Reads   reports/dwr/, reports/reference.yaml, data/dwr/train/,
+        data/tokens/NAME/metadata.json and data/raw/NAME.source.json of the corpus of the run
+Writes  reports/dwr.md           the same bytes on every run
+        reports/dwr_measured.md  times, speeds and memory
 """
 
 from dynaroute.artifacts import write_text

@@ -5,8 +5,8 @@
 Not `tokenize.py`: Python looks into a script's own folder first, so every script here would then import this file
 where the standard library means its own module `tokenize`.
 
-in:  params.yaml (corpora.NAME.tokenizer), data/raw/NAME
-out: data/tokens/NAME/{train,validation,test}-*.npy, metadata.json, tokenizer/
+Reads   params.yaml (corpora.NAME.tokenizer), data/raw/NAME
+Writes  data/tokens/NAME/{train,validation,test}-*.npy, metadata.json, tokenizer/
 """
 
 from pathlib import Path

@@ -84,6 +84,10 @@ def main(settings: Settings) -> None:
                 math.isfinite(value) for row in state.history for name, value in row.items() if "loss" in name
             ),
             "best_checkpoint_reproduces_its_validation_loss": validated["loss"] == best["validation_loss"],
+            "weight_decay_is_on_matrices_only": all(
+                not name.endswith(("bias", "b1", "b2")) and "norm" not in name and "embedding" not in name
+                for name in decayed_parameters(trainer)
+            ),
             "validation_loss_is_below_unigram_entropy": validated["loss"] < shards["validation"].unigram_entropy,
         }
         with output_directory("data/dwr/train") as folder:
@@ -125,6 +129,13 @@ def main(settings: Settings) -> None:
         trainer.discard_scratch()
 
 
+def decayed_parameters(trainer: Trainer) -> list[str]:
+    """The names of the parameters on which weight decay acts."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(p)] for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]]
+
+
 def router_gradients(trainer: Trainer, windows: Windows) -> list[float]:
     """The norm of the NLL's gradient on each layer's router, over one batch."""
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
@@ -154,7 +165,7 @@ def router_rows(model: DWRTransformer, sums: dict[str, torch.Tensor]) -> list[di
 def with_all_columns(history: list[dict]) -> list[dict]:
     """Rows with the same columns: the one before the first step has no training metrics."""
     columns = dict.fromkeys(name for row in history for name in row)
-    return [{name: row.get(name, "") for name in columns} for row in history]
+    return [{name: row.get(name, math.nan) for name in columns} for row in history]
 
 
 if __name__ == "__main__":

@@ -260,6 +260,8 @@ def read_yaml(path: str | Path) -> Any:
         return YAML(typ="safe", pure=True).load(Path(path).read_text("utf-8"))
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DynarouteError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
     except YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""

@@ -99,7 +99,7 @@ def read_speeds() -> "tuple[pd.Series, pd.DataFrame]":
     """
     path = REPORTS / "cache_timing.csv"
     ratios = ["ratio_to_resident", "ratio_lowest", "ratio_highest"]
-    rows = read_csv(path, ["tokens_per_second", *ratios, "prefill_seconds", "peak_memory_bytes"])
+    rows = read_csv(path, ["tokens_per_second", *ratios, "prefill_seconds"])
     for name in ("capacity", "warm_start"):
         if name not in rows or rows[name].notna().tolist() != [False, *[True] * (len(rows) - 1)]:
             raise DynarouteError(f"{path}: {name!r} must be empty in the first row, of the resident model: {REMEDY}")

@@ -1,0 +1,192 @@
+"""The real pipeline, end to end: `dvc repro` and `dvc exp run` in a copy of the repository, with tiny settings."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from ruamel.yaml import YAML
+
+TINY = {
+    "num_threads": 1,
+    "corpora": {
+        "docs": {
+            "source": {"kind": "installed_docs", "packages": ["pydantic", "fsspec"]},
+            "split": {"validation": 0.05, "test": 0.05},
+            "tokenizer": {"kind": "bpe", "vocab_size": 512},
+        }
+    },
+    "dwr": {"d_model": 32, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "max_seq_len": 32},
+    "dwr.training": {"epochs": 0.05, "warmup_steps": 5, "validate_every": 10, "checkpoint_every": 3},
+    "benchmark_cache": {"capacities": [1, 3, 8], "num_prompts": 2, "prompt_tokens": 8, "new_tokens": 8, "repeats": 1},
+}
+# What is measured differs from run to run, and lives in files of its own.
+MEASURED = ("timing", "measured")
+
+
+class Workspace:
+    """A git repository with the project's files, in which commands run as a user would type them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        # A proxy that nobody serves: a stage that touches the network fails.
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HTTP_PROXY": "http://127.0.0.1:9",
+            "HTTPS_PROXY": "http://127.0.0.1:9",
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "DVC_NO_ANALYTICS": "1",
+        }
+
+    @classmethod
+    def create(cls, root: Path) -> "Workspace":
+        files = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=REPOSITORY, capture_output=True, text=True, check=True,
+        ).stdout.split("\0")  # fmt: skip
+        for name in files:
+            if name and (REPOSITORY / name).is_file() and name != "dvc.lock":
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(REPOSITORY / name, root / name)
+        workspace = cls(root)
+        workspace.set_params({})
+        workspace.run("git", "init", "-q")
+        workspace.commit("tiny")
+        return workspace
+
+    def copy(self, root: Path) -> "Workspace":
+        shutil.copytree(self.root, root, symlinks=True)
+        return Workspace(root)
+
+    def set_params(self, changes: dict) -> None:
+        path = self.root / "params.yaml"
+        params = YAML(typ="safe").load((REPOSITORY / "params.yaml").read_text())
+        for section, values in (
+            {"": {k: v for k, v in TINY.items() if k in params and not isinstance(v, dict)}}
+            | {section: values for section, values in TINY.items() if isinstance(values, dict)}
+            | changes
+        ).items():
+            at = params
+            for part in filter(None, section.split(".")):
+                at = at[part]
+            at.update(values)
+        YAML(typ="safe").dump(params, path)
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def start(self, *command: str) -> subprocess.Popen:
+        """Starts a command in a process group of its own, so that all of it can be killed."""
+        return subprocess.Popen(
+            command, cwd=self.root, env=self.environment, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm", message)
+
+    def lock(self) -> dict:
+        return YAML(typ="safe").load((self.root / "dvc.lock").read_text())["stages"]
+
+    def hashes(self) -> dict[str, str]:
+        """The hash of every output that must repeat."""
+        outs = [out for stage in self.lock().values() for out in stage.get("outs", [])]
+        return {out["path"]: out["md5"] for out in outs if not any(word in out["path"] for word in MEASURED)}
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Returns once the training in this workspace has saved a step of at least `step`."""
+        from dynaroute.training.checkpoints import load_checkpoint
+
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            for path in self.root.glob(".scratch/train_dwr/*/last.safetensors"):
+                if load_checkpoint(path)[1]["step"] >= step:
+                    return
+            time.sleep(0.02)
+        raise AssertionError(f"no checkpoint of step {step} appeared")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Workspace:
+    """A workspace after its first `dvc repro`; tests that change it work on a copy."""
+    workspace = Workspace.create(tmp_path_factory.mktemp("pipeline") / "repository")
+    workspace.run("dvc", "repro")
+    workspace.commit("results")
+    return workspace
+
+
+def test_the_pipeline_writes_every_output_and_its_checks_hold(finished):
+    for path in finished.hashes():
+        assert (finished.root / path).exists(), path
+    for name in ("training", "export", "cache"):
+        checks = json.loads((finished.root / f"reports/dwr/{name}.json").read_text())["checks"]
+        failed = {check for check, holds in checks.items() if not holds}
+        assert failed <= {"validation_loss_is_below_unigram_entropy"}, name  # a few steps need not learn that much
+    report = (finished.root / "reports/dwr.md").read_text()
+    assert "| " in report
+    for figure in (finished.root / "reports/figures").glob("dwr_*.png"):
+        assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_from_scratch_gives_the_same_hashes(finished, tmp_path):
+    workspace = finished.copy(tmp_path / "again")
+    workspace.run("dvc", "repro", "--force", "--no-run-cache")
+    assert workspace.hashes() == finished.hashes()
+
+
+def test_nothing_runs_when_nothing_changed_and_only_what_depends_on_a_change_does(finished, tmp_path):
+    output = finished.run("dvc", "repro").stdout
+    assert {line.split("'")[1] for line in output.splitlines() if line.startswith("Running")} == {"locate@docs"}
+    workspace = finished.copy(tmp_path / "changed")
+    workspace.set_params({"dwr": {**TINY["dwr"], "top_k": 1}})
+    changed = set(json.loads(workspace.run("dvc", "status", "--json").stdout))
+    assert "train_dwr" in changed
+    assert not any(stage.startswith(("collect", "tokenize")) for stage in changed)
+
+
+def test_a_mistake_in_params_stops_every_stage_with_one_line(finished, tmp_path):
+    workspace = finished.copy(tmp_path / "mistake")
+    workspace.set_params({"dwr": {**TINY["dwr"], "top_k": 99}})
+    for script in sorted((workspace.root / "stages").glob("*.py")):
+        argument = ["docs"] if script.stem in ("locate", "collect", "tokenize_corpus") else []
+        done = workspace.run("python", str(script), *argument, check=False)
+        assert done.returncode == 1, script
+        assert done.stderr.splitlines() == [
+            f"{script.stem}: params.yaml: dwr.top_k = 99: must be at most num_experts = 4"
+        ]
+
+
+def test_every_script_explains_itself(finished):
+    for script in sorted((finished.root / "stages").glob("*.py")):
+        assert f"stages/{script.name}" in finished.run("python", str(script), "--help").stdout, script
+
+
+@pytest.mark.parametrize("command", [("repro", "train_dwr"), ("exp", "run", "train_dwr")], ids=["repro", "exp_run"])
+def test_a_killed_training_goes_on_and_ends_as_one_that_was_never_killed(finished, tmp_path, command):
+    longer = {"dwr.training": {**TINY["dwr.training"], "epochs": 0.4}}
+    undisturbed, killed = (finished.copy(tmp_path / name) for name in ("undisturbed", "killed"))
+    for workspace in (undisturbed, killed):
+        workspace.set_params(longer)
+    undisturbed.run("dvc", *command)
+    for step in (3, 20):
+        process = killed.start("dvc", *command)
+        killed.wait_for_checkpoint(step)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (killed.root / "data/dwr/train").exists()
+    killed.run("make", "recover")
+    killed.run("dvc", *command)
+    assert not list(killed.root.glob(".scratch/train_dwr/*"))
+    one, other = undisturbed.lock()["train_dwr"]["outs"], killed.lock()["train_dwr"]["outs"]
+    assert [o for o in one if "timing" not in o["path"]] == [o for o in other if "timing" not in o["path"]]
