@@ -90,21 +90,19 @@ class ExpertCache:
 
         Reads them from disk now rather than at their first use. No requests are counted.
         """
-        ranked = sorted(
-            (
-                (frequency, layer, expert)
-                for layer, row in enumerate(frequencies)
-                for expert, frequency in enumerate(row)
-            ),
-            key=lambda entry: -entry[0],
-        )
-        for _, layer, expert in reversed(ranked[: self.capacity]):
-            if (layer, expert) in self._experts:
-                self._experts.move_to_end((layer, expert))
-                continue
-            self._read(layer, expert)
-            for tensor in self._experts[layer, expert]:
-                tensor.view(-1)[:: PAGE // tensor.element_size()].sum()  # touches every page
+        keys = [(layer, expert) for layer, row in enumerate(frequencies) for expert in range(len(row))]
+        keys.sort(key=lambda key: frequencies[key[0]][key[1]], reverse=True)  # stable: ties by layer, then expert
+        chosen = keys[: self.capacity]
+        for key in chosen:
+            if key in self._experts:
+                self._experts.move_to_end(key)  # out of the way of evictions
+        for key in chosen:
+            if key not in self._experts:
+                self._read(*key)
+                for tensor in self._experts[key]:
+                    tensor.view(-1)[:: PAGE // tensor.element_size()].sum()  # touches every page
+        for key in reversed(chosen):
+            self._experts.move_to_end(key)
 
     def take_statistics(self) -> CacheStatistics:
         """The statistics so far; counting starts again from zero."""

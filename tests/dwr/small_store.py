@@ -1,0 +1,42 @@
+"""Small models and their stores, for the tests of what runs from a store."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynaroute.dwr.experts import ExpertStore, export_store
+from dynaroute.dwr.model import DWRConfig, DWRTransformer
+
+RUN = "0123456789abcdef"
+
+
+def make_model(seed: int = 0, **changes) -> DWRTransformer:
+    """A model whose weights are large enough for routing to be far from uniform."""
+    sizes = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 5, "top_k": 2}
+    sizes |= {"max_seq_len": 24, "dropout": 0.1, "capacity_factor": None, "vocab_size": 64}
+    torch.manual_seed(seed)
+    model = DWRTransformer(DWRConfig(**{**sizes, **changes})).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def uniform_load(model: DWRTransformer) -> list[list[float]]:
+    return [[1 / model.config.num_experts] * model.config.num_experts] * model.config.num_layers
+
+
+def export(path: Path, model: DWRTransformer | None = None, run: str = RUN) -> ExpertStore:
+    """Exports a model, by default the one of `make_model()`, and opens the store."""
+    model = model or make_model()
+    export_store(model, run, uniform_load(model), path)
+    return ExpertStore(path)
+
+
+def mapped_files(folder: Path) -> set[str]:
+    """Names of the files of a folder that are mapped into this process."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc/self/maps")
+    prefix = f"{folder.resolve()}/"
+    return {line.partition(prefix)[2] for line in maps.read_text().splitlines() if prefix in line}

@@ -1,0 +1,307 @@
+"""The expert store: its layout on disk, what it loads and when, and what it refuses."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from small_store import RUN, export, make_model, mapped_files, uniform_load
+
+from dynaroute.dwr.experts import ExpertStore, export_store
+from dynaroute.dwr.experts.store import expert_file, file_contents, model_without_weights, safetensors_header
+from dynaroute.dwr.model import DWRConfig
+from dynaroute.errors import DynarouteError
+from dynaroute.training.checkpoints import load_checkpoint
+
+PAPER = {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "num_experts": 16, "top_k": 2}
+PAPER |= {"max_seq_len": 512, "dropout": 0.1, "capacity_factor": None, "vocab_size": 50304}
+
+
+def edit_manifest(path: Path, change) -> None:
+    data = json.loads((path / "manifest.json").read_text())
+    change(data)
+    (path / "manifest.json").write_text(json.dumps(data))
+
+
+def refusal(action) -> str:
+    with pytest.raises(DynarouteError) as caught:
+        action()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "run stages/export_experts.py again" in message or "run the stage that makes it again" in message
+    return message
+
+
+# --- layout --------------------------------------------------------------------------------------------------------
+
+
+def test_every_file_is_read_by_the_safetensors_library(tmp_path):
+    model = make_model()
+    store = export(tmp_path / "store", model)
+    tensors = {}
+    for path in sorted(store.path.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            assert state["run"] == RUN
+            is_expert = path.name != "backbone.safetensors"
+            prefix = f"layers.{state['layer']}.moe.experts.{state['expert']}." if is_expert else ""
+            tensors |= {prefix + name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    trained = model.state_dict()
+    assert tensors.keys() == trained.keys()
+    assert all(torch.equal(tensors[name], trained[name]) for name in trained)
+
+
+def test_every_file_is_a_checkpoint_of_ours(tmp_path):
+    store = export(tmp_path / "store")
+    _, state = load_checkpoint(store.path / expert_file(1, 3))
+    assert state == {"run": RUN, "layer": 1, "expert": 3}
+
+
+@pytest.mark.parametrize(("d_model", "d_ff"), [(16, 16), (32, 48), (48, 32)])
+def test_an_expert_is_adjacent_aligned_tensors_from_a_page_on(tmp_path, d_model, d_ff):
+    model = make_model(d_model=d_model, d_ff=d_ff)
+    store = export(tmp_path / "store", model)
+    content = (store.path / expert_file(1, 4)).read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    assert start % 4096 == 0
+    end = 0
+    for name in ("w1", "w2", "b1", "b2"):
+        begin, next_end = header[name]["data_offsets"]
+        assert begin == end
+        assert begin % 64 == 0
+        expected = model.state_dict()[f"layers.1.moe.experts.4.{name}"]
+        assert content[start + begin : start + next_end] == expected.numpy().tobytes()
+        end = next_end
+    assert len(content) == start + end
+
+
+def test_the_paper_model_has_the_published_files():
+    contents = file_contents(DWRConfig(**PAPER), RUN)
+    sizes = {}
+    for name, (shapes, state) in contents.items():
+        data = sum(4 * torch.Size(shape).numel() for shape in shapes.values())
+        sizes[name] = len(safetensors_header(shapes, state)) + data
+    backbone = sizes.pop("backbone.safetensors")
+    assert len(sizes) == 96
+    assert set(sizes.values()) == {4 * 2_099_712 + 4096}
+    assert round(4 * 2_099_712 / 2**20, 2) == 8.01
+    assert round(backbone / 2**20, 1) == 221.8
+    assert round((backbone + sum(sizes.values())) / 2**20) == 991
+
+
+def test_an_export_gives_the_same_bytes_every_time(tmp_path):
+    first, second = export(tmp_path / "first"), export(tmp_path / "second")
+    names = sorted(path.name for path in first.path.iterdir())
+    assert names == sorted(path.name for path in second.path.iterdir())
+    for name in names:
+        assert (first.path / name).read_bytes() == (second.path / name).read_bytes()
+
+
+def test_an_export_replaces_the_older_store_as_a_whole(tmp_path):
+    export(tmp_path / "store", make_model(num_experts=7))
+    store = export(tmp_path / "store", make_model(num_experts=5))
+    assert len(list(store.path.iterdir())) == 2 * 5 + 2
+
+
+def test_an_export_that_fails_leaves_the_older_store(tmp_path):
+    store = export(tmp_path / "store")
+    model = make_model(seed=1)
+    with pytest.raises(ValueError, match="float32"):
+        export_store(model.double(), RUN, uniform_load(model), store.path)
+    ExpertStore(store.path).verify()
+    assert list(tmp_path.iterdir()) == [store.path]
+
+
+def test_the_skeleton_of_a_model_has_its_parameters_and_no_memory():
+    model = make_model()
+    skeleton = model_without_weights(model.config)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert {name: parameter.shape for name, parameter in skeleton.named_parameters()} == expected
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_an_expert_read_is_the_one_exported_and_aligned(tmp_path):
+    model = make_model()
+    store = export(tmp_path / "store", model)
+    for layer in range(2):
+        for expert, expected in model.layers[layer].moe.experts.fetch([0, 1, 2, 3, 4]):
+            weights = store.read(layer, expert)
+            for name in ("w1", "b1", "w2", "b2"):
+                assert torch.equal(getattr(weights, name), getattr(expected, name))
+                assert getattr(weights, name).data_ptr() % 64 == 0
+                assert getattr(weights, name).is_contiguous()
+
+
+def test_only_what_is_read_is_mapped_and_only_while_it_is_used(tmp_path):
+    store = export(tmp_path / "store")
+    store.verify()
+    assert mapped_files(store.path) == set()
+    weights, other = store.read(0, 1), store.read(1, 2)
+    assert mapped_files(store.path) == {expert_file(0, 1), expert_file(1, 2)}
+    bias = weights.b2  # one tensor keeps the map of all
+    del weights
+    assert mapped_files(store.path) == {expert_file(0, 1), expert_file(1, 2)}
+    assert bias.sum().isfinite()
+    del bias, other
+    assert mapped_files(store.path) == set()
+
+
+def test_the_backbone_is_read_into_memory(tmp_path):
+    model = make_model()
+    store = export(tmp_path / "store", model)
+    backbone = store.read_backbone()
+    assert mapped_files(store.path) == set()
+    trained = {name: tensor for name, tensor in model.state_dict().items() if ".experts." not in name}
+    assert backbone.keys() == trained.keys()
+    assert all(torch.equal(backbone[name], trained[name]) for name in trained)
+
+
+def test_mapped_experts_hold_no_file_descriptors(tmp_path):
+    store = export(tmp_path / "store")
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc/self/fd")
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    held = [store.read(0, expert) for expert in range(5)]
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    del held
+
+
+def test_writing_to_weights_does_not_change_the_store(tmp_path):
+    store = export(tmp_path / "store")
+    store.read(0, 0).w1.zero_()
+    store.verify()
+    assert store.read(0, 0).w1.any()
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["backbone.safetensors", expert_file(1, 2)])
+def test_verify_finds_a_flipped_bit(tmp_path, name):
+    store = export(tmp_path / "store")
+    store.verify()
+    content = bytearray((store.path / name).read_bytes())
+    content[-1] ^= 1
+    (store.path / name).write_bytes(content)
+    opened = ExpertStore(store.path)  # it looks the same
+    assert name in refusal(opened.verify)
+
+
+@pytest.mark.parametrize("name", ["backbone.safetensors", expert_file(0, 4)])
+@pytest.mark.parametrize("change", [-1, 1, -5000])
+def test_a_file_of_another_size_is_refused_at_open(tmp_path, name, change):
+    path = export(tmp_path / "store").path
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(content[:change] if change < 0 else content + b"\0" * change)
+    assert name in refusal(lambda: ExpertStore(path))
+
+
+@pytest.mark.parametrize("name", ["backbone.safetensors", expert_file(0, 4), "manifest.json"])
+def test_a_missing_file_is_refused_at_open(tmp_path, name):
+    path = export(tmp_path / "store").path
+    (path / name).unlink()
+    with pytest.raises(DynarouteError, match=f"{name}: cannot be read: No such file"):
+        ExpertStore(path)
+
+
+def test_an_expert_of_another_run_is_refused_at_open(tmp_path):
+    path = export(tmp_path / "store").path
+    other = export(tmp_path / "other", make_model(seed=1), run="fedcba9876543210").path
+    shutil.copy(other / expert_file(1, 0), path)
+    message = refusal(lambda: ExpertStore(path))
+    assert f"{expert_file(1, 0)}: belongs to run fedcba9876543210, not {RUN}" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "found"), [((0, 1), (0, 2), "expert 1, not 2"), ((0, 1), (1, 1), "layer 0, not 1")]
+)
+def test_an_expert_in_the_place_of_another_is_refused_at_open(tmp_path, source, target, found):
+    path = export(tmp_path / "store").path
+    shutil.copy(path / expert_file(*source), path / expert_file(*target))
+    assert f"{expert_file(*target)}: belongs to {found}" in refusal(lambda: ExpertStore(path))
+
+
+def test_an_expert_of_another_shape_is_refused_at_open(tmp_path):
+    path = export(tmp_path / "store").path
+    other = export(tmp_path / "other", make_model(d_ff=64)).path
+    shutil.copy(other / expert_file(0, 0), path)
+    message = refusal(lambda: ExpertStore(path))
+    assert f"{expert_file(0, 0)}: tensor w1 is " in message
+    assert "[32, 64]" in message
+    assert "[32, 48]" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"junk", b"\xff" * 8000, (2**62).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]" * 5000],
+)
+def test_what_is_no_expert_at_all_is_refused_at_open(tmp_path, content):
+    path = export(tmp_path / "store").path
+    (path / expert_file(0, 0)).write_bytes(content)
+    assert expert_file(0, 0) in refusal(lambda: ExpertStore(path))
+
+
+@pytest.mark.parametrize("change", ["truncate", "remove"])
+def test_a_file_lost_after_opening_is_refused_at_read(tmp_path, change):
+    store = export(tmp_path / "store")
+    path = store.path / expert_file(0, 3)
+    if change == "truncate":
+        path.write_bytes(path.read_bytes()[:-4])
+    else:
+        path.unlink()
+    store.read(0, 2)
+    assert expert_file(0, 3) in refusal(lambda: store.read(0, 3))
+    assert expert_file(0, 3) in refusal(store.verify)
+
+
+def rename(data, old, new):
+    data["files"][new] = data["files"].pop(old)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda data: data.pop("run"), "run"),
+        (lambda data: data.update(format=2), "format"),
+        (lambda data: data.update(surprise=1), "surprise"),
+        (lambda data: data["config"].update(d_model=33), "config"),
+        (lambda data: data["config"].update(num_experts=4), "expert_load"),
+        (lambda data: data["config"].update(num_layers=10**12), "expert_load"),
+        (lambda data: data["expert_load"].pop(), "expert_load"),
+        (lambda data: data["expert_load"][0].append(0.0), "expert_load"),
+        (lambda data: data["files"].pop(expert_file(0, 0)), "files"),
+        (lambda data: rename(data, expert_file(0, 0), "/etc/passwd"), "files"),
+        (lambda data: rename(data, expert_file(0, 0), "../outside.safetensors"), "files"),
+        (lambda data: data["files"].update({"../outside.safetensors": data["files"][expert_file(0, 0)]}), "files"),
+        (lambda data: data["files"][expert_file(0, 0)]["tensors"]["w1"].update(shape=[48, 32]), "files"),
+        (lambda data: data["files"][expert_file(0, 0)]["tensors"]["w1"].update(dtype="F64"), "dtype"),
+        (lambda data: data["files"][expert_file(0, 0)].update(bytes="12"), "bytes"),
+    ],
+)
+def test_a_manifest_that_describes_no_such_model_is_refused(tmp_path, change, named):
+    path = export(tmp_path / "store").path
+    shutil.copy(path / expert_file(0, 0), tmp_path / "outside.safetensors")
+    edit_manifest(path, change)
+    message = refusal(lambda: ExpertStore(path))
+    assert "manifest.json: " in message
+    assert named in message
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe"])
+def test_a_damaged_manifest_is_refused(tmp_path, content):
+    path = export(tmp_path / "store").path
+    (path / "manifest.json").write_bytes(content)
+    assert "manifest.json" in refusal(lambda: ExpertStore(path))
+
+
+def test_a_wrong_size_in_the_manifest_is_refused(tmp_path):
+    path = export(tmp_path / "store").path
+    edit_manifest(path, lambda data: data["files"][expert_file(0, 0)].update(bytes=4096))
+    assert expert_file(0, 0) in refusal(lambda: ExpertStore(path))
