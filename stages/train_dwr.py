@@ -26,7 +26,7 @@ from dynaroute.dwr.objective import DWRObjective
 from dynaroute.machine import describe_machine, peak_memory
 from dynaroute.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
-from dynaroute.training.loop import Trainer, make_accelerator
+from dynaroute.training.loop import Trainer, make_accelerator, steps_in_epochs
 from dynaroute.training.scratch import run_id, scratch_folder
 
 REPORTS = Path("reports/dwr")
@@ -63,6 +63,7 @@ def main(settings: Settings) -> None:
         training,
         validation,
         dwr.training,
+        total_steps=steps_in_epochs(dwr.training, len(training)),
         accelerator=accelerator,
         seed=settings.seed,
         scratch=scratch_folder("train_dwr", identifier),

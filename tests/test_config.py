@@ -31,19 +31,19 @@ def load_with(tmp_path, changes):
 
 
 def keys_of(section):
-    """The nested keys of a settings class, named dictionaries (corpora) left out."""
+    """The nested keys of a settings class; what is a dictionary of names or a choice of kinds has no fixed ones."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             yield from (f"{name}.{key}" for key in keys_of(field.annotation))
-        elif name != "corpora":
+        else:
             yield name
 
 
 def keys_in(data):
     for name, value in data.items():
-        if isinstance(value, dict) and name != "corpora":
+        if isinstance(value, dict) and "kind" not in value and name not in ("corpora", "variants"):
             yield from (f"{name}.{key}" for key in keys_in(value))
-        elif name != "corpora":
+        else:
             yield name
 
 
@@ -69,9 +69,9 @@ def test_the_paper_file_is_the_seeds_model():
 
 
 def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
-    text = DEFAULT.read_text().replace("min_lr: 1e-4", "min_lr: 1e-05")
+    text = DEFAULT.read_text().replace("tau_final: 0.2\n", "tau_final: 1e-05\n")
     (tmp_path / "params.yaml").write_text(text)
-    assert load_settings(tmp_path / "params.yaml").dwr.training.min_lr == 1e-5
+    assert load_settings(tmp_path / "params.yaml").tau_final == 1e-5
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,16 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"corpora.docs.source.kind": "ftp"}, "corpora.docs.source.kind = 'ftp': must be one of"),
         ({"corpora.docs.split": "official"}, "corpora.docs.split = 'official': installed_docs has no official splits"),
         ({"corpora.docs.split.test": 0.97}, "corpora.docs.split.test = 0.97: validation + test must be below 1"),
+        ({"tau_final": 0.0}, "tau_final = 0.0: input should be greater than 0"),
+        ({"variants.A5.tau_init": -1.0}, "variants.A5.tau_init = -1.0: input should be greater than 0"),
+        ({"variants.A5.tau_int": 1.0}, "variants.A5.tau_int = 1.0: unknown key; did you mean tau_init?"),
+        ({"variants.A5.micro_batch_size": 3}, "variants.A5.micro_batch_size = 3: must divide batch_size"),
+        ({"variants.A5.from": "B1"}, "variants.A5.from = 'B1': must be one of base, A1"),
+        ({"variants.A5": {}}, "variants.A5.from = None: must be one of base, A1"),
+        ({"variants.P1.from": "P2"}, "variants.P2.from = 'P1': must be one of base, A1"),
+        ({"variants.a/b": {"from": "base"}}, "a/b"),
+        ({"dagformer.prefix_tokens": 128}, "dagformer.prefix_tokens = 128: must be below seq_len = 128"),
+        ({"dagformer.base.num_heads": 3}, "dagformer.base.hidden_size = 128: must be a multiple of 2 * num_heads = 6"),
         ({"benchmark_cache.new_tokens": 10_000}, "benchmark_cache.new_tokens = 10000: with prompt_tokens must be"),
     ],
 )
@@ -103,6 +113,26 @@ def test_a_mistake_is_one_line_with_the_key_the_value_and_what_is_allowed(tmp_pa
     text = str(caught.value)
     assert message in text
     assert "\n" not in text
+
+
+def test_a_variant_has_the_top_level_knobs_with_its_overrides(tmp_path):
+    settings = load_with(tmp_path, {"tau_final": 0.07, "variants.A5.seed": 4})
+    assert settings.variant("P1").tau_final == 0.07
+    a5 = settings.variant("A5")
+    assert (a5.tau_init, a5.tau_final, a5.seed, a5.rank) == (1.0, 1.0, 4, settings.rank)
+
+
+def test_a_variant_that_continues_another_stays_at_its_final_tau_and_lambda(tmp_path):
+    settings = load_with(tmp_path, {"tau_final": 0.07, "variants.P1.rank": 5})
+    p1, p2 = settings.variant("P1"), settings.variant("P2")
+    assert (p2.tau_init, p2.tau_final) == (0.07, 0.07)
+    assert p2.lambda_init == p2.lambda_final == p1.lambda_final
+    assert (p2.rank, p2.steps) == (5, p1.steps)
+
+
+def test_an_unknown_variant_is_named(tmp_path):
+    with pytest.raises(DynarouteError, match=r"variants\.B7: no such variant; known: A1"):
+        load_with(tmp_path, {}).variant("B7")
 
 
 def test_a_corpus_name_cannot_be_a_path(tmp_path):

@@ -16,6 +16,7 @@ from dynaroute.errors import DynarouteError
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # becomes a folder's name
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -142,9 +143,8 @@ class Corpus(Section):
 
 
 class Training(Section):
-    """What the one training loop needs to know, whatever it trains."""
+    """What the one training loop needs to know, whatever it trains, but for how long."""
 
-    epochs: PositiveFloat  # passes over the training windows; may be a part of one
     batch_size: Positive  # sequences per optimizer step, over all processes
     micro_batch_size: Positive  # sequences per forward pass of one process; the rest is gradient accumulation
     lr: PositiveFloat
@@ -166,6 +166,12 @@ class Training(Section):
         if self.min_lr > self.lr:
             raise invalid("min_lr", self.min_lr, f"must be at most lr = {self.lr}")
         return self
+
+
+class EpochTraining(Training):
+    """Training for a number of passes over the training windows."""
+
+    epochs: PositiveFloat  # may be a part of one
 
 
 # --- dynamic weight retrieval ------------------------------------------------------------------------------------
@@ -202,7 +208,7 @@ class DWR(DWRArchitecture):
 
     corpus: str
     balance_coefficient: NonNegativeFloat
-    training: Training
+    training: EpochTraining
 
 
 class BenchmarkCache(Section):
@@ -215,29 +221,149 @@ class BenchmarkCache(Section):
     repeats: Positive  # timed repetitions of every cell, interleaved
 
 
+# --- DAGFormer ---------------------------------------------------------------------------------------------------
+
+
+class PretrainedBase(Section):
+    """A small OLMo-2 pretrained here on the training split, with the corpus's tokenizer."""
+
+    kind: Literal["pretrain"]
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    training: EpochTraining
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.hidden_size % (2 * self.num_heads):
+            allowed = f"must be a multiple of 2 * num_heads = {2 * self.num_heads}, for rotary positions"
+            raise invalid("hidden_size", self.hidden_size, allowed)
+        return self
+
+
+class LoadedBase(Section):
+    """An OLMo-2 from the hub or from a local directory; the corpus must be tokenized with its tokenizer."""
+
+    kind: Literal["load"]
+    path: str
+    revision: str | None  # a commit hash, so that the base cannot change under finished variants
+
+
+class BaseEncoder(Section):
+    """The frozen base's own last hidden states, averaged over the tokens read."""
+
+    kind: Literal["base"]
+
+
+class HubEncoder(Section):
+    """A text encoder from the hub or a local directory: its tokenizer reads the text, averaged over its tokens."""
+
+    kind: Literal["hub"]
+    path: str
+    revision: str | None
+
+
+class DAGFormer(Section):
+    """What all DAGFormer variants share: the base, the text, and what is evaluated."""
+
+    corpus: str
+    seq_len: Annotated[int, Field(ge=2)]  # tokens of a window
+    train_windows: Positive | None  # evenly spaced over the training split; null: all
+    validation_windows: Positive  # scored during training
+    eval_windows: Positive  # of the test split, scored once
+    prefix_tokens: Positive  # what the encoder reads of a window in the prefix protocol; NLL counts the rest
+    base: Annotated[PretrainedBase | LoadedBase, Field(discriminator="kind")]
+    encoder: Annotated[BaseEncoder | HubEncoder, Field(discriminator="kind")]
+
+    @model_validator(mode="after")
+    def _prefix_leaves_something_to_score(self) -> Self:
+        if self.prefix_tokens >= self.seq_len:
+            raise invalid("prefix_tokens", self.prefix_tokens, f"must be below seq_len = {self.seq_len}")
+        return self
+
+
+class Variant(Training):
+    """One DAGFormer variant: its predictor, its gates and its training. At the top level of params.yaml: P1."""
+
+    seed: Annotated[int, Field(ge=0)]  # of initialisation, data order and noise
+    steps: Positive
+    predictor_input: Literal["text", "none"]  # none: one learned topology for all texts, as a control
+    predictor_hidden: Positive
+    rank: Positive  # of U V^T
+    init_logit: Annotated[float, Field(allow_inf_nan=False)]
+    tau_init: PositiveFloat
+    tau_final: PositiveFloat
+    lambda_init: NonNegativeFloat  # weight of mean_A in the loss
+    lambda_final: NonNegativeFloat  # reached over the first fifth of the steps
+    cascade: Literal["off", "fixed", "learnable"]
+    cascade_k: PositiveFloat
+    exempt_first_layer: bool  # false only to show what the cascade does to layer 0 without it
+    input_norm: Literal["none", "gate_mean", "rms_post", "ln_post", "rms_pre"]
+
+
 # --- the whole file ----------------------------------------------------------------------------------------------
 
 
-class Settings(Section):
-    """All of params.yaml."""
+class Settings(Variant):
+    """All of params.yaml. The knobs of DAGFormer's P1 are its top-level keys; `variants` override some of them."""
 
     launcher: str
-    seed: Annotated[int, Field(ge=0)]
     device: Literal["cpu", "cuda"]
     num_threads: Positive
-    corpora: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], Corpus]
+    corpora: dict[Name, Corpus]
     dwr: DWR
     benchmark_cache: BenchmarkCache
+    dagformer: DAGFormer
+    variants: dict[Name, dict[str, Any]]  # `from`: what it starts from, base or another variant; the rest: overrides
 
     @model_validator(mode="after")
-    def _names_exist(self) -> Self:
-        if self.dwr.corpus not in self.corpora:
-            raise invalid("dwr.corpus", self.dwr.corpus, f"must be one of corpora: {', '.join(self.corpora)}")
+    def _parts_fit_together(self) -> Self:
+        for key, name in (("dwr.corpus", self.dwr.corpus), ("dagformer.corpus", self.dagformer.corpus)):
+            if name not in self.corpora:
+                raise invalid(key, name, f"must be one of corpora: {', '.join(self.corpora)}")
         window = self.benchmark_cache.prompt_tokens + self.benchmark_cache.new_tokens
         if window > self.dwr.max_seq_len:
             allowed = f"with prompt_tokens must be at most dwr.max_seq_len = {self.dwr.max_seq_len}"
             raise invalid("benchmark_cache.new_tokens", self.benchmark_cache.new_tokens, allowed)
+        for name in self.variants:
+            self._check_variant(name)
         return self
+
+    def _check_variant(self, name: str) -> None:
+        start, seen = name, []
+        while start != "base":  # follows `from` to the base
+            seen.append(start)
+            start = self.variants[start].get("from")
+            if start not in {"base", *self.variants} or start in seen:
+                known = ", ".join(["base", *(other for other in self.variants if other not in seen)])
+                raise invalid(f"variants.{seen[-1]}.from", start, f"must be one of {known}")
+        try:
+            self.variant(name)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            context = problem.get("ctx", {})
+            key, value = context.get("key", problem["loc"][-1] if problem["loc"] else ""), problem["input"]
+            raise invalid(f"variants.{name}.{key}", context.get("value", value), problem["msg"]) from error
+
+    def variant(self, name: str) -> Variant:
+        """All knobs of a variant: those at the top level, or of the variant that it continues, with its overrides.
+
+        What continues another variant does so at that one's final tau and lambda.
+
+        Raises:
+            DynarouteError: there is no variant of that name.
+        """
+        if name not in self.variants:
+            raise DynarouteError(f"variants.{name}: no such variant; known: {', '.join(self.variants)}")
+        overrides = dict(self.variants[name])
+        start = overrides.pop("from")
+        if start == "base":
+            knobs = self.model_dump(include=set(Variant.model_fields))
+        else:
+            knobs = self.variant(start).model_dump()
+            knobs |= {"tau_init": knobs["tau_final"], "lambda_init": knobs["lambda_final"]}
+        return Variant.model_validate(knobs | overrides)
 
     def corpus(self, name: str) -> Corpus:
         """The corpus of that name.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynaroute.artifacts import read_json, write_json
-from dynaroute.config import Training
+from dynaroute.config import EpochTraining, Training
 from dynaroute.data.shards import Windows
 from dynaroute.errors import DynarouteError
 from dynaroute.training.checkpoints import (
@@ -89,6 +89,15 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device == "cpu")
 
 
+def steps_in_epochs(settings: EpochTraining, num_windows: int) -> int:
+    """The optimizer steps of `settings.epochs` passes over the training windows, at least one.
+
+    Raises:
+        DynarouteError: there is not one whole batch.
+    """
+    return max(1, round(settings.epochs * steps_per_epoch(num_windows, settings.batch_size)))
+
+
 def steps_per_epoch(num_windows: int, batch_size: int) -> int:
     """Whole batches in one pass over the training windows; the incomplete last one is left out.
 
@@ -111,6 +120,7 @@ class Trainer:
         validation: Windows,
         settings: Training,
         *,
+        total_steps: int,
         accelerator: Accelerator,
         seed: int,
         scratch: Path,
@@ -130,7 +140,7 @@ class Trainer:
         self.training, self.validation = training, validation
         self.seed, self.scratch = seed, scratch
         self.steps_per_epoch = steps_per_epoch(len(training), settings.batch_size)
-        self.total_steps = max(1, round(settings.epochs * self.steps_per_epoch))
+        self.total_steps = total_steps
         self.validate_every = self.steps_per_epoch if settings.validate_every == "epoch" else settings.validate_every
         optimizer = torch.optim.AdamW(
             decay_groups(model, settings.weight_decay), lr=settings.lr, betas=tuple(settings.betas), fused=True
