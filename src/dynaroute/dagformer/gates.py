@@ -1,0 +1,113 @@
+"""Gates: from logits to the adjacency of a DAG of attention heads, and what is measured on it.
+
+Node (l, h) of L layers x H heads has index l * H + h, N = L * H. An adjacency A is [..., N, N]; A[i, j] gates what
+source i sends to target j and is valid only where layer(j) > layer(i): everywhere else it is exactly 0.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dynaroute.errors import DynarouteError
+
+Mode = Literal["train", "soft", "hard"]
+
+
+def layer_distance(num_layers: int, num_heads: int, device: torch.device | None = None) -> Tensor:
+    """layer(target) - layer(source) of every entry, [N, N] int64: above 0 valid, 1 adjacent layers, more a skip."""
+    layer = torch.arange(num_layers * num_heads, device=device) // num_heads
+    return layer[None, :] - layer[:, None]
+
+
+def dag_mask(num_layers: int, num_heads: int, device: torch.device | None = None) -> Tensor:
+    """The valid entries of an adjacency, [N, N] bool: those whose target lies in a later layer than their source."""
+    return layer_distance(num_layers, num_heads, device) > 0
+
+
+def logistic_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Noise for `gumbel_sigmoid`, float32 on the generator's device: a logistic is the difference of two Gumbels.
+
+    The caller's generator is the only source of randomness. A CPU generator gives every device the same noise.
+    """
+    uniform = torch.rand(shape, generator=generator, device=generator.device)
+    uniform.clamp_(min=torch.finfo(uniform.dtype).tiny)  # rand includes 0, whose logit is infinite, but never 1
+    return torch.logit(uniform)
+
+
+def gumbel_sigmoid(logits: Tensor, tau: float | Tensor, mode: Mode, noise: Tensor | None = None) -> Tensor:
+    """Gates from logits Z, elementwise (the binary concrete relaxation of Maddison et al. and Jang et al., 2017).
+
+    Args:
+        logits: Z, [..., N, N]. An entry of -inf is a gate of exactly 0 with no gradient, in every mode: fill the
+            entries outside `dag_mask` with it.
+        tau: temperature above 0.
+        mode: train, sigmoid((Z + noise) / tau); soft, sigmoid(Z / tau); hard, 1 where Z > 0 (no gradient).
+        noise: for train alone, broadcasts to the shape of logits; see `logistic_noise`.
+
+    Returns:
+        Gates of the shape and dtype of logits.
+
+    Raises:
+        DynarouteError: an unknown mode, train without noise, noise outside train, or a temperature that is not above 0.
+    """
+    if mode not in ("train", "soft", "hard"):
+        raise DynarouteError(f"mode = {mode!r}: must be one of train, soft, hard")
+    if (noise is not None) != (mode == "train"):
+        raise DynarouteError(f"mode = {mode!r}: noise must be given in mode train, and in no other")
+    if not isinstance(tau, Tensor) and not tau > 0:  # a tensor is not looked at: that would wait for the GPU
+        raise DynarouteError(f"tau = {tau}: must be above 0")
+    if mode == "hard":
+        return (logits > 0).to(logits.dtype)
+    if noise is not None:
+        logits = logits + noise.to(logits)
+    return torch.sigmoid(logits / tau)
+
+
+def cascade(
+    adjacency: Tensor, k: float | Tensor, num_heads: int, hard: bool, exempt_first_layer: bool = True
+) -> Tensor:
+    """The cascading gate: a node that receives nothing sends nothing.
+
+    inc_j = sum_i A[i, j] from the adjacency as it comes in, g_j = sigmoid(k * inc_j), or inc_j > 0 when hard;
+    row j, all that node j sends, is multiplied by g_j.
+
+    Args:
+        adjacency: [..., N, N]; entries that are not valid are taken as 0.
+        k: steepness, a number or a learnable scalar tensor; not used when hard.
+        num_heads: H, to tell the layers apart.
+        hard: whether the gates of the adjacency are 0 or 1.
+        exempt_first_layer: layer 0 has no incoming edges by construction, so its g is set to 1. False is the
+            published bug, kept to show it: in hard mode layer 0 then never reaches any other layer.
+
+    Returns:
+        The gated adjacency, of the same shape and dtype, 0 where not valid.
+
+    Raises:
+        DynarouteError: N is not a multiple of num_heads.
+    """
+    num_nodes = adjacency.shape[-1]
+    if num_nodes % num_heads:
+        raise DynarouteError(f"num_heads = {num_heads}: must divide the {num_nodes} nodes of the adjacency")
+    adjacency = adjacency.masked_fill(~dag_mask(num_nodes // num_heads, num_heads, adjacency.device), 0)
+    incoming = adjacency.sum(-2)  # [..., N]
+    gate = (incoming > 0).to(adjacency.dtype) if hard else torch.sigmoid(k * incoming)
+    if exempt_first_layer:
+        gate = torch.cat([torch.ones_like(gate[..., :num_heads]), gate[..., num_heads:]], dim=-1)
+    return adjacency * gate[..., :, None]
+
+
+def density(adjacency: Tensor, entries: Tensor) -> Tensor:
+    """Mean gate over the given entries ([N, N] bool, e.g. `dag_mask`), a float32 number for each adjacency, [...].
+
+    A mean over all N x N entries would count the structural zeros and read 0.42 where this reads 0.89.
+    """
+    return adjacency[..., entries.to(adjacency.device)].float().mean(-1)
+
+
+def gate_fraction(adjacency: Tensor, entries: Tensor) -> Tensor:
+    """Fraction of gates above 0.5 among the given entries, for each adjacency, [...].
+
+    `layer_distance(L, H) == 1` gives the report's seq_gate_frac, `> 1` its hyp_gate_frac.
+    """
+    return density(adjacency > 0.5, entries)

@@ -1,0 +1,355 @@
+"""The DAG forward: a frozen OLMo-2 whose attention heads are wired by an adjacency instead of the residual stream.
+
+`DagForward` states the formulas. It knows nothing of predictors, data or training. The base's own modules are called
+wherever their input is one tensor; where every head has an input of its own, their weights are read.
+
+    B batch   T tokens   D model   H heads   K head size   L layers   N nodes = L * H
+    S senders of a layer = H + 1: its heads, and the increment that it adds to every later `base`, at a gate of 1
+
+How it is fast. Mixing is bound by memory traffic: done layer by layer, every later layer reads a layer's head outputs
+again. Here the triangle of (source layer, target layer) is cut into squares instead. Once layer n - 1 has sent, the
+last s layers, s the largest power of two that divides n, are mixed into the next s layers at once:
+
+    target      1 2 3 4 5 6 7
+    source 0    1 2 2 4 4 4 4        8 layers; the number is n. Every pair lies in exactly one square, a square is
+           1      2 2 4 4 4 4        one matrix product per token, and a layer is read about log2(L) times, not L.
+           2        3 4 4 4 4        The backward pass visits the same squares in reverse. Nothing is concatenated:
+           3          4 4 4 4        all layers send into one buffer and receive from another, [B, T, nodes, D].
+           4            5 6 6
+           5              6 6
+           6                7
+"""
+
+import weakref
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from dynaroute.dagformer.gates import dag_mask
+from dynaroute.errors import DynarouteError
+
+if TYPE_CHECKING:
+    from transformers import Olmo2ForCausalLM
+
+InputNorm = Literal["none", "gate_mean", "rms_post", "ln_post", "rms_pre"]
+
+_SCRATCH = 2**21  # elements of the intermediate product on a CPU, so that it stays in the cache
+
+
+class DagForward(nn.Module):
+    """Logits of a frozen Olmo2 base under a given wiring of its attention heads.
+
+    For node j = (l, h), which is head h of layer l and has index l * H + h, and with an adjacency A:
+
+        base_l     = embedding + sum_{l' < l} mlp_l'                         never gated
+        gated_j    = sum_{i: layer(i) < l} A[i, j] * head_i
+        input_j    = base_l + gated_j                                        every head has an input of its own
+        q, k, v    = W_q[h] input_j, W_k[h] input_j, W_v[h] input_j; then the base's q_norm and k_norm over all
+                     heads of the layer at once, RoPE and causal attention give z_h
+        raw_h      = W_o[:, h] z_h
+        head_(l,h) = w * raw_h / sqrt(mean((sum_h raw_h)^2) + eps)           w, eps: the base's post-attention norm,
+                                                                             of which every head takes its share
+        mlp_l      = post_ffn_norm(MLP(base_l + sum_{l' <= l} sum_h head_(l',h)))     not gated
+        logits     = lm_head(norm(embedding + all mlp + all heads))                   not gated
+
+    With A = 1 and input_norm "none" or "gate_mean" this is the base model. Entries of A whose target does not lie in
+    a later layer than their source are never read.
+
+    `input_norm` changes gated_j alone, never base_l; eps is the base's rms_norm_eps:
+        none       gated_j as above
+        gate_mean  gated_j / mean_i A[i, j] over its valid sources i: only the proportions of the gates matter
+        rms_post   gated_j / sqrt(mean_d gated_j^2 + eps)
+        ln_post    (gated_j - mean_d gated_j) / sqrt(var_d gated_j + eps)
+        rms_pre    sum_i A[i, j] * head_i / sqrt(mean_d head_i^2 + eps); the ungated sums use head_i as it is
+
+    The base is frozen in place (requires_grad False) and computes as in eval mode, without dropout. Its weights must
+    not change afterwards, because the q, k, v weights are stacked once, here; move or cast this module, not the base.
+    The dtype of all work is the base's own: autocast is switched off inside.
+
+    Args:
+        base: the model; multi-head attention without biases.
+        input_norm: see above.
+        gradient_checkpointing: recompute attention and MLP in the backward pass instead of storing their activations.
+
+    Raises:
+        DynarouteError: a base or an input_norm that is not supported.
+    """
+
+    def __init__(self, base: "Olmo2ForCausalLM", input_norm: InputNorm = "none", gradient_checkpointing: bool = False):
+        super().__init__()
+        _check_base(base)
+        if input_norm not in get_args(InputNorm):
+            raise DynarouteError(f"input_norm = {input_norm!r}: must be one of {', '.join(get_args(InputNorm))}")
+        self.base = base.requires_grad_(False)
+        self.input_norm = input_norm
+        self.gradient_checkpointing = gradient_checkpointing
+        self.num_layers, self.num_heads = base.config.num_hidden_layers, base.config.num_attention_heads
+        # With these, input_j is mixed as hidden - sum_i (1 - A[i, j]) * head_i, where hidden is the residual stream of
+        # the base: the same sum, but at A = 1 nothing is left of it that rounds differently from the base.
+        self._complement = input_norm in ("none", "gate_mean")
+        self._spare: Tensor | None = None  # the buffer of a finished pass, for the next one
+        for i, layer in enumerate(base.model.layers):
+            attention = layer.self_attn
+            projections = attention.q_proj, attention.k_proj, attention.v_proj
+            w_qkv = torch.cat([p.weight.unflatten(0, (self.num_heads, -1)) for p in projections], dim=1)
+            self.register_buffer(f"w_qkv_{i}", w_qkv, persistent=False)  # [H, 3K, D]
+
+    def forward(self, tokens: Tensor, adjacency: Tensor) -> Tensor:
+        """Computes logits; differentiable once with respect to the adjacency.
+
+        Args:
+            tokens: [B, T] token ids, every one a real token (no padding).
+            adjacency: [B, N, N] of any float dtype.
+
+        Returns:
+            Logits [B, T, V] in the base's dtype.
+
+        Raises:
+            DynarouteError: the adjacency does not have the shape [B, N, N].
+        """
+        nodes = self.num_layers * self.num_heads
+        if adjacency.shape != (len(tokens), nodes, nodes):
+            expected = f"[{len(tokens)}, {nodes}, {nodes}] for these tokens and this base"
+            raise DynarouteError(f"adjacency of shape {list(adjacency.shape)}: must be {expected}")
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self._forward(tokens, adjacency)
+
+    def _forward(self, tokens: Tensor, adjacency: Tensor) -> Tensor:
+        model = self.base.model
+        hidden = model.embed_tokens(tokens)  # the residual stream: as in the base, the ungated sum of everything
+        B, T, D = hidden.shape
+        position = model.rotary_emb(hidden, torch.arange(T, device=tokens.device)[None])
+        gates = self._gates(adjacency)
+        exchange = _Exchange(self, gates, hidden)
+        base = hidden
+        increment = None  # what layer n adds to everything that later layers get ungated
+        for n, layer in enumerate(model.layers):
+            w_qkv = getattr(self, f"w_qkv_{n}")  # [H, 3K, D]
+            if n == 0:  # base_0 is the embedding, and there is nothing to receive
+                inputs = hidden.view(1, B * T, D).expand(self.num_heads, -1, -1)
+                qkv = torch.bmm(inputs, w_qkv.transpose(1, 2))
+            elif self.input_norm in ("rms_post", "ln_post"):
+                gated = _Receive.apply(gates, increment, exchange, n, None)  # [B*T, H, D]
+                norm = F.rms_norm if self.input_norm == "rms_post" else F.layer_norm
+                inputs = base.view(B * T, 1, D) + norm(gated, (D,), eps=exchange.eps)
+                qkv = torch.bmm(inputs.transpose(0, 1), w_qkv.transpose(1, 2))
+            else:
+                qkv = _Receive.apply(gates, increment, exchange, n, w_qkv)  # [H, B*T, 3K]
+            q, k, v = (x.transpose(0, 1).reshape(B, T, -1) for x in qkv.chunk(3, dim=-1))  # [B, T, H*K]
+            if self.gradient_checkpointing:
+                attended, mlp = checkpoint(self._block, layer, q, k, v, hidden, position, exchange, use_reentrant=False)
+            else:
+                attended, mlp = self._block(layer, q, k, v, hidden, position, exchange)
+            hidden, base = hidden + attended + mlp, base + mlp
+            if n == 0:  # the first increment holds the embedding too
+                increment = hidden if self._complement else base
+            else:
+                increment = attended + mlp if self._complement else mlp
+        return self.base.lm_head(model.norm(hidden))
+
+    def _block(
+        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, position: Any, exchange: "_Exchange"
+    ) -> tuple[Tensor, Tensor]:
+        """One layer after its q, k and v, [B, T, H*K]: what its attention and its MLP add to `hidden`, [B, T, D].
+
+        Word for word the base's own computation, but that every head sends its share of the attention.
+        """
+        from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb
+
+        attention, norm = layer.self_attn, layer.post_attention_layernorm
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, T, K]
+        q, k = apply_rotary_pos_emb(q, k, *position)
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling)
+        z = z.transpose(1, 2).flatten(2)  # [B, T, H*K]
+        n = attention.layer_idx
+        if n < self.num_layers - 1:
+            total = _Send.apply(z, exchange, n, attention.o_proj.weight, norm.weight, norm.variance_epsilon)
+        else:  # nobody listens to the heads of the last layer
+            total = attention.o_proj(z)
+        attended = norm(total)
+        return attended, layer.post_feedforward_layernorm(layer.mlp(hidden + attended))
+
+    def _gates(self, adjacency: Tensor) -> Tensor:
+        """What senders are multiplied by, [B, (L-1)*S, (L-1)*H]: layers 0 .. L-2 send, layers 1 .. L-1 receive."""
+        L, H = self.num_layers, self.num_heads
+        if self.input_norm == "gate_mean":
+            mask = dag_mask(L, H, adjacency.device)
+            valid = adjacency.where(mask, 0)
+            mean = valid.sum(-2, keepdim=True) / mask.sum(0).clamp(min=1)
+            adjacency = valid / mean.clamp(min=torch.finfo(mean.dtype).tiny)  # all gates shut: 0, not 0 / 0
+        heads = adjacency.unflatten(1, (L, H))[:, :-1, :, H:]  # [B, L-1, H, (L-1)*H]
+        ungated = torch.zeros_like if self.input_norm in ("rms_post", "ln_post") else torch.ones_like
+        if self._complement:
+            heads = heads - 1
+        return torch.cat([heads, ungated(heads[:, :, :1])], dim=2).flatten(1, 2)
+
+
+def _check_base(base: nn.Module) -> None:
+    """Refuses what the forward would get wrong; RoPE variants and activations are the base's own modules."""
+    from transformers import Olmo2ForCausalLM
+
+    if not isinstance(base, Olmo2ForCausalLM):
+        raise DynarouteError(f"base of type {type(base).__name__}: only Olmo2ForCausalLM of transformers is supported")
+    config = base.config
+    if config.num_key_value_heads != config.num_attention_heads:
+        raise DynarouteError(
+            f"num_key_value_heads = {config.num_key_value_heads}: only multi-head attention is supported,"
+            f" with as many as num_attention_heads = {config.num_attention_heads}"
+        )
+    if config.attention_bias:
+        raise DynarouteError("attention_bias = True: only attention without biases is supported")
+
+
+class _Exchange:
+    """What the layers of one forward pass send and receive, and the gradients of both; see the top of this file.
+
+    gates     [B, (L-1)*S, (L-1)*H]
+    sent      [B, T, (L-1)*S, D]     by layers 0 .. L-2
+    received  [B, T, (L-1)*H, D]     by layers 1 .. L-1; the backward pass overwrites it with its gradient
+    d_sent    as sent
+    """
+
+    def __init__(self, owner: DagForward, gates: Tensor, hidden: Tensor):
+        B, T, D = hidden.shape
+        self.L, self.H, self.S = owner.num_layers, owner.num_heads, owner.num_heads + 1
+        self.eps = owner.base.config.rms_norm_eps
+        self.normalise_sent = owner.input_norm == "rms_pre"
+        self.gates = gates.detach().to(hidden.dtype)
+        _, senders, receivers = gates.shape
+        per_token = B * T * D
+        sizes = [per_token * senders, per_token * receivers, max(_SCRATCH, D * senders)]
+        if torch.is_grad_enabled() and gates.requires_grad:
+            sizes.append(per_token * senders)
+        # A kernel hands out fresh memory page by page, which on a CPU costs as much as the mixing itself.
+        buffer, owner._spare = owner._spare, None
+        if buffer is None or (buffer.dtype, buffer.device) != (hidden.dtype, hidden.device) or len(buffer) < sum(sizes):
+            buffer = hidden.new_empty(sum(sizes))
+        weakref.finalize(self, setattr, owner, "_spare", buffer)  # when the graph of this pass is gone
+        self.sent, self.received, self.scratch, *d_sent = buffer[: sum(sizes)].split(sizes)
+        self.sent = self.sent.view(B, T, senders, D)
+        self.received = self.received.view(B, T, receivers, D)
+        self.d_sent = d_sent[0].view(B, T, senders, D) if d_sent else None
+
+    def senders(self, start: int, stop: int | None = None) -> slice:
+        """Where the layers start .. stop-1, or the one layer start, are in `sent`."""
+        return slice(start * self.S, (stop or start + 1) * self.S)
+
+    def receivers(self, start: int, stop: int | None = None) -> slice:
+        """Where the layers start .. stop-1, or the one layer start, are in `received`."""
+        return slice((start - 1) * self.H, ((stop or start + 1) - 1) * self.H)
+
+    def square(self, n: int) -> tuple[slice, slice, int]:
+        """Senders, receivers and size of the square that is due once layers 0 .. n-1 have sent."""
+        size = n & -n
+        return self.senders(n - size, n), self.receivers(n, min(n + size, self.L)), size
+
+    def mix(self, n: int) -> None:
+        senders, receivers, size = self.square(n)
+        gates = self.gates[:, senders, receivers].transpose(1, 2)
+        first = n == size  # else the square n - size was before this one, and wrote to all its receivers
+        self._mix(self.received[:, :, receivers], gates, self.sent[:, :, senders], first)
+
+    def mix_backward(self, n: int) -> None:
+        senders, receivers, size = self.square(n)
+        sent, d_received = self.sent[:, :, senders], self.received[:, :, receivers]
+        first = n + size >= self.L  # else the square n + size was before this one, and wrote to all its senders
+        self._mix(self.d_sent[:, :, senders], self.gates[:, senders, receivers], d_received, first)
+        for out, x, dy in zip(self.d_gates[:, senders, receivers], sent, d_received, strict=True):
+            out.copy_(torch.bmm(x, dy.transpose(1, 2)).sum(0, dtype=out.dtype))  # sum over T of [T, senders, receivers]
+
+    def _mix(self, out: Tensor, gates: Tensor, values: Tensor, first: bool) -> None:
+        """out (first: =, else: +=) gates @ values for every token: [B, T, n, D], [B, n, m], [B, T, m, D]."""
+        chunk = max(1, self.scratch.numel() // out[0, 0].numel())  # tokens
+        for y, g, x in zip(out, gates, values, strict=True):
+            g = g.expand(len(x), -1, -1)  # [T, n, m] without a copy
+            if y.is_cuda:
+                torch.baddbmm(y, g, x, beta=0 if first else 1, out=y)
+                continue
+            for y_part, x_part in zip(y.split(chunk), x.split(chunk), strict=True):
+                # On the CPU a result that is not contiguous would fall back to one product after the other.
+                product = self.scratch[: y_part.numel()].view(y_part.shape)
+                torch.bmm(g[: len(x_part)], x_part, out=product)
+                y_part.copy_(product) if first else y_part.add_(product)
+
+
+class _Send(torch.autograd.Function):
+    """Layer n sends its heads. Returns the sum of the raw ones, [B, T, D]: the base's o_proj(z)."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, exchange: _Exchange, n: int, w_o: Tensor, w: Tensor, eps: float) -> Tensor:
+        B, T, _ = z.shape
+        H, D = exchange.H, len(w)
+        w_o = w_o.view(D, H, -1).permute(1, 2, 0)  # [H, K, D]
+        heads = exchange.sent[:, :, exchange.senders(n)].view(B * T, H + 1, D)[:, :H]
+        torch.bmm(z.view(B * T, H, -1).transpose(0, 1), w_o, out=heads.transpose(0, 1))
+        total = heads.sum(1)  # [B*T, D]
+        inverse = torch.rsqrt(_wide(total).square().mean(-1, keepdim=True) + eps)  # [B*T, 1]
+        heads.mul_((inverse * w)[:, None])
+        ctx.inverse_of_head = None
+        if exchange.normalise_sent:
+            ctx.inverse_of_head = torch.rsqrt(_wide(heads).square().mean(-1, keepdim=True) + exchange.eps)
+            heads.mul_(ctx.inverse_of_head)
+        ctx.save_for_backward(total, inverse, w_o, w)
+        ctx.exchange, ctx.n = exchange, n
+        return total.view(B, T, D)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        """By now all later layers have added to `d_sent` what they owe to these heads = w * raw * inverse."""
+        total, inverse, w_o, w = ctx.saved_tensors
+        exchange, senders = ctx.exchange, ctx.exchange.senders(ctx.n)
+        B, T, D = d_total.shape
+        H = exchange.H
+        heads = exchange.sent[:, :, senders].view(B * T, H + 1, D)[:, :H]
+        d_heads = exchange.d_sent[:, :, senders].view(B * T, H + 1, D)[:, :H]
+        if exchange.normalise_sent:
+            d_heads.sub_(heads * (heads * d_heads).mean(-1, keepdim=True)).mul_(ctx.inverse_of_head)
+            heads = heads / ctx.inverse_of_head
+        d_log_inverse = (heads * d_heads).sum((1, 2))[:, None]  # [B*T, 1]
+        d_total = d_total.reshape(B * T, D) - d_log_inverse * inverse.square() * total / D
+        scale = (inverse * w).to(total.dtype)
+        d_raw = torch.addcmul(d_total.to(total.dtype)[:, None], d_heads, scale[:, None], out=d_heads)  # in place
+        d_z = torch.bmm(d_raw.transpose(0, 1), w_o.transpose(1, 2))  # [H, B*T, K]
+        return d_z.transpose(0, 1).reshape(B, T, -1), None, None, None, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32, for sums of squares."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _Receive(torch.autograd.Function):
+    """Layer n-1 sends its increment, and layer n >= 1 receives: its q, k, v, [H, B*T, 3K], or its gated sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gates: Tensor, increment: Tensor, exchange: _Exchange, n: int, w_qkv: Tensor | None
+    ) -> Tensor:
+        exchange.sent[:, :, exchange.senders(n - 1)][:, :, -1] = increment
+        exchange.mix(n)
+        ctx.exchange, ctx.n, ctx.w_qkv, ctx.dtype = exchange, n, w_qkv, gates.dtype
+        received = exchange.received[:, :, exchange.receivers(n)].flatten(0, 1)  # [B*T, H, D], a view
+        return received.clone() if w_qkv is None else torch.bmm(received.transpose(0, 1), w_qkv.transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        exchange, n = ctx.exchange, ctx.n
+        if n == exchange.L - 1:  # the first to come
+            dtype = torch.promote_types(exchange.gates.dtype, torch.float32)
+            exchange.d_gates = torch.zeros_like(exchange.gates, dtype=dtype)
+        d_received = exchange.received[:, :, exchange.receivers(n)].flatten(0, 1)
+        if ctx.w_qkv is None:
+            d_received.copy_(d_out)
+        else:
+            torch.bmm(d_out, ctx.w_qkv, out=d_received.transpose(0, 1))
+        exchange.mix_backward(n)
+        if n == 1:  # the last to come; layer 0 depends on no gate
+            return exchange.d_gates.to(ctx.dtype), None, None, None, None
+        return None, exchange.d_sent[:, :, exchange.senders(n - 1)][:, :, -1].clone(), None, None, None

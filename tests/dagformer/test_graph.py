@@ -1,0 +1,348 @@
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dag_reference import reference_forward
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+from dynaroute.dagformer import graph
+from dynaroute.dagformer.gates import cascade, dag_mask
+from dynaroute.dagformer.graph import DagForward
+from dynaroute.errors import DynarouteError
+
+VOCAB = 61
+INPUT_NORMS = ["none", "gate_mean", "rms_post", "ln_post", "rms_pre"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Many threads only wait for each other on tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_base(layers: int = 3, heads: int = 2, d_model: int = 16, dtype=torch.float32, **settings) -> Olmo2ForCausalLM:
+    """A random base whose norms differ from 1 and whose eps matters, in the given dtype."""
+    torch.manual_seed(layers * 100 + heads)
+    config = Olmo2Config(
+        vocab_size=VOCAB,
+        hidden_size=d_model,
+        intermediate_size=2 * d_model,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=64,
+        pad_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.2,
+        **settings,
+    )
+    base = Olmo2ForCausalLM(config)
+    for name, parameter in base.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return base.to(dtype).eval()
+
+
+def make_tokens(batch: int = 2, length: int = 7) -> Tensor:
+    return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(batch * length))
+
+
+def open_gates(base: Olmo2ForCausalLM, batch: int, dtype=torch.float32) -> Tensor:
+    mask = dag_mask(base.config.num_hidden_layers, base.config.num_attention_heads)
+    return mask.to(dtype).repeat(batch, 1, 1)
+
+
+def random_gates(base: Olmo2ForCausalLM, batch: int, dtype=torch.float64) -> Tensor:
+    mask = open_gates(base, batch, dtype)
+    return torch.rand(mask.shape, generator=torch.Generator().manual_seed(3), dtype=dtype) * mask
+
+
+def nll(logits: Tensor, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+SHAPES = [(1, 2, 1, 5), (2, 1, 3, 7), (3, 4, 2, 1), (4, 2, 2, 9), (5, 2, 1, 6), (8, 2, 2, 17), (11, 3, 1, 4)]
+
+
+@pytest.mark.parametrize(("layers", "heads", "batch", "length"), SHAPES)
+@pytest.mark.parametrize(
+    ("dtype", "logit_tolerance", "nll_tolerance"), [("float32", 1e-4, 1e-5), ("float64", 1e-9, 1e-9)]
+)
+def test_all_ones_adjacency_reproduces_the_base_model(
+    layers, heads, batch, length, dtype, logit_tolerance, nll_tolerance
+):
+    dtype = getattr(torch, dtype)
+    base = make_base(layers, heads, 8 * heads, dtype)
+    tokens = make_tokens(batch, length)
+    with torch.no_grad():
+        expected = base(tokens).logits
+        actual = DagForward(base)(tokens, open_gates(base, batch))
+    assert actual.dtype == dtype
+    assert (actual - expected).abs().max() < logit_tolerance
+    if length > 1:
+        assert abs(nll(actual, tokens) - nll(expected, tokens)) < nll_tolerance
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0}},
+        {
+            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0},
+            "max_position_embeddings": 4,
+        },
+        {"hidden_act": "gelu"},
+        {"rms_norm_eps": 1e-2},
+        {"tie_word_embeddings": True},
+    ],
+    ids=str,
+)
+def test_variants_of_rope_activation_and_head_are_the_bases_own(settings):
+    torch.manual_seed(0)
+    config = make_base(4, 2).config.to_dict() | settings
+    base = Olmo2ForCausalLM(Olmo2Config(**config)).double().eval()
+    tokens = make_tokens(2, 12)
+    with torch.no_grad():
+        assert (DagForward(base)(tokens, open_gates(base, 2)) - base(tokens).logits).abs().max() < 1e-9
+
+
+def test_bf16_is_no_further_from_fp32_than_transformers_own_bf16():
+    tokens = make_tokens(4, 32)
+    exact = make_base(8, 4, 64)
+    rounded = make_base(8, 4, 64, torch.bfloat16)
+    with torch.no_grad():
+        truth = exact(tokens).logits
+        transformers_error = (rounded(tokens).logits.float() - truth).square().mean().sqrt()
+        our_error = (DagForward(rounded)(tokens, open_gates(exact, 4)).float() - truth).square().mean().sqrt()
+    assert our_error < 1.02 * transformers_error  # the same error, up to the luck of single roundings
+
+
+@pytest.fixture
+def exact_norms(monkeypatch):
+    """transformers' RMSNorm rounds to fp32 inside, also in a float64 model: the formulas do not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(Olmo2RMSNorm, "forward", forward)
+
+
+@pytest.mark.usefixtures("exact_norms")
+@pytest.mark.parametrize("input_norm", INPUT_NORMS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("layers", "heads", "batch"), [(2, 3, 1), (3, 2, 2), (5, 2, 2), (6, 1, 1)])
+def test_values_and_gradients_match_the_formulas_node_by_node(layers, heads, batch, input_norm, checkpointing):
+    base = make_base(layers, heads, 8 * heads, torch.float64, rms_norm_eps=1e-2)
+    tokens = make_tokens(batch, 5)
+    dag = DagForward(base, input_norm, gradient_checkpointing=checkpointing)
+    values, gradients = [], []
+    for forward in (dag, lambda t, a: reference_forward(base, t, a, input_norm)):
+        adjacency = random_gates(base, batch).requires_grad_()
+        logits = forward(tokens, adjacency)
+        nll(logits, tokens).backward()
+        values.append(logits.detach())
+        gradients.append(adjacency.grad)
+    torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-7, atol=1e-10)
+    valid = dag_mask(layers, heads)
+    if input_norm != "gate_mean" or heads > 1:  # the one source of a target always has the mean gate
+        assert (gradients[0][:, valid] != 0).all()
+    assert (gradients[0][:, ~valid] == 0).all()
+
+
+@pytest.mark.usefixtures("exact_norms")
+def test_gradients_match_finite_differences():
+    base = make_base(3, 2, 16, torch.float64)
+    tokens, dag = make_tokens(1, 4), DagForward(base)
+    assert torch.autograd.gradcheck(lambda a: nll(dag(tokens, a), tokens), random_gates(base, 1).requires_grad_())
+
+
+def test_gradients_in_bf16_follow_those_in_fp32():
+    tokens, gradients = make_tokens(2, 32), []
+    for dtype in (torch.float32, torch.bfloat16):
+        base = make_base(4, 4, 64, dtype)
+        adjacency = (0.5 + 0.5 * random_gates(base, 2, torch.float32)).requires_grad_()
+        nll(DagForward(base)(tokens, adjacency).float(), tokens).backward()
+        assert adjacency.grad.dtype == torch.float32
+        gradients.append(adjacency.grad[:, dag_mask(4, 4)].flatten())
+    assert F.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+def test_mixing_in_several_pieces_changes_nothing(monkeypatch):
+    base, tokens = make_base(6, 2, 16, torch.float64), make_tokens(2, 30)
+    results = []
+    for scratch in (graph._SCRATCH, 0):
+        monkeypatch.setattr(graph, "_SCRATCH", scratch)
+        adjacency = random_gates(base, 2).requires_grad_()
+        nll(DagForward(base)(tokens, adjacency), tokens).backward()
+        results.append(adjacency.grad)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+
+
+def test_closing_all_gates_changes_the_output():
+    base = make_base()
+    tokens = make_tokens()
+    dag = DagForward(base)
+    with torch.no_grad():
+        ones = dag(tokens, open_gates(base, 2))
+        assert (dag(tokens, 0 * open_gates(base, 2)) - ones).abs().max() > 1e-2
+
+
+def test_a_gate_matters_for_its_own_target_and_for_its_own_sequence():
+    base = make_base(layers=2, heads=3, d_model=24)
+    tokens = make_tokens(2, 7)
+    dag = DagForward(base)
+    one_closed = [open_gates(base, 2) for _ in range(2)]
+    one_closed[0][0, 0, 3] = 0
+    one_closed[1][0, 0, 4] = 0
+    with torch.no_grad():
+        ones, first, second = (dag(tokens, a) for a in (open_gates(base, 2), *one_closed))
+    assert (first[0] - ones[0]).abs().max() > 1e-4
+    assert (first[0] - second[0]).abs().max() > 1e-4
+    assert torch.equal(first[1], ones[1])
+
+
+def test_entries_that_are_not_valid_have_no_effect():
+    base = make_base()
+    tokens = make_tokens()
+    adjacency = random_gates(base, 2, torch.float32)
+    invalid = ~dag_mask(3, 2)
+    for input_norm in INPUT_NORMS:
+        dag = DagForward(base, input_norm)
+        with torch.no_grad():
+            expected = dag(tokens, adjacency)
+            assert torch.equal(dag(tokens, adjacency.masked_fill(invalid, torch.nan)), expected)
+
+
+@pytest.mark.parametrize("input_norm", INPUT_NORMS)
+def test_closed_gates_stay_finite_forward_and_backward(input_norm):
+    base = make_base()
+    adjacency = torch.zeros(2, 6, 6, requires_grad=True)
+    logits = DagForward(base, input_norm)(make_tokens(), adjacency)
+    logits.square().sum().backward()
+    assert logits.isfinite().all()
+    if input_norm != "gate_mean":  # 0 / 0: its gradient has no limit there
+        assert adjacency.grad.isfinite().all()
+
+
+def test_gate_mean_ignores_the_scale_of_a_targets_gates():
+    base = make_base(dtype=torch.float64)
+    tokens, adjacency = make_tokens(), random_gates(base, 2)
+    dag = DagForward(base, "gate_mean")
+    with torch.no_grad():
+        torch.testing.assert_close(dag(tokens, adjacency), dag(tokens, adjacency * 0.3))
+
+
+def test_the_layer_0_bug_of_the_hard_cascade_cannot_return():
+    base = make_base(4, 2, 16)
+    tokens = make_tokens(2, 16)
+    dag = DagForward(base)
+    with torch.no_grad():
+        dense = base(tokens).logits
+        fixed = dag(tokens, cascade(open_gates(base, 2), 5.0, 2, hard=True))
+        bug = dag(tokens, cascade(open_gates(base, 2), 5.0, 2, hard=True, exempt_first_layer=False))
+    assert (fixed - dense).abs().max() < 1e-4
+    assert (bug - dense).abs().max() > 1e-2
+
+
+def test_the_base_is_frozen_and_unchanged():
+    base = make_base()
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    adjacency = random_gates(base, 2, torch.float32).requires_grad_()
+    nll(DagForward(base)(make_tokens(), adjacency), make_tokens()).backward()
+    for name, parameter in base.named_parameters():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+        assert not parameter.requires_grad
+
+
+def test_two_passes_at_once_do_not_share_buffers():
+    base = make_base(4, 2, 16, torch.float64)
+    dag = DagForward(base)
+    tokens = [make_tokens(2, 7), make_tokens(2, 7).flip(1)]
+    separate = []
+    for t in tokens:
+        adjacency = random_gates(base, 2).requires_grad_()
+        nll(dag(t, adjacency), t).backward()
+        separate.append(adjacency.grad)
+    together = random_gates(base, 2).requires_grad_()
+    first = nll(dag(tokens[0], together), tokens[0])
+    with torch.no_grad():
+        dag(tokens[1], 0 * together)
+    second = nll(dag(tokens[1], together), tokens[1])
+    (first + second).backward()
+    torch.testing.assert_close(together.grad, separate[0] + separate[1], rtol=1e-12, atol=1e-14)
+
+
+def test_a_second_backward_through_a_retained_graph_gives_the_same_gradient():
+    base = make_base(4, 2, 16, torch.float64)
+    for input_norm in INPUT_NORMS:
+        adjacency = random_gates(base, 2).requires_grad_()
+        loss = nll(DagForward(base, input_norm)(make_tokens(), adjacency), make_tokens())
+        (first,) = torch.autograd.grad(loss, adjacency, retain_graph=True)
+        (second,) = torch.autograd.grad(loss, adjacency)
+        assert torch.equal(first, second)
+
+
+def test_buffers_are_reused_and_hold_two_copies_of_the_heads_and_one_of_the_gradient():
+    layers, heads, d_model, batch, length = 6, 4, 64, 2, 16
+    base = make_base(layers, heads, d_model)
+    dag = DagForward(base)
+    tokens = make_tokens(batch, length)
+    addresses = set()
+    for _ in range(3):
+        adjacency = open_gates(base, batch).requires_grad_()
+        nll(dag(tokens, adjacency), tokens).backward()
+        gc.collect()
+        addresses.add(dag._spare.data_ptr())
+    assert len(addresses) == 1
+    one_copy = batch * length * (layers - 1) * (heads + 1) * d_model
+    assert dag._spare.numel() <= 3 * one_copy + graph._SCRATCH
+
+
+def test_autocast_around_it_changes_nothing():
+    base = make_base()
+    dag = DagForward(base)
+    with torch.no_grad():
+        expected = dag(make_tokens(), open_gates(base, 2))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(dag(make_tokens(), open_gates(base, 2)), expected)
+
+
+def test_it_follows_a_cast_of_the_module():
+    dag = DagForward(make_base()).double()
+    tokens = make_tokens()
+    with torch.no_grad():
+        actual, expected = dag(tokens, open_gates(dag.base, 2)), dag.base(tokens).logits
+    assert (actual - expected).abs().max() < 1e-9
+
+
+def llama() -> LlamaForCausalLM:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DagForward(make_base(heads=2, num_key_value_heads=1)), "num_key_value_heads = 1: only multi-head"),
+        (lambda: DagForward(make_base(attention_bias=True)), "attention_bias = True: only attention without biases"),
+        (lambda: DagForward(llama()), "LlamaForCausalLM: only Olmo2ForCausalLM"),
+        (lambda: DagForward(make_base(), "rms"), "input_norm = 'rms': must be one of none, gate_mean"),
+        (
+            lambda: DagForward(make_base())(make_tokens(2), torch.ones(1, 6, 6)),
+            r"shape \[1, 6, 6\]: must be \[2, 6, 6\]",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused_in_one_line(make, message):
+    with pytest.raises(DynarouteError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
