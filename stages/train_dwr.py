@@ -26,7 +26,7 @@ from dynaroute.dwr.objective import DWRObjective
 from dynaroute.machine import describe_machine, peak_memory
 from dynaroute.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
-from dynaroute.training.loop import Trainer, make_accelerator, steps_in_epochs
+from dynaroute.training.loop import Trainer, make_accelerator, steps_in_epochs, with_all_columns
 from dynaroute.training.scratch import run_id, scratch_folder
 
 REPORTS = Path("reports/dwr")
@@ -161,12 +161,6 @@ def router_rows(model: DWRTransformer, sums: dict[str, torch.Tensor]) -> list[di
         for index, layer in enumerate(model.layers)
         for expert, norm in enumerate(layer.moe.router.weight.detach().norm(dim=1))
     ]
-
-
-def with_all_columns(history: list[dict]) -> list[dict]:
-    """Rows with the same columns: the one before the first step has no training metrics."""
-    columns = dict.fromkeys(name for row in history for name in row)
-    return [{name: row.get(name, math.nan) for name in columns} for row in history]
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Objective:
         loss = F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten())
         return loss, {"loss": loss, "squared": loss**2}
 
-    def validation_sums(self, model, batch):
+    def validation_sums(self, model, batch, step):
         nll = F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten(), reduction="sum")
         return {"nll": nll.double(), "count": torch.tensor(batch.targets.numel())}
 

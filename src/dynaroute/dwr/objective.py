@@ -31,7 +31,7 @@ class DWRObjective:
         metrics |= {f"balance_loss_layer{index}": value for index, value in enumerate(balance)}
         return nll + self.balance_coefficient * balance.sum(), metrics
 
-    def validation_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def validation_sums(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """Sums over the batch's tokens: NLL and predicted tokens; by layer and expert, assignments and probability."""
         logits, router = model(batch.tokens)
         nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")

@@ -50,8 +50,8 @@ class Objective(Protocol):
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to minimise, and scalars to average for the record."""
 
-    def validation_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Sums over the batch; they are added up over all batches and processes."""
+    def validation_sums(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Sums over the batch, after `step` steps; they are added up over all batches and processes."""
 
     def validation_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Metrics from the sums over the whole validation set; `loss` decides which model is best."""
@@ -124,8 +124,9 @@ class Trainer:
         accelerator: Accelerator,
         seed: int,
         scratch: Path,
+        start: Path | None = None,
     ) -> None:
-        """Prepares a run in the folder `scratch`.
+        """Prepares a run in the folder `scratch`, which begins with weights and moments of the checkpoint `start`.
 
         Raises:
             DynarouteError: batches do not divide among the processes, or there is not one whole batch.
@@ -138,7 +139,7 @@ class Trainer:
             )
         self.objective, self.settings, self.accelerator = objective, settings, accelerator
         self.training, self.validation = training, validation
-        self.seed, self.scratch = seed, scratch
+        self.seed, self.scratch, self.start = seed, scratch, start
         self.steps_per_epoch = steps_per_epoch(len(training), settings.batch_size)
         self.total_steps = total_steps
         self.validate_every = self.steps_per_epoch if settings.validate_every == "epoch" else settings.validate_every
@@ -148,7 +149,8 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.state = TrainingState()
         self.sums: dict[str, Tensor] = {}  # of training metrics since the last validation, float64
-        self.seconds = 0.0  # spent on training steps, those of earlier processes included
+        # Spent on steps and on validations, by earlier processes of the run included.
+        self.seconds = self.validation_seconds = 0.0
 
     def __enter__(self) -> "Trainer":
         """Takes the scratch folder, and goes on from the checkpoint in it if there is one.
@@ -162,6 +164,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.last_path.exists():
             self._restore()
+        elif self.start is not None:
+            self._load_tensors(self.start)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -201,7 +205,9 @@ class Trainer:
         with StopRequest() as stop, progress:
             while True:
                 if self._validation_is_due():
+                    started = time.perf_counter()
                     self._validate(progress, stop)
+                    self.validation_seconds += time.perf_counter() - started
                 patience = self.settings.early_stopping_patience
                 if patience is not None and self.state.validations_without_improvement >= patience:
                     break
@@ -304,7 +310,9 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for start in range(0, len(own), self.settings.micro_batch_size):
             part = np.asarray(own[start : start + self.settings.micro_batch_size])
-            for name, value in self.objective.validation_sums(self.model, self._batch(windows, part)).items():
+            for name, value in self.objective.validation_sums(
+                self.model, self._batch(windows, part), self.state.step
+            ).items():
                 sums[name] = sums[name] + value if name in sums else value
             if stop is not None and stop.signal:
                 self._save(stop)
@@ -319,7 +327,8 @@ class Trainer:
             tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
             tensors |= {f"sums.{name}": value for name, value in self.sums.items()}
             save_checkpoint(self.last_path, tensors, self.state.to_json())
-            write_json(self.scratch / "timing.json", {"seconds": self.seconds})
+            timing = {"seconds": self.seconds, "validation_seconds": self.validation_seconds}
+            write_json(self.scratch / "timing.json", timing)
         self.saved_step = self.state.step
         if stop.signal:
             raise DynarouteError(
@@ -328,16 +337,29 @@ class Trainer:
             )
 
     def _restore(self) -> None:
-        tensors, state = load_checkpoint(self.last_path)
+        """Goes on from the last checkpoint."""
+        state, sums = self._load_tensors(self.last_path)
+        self.sums = {name: value.to(self.accelerator.device) for name, value in sums.items()}
+        self.state = TrainingState.from_json(state)
+        self.saved_step = self.state.step
+        timing = self.scratch / "timing.json"
+        if timing.exists():
+            self.seconds, self.validation_seconds = read_json(timing).values()
+
+    def _load_tensors(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Loads weights and optimizer from a checkpoint; returns its state, and the sums in it."""
+        tensors, state = load_checkpoint(path)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "sums": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = value
         model = self.accelerator.unwrap_model(self.model)
-        load_weights(model, parts["model"], self.last_path)
+        load_weights(model, parts["model"], path)
         load_optimizer(model, self.optimizer.optimizer, parts["optimizer"])
-        self.sums = {name: value.to(self.accelerator.device) for name, value in parts["sums"].items()}
-        self.state = TrainingState.from_json(state)
-        self.saved_step = self.state.step
-        timing = self.scratch / "timing.json"
-        self.seconds = read_json(timing)["seconds"] if timing.exists() else 0.0
+        return state, parts["sums"]
+
+
+def with_all_columns(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A history's rows with the same columns: the one before the first step has no training metrics, but NaN."""
+    columns = dict.fromkeys(name for row in history for name in row)
+    return [{name: row.get(name, math.nan) for name in columns} for row in history]

@@ -1,0 +1,142 @@
+"""What a predictor is trained on: the NLL of a frozen base under the wiring that it predicts, and its density.
+
+The loss of step t is `NLL + lambda_t * mean_A`. Temperature and lambda follow the schedules below; noise is a function
+of (seed, step, window), so it does not depend on batches or processes.
+"""
+
+import itertools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynaroute.config import Variant
+from dynaroute.dagformer.gates import dag_mask, density, gate_fraction, layer_distance
+from dynaroute.dagformer.graph import DagForward
+from dynaroute.dagformer.predictor import sequence_noise
+from dynaroute.training.loop import Batch
+
+RAMP = 0.2  # the share of the steps over which lambda rises
+COLLAPSED_DENSITY = 0.01  # hard gates left
+SATURATED_SLOPE = 1e-3  # mean dA/dZ; at Z = 15 it is about 9e-3 at tau 5, 4e-4 at tau 2, 4e-6 at tau 1
+ALARM_STEPS = 100
+
+
+def tau_at(step: int, total_steps: int, variant: Variant) -> float:
+    """The temperature of step `step`: half a cosine from tau_init to tau_final, which it has at `total_steps`."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
+    return variant.tau_final + (variant.tau_init - variant.tau_final) * cosine
+
+
+def lambda_at(step: int, total_steps: int, variant: Variant) -> float:
+    """The weight of mean_A at step `step`: from lambda_init to lambda_final over the first fifth of the steps."""
+    return variant.lambda_init + (variant.lambda_final - variant.lambda_init) * min(1.0, step / (RAMP * total_steps))
+
+
+class DagObjective:
+    """Trains and validates a `StructurePredictor` in front of a frozen base."""
+
+    def __init__(
+        self,
+        graph: DagForward,
+        variant: Variant,
+        training_embeddings: Tensor,
+        validation_embeddings: Tensor,
+        noise_seed: int,
+    ) -> None:
+        """Embeddings are [windows, E], in the order of the windows trained and validated on."""
+        self.graph, self.variant, self.noise_seed = graph, variant, noise_seed
+        self.training_embeddings, self.validation_embeddings = training_embeddings, validation_embeddings
+        self.valid = dag_mask(graph.num_layers, graph.num_heads)
+        self.distance = layer_distance(graph.num_layers, graph.num_heads)
+        self._baseline: dict[int, Tensor] = {}  # NLL sums at A = 1: the same at every validation
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss; for the record NLL, mean_A, the mean slope dA/dZ and the gradient's norm at the gates.
+
+        The gradient's norm is filled in by the backward pass.
+        """
+        tau, weight = tau_at(step, self.variant.steps, self.variant), lambda_at(step, self.variant.steps, self.variant)
+        device = batch.tokens.device
+        embeddings = self.training_embeddings[batch.windows.cpu()].to(device)
+        noise = sequence_noise(self.noise_seed, step, batch.windows, len(self.valid)).to(device)
+        adjacency = model(embeddings, tau, "train", noise)  # [B, N, N]
+        nll = F.cross_entropy(self.graph(batch.tokens, adjacency).float().flatten(0, 1), batch.targets.flatten())
+        mean_a = density(adjacency, self.valid).mean()
+        gradient = torch.zeros((), device=device)
+        if adjacency.requires_grad:
+            adjacency.register_hook(lambda at_gates: gradient.copy_(at_gates.norm()))
+        slope = density(adjacency.detach() * (1 - adjacency.detach()) / tau, self.valid).mean()
+        return nll + weight * mean_a, {
+            "loss": nll,
+            "mean_A": mean_a,
+            "gate_slope": slope,
+            "gate_gradient": gradient,
+        }
+
+    def validation_sums(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        """NLL in the three modes, summed over tokens; measures of the topology, summed over windows."""
+        tau = tau_at(step, self.variant.steps, self.variant)
+        embeddings = self.validation_embeddings[batch.windows.cpu()].to(batch.tokens.device)
+        soft = model(embeddings, tau, "soft")
+        hard = model(embeddings, tau, "hard")
+        unknown = [index for index in batch.windows.tolist() if index not in self._baseline]
+        if unknown:
+            nll = self._nll(batch, torch.ones_like(soft))
+            self._baseline |= dict(zip(batch.windows.tolist(), nll, strict=True))
+        baseline = torch.stack([self._baseline[index] for index in batch.windows.tolist()])
+        adjacent, skip = self.distance == 1, self.distance > 1
+        return {
+            "predicted": (batch.targets != -100).sum(),
+            "nll_soft": self._nll(batch, soft).sum(),
+            "nll_hard": self._nll(batch, hard).sum(),
+            "nll_baseline": baseline.sum(),
+            "windows": torch.tensor(len(soft), device=soft.device),
+            "mean_A": density(soft, self.valid).double().sum(),
+            "density_hard": density(hard, self.valid).double().sum(),
+            "seq_gate_frac": gate_fraction(soft, adjacent).double().sum(),
+            "hyp_gate_frac": gate_fraction(soft, skip).double().sum(),
+            "tau": torch.tensor(tau * len(soft), dtype=torch.float64, device=soft.device),
+            "lambda": torch.tensor(
+                lambda_at(step, self.variant.steps, self.variant) * len(soft),
+                dtype=torch.float64,
+                device=soft.device,
+            ),
+        }
+
+    def validation_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """NLL of the modes in nats per token, means of the topology's measures; `loss` is the soft NLL."""
+        metrics = {name: float(sums[name] / sums["predicted"]) for name in ("nll_soft", "nll_hard", "nll_baseline")}
+        names = ("mean_A", "density_hard", "seq_gate_frac", "hyp_gate_frac", "tau", "lambda")
+        metrics |= {name: float(sums[name] / sums["windows"]) for name in names}
+        return {"loss": metrics["nll_soft"], **metrics}
+
+    def _nll(self, batch: Batch, adjacency: Tensor) -> Tensor:
+        """NLL of each window, summed over its tokens, float64 [B]."""
+        logits = self.graph(batch.tokens, adjacency).float()  # [B, T, V]
+        nll = F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")  # [B, T]
+        return nll.double().sum(1)
+
+
+def verdict(history: list[dict[str, Any]]) -> tuple[str, str]:
+    """Whether a run stayed healthy, from the rows of its validations, and the reason in one sentence.
+
+    collapsed: hard density below COLLAPSED_DENSITY; saturated: mean gate slope below SATURATED_SLOPE; either in every
+    row of a stretch of at least ALARM_STEPS steps.
+    """
+    rules = (
+        ("collapsed", "validation_density_hard", COLLAPSED_DENSITY, "hard density"),
+        ("saturated", "train_gate_slope", SATURATED_SLOPE, "the mean slope dA/dZ of the gates"),
+    )
+    for name, key, threshold, words in rules:
+        start = None
+        for before, row in itertools.pairwise(history):
+            if row[key] >= threshold:
+                start = None
+                continue
+            start = before["step"] if start is None else start
+            if row["step"] - start >= ALARM_STEPS:
+                return name, f"{words} was below {threshold:g} from step {start} to {row['step']} or longer"
+    return "healthy", "hard density and the slope of the gates stayed above their alarm thresholds"

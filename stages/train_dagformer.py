@@ -1,0 +1,173 @@
+"""Trains the predictor of one DAGFormer variant on a frozen base.
+
+    python stages/train_dagformer.py P1
+
+Reads   data/dagformer/variants/<id>.yaml, data/dagformer/base, data/dagformer/embeddings,
+        data/tokens/<dagformer.corpus>, and data/dagformer/<from> where the variant continues another
+Writes  data/dagformer/<id>/            predictor.safetensors (final weights), last.safetensors (all that a run goes on
+                                        from), run.json
+        reports/dagformer/<id>/         training.csv (a row for each validation), training.json (summary, checks)
+        reports/dagformer/<id>/training_timing.json  what was measured
+
+A run that was stopped goes on from its last checkpoint in .scratch/train_dagformer/.
+"""
+
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from dynaroute.dagformer.encoders import load_embeddings
+from dynaroute.dagformer.windows import Subset
+from pydantic import ValidationError
+
+from dynaroute.artifacts import output_directory, sha256, write_csv, write_json
+from dynaroute.config import Settings, Variant, read_yaml
+from dynaroute.dagformer.base import load_base
+from dynaroute.dagformer.graph import DagForward
+from dynaroute.dagformer.objective import DagObjective, verdict
+from dynaroute.dagformer.predictor import StructurePredictor
+from dynaroute.data.shards import TokenShards, Windows
+from dynaroute.errors import DynarouteError
+from dynaroute.machine import describe_machine, peak_memory
+from dynaroute.stage import run
+from dynaroute.training.checkpoints import save_checkpoint
+from dynaroute.training.loop import Trainer, make_accelerator, with_all_columns
+from dynaroute.training.scratch import run_id, scratch_folder
+
+DATA = Path("data/dagformer")
+REPORTS = Path("reports/dagformer")
+
+
+def main(settings: Settings, name: str) -> None:
+    """Trains, then publishes the predictor and what was found."""
+    started = time.perf_counter()
+    torch.set_num_threads(settings.num_threads)
+    dagformer = settings.dagformer
+    start, variant = read_variant(name)
+    shards = {split: TokenShards(Path("data/tokens") / dagformer.corpus, split) for split in ("train", "validation")}
+    windows = {split: Windows(own, dagformer.seq_len, keep_tail=False) for split, own in shards.items()}
+    training = Subset(windows["train"], dagformer.train_windows)
+    validation = Subset(windows["validation"], dagformer.validation_windows)
+    embeddings = load_embeddings(DATA / "embeddings")
+    graph = DagForward(load_base(DATA / "base", settings.device), variant.input_norm)
+    base_before = fingerprint(graph.base)
+
+    identity = {
+        "variant": variant.model_dump(),
+        "dagformer": dagformer.model_dump(),
+        "device": settings.device,
+        "num_threads": settings.num_threads,
+        "base": sha256(DATA / "base" / "model.safetensors"),
+        "embeddings": sha256(DATA / "embeddings" / "metadata.json"),
+        "start": None if start == "base" else sha256(DATA / start / "last.safetensors"),
+    }
+    identifier = run_id(identity)
+    accelerator = make_accelerator(settings.device, variant.precision)
+    torch.manual_seed(variant.seed)
+    predictor = StructurePredictor(variant, graph.num_layers, graph.num_heads, embeddings["train"].shape[1])
+    predictor.fit_normalisation(embeddings["train"])
+    # What continues another variant sees another order of the text and other noise.
+    seed = variant.seed if start == "base" else variant.seed + 1_000_003
+    objective = DagObjective(
+        graph, variant, torch.from_numpy(embeddings["train"]), torch.from_numpy(embeddings["validation"]), seed
+    )
+    trainer = Trainer(
+        predictor,
+        objective,
+        training,
+        validation,
+        variant,
+        total_steps=variant.steps,
+        accelerator=accelerator,
+        seed=seed,
+        scratch=scratch_folder("train_dagformer", identifier),
+        start=None if start == "base" else DATA / start / "last.safetensors",
+    )
+    loading_seconds = time.perf_counter() - started
+    with trainer:
+        state = trainer.run()
+        if not accelerator.is_main_process:
+            return
+        weights = accelerator.unwrap_model(trainer.model).state_dict()
+        health, reason = verdict(state.history)
+        first, last = state.history[0], state.history[-1]
+        checks = {
+            "base_is_unchanged_to_the_bit": fingerprint(graph.base) == base_before,
+            "base_holds_no_gradients": all(p.grad is None and not p.requires_grad for p in graph.base.parameters()),
+        }
+        if start == "base" and variant.exempt_first_layer:
+            nll, dense = first["validation_nll_hard"], first["validation_nll_baseline"]
+            checks["hard_nll_is_the_baseline_before_training"] = abs(nll - dense) < 1e-5
+            soft = first["validation_nll_soft"]
+            checks["soft_nll_is_within_1_percent_of_the_baseline_before_training"] = abs(soft / dense - 1) < 0.01
+        with output_directory(DATA / name) as folder:
+            save_checkpoint(folder / "predictor.safetensors", weights, {"run": identifier, "step": state.step})
+            shutil.copyfile(trainer.last_path, folder / "last.safetensors")
+            write_json(
+                folder / "run.json",
+                {
+                    "run": identifier,
+                    "variant": name,
+                    "from": start,
+                    "knobs": variant.model_dump(),
+                    "num_layers": graph.num_layers,
+                    "num_heads": graph.num_heads,
+                    "embedding_size": embeddings["train"].shape[1],
+                    "identity": identity,
+                },
+            )
+        write_csv(REPORTS / name / "training.csv", with_all_columns(state.history))
+        metrics = {key.removeprefix("validation_"): last[key] for key in last if key.startswith("validation_")}
+        write_json(
+            REPORTS / name / "training.json",
+            {
+                "run": identifier,
+                "variant": name,
+                "steps": state.step,
+                "tokens": last["tokens"],
+                "predictor_parameters": sum(p.numel() for p in predictor.parameters()),
+                **metrics,
+                "verdict": health,
+                "verdict_reason": reason,
+                "checks": checks,
+            },
+        )
+        write_json(
+            REPORTS / name / "training_timing.json",
+            {
+                "seconds": trainer.seconds,
+                "seconds_per_step": trainer.seconds / state.step,
+                "validation_seconds": trainer.validation_seconds / len(state.history),
+                "loading_seconds": loading_seconds,
+                "peak_memory_bytes": peak_memory(settings.device),
+                "machine": describe_machine(settings.device),
+            },
+        )
+        if health != "healthy":
+            print(f"{name}: {health}: {reason}")
+        trainer.discard_scratch()
+
+
+def read_variant(name: str) -> tuple[str, Variant]:
+    """What a variant starts from, and its knobs, as resolve_variants wrote them.
+
+    Raises:
+        DynarouteError: the file is missing or damaged.
+    """
+    path = DATA / "variants" / f"{name}.yaml"
+    knobs = read_yaml(path)
+    try:
+        start = knobs.pop("from")
+        return start, Variant.model_validate(knobs)
+    except (AttributeError, KeyError, TypeError, ValidationError) as error:
+        raise DynarouteError(f"{path}: not the knobs of a variant: run resolve_variants again") from error
+
+
+def fingerprint(model: torch.nn.Module) -> list[int]:
+    """A hash of every parameter's bytes."""
+    return [hash(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()) for p in model.parameters()]
+
+
+if __name__ == "__main__":
+    run(main, __doc__)
