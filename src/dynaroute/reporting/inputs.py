@@ -60,6 +60,17 @@ def read_csv(path: str | Path, columns: list[str]) -> "pd.DataFrame":
     return table
 
 
+def check_same_run(expected: str, *records: Record) -> None:
+    """Refuses results of different runs.
+
+    Raises:
+        DynarouteError: naming the file that belongs to another run.
+    """
+    for record in records:
+        if record["run"] != expected:
+            raise DynarouteError(f"{record.path}: belongs to run {record['run']}, not {expected}: run dvc repro")
+
+
 def file_size(path: str | Path) -> int:
     """Bytes of a file.
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dynaroute.artifacts import sha256
 from dynaroute.errors import DynarouteError
-from dynaroute.reporting.inputs import REMEDY, Record, read_csv, read_record
+from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_csv, read_record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -136,14 +136,3 @@ def read_corpus(run: Record) -> Corpus:
     if sha256(path) != run["identity"]["tokens"]:
         raise DynarouteError(f"{path}: not the tokens that run {run['run']} was trained on: run dvc repro")
     return Corpus(name, read_record(Path("data/raw") / f"{name}.source.json"), tokens)
-
-
-def check_same_run(expected: str, *records: Record) -> None:
-    """Refuses results of different runs.
-
-    Raises:
-        DynarouteError: naming the file that belongs to another run.
-    """
-    for record in records:
-        if record["run"] != expected:
-            raise DynarouteError(f"{record.path}: belongs to run {record['run']}, not {expected}: run dvc repro")
