@@ -1,0 +1,77 @@
+"""What is measured on a set of wirings. All means are over valid entries, see `dynaroute.dagformer.gates`.
+
+n texts   L layers   H heads   N nodes = L * H
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dynaroute.dagformer.gates import dag_mask, density, gate_fraction, layer_distance
+
+
+def measure(soft: Tensor, hard: Tensor, num_heads: int) -> dict[str, float | int]:
+    """The measures of n texts' wirings that the reports show.
+
+    Args:
+        soft: A of mode soft, [n, N, N].
+        hard: A of mode hard, of the same texts.
+        num_heads: H.
+
+    Returns:
+        mean_A: mean soft gate.
+        seq_gate_frac, hyp_gate_frac: fraction of soft gates above 0.5 between adjacent layers, and of those that skip.
+        density_hard: mean hard gate.
+        entropy_bits: mean of `gate_entropy`; 1 where a gate is undecided, 0 where it is open or shut.
+        dead_heads: how many nodes are mute or deaf, see `mute_and_deaf`.
+        mute_heads, deaf_heads: how many are each.
+    """
+    num_layers = soft.shape[-1] // num_heads
+    valid, distance = dag_mask(num_layers, num_heads), layer_distance(num_layers, num_heads)
+    mute, deaf = mute_and_deaf(hard, num_heads)
+    return {
+        "mean_A": _mean(density(soft, valid)),
+        "seq_gate_frac": _mean(gate_fraction(soft, distance == 1)),
+        "hyp_gate_frac": _mean(gate_fraction(soft, distance > 1)),
+        "density_hard": _mean(density(hard, valid)),
+        "entropy_bits": _mean(density(gate_entropy(soft), valid)),
+        "dead_heads": int((mute | deaf).sum()),
+        "mute_heads": int(mute.sum()),
+        "deaf_heads": int(deaf.sum()),
+    }
+
+
+def gate_entropy(adjacency: Tensor) -> Tensor:
+    """Binary entropy of every gate in bits, -a log2 a - (1 - a) log2(1 - a), of the adjacency's shape; 0 at 0 and 1."""
+    return (torch.special.entr(adjacency) + torch.special.entr(1 - adjacency)) / math.log(2)
+
+
+def mute_and_deaf(hard: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """The nodes that no text of a set connects, two tensors [N] bool.
+
+    A node is mute if in every text all its outgoing gates are shut, and deaf if in every text all its incoming ones
+    are. By construction the last layer has no outgoing gates and layer 0 no incoming ones: that makes none of them
+    mute or deaf. What a mute head computes still reaches the MLPs and the output, which are not gated.
+
+    Args:
+        hard: A of mode hard, [n, N, N].
+        num_heads: H.
+    """
+    ever = (hard > 0).any(0)  # [N, N]
+    layer = torch.arange(len(ever)) // num_heads
+    mute = ~ever.any(1) & (layer < layer[-1])
+    deaf = ~ever.any(0) & (layer > 0)
+    return mute, deaf
+
+
+def by_layer_pair(adjacency: Tensor, num_heads: int) -> Tensor:
+    """Mean gate from each layer (row) to each other (column), [..., L, L] from [..., N, N]; NaN where none is valid."""
+    blocks = adjacency.unflatten(-1, (-1, num_heads)).unflatten(-3, (-1, num_heads))  # [..., L, H, L, H]
+    num_layers = blocks.shape[-2]
+    return blocks.mean((-3, -1)).masked_fill(~dag_mask(num_layers, 1), torch.nan)
+
+
+def _mean(values: Tensor) -> float:
+    """The mean over texts, [n]."""
+    return float(values.double().mean())
