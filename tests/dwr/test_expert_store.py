@@ -305,3 +305,12 @@ def test_a_wrong_size_in_the_manifest_is_refused(tmp_path):
     path = export(tmp_path / "store").path
     edit_manifest(path, lambda data: data["files"][expert_file(0, 0)].update(bytes=4096))
     assert expert_file(0, 0) in refusal(lambda: ExpertStore(path))
+
+
+def test_a_truncated_file_is_refused_also_when_the_manifest_was_edited_to_match(tmp_path):
+    path = export(tmp_path / "store").path
+    name = expert_file(0, 0)
+    content = (path / name).read_bytes()[:-64]
+    (path / name).write_bytes(content)
+    edit_manifest(path, lambda data: data["files"][name].update(bytes=len(content)))
+    assert name in refusal(lambda: ExpertStore(path))
