@@ -1,0 +1,1 @@
+"""The DAGFormer report: pages and figures."""
