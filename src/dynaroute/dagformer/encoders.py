@@ -1,0 +1,237 @@
+"""Frozen encoders, which turn windows of tokens into the vectors that predictors read: once, for all variants.
+
+A folder of embeddings holds `train.npy`, `validation.npy` and `test.npy`, float32 [windows, E]; `validation_prefix.npy`
+and `test_prefix.npy`, of the same windows but from their first tokens only; and metadata.json.
+
+    B batch   t tokens read of a window   E embedding
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dynaroute.artifacts import output_directory, read_json, sha256, write_json
+from dynaroute.config import BaseEncoder, HubEncoder
+from dynaroute.dagformer.windows import Subset
+from dynaroute.data.tokenizers import Tokenizer
+from dynaroute.errors import DynarouteError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+BATCH_TOKENS = 8192
+
+
+class Encoder(Protocol):
+    """What both encoders offer."""
+
+    embedding_size: int  # E
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """The vectors of windows, [B, E] float32 on the CPU, from their tokens, [B, t] int64."""
+
+
+class BaseStates:
+    """The base's own last hidden states, after its final norm, averaged over the tokens read."""
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        """Takes a decoder without its head, and freezes it."""
+        self.model = model.eval().requires_grad_(False)
+        self.embedding_size: int = model.config.hidden_size
+
+    @torch.no_grad()
+    def encode(self, tokens: Tensor) -> Tensor:
+        """See `Encoder`."""
+        states = self.model(input_ids=tokens.to(self.model.device), use_cache=False).last_hidden_state  # [B, t, E]
+        return states.mean(1, dtype=torch.float32).cpu()
+
+
+class TextEncoder:
+    """A text encoder, whose own tokenizer reads the text of a window: its last hidden states, averaged over its tokens.
+
+    The tokenizer adds the special tokens that the encoder knows, and reads those in the text as such.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", corpus: Tokenizer, name: str
+    ) -> None:
+        """Takes an encoder, which it freezes, and the corpus's tokenizer; `name` is what errors call the encoder.
+
+        Raises:
+            DynarouteError: the encoder's tokenizer has nothing to pad with.
+        """
+        if tokenizer.pad_token is None:  # any token will do: the mask tells padding by place
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise DynarouteError(f"{name}: its tokenizer has neither pad_token nor eos_token, and one is needed")
+        tokenizer.padding_side = "right"  # positions count from 0 in every text, whatever it is padded to
+        self.model = model.eval().requires_grad_(False)
+        self.embedding_size: int = model.config.hidden_size
+        self.tokenizer, self.corpus, self.name = tokenizer, corpus, name
+        positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+        self.max_tokens = min(positions, tokenizer.model_max_length)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """See `Encoder`.
+
+        Raises:
+            DynarouteError: what `encode_texts` raises.
+        """
+        return self.encode_texts([self.corpus.decode(ids) for ids in tokens.tolist()])
+
+    @torch.no_grad()
+    def encode_texts(self, texts: list[str]) -> Tensor:
+        """The vectors of texts, [B, E] float32 on the CPU.
+
+        Raises:
+            DynarouteError: a text has more tokens than the encoder can read, or none.
+        """
+        inputs = self.tokenizer(texts, padding=True, return_attention_mask=True, return_tensors="pt")
+        mask = inputs["attention_mask"]  # [B, s]: 1 at a text's own tokens, 0 at padding
+        lengths = mask.sum(1)
+        if lengths.min() == 0:
+            raise DynarouteError(f"{self.name}: its tokenizer finds no token in {texts[int(lengths.argmin())]!r}")
+        if lengths.max() > self.max_tokens:
+            raise DynarouteError(
+                f"{self.name}: reads at most {self.max_tokens} tokens, but a window has {int(lengths.max())} of them: "
+                "lower dagformer.seq_len"
+            )
+        ids, mask = inputs["input_ids"].to(self.model.device), mask.to(self.model.device)
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # [B, s, E]
+        weights = mask[:, :, None] / mask.sum(1)[:, None, None]  # [B, s, 1]
+        return (states * weights).sum(1).cpu()
+
+
+def load_encoder(settings: BaseEncoder | HubEncoder, base: str | Path, corpus: Tokenizer, device: str) -> Encoder:
+    """Loads the encoder that `dagformer.encoder` names: from safetensors, without code from outside, for sdpa.
+
+    Args:
+        settings: which encoder.
+        base: the base's directory; for the encoder of kind base.
+        corpus: the tokenizer of the windows; for the encoder of kind hub.
+        device: cpu; or cuda, where weights are bfloat16.
+
+    Raises:
+        DynarouteError: the device is not there, or the encoder cannot be loaded, or its files lack weights.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer  # takes seconds
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DynarouteError("params.yaml: device = 'cuda': this machine shows no CUDA device; use cpu")
+    options = {"dtype": torch.bfloat16 if device == "cuda" else torch.float32, "attn_implementation": "sdpa"}
+    options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    if isinstance(settings, BaseEncoder):
+        if not (Path(base) / "config.json").is_file():
+            raise DynarouteError(f"{base}: no base model: run stages/prepare_base.py")
+        model = _load_model(str(base), AutoModelForCausalLM, base, **options)
+        return BaseStates(model.base_model.to(device))
+    name = f"dagformer.encoder.path: {settings.path}" + (f" at {settings.revision}" if settings.revision else "")
+    revision = settings.revision or "main"
+    model = _load_model(name, AutoModel, settings.path, revision=revision, **options)
+    tokenizer = _load(name, AutoTokenizer, settings.path, revision=revision, trust_remote_code=False)
+    return TextEncoder(model.to(device), tokenizer, corpus, name)
+
+
+def _load(name: str, cls: Any, path: str | Path, **options: Any) -> Any:
+    """What `cls.from_pretrained` gives; what it cannot load is a one-line error that begins with `name`."""
+    try:
+        return cls.from_pretrained(path, **options)
+    except Exception as error:  # files that are missing or damaged raise a dozen types, many of them without a base
+        reason = str(error).strip().partition("\n")[0]
+        raise DynarouteError(f"{name}: cannot be loaded: {reason}") from error
+
+
+def _load_model(name: str, cls: Any, path: str | Path, **options: Any) -> "PreTrainedModel":
+    """A model all of whose weights are from its files: what they lack, transformers draws at random."""
+    model, info = _load(name, cls, path, **options)
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # its output is not used here
+    if missing:
+        raise DynarouteError(f"{name}: {len(missing)} tensors are not in its files, such as {missing[0]}")
+    return model
+
+
+def write_embeddings(
+    encoder: Encoder,
+    settings: BaseEncoder | HubEncoder,
+    windows: dict[str, Subset],
+    prefix_tokens: int,
+    directory: str | Path,
+) -> None:
+    """Encodes the windows of train, validation and test into a folder of embeddings, atomically.
+
+    Args:
+        encoder: the loaded encoder.
+        settings: what it was loaded by, for the record.
+        windows: by split.
+        prefix_tokens: what the encoder reads of a window for the `_prefix` files.
+        directory: the folder, which is replaced.
+
+    Raises:
+        DynarouteError: the encoder cannot read a window, or gives a number that is not finite.
+    """
+    seq_len = windows["train"].seq_len
+    parts = {split: (own, seq_len) for split, own in windows.items()}
+    parts |= {f"{split}_prefix": (windows[split], prefix_tokens) for split in ("validation", "test")}
+    total, files = sum(len(own) for own, _ in parts.values()), {}
+    # A progress bar is shown on a terminal only.
+    with output_directory(directory) as folder, tqdm(total=total, desc="encode", unit="win", disable=None) as progress:
+        for name, (own, tokens_read) in parts.items():
+            path = folder / f"{name}.npy"
+            _write_vectors(path, encoder, own, tokens_read, progress)
+            files[name] = {
+                "file": path.name, "windows": len(own), "tokens_read": tokens_read, "sha256": sha256(path),
+            }  # fmt: skip
+        metadata = {"encoder": settings.model_dump(), "embedding_size": encoder.embedding_size, "seq_len": seq_len}
+        write_json(folder / "metadata.json", metadata | {"prefix_tokens": prefix_tokens, "files": files})
+
+
+def _write_vectors(path: Path, encoder: Encoder, windows: Subset, tokens_read: int, progress: tqdm) -> None:
+    shape = len(windows), encoder.embedding_size
+    vectors = np.lib.format.open_memmap(path, "w+", "<f4", shape)  # millions of windows need not fit into memory
+    size = max(1, BATCH_TOKENS // tokens_read)
+    for start in range(0, len(windows), size):
+        indices = range(start, min(start + size, len(windows)))
+        tokens, _ = windows.batch(indices)
+        encoded = encoder.encode(tokens[:, :tokens_read]).numpy()  # [B, E]
+        if not np.isfinite(encoded).all():
+            raise DynarouteError(f"the encoder gives numbers that are not finite for windows {start} to {indices[-1]}")
+        vectors[start : indices[-1] + 1] = encoded
+        progress.update(len(indices))
+    vectors.flush()
+
+
+def load_embeddings(directory: str | Path) -> dict[str, np.ndarray]:
+    """Embeddings by the names of their files: train, validation, test, validation_prefix and test_prefix.
+
+    Returns:
+        float32 [windows, E] each, mapped copy on write: torch takes them as they are, and no file can change.
+
+    Raises:
+        DynarouteError: naming the file that is missing, damaged or not what metadata.json says.
+    """
+    directory = Path(directory)
+    metadata = read_json(directory / "metadata.json")
+    try:
+        size, files = metadata["embedding_size"], metadata["files"]
+        return {name: _open_vectors(directory / own["file"], own["windows"], size, own["sha256"])
+                for name, own in files.items()}  # fmt: skip
+    except (AttributeError, KeyError, TypeError) as error:
+        path = directory / "metadata.json"
+        raise DynarouteError(f"{path}: damaged: {error}: run stages/encode_windows.py again") from error
+
+
+def _open_vectors(path: Path, windows: int, size: int, expected: str) -> np.ndarray:
+    try:
+        vectors = np.lib.format.open_memmap(path, mode="c")  # .npy alone, and never a pickle
+    except (OSError, ValueError) as error:
+        raise DynarouteError(f"{path}: missing or damaged: {error}: run stages/encode_windows.py again") from error
+    if vectors.dtype != "<f4" or vectors.shape != (windows, size):
+        found = f"{vectors.dtype} {vectors.shape}"
+        raise DynarouteError(f"{path}: {found}, but metadata.json says float32 {(windows, size)}")
+    if (found := sha256(path)) != expected:
+        raise DynarouteError(f"{path}: SHA-256 is {found}, not {expected}: run stages/encode_windows.py again")
+    return vectors.view(np.ndarray)
