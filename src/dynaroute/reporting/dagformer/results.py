@@ -101,6 +101,25 @@ class Results(NamedTuple):
         return next((other for other in self.peers() if other.knobs["steps"] == variant.knobs["steps"]), None)
 
 
+class Measurements(NamedTuple):
+    """What was measured, on which machine."""
+
+    base: Record  # base_timing.json
+    variants: dict[str, Record]  # training_timing.json of each
+    benchmark: Record | None  # of the DAG forward, by a target of its own; None if it was not run
+
+
+def read_measurements(results: Results) -> Measurements:
+    """Reads what was measured on the runs of these results.
+
+    Raises:
+        DynarouteError: a file is missing or damaged.
+    """
+    timings = {name: read_record(REPORTS / name / "training_timing.json") for name in results.variants}
+    benchmark = read_record(BENCHMARK) if BENCHMARK.exists() else None
+    return Measurements(read_record(REPORTS / "base_timing.json"), timings, benchmark)
+
+
 def read_results(settings: Settings) -> Results:
     """Reads everything but measurements, of the variants that the settings name.
 

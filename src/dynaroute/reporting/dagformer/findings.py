@@ -1,0 +1,36 @@
+"""What the numbers of DAGFormer runs say, by rules that are written down here and printed with every finding.
+
+A rule has an answer for each outcome. Whether a difference is one is `dynaroute.evaluation.statistics`' verdict.
+"""
+
+from dynaroute.evaluation.statistics import verdict
+from dynaroute.reporting.dagformer.results import MODES, Results, Variant
+
+WITHIN = 0.01  # S1's criterion, as published: NLL within 1 % of the baseline
+MOVED = 0.01  # gates have left their initialisation if mean_A or hard density changed by more than this
+
+
+def relative(variant: Variant, mode: str) -> float:
+    """How far a mode's NLL is from the baseline's, as a share of it; window protocol."""
+    return variant.nll(mode, "window") / variant.nll("baseline", "window") - 1
+
+
+def reproduces_baseline(variant: Variant) -> bool:
+    """Whether both modes are within S1's criterion."""
+    return all(abs(relative(variant, mode)) <= WITHIN for mode in MODES)
+
+
+def better_modes(variant: Variant, protocol: str) -> list[str]:
+    """The modes in which a variant beats the baseline."""
+    return [mode for mode in MODES if verdict(variant.to_baseline(mode, protocol)) == "better"]
+
+
+def gates_moved(variant: Variant) -> bool:
+    """Whether training took the gates away from where they started."""
+    first, last = variant.curve.iloc[0], variant.curve.iloc[-1]
+    return any(abs(last[key] - first[key]) > MOVED for key in ("validation_mean_A", "validation_density_hard"))
+
+
+def winners(results: Results, mode: str, protocol: str) -> list[Variant]:
+    """The variants that beat the baseline in a mode."""
+    return [one for one in results.variants.values() if mode in better_modes(one, protocol)]

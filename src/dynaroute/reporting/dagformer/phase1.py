@@ -1,0 +1,77 @@
+"""Phase 1: P1, the default configuration, and P2, which goes on from its end."""
+
+from dynaroute.evaluation.statistics import verdict
+from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant
+from dynaroute.reporting.dagformer.setup import health
+from dynaroute.reporting.dagformer.wording import budget, interval, knobs, metrics, steps, to_baseline
+from dynaroute.reporting.tables import figure, published, table
+
+COURSE = ("validation_density_hard", "validation_tau", "validation_lambda")
+
+
+def default(results: Results) -> str:
+    """P1."""
+    variant = results.main
+    return "\n\n".join(
+        [
+            _items(results, variant),
+            default_sentence(variant),
+            metrics(variant),
+            "By step, on validation windows:",
+            steps(variant, *COURSE),
+            figure(
+                "figures/dagformer_nll_by_step.png",
+                "Validation NLL by step in the three modes; every panel has a scale of its own.",
+            ),
+            figure("figures/dagformer_schedules.png", "Temperature and lambda by step, as recorded at validations."),
+            figure(
+                "figures/dagformer_adjacency.png",
+                f"Mean adjacency of P1 over {results.num_windows:,} held-out windows. Rows send, columns receive.",
+            ),
+            figure("figures/dagformer_density_by_layer_pair.png", "Mean gate of P1 from layer to layer."),
+            figure(
+                "figures/dagformer_gate_gradients.png",
+                "Norm of the loss's gradient at the gates A, and mean slope dA/dZ, by which it reaches their logits.",
+            ),
+            published("P1 and P2 were not started there."),
+        ]
+    )
+
+
+def default_sentence(variant: Variant) -> str:
+    """How P1 ends."""
+    density = variant.evaluation["window"]["density_hard"]
+    return f"P1 ends with {density:.1%} of its hard gates open. Against the baseline: {to_baseline(variant)}."
+
+
+def extended(results: Results, variant: Variant) -> str:
+    """P2."""
+    start = results.variants.get(variant.run["from"])
+    parts = [_items(results, variant)]
+    if start is not None:
+        rows = [
+            [protocol, mode, interval(variant.minus(start, mode, protocol))] for protocol in PROTOCOLS for mode in MODES
+        ]
+        header = ["protocol", "mode", f"{variant.name} - {start.name}, NLL [95 %]"]
+        parts += [extended_sentence(variant, start), table(header, rows)]
+    return "\n\n".join([*parts, metrics(variant), "By step, on validation windows:", steps(variant, *COURSE)])
+
+
+def extended_sentence(variant: Variant, start: Variant) -> str:
+    """Whether going on improved what it started from."""
+    better = [mode for mode in MODES if verdict(variant.minus(start, mode, "window")) == "better"]
+    outcome = f"improved {' and '.join(better)} NLL" if better else "improved NLL in neither mode"
+    return (
+        f"Going on from {start.name}, at its final temperature and lambda, {outcome} (window protocol; rule: the whole "
+        "95 % interval of the paired difference lies below 0)."
+    )
+
+
+def _items(results: Results, variant: Variant) -> str:
+    rows = [
+        ["Config", knobs(variant.knobs)],
+        ["Starts from", variant.run["from"]],
+        ["Tokens", budget(results, variant)],
+        ["Training", health(variant)],
+    ]
+    return table(["item", "this run"], rows)

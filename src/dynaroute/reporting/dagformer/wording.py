@@ -1,0 +1,147 @@
+"""Cells, sentences and tables that several sections of the report share."""
+
+from collections.abc import Iterable
+
+from dynaroute.evaluation.statistics import Interval, verdict
+from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant
+from dynaroute.reporting.inputs import Record
+from dynaroute.reporting.tables import NONE, count, table
+
+MAX_ROWS = 14  # of a per-step table; the file has all of them
+
+
+def signed(value: float) -> str:
+    """A difference to four digits after the point, with its sign; no minus before a zero."""
+    return f"{round(value, 4) + 0.0:+.4f}"
+
+
+def interval(found: Interval | None) -> str:
+    """A difference with its interval and verdict, for a cell of a table."""
+    if found is None:
+        return NONE
+    return f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}] {verdict(found)}"
+
+
+def numbers(found: Interval) -> str:
+    """A difference with its interval and n, for a sentence that says the verdict."""
+    return f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}], n = {found.n:,}"
+
+
+def difference(found: Interval) -> str:
+    """A difference with its interval, n and verdict, for a sentence."""
+    return f"{numbers(found)}: {verdict(found)}"
+
+
+def to_baseline(variant: Variant, protocol: str = "window") -> str:
+    """Both modes against the baseline, for a sentence."""
+    return "; ".join(f"{mode} {difference(variant.to_baseline(mode, protocol))}" for mode in MODES)
+
+
+def course(start: float, end: float) -> str:
+    """Where a schedule begins and ends."""
+    return f"{start:g}→{end:g}"
+
+
+def knobs(values: Record) -> str:
+    """What makes a variant, in one line."""
+    cascade = values["cascade"] if values["cascade"] == "off" else f"k={values['cascade_k']:g} {values['cascade']}"
+    tau, weight = (course(values[f"{name}_init"], values[f"{name}_final"]) for name in ("tau", "lambda"))
+    return f"r={values['rank']}, tau={tau}, cascade {cascade}, lambda={weight}"
+
+
+def budget(results: Results, variant: Variant) -> str:
+    """Tokens and steps that a variant was trained for."""
+    batch = f"{variant.knobs['batch_size']} x {results.setup['seq_len']}"
+    return f"{variant.training['tokens']:,} ({count(variant.training['steps'], 'step')} of {batch})"
+
+
+def names(variants: Iterable[Variant]) -> str:
+    """Names in a sentence."""
+    return ", ".join(variant.name for variant in variants)
+
+
+def by_verdict(found: dict[str, Interval]) -> str:
+    """What a number of differences show, by verdict: "better: A1; no difference shown: A2, A3"."""
+    groups = {words: [name for name, one in found.items() if verdict(one) == words] for words in _VERDICTS}
+    return "; ".join(f"{words}: {', '.join(members)}" for words, members in groups.items() if members)
+
+
+_VERDICTS = ("better", "worse", "no difference shown")
+
+
+def metrics(variant: Variant) -> str:
+    """All that the evaluation found of a variant, a column for each protocol."""
+    evaluated = [variant.evaluation[protocol] for protocol in PROTOCOLS]
+    rows = [[f"nll_{mode}", *(f"{one[f'nll_{mode}']:.4f}" for one in evaluated)] for mode in (*MODES, "baseline")]
+    rows += [
+        [f"nll_{mode} - nll_baseline", *(interval(variant.to_baseline(mode, protocol)) for protocol in PROTOCOLS)]
+        for mode in MODES
+    ]
+    rows += [[name, *(show(one) for one in evaluated)] for name, show in TOPOLOGY]
+    return table(["metric", *(f"{protocol} protocol" for protocol in PROTOCOLS)], rows)
+
+
+TOPOLOGY = [
+    ("mean_A", lambda found: f"{found['mean_A']:.3f}"),
+    ("seq_gate_frac", lambda found: f"{found['seq_gate_frac']:.3f}"),
+    ("hyp_gate_frac", lambda found: f"{found['hyp_gate_frac']:.3f}"),
+    ("hard density", lambda found: f"{found['density_hard']:.3f}"),
+    ("A entropy (bits)", lambda found: f"{found['entropy_bits']:.3f}"),
+    ("dead heads", lambda found: f"{found['dead_heads']}"),
+]
+
+
+def steps(variant: Variant, *columns: str) -> str:
+    """NLL and mean_A by step, and the further columns of the training curve that are named."""
+    curve = variant.curve
+    shown = sorted({*range(0, len(curve), -(-len(curve) // (MAX_ROWS - 1))), len(curve) - 1})
+    headers = {
+        **{f"validation_{name}": title for name, title in _CURVE.items()},
+        **{name: COLUMNS[name] for name in columns},
+    }
+    rows = [
+        [
+            f"{row['step']:,.0f}",
+            *(_FORMATS.get(name, "{:.4f}").format(row[name]).replace("nan", NONE) for name in headers),
+        ]
+        for _, row in curve.iloc[shown].iterrows()
+    ]
+    omitted = len(curve) - len(shown)
+    note = (
+        f"\n\n{omitted} of {len(curve)} validations are left out; `{variant.name}/training.csv` has all."
+        if omitted
+        else ""
+    )
+    return table(["step", *headers.values()], rows) + note
+
+
+_CURVE = {"nll_soft": "nll_soft", "nll_hard": "nll_hard", "nll_baseline": "nll_base", "mean_A": "mean_A"}
+COLUMNS = {
+    "validation_density_hard": "hard density",
+    "validation_tau": "tau",
+    "validation_lambda": "lambda",
+    "train_loss": "train NLL",
+    "train_gate_gradient": "gradient at the gates",
+    "train_gate_slope": "slope dA/dZ",
+}
+_FORMATS = {
+    "validation_mean_A": "{:.3f}",
+    "validation_density_hard": "{:.3f}",
+    "validation_tau": "{:.3g}",
+    "validation_lambda": "{:.3g}",
+    "train_gate_gradient": "{:.2e}",
+    "train_gate_slope": "{:.2e}",
+}
+
+
+def published_steps(rows: list[Record]) -> str:
+    """Per-step numbers of the reference."""
+    columns = [name for name in ("train_nll", "nll_soft", "nll_hard", "nll_base", "mean_A", "tau") if name in rows[0]]
+    digits = {  # YAML forgets the zeros at the end of what was published
+        name: max(len(f"{row[name]}".partition(".")[2]) for row in rows if row[name] is not None) for name in columns
+    }
+    cells = [
+        [f"{row['step']:,}", *(NONE if row[name] is None else f"{row[name]:.{digits[name]}f}" for name in columns)]
+        for row in rows
+    ]
+    return table(["step", *columns], cells)

@@ -1,0 +1,23 @@
+"""Writes the report of the DAGFormer half.
+
+python stages/report_dagformer.py
+"""
+
+from dynaroute.artifacts import write_text
+from dynaroute.config import Settings
+from dynaroute.reporting.dagformer.measured import measured_page
+from dynaroute.reporting.dagformer.report import page
+from dynaroute.reporting.dagformer.results import read_measurements, read_results
+from dynaroute.stage import run
+
+
+def main(settings: Settings) -> None:
+    """Reads all variants' results, and writes both pages."""
+    results = read_results(settings)
+    measurements = read_measurements(results)
+    write_text("reports/dagformer.md", page(results))
+    write_text("reports/dagformer_measured.md", measured_page(results, measurements))
+
+
+if __name__ == "__main__":
+    run(main, __doc__)
