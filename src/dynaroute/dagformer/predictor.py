@@ -77,7 +77,7 @@ class StructurePredictor(nn.Module):
 
         A feature that does not vary over them is ignored from then on.
         """
-        rows = torch.as_tensor(np.array(embeddings[:: math.ceil(len(embeddings) / STATISTICS_ROWS)], np.float64))
+        rows = torch.as_tensor(embeddings[:: math.ceil(len(embeddings) / STATISTICS_ROWS)]).double()
         std, mean = torch.std_mean(rows, dim=0, correction=0)
         varies = std > 1e-6 * mean.abs()  # the resolution of float32, in which x - mean is taken
         self.embedding_mean.copy_(mean)
