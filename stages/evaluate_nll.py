@@ -38,8 +38,8 @@ from dynaroute.dagformer.encoders import load_embeddings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor
-from dynaroute.dagformer.windows import Subset, select_windows
-from dynaroute.data.shards import TokenShards
+from dynaroute.dagformer.windows import Subset
+from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.nll import baseline_nll, sequence_nll, tokens_by_source, wire, wired_nll
 from dynaroute.evaluation.statistics import paired_difference, verdict
@@ -56,7 +56,8 @@ def main(settings: Settings, name: str) -> None:
     """Wires every window by both protocols, scores all modes, and writes what was found."""
     torch.set_num_threads(settings.num_threads)
     record, predictor = load_predictor(DATA / name, settings.device)
-    windows = select_windows(TokenShards(Path("data/tokens") / settings.dagformer.corpus, "test"), settings.dagformer)
+    shards = TokenShards(Path("data/tokens") / settings.dagformer.corpus, "test")
+    windows = Subset(Windows(shards, settings.dagformer.seq_len, keep_tail=False), settings.dagformer.eval_windows)
     embeddings = load_embeddings(DATA / "embeddings")
     base = load_base(DATA / "base", settings.device)
     before = [parameter.clone() for parameter in base.parameters()]
@@ -157,7 +158,7 @@ def load_predictor(folder: Path, device: str) -> tuple[dict[str, Any], Structure
         raise DynarouteError(f"{folder}: files of two runs, {' and '.join(sorted(runs))}: train the variant again")
     predictor = StructurePredictor(variant, *sizes)
     load_weights(predictor, tensors, weights)
-    return record, predictor.eval().to(device)
+    return record, predictor.requires_grad_(False).eval().to(device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""A tiny base, its text, its encoder's vectors and a trained variant, in files as the stages leave them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Olmo2Config, Olmo2ForCausalLM
+
+from dynaroute.artifacts import sha256, write_json
+from dynaroute.config import Settings, Variant, load_settings
+from dynaroute.dagformer.predictor import StructurePredictor
+from dynaroute.dagformer.windows import Subset
+from dynaroute.data.shards import ShardWriter, TokenShards, Windows, padded, token_dtype
+from dynaroute.training.checkpoints import save_checkpoint
+
+REPOSITORY = Path(__file__).parents[2]
+VOCABULARY, EMBEDDING = 50, 12
+LAYERS, HEADS = 3, 2
+SEQ_LEN, PREFIX, WINDOWS = 16, 6, 11  # 11 windows are more than one batch of the stage, and not a whole number of them
+RUN = "0123456789abcdef"
+
+
+def make_base(seed: int = 0) -> Olmo2ForCausalLM:
+    """A random base, in which wiring matters."""
+    torch.manual_seed(seed)
+    config = Olmo2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=SEQ_LEN,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        initializer_range=0.3,
+        use_cache=False,
+    )
+    return Olmo2ForCausalLM(config).requires_grad_(False).eval()
+
+
+def make_predictor(seed: int = 1, **knobs) -> StructurePredictor:
+    """A predictor that wires every text differently, with a part of the gates shut."""
+    torch.manual_seed(seed)
+    small = {"predictor_hidden": 8, "rank": 2, "init_logit": 0.1, "tau_final": 0.5}
+    variant = Variant.model_validate(tiny_settings().variant("P1").model_dump() | small | knobs)
+    predictor = StructurePredictor(variant, LAYERS, HEADS, EMBEDDING).eval()
+    for head in (predictor.u, predictor.v):
+        torch.nn.init.normal_(head.weight)
+    return predictor
+
+
+def tiny_settings(**dagformer) -> Settings:
+    settings = load_settings(REPOSITORY / "params.yaml")
+    sizes = {"seq_len": SEQ_LEN, "prefix_tokens": PREFIX, "eval_windows": WINDOWS}
+    changed = settings.dagformer.model_copy(update={**sizes, **dagformer})
+    return settings.model_copy(update={"dagformer": changed, "num_threads": torch.get_num_threads()})
+
+
+def write_tokens(folder: Path, lengths: list[int], seed: int = 0) -> TokenShards:
+    """A test split of documents with the given numbers of tokens, from the sources "ants" and "bees" in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    writer = ShardWriter(folder, "test", ["ants", "bees"], VOCABULARY)
+    for index, length in enumerate(lengths):
+        writer.write(rng.integers(1, VOCABULARY, length).tolist(), ("ants", "bees")[index % 2], length)
+    metadata = {
+        "vocab_size": VOCABULARY,
+        "padded_vocab_size": padded(VOCABULARY),
+        "eot_id": 0,
+        "dtype": token_dtype(VOCABULARY),
+        "sources": ["ants", "bees"],
+        "splits": {"test": writer.close()},
+    }
+    write_json(folder / "metadata.json", metadata)
+    return TokenShards(folder, "test")
+
+
+def make_windows(folder: Path, number: int = WINDOWS) -> Subset:
+    return Subset(Windows(write_tokens(folder, [40, 9, 23, 70, 5, 60, 61, 40]), SEQ_LEN, keep_tail=False), number)
+
+
+def write_embeddings(folder: Path, windows: int = WINDOWS) -> None:
+    files = {}
+    for seed, name in enumerate(("test", "test_prefix")):
+        vectors = np.random.default_rng(seed).normal(size=(windows, EMBEDDING)).astype("<f4")
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{name}.npy", vectors)
+        files[name] = {"file": f"{name}.npy", "windows": windows, "sha256": sha256(folder / f"{name}.npy")}
+    write_json(folder / "metadata.json", {"embedding_size": EMBEDDING, "files": files})
+
+
+def write_variant(name: str, predictor: StructurePredictor) -> None:
+    """What the training of a variant leaves, in the working directory, where the base already is."""
+    folder = Path("data/dagformer") / name
+    save_checkpoint(folder / "predictor.safetensors", predictor.state_dict(), {"run": RUN, "step": 7})
+    record = {"run": RUN, "variant": name, "knobs": predictor.variant.model_dump(), "embedding_size": EMBEDDING}
+    record |= {"num_layers": LAYERS, "num_heads": HEADS}
+    identity = {"base": sha256("data/dagformer/base/model.safetensors")}
+    write_json(folder / "run.json", record | {"identity": identity})
+
+
+def write_all(settings: Settings) -> None:
+    """Everything that the evaluation of a variant reads but the variant, in the working directory."""
+    make_windows(Path("data/tokens") / settings.dagformer.corpus)
+    make_base().save_pretrained("data/dagformer/base")
+    write_embeddings(Path("data/dagformer/embeddings"))

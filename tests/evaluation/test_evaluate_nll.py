@@ -1,0 +1,223 @@
+"""The stage evaluate_nll, from files to files."""
+
+import csv
+import importlib.util
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_dagformer import (
+    PREFIX,
+    REPOSITORY,
+    RUN,
+    SEQ_LEN,
+    WINDOWS,
+    make_base,
+    make_predictor,
+    tiny_settings,
+    write_all,
+    write_variant,
+)
+
+from dynaroute.dagformer.gates import cascade, dag_mask
+from dynaroute.dagformer.graph import DagForward
+from dynaroute.data.shards import TokenShards
+from dynaroute.errors import DynarouteError
+from dynaroute.evaluation.nll import check_same_baseline
+from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
+
+OUTPUTS = ["reports/dagformer/{}/nll.csv", "reports/dagformer/{}/nll.json", "data/eval/{}/gates.safetensors"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Many threads only wait for each other on tensors this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def stage() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("evaluate_nll", REPOSITORY / "stages/evaluate_nll.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch) -> Path:
+    """The working directory, with the files that the stage reads for the variant P1."""
+    monkeypatch.chdir(tmp_path)
+    write_all(tiny_settings())
+    write_variant("P1", make_predictor())
+    return tmp_path
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    with Path(OUTPUTS[0].format(name)).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def report_of(name: str) -> dict:
+    return json.loads(Path(OUTPUTS[1].format(name)).read_text())
+
+
+def nll_of(rows: list[dict[str, str]], protocol: str, mode: str) -> np.ndarray:
+    return np.array([float(row[f"nll_{mode}"]) for row in rows if row["protocol"] == protocol])
+
+
+def plain_nll(logits: torch.Tensor, targets: list[int], first: int) -> float:
+    losses = [-torch.log_softmax(logits[t].double(), -1)[targets[t]].item() for t in range(first, len(targets))]
+    return sum(losses) / len(losses)
+
+
+def test_every_number_of_a_row_is_what_the_protocols_say(tree, stage):
+    stage.main(tiny_settings(), "P1")
+    rows = rows_of("P1")
+    assert [row["protocol"] for row in rows] == ["window"] * WINDOWS + ["prefix"] * WINDOWS
+    shards = TokenShards(Path("data/tokens/docs"), "test")
+    base, predictor = make_base(), make_predictor()
+    graph = DagForward(base)
+    document_of = np.searchsorted(shards.offsets, np.arange(shards.num_tokens), side="right") - 1
+    total = (shards.num_tokens - 1) // SEQ_LEN
+    assert total > WINDOWS
+    for position, row in enumerate(rows):
+        index, prefix = position % WINDOWS, row["protocol"] == "prefix"
+        window = index * total // WINDOWS
+        assert int(row["window"]) == window
+        stream = shards.read(window * SEQ_LEN, (window + 1) * SEQ_LEN + 1).tolist()
+        of_bees = (document_of[window * SEQ_LEN : (window + 1) * SEQ_LEN] % 2).mean()
+        assert row["source"] == ("bees" if of_bees > 0.5 else "ants")
+        first = PREFIX - 1 if prefix else 0  # what it predicts is token PREFIX, the first one not read
+        assert int(row["tokens"]) == (SEQ_LEN + 1 - PREFIX if prefix else SEQ_LEN)
+        embedding = np.load(f"data/dagformer/embeddings/{'test_prefix' if prefix else 'test'}.npy")[index]
+        tokens = torch.tensor([stream[:-1]])
+        with torch.no_grad():
+            logits = {"baseline": base(tokens).logits}
+            for mode in ("soft", "hard"):
+                logits[mode] = graph(tokens, predictor(torch.from_numpy(embedding)[None], 0.5, mode))
+        for mode, values in logits.items():
+            assert float(row[f"nll_{mode}"]) == pytest.approx(plain_nll(values[0], stream[1:], first), abs=1e-5)
+
+
+def test_the_prefix_protocol_does_not_see_the_vectors_of_whole_windows(tree, stage):
+    stage.main(tiny_settings(), "P1")
+    before, report = rows_of("P1"), report_of("P1")
+    path = Path("data/dagformer/embeddings/test.npy")
+    np.save(path, np.load(path)[::-1].copy())
+    record = json.loads(path.with_name("metadata.json").read_text())
+    record["files"]["test"]["sha256"] = stage.sha256(path)
+    path.with_name("metadata.json").write_text(json.dumps(record))
+    stage.main(tiny_settings(), "P1")
+    after = rows_of("P1")
+    assert before[WINDOWS:] == after[WINDOWS:]
+    assert (
+        nll_of(before, "window", "soft") != nll_of(after, "window", "soft")
+    ).sum() >= WINDOWS - 1  # all but the middle
+    assert report["prefix"] == report_of("P1")["prefix"]
+
+
+def test_the_summary_follows_from_the_rows(tree, stage):
+    stage.main(tiny_settings(), "P1")
+    rows, report = rows_of("P1"), report_of("P1")
+    assert (report["run"], report["variant"], report["n"]) == (RUN, "P1", WINDOWS)
+    assert len(report["checks"]) == 5
+    assert all(passed is True for passed in report["checks"].values())
+    assert report["largest_logit_difference_to_transformers"] < 1e-4
+    for protocol in ("window", "prefix"):
+        found = report[protocol]
+        baseline = nll_of(rows, protocol, "baseline")
+        assert found["nll_baseline"] == pytest.approx(baseline.mean())
+        for mode in ("soft", "hard"):
+            nll = nll_of(rows, protocol, mode)
+            assert found[f"nll_{mode}"] == pytest.approx(nll.mean())
+            difference = found[f"{mode}_minus_baseline"]
+            assert difference["mean"] == pytest.approx((nll - baseline).mean())
+            assert difference["n"] == WINDOWS
+            margin = 2.2281388519649385 * (nll - baseline).std(ddof=1) / math.sqrt(WINDOWS)  # t with 10 degrees
+            assert difference["high"] - difference["mean"] == pytest.approx(margin)
+            assert difference["verdict"] in ("better", "worse", "no difference shown")
+    assert report["transformers_nll"] == pytest.approx(report["window"]["nll_baseline"], abs=1e-5)
+
+
+@pytest.mark.parametrize("knobs", [{}, {"cascade": "learnable"}, {"cascade": "off"}, {"exempt_first_layer": False}])
+def test_gates_can_be_made_again_from_the_stored_logits(tree, stage, knobs):
+    predictor = make_predictor(**knobs)
+    if predictor.log_k is not None:
+        predictor.log_k.data += 1.0  # as if it had been trained
+    write_variant("A1", predictor)
+    stage.main(tiny_settings(), "A1")
+    tensors, state = load_checkpoint(OUTPUTS[2].format("A1"))
+    assert state["windows"] == [int(row["window"]) for row in rows_of("A1")[:WINDOWS]]
+    mask = dag_mask(state["num_layers"], state["num_heads"])
+    report = report_of("A1")
+    for protocol in ("window", "prefix"):
+        z = torch.full((WINDOWS, *mask.shape), -torch.inf)
+        z[:, mask] = tensors[f"{protocol}.logits"]
+        for mode, gates in (("soft", torch.sigmoid(z / state["tau"])), ("hard", (z > 0).float())):
+            if predictor.variant.cascade != "off":
+                exempt = predictor.variant.exempt_first_layer
+                gates = cascade(gates, state["cascade_k"], state["num_heads"], mode == "hard", exempt)
+            torch.testing.assert_close(tensors[f"{protocol}.mean_{mode}"], gates.mean(0))
+            name = "mean_A" if mode == "soft" else "density_hard"
+            assert report[protocol][name] == pytest.approx(gates[:, mask].mean().item(), rel=1e-5)
+
+
+def test_two_runs_write_the_same_bytes(tree, stage):
+    contents = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        stage.main(tiny_settings(), "P1")
+        contents.append([Path(name.format("P1")).read_bytes() for name in OUTPUTS])
+    assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("knobs", [{"predictor_input": "none"}, {"input_norm": "rms_post"}, {"rank": 5}])
+def test_the_baseline_is_the_same_for_every_variant(tree, stage, knobs):
+    write_variant("A1", make_predictor(seed=9, **knobs))
+    for name in ("P1", "A1"):
+        stage.main(tiny_settings(), name)
+    check_same_baseline([Path(OUTPUTS[0].format(name)) for name in ("P1", "A1")])
+    assert nll_of(rows_of("P1"), "window", "soft").tolist() != nll_of(rows_of("A1"), "window", "soft").tolist()
+
+
+def test_a_predictor_that_opens_everything_shows_no_difference(tree, stage):
+    write_variant("S1", make_predictor(init_logit=1000.0))
+    stage.main(tiny_settings(), "S1")
+    for protocol in ("window", "prefix"):
+        found = report_of("S1")[protocol]
+        assert found["nll_hard"] == found["nll_baseline"]
+        assert found["hard_minus_baseline"] == {
+            "mean": 0.0, "low": 0.0, "high": 0.0, "n": WINDOWS, "verdict": "no difference shown",
+        }  # fmt: skip
+        assert (found["density_hard"], found["dead_heads"]) == (1.0, 0)
+        assert found["mean_A"] == pytest.approx(1.0, abs=1e-4)  # sigmoid(5 * 2) of the cascade
+
+
+def test_another_base_than_the_one_trained_on_fails_its_check(tree, stage):
+    make_base(seed=5).save_pretrained("data/dagformer/base")
+    stage.main(tiny_settings(), "P1")
+    failed = [name for name, passed in report_of("P1")["checks"].items() if not passed]
+    assert failed == ["base_is_the_file_that_the_variant_was_trained_on"]
+
+
+def test_input_that_does_not_fit_is_an_error_in_one_line(tree, stage):
+    with pytest.raises(DynarouteError, match=r"data/dagformer/embeddings: 11 texts of test, not .*eval_windows = 4"):
+        stage.main(tiny_settings(eval_windows=4), "P1")
+    path = Path("data/dagformer/P1/predictor.safetensors")
+    save_checkpoint(path, load_file(path), {"run": "another", "step": 7})
+    with pytest.raises(DynarouteError, match="data/dagformer/P1: files of two runs, 0123456789abcdef and another"):
+        stage.main(tiny_settings(), "P1")
+    Path("data/dagformer/P1/run.json").write_text('{"run": "1"}')
+    with pytest.raises(DynarouteError, match=r"data/dagformer/P1/run\.json: damaged: 'knobs': run stages/train_dagfo"):
+        stage.main(tiny_settings(), "P1")
+    with pytest.raises(DynarouteError, match=r"data/dagformer/P9/run\.json: cannot be read"):
+        stage.main(tiny_settings(), "P9")
+    assert not Path(OUTPUTS[0].format("P1")).exists()

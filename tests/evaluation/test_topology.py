@@ -1,0 +1,72 @@
+import math
+
+import pytest
+import torch
+
+from dynaroute.dagformer.gates import dag_mask
+from dynaroute.evaluation.topology import by_layer_pair, gate_entropy, measure, mute_and_deaf
+
+# Two heads in each of three layers. Of 12 valid gates, 8 are between adjacent layers: 0,1 -> 2,3 and 2,3 -> 4,5; and
+# 4 skip a layer: 0,1 -> 4,5.
+H, N = 2, 6
+
+
+def gates(**by_edge: float) -> torch.Tensor:
+    """A wiring, [N, N], from edges such as e02=0.5; all other gates are 0."""
+    adjacency = torch.zeros(N, N)
+    for edge, gate in by_edge.items():
+        adjacency[int(edge[1]), int(edge[2])] = gate
+    return adjacency
+
+
+def test_measures_of_a_case_computed_by_hand():
+    soft = torch.stack([gates(e02=0.9, e13=0.5, e04=0.6), gates(e02=0.7, e24=1.0, e35=0.8, e05=0.25)])
+    hard = torch.stack([gates(e02=1, e04=1), gates(e02=1, e24=1, e35=1)])
+    found = measure(soft, hard, H)
+    assert found["mean_A"] == pytest.approx((0.9 + 0.5 + 0.6 + 0.7 + 1.0 + 0.8 + 0.25) / 24)
+    assert found["seq_gate_frac"] == pytest.approx((1 + 3) / 16)  # a gate of 0.5 is not above 0.5
+    assert found["hyp_gate_frac"] == pytest.approx((1 + 0) / 8)
+    assert found["density_hard"] == pytest.approx((2 + 3) / 24)
+    bits = [-a * math.log2(a) - (1 - a) * math.log2(1 - a) for a in (0.9, 0.5, 0.6, 0.7, 0.8, 0.25)]
+    assert found["entropy_bits"] == pytest.approx(sum(bits) / 24)
+    # Head 1 sends nothing; 3 sends to 5 in the second text, but no text sends it anything.
+    assert (found["mute_heads"], found["deaf_heads"], found["dead_heads"]) == (1, 1, 2)
+
+
+def test_what_is_not_valid_does_not_count():
+    soft = dag_mask(3, H).float()[None].repeat(4, 1, 1)
+    found = measure(soft, soft, H)
+    shut = {"entropy_bits": 0.0, "dead_heads": 0, "mute_heads": 0, "deaf_heads": 0}
+    assert found == {"mean_A": 1.0, "seq_gate_frac": 1.0, "hyp_gate_frac": 1.0, "density_hard": 1.0} | shut
+
+
+def test_with_all_gates_shut_every_head_is_dead_and_is_counted_once():
+    found = measure(torch.zeros(2, N, N), torch.zeros(2, N, N), H)
+    assert (found["mean_A"], found["density_hard"], found["entropy_bits"]) == (0.0, 0.0, 0.0)
+    assert (found["mute_heads"], found["deaf_heads"], found["dead_heads"]) == (4, 4, 6)
+
+
+def test_a_head_is_mute_or_deaf_only_if_it_is_in_every_text():
+    first, second = gates(e02=1, e24=1, e25=1), gates(e13=1, e34=1)
+    alone = [mute_and_deaf(text[None], H) for text in (first, second)]
+    assert [mute.nonzero().flatten().tolist() for mute, _ in alone] == [[1, 3], [0, 2]]
+    assert [deaf.nonzero().flatten().tolist() for _, deaf in alone] == [[3], [2, 5]]
+    mute, deaf = mute_and_deaf(torch.stack([first, second]), H)
+    assert not mute.any()
+    assert not deaf.any()
+
+
+def test_entropy_is_one_bit_where_a_gate_is_undecided_and_none_where_it_is_decided():
+    assert gate_entropy(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])).tolist() == pytest.approx(
+        [0.0, 0.8112781, 1.0, 0.8112781, 0.0]
+    )
+
+
+def test_layer_pairs_are_means_over_their_gates():
+    adjacency = torch.stack([gates(e02=0.4, e03=0.8, e12=0.2), gates(e25=1.0, e14=0.6)])
+    expected = torch.full((2, 3, 3), torch.nan)
+    expected[:, 0, 1] = torch.tensor([1.4 / 4, 0])
+    expected[:, 1, 2] = torch.tensor([0, 1 / 4])
+    expected[:, 0, 2] = torch.tensor([0, 0.6 / 4])
+    torch.testing.assert_close(by_layer_pair(adjacency, H), expected, equal_nan=True)
+    assert by_layer_pair(adjacency[0], H).shape == (3, 3)
