@@ -150,7 +150,7 @@ def _load_model(name: str, cls: Any, path: str | Path, **options: Any) -> "PreTr
     model, info = _load(name, cls, path, **options)
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # its output is not used here
     if missing:
-        raise DynarouteError(f"{name}: {len(missing)} tensors are not in its files, such as {missing[0]}")
+        raise DynarouteError(f"{name}: its files lack {len(missing)} of the model's tensors, such as {missing[0]}")
     return model
 
 

@@ -1,0 +1,388 @@
+"""Encoders on tiny random models that go through `from_pretrained`, and the folder of embeddings."""
+
+import copy
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+from safetensors.torch import load_file, save_file
+
+from dynaroute.artifacts import write_json
+from dynaroute.config import BaseEncoder, ByteBPE, HubEncoder, load_settings
+from dynaroute.dagformer import encoders
+from dynaroute.dagformer.encoders import load_embeddings, load_encoder, write_embeddings
+from dynaroute.dagformer.windows import KEYS, Subset
+from dynaroute.data.shards import ShardWriter, TokenShards, Windows, padded, token_dtype
+from dynaroute.data.tokenizers import load_tokenizer, save_tokenizer
+from dynaroute.errors import DynarouteError
+
+BASE = BaseEncoder(kind="base")
+SEQ_LEN, PREFIX, WIDTH, VOCABULARY = 8, 3, 16, 280
+TEXTS = ["the cat sat on the mat, and the other cat sat on the other mat.\n", "def cat(the):\n    return the\n"] * 3
+UNEVEN = ["the other cat sat on the other mat", "a", "def cat(the):\n", " "]
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+    "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0, "initializer_range": 0.5,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
+    Olmo2ForCausalLM(Olmo2Config(**sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenized corpus with all three splits."""
+    folder, splits = tmp_path_factory.mktemp("tokens"), {}
+    tokenizer = save_tokenizer(ByteBPE(kind="bpe", vocab_size=VOCABULARY), TEXTS, folder / "tokenizer")
+    for split in KEYS:
+        writer = ShardWriter(folder, split, ["docs"], tokenizer.vocab_size)
+        for text in TEXTS:
+            (ids,) = tokenizer.encode_batch([split + text])
+            writer.write([*ids, tokenizer.eot_id], "docs", len(text))
+        splits[split] = writer.close()
+    metadata = {"vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id, "sources": ["docs"], "splits": splits}
+    metadata |= {"padded_vocab_size": padded(VOCABULARY), "dtype": token_dtype(VOCABULARY)}
+    write_json(folder / "metadata.json", metadata)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 with a tokenizer that differs from the corpus's, as the hub would serve it."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("encoder")
+    Qwen3Model(Qwen3Config(**SIZES)).save_pretrained(folder)
+    save_tokenizer(ByteBPE(kind="bpe", vocab_size=260), TEXTS, folder)
+    return folder
+
+
+@pytest.fixture
+def windows(tokens: Path) -> dict[str, Subset]:
+    numbers = {"train": 7, "validation": 2, "test": 5}
+    splits = {split: Windows(TokenShards(tokens, split), SEQ_LEN, keep_tail=False) for split in KEYS}
+    return {split: Subset(own, numbers[split]) for split, own in splits.items()}
+
+
+def hub(path: Path) -> HubEncoder:
+    return HubEncoder(kind="hub", path=str(path), revision=None)
+
+
+def load_hub(path: Path, tokens: Path):
+    return load_encoder(hub(path), "nowhere", load_tokenizer(tokens / "tokenizer"), "cpu")
+
+
+def changed_copy(source: Path, target: Path, file: str, **changes) -> Path:
+    """The folder with other values in one of its JSON files; None removes a key."""
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    values = json.loads((target / file).read_text()) | changes
+    (target / file).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    return target
+
+
+def test_the_base_encoder_is_the_mean_of_the_last_hidden_states(base):
+    from transformers import AutoModelForCausalLM
+
+    encoder = load_encoder(BASE, base, None, "cpu")
+    ids = torch.randint(VOCABULARY, (3, SEQ_LEN))
+    with torch.no_grad():
+        output = AutoModelForCausalLM.from_pretrained(base)(ids, output_hidden_states=True)
+    found = encoder.encode(ids)
+    assert found.dtype == torch.float32
+    assert found.shape == (3, encoder.embedding_size) == (3, WIDTH)
+    torch.testing.assert_close(found, output.hidden_states[-1].mean(1), rtol=1e-5, atol=1e-6)
+    assert (found[0] - found[1]).abs().max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def absolute_encoder(text_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder with learned positions, for which it matters where a text begins."""
+    from transformers import GPT2Config, GPT2Model
+
+    torch.manual_seed(2)
+    folder = changed_copy(text_encoder, tmp_path_factory.mktemp("absolute") / "encoder", "tokenizer_config.json")
+    sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.5}
+    GPT2Model(GPT2Config(vocab_size=VOCABULARY, eos_token_id=0, bos_token_id=0, **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad", ["<|endoftext|>", None])
+@pytest.mark.parametrize("source", ["text_encoder", "absolute_encoder"])
+def test_padding_never_counts_whichever_side_a_tokenizer_puts_it(source, tokens, tmp_path, side, pad, request):
+    from transformers import AutoModel, AutoTokenizer
+
+    text_encoder = request.getfixturevalue(source)
+    folder = changed_copy(
+        text_encoder, tmp_path / "copy", "tokenizer_config.json", padding_side=side, pad_token=pad
+    )  # fmt: skip
+    together = load_hub(folder, tokens).encode_texts(UNEVEN)
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.padding_side == side
+    for text, found in zip(UNEVEN, together, strict=True):
+        with torch.no_grad():
+            states = model.eval()(**tokenizer(text, return_tensors="pt")).last_hidden_state
+        torch.testing.assert_close(found, states[0].mean(0), rtol=1e-4, atol=1e-5)
+    assert len({tuple(row) for row in together.tolist()}) == len(UNEVEN)
+
+
+def test_a_text_encoder_reads_the_text_of_the_window_with_its_own_tokenizer(text_encoder, tokens):
+    encoder, corpus = load_hub(text_encoder, tokens), load_tokenizer(tokens / "tokenizer")
+    text = TEXTS[0]
+    (ids,) = corpus.encode_batch([text])
+    assert len(ids) != len(encoder.tokenizer(text)["input_ids"])
+    assert torch.equal(encoder.encode(torch.tensor([ids])), encoder.encode_texts([text]))
+    assert encoder.embedding_size == WIDTH
+
+
+@pytest.mark.parametrize("kind", ["base", "hub"])
+def test_encoders_are_frozen(kind, base, text_encoder, tokens):
+    encoder = load_encoder(BASE, base, None, "cpu") if kind == "base" else load_hub(text_encoder, tokens)
+    before = copy.deepcopy(encoder.model.state_dict())
+    assert not encoder.model.training
+    vectors = encoder.encode(torch.randint(VOCABULARY, (4, SEQ_LEN)))
+    predictor = torch.nn.Linear(WIDTH, 3)
+    predictor(vectors).square().sum().backward()  # vectors are of use in training, and give nothing back
+    assert predictor.weight.grad.abs().max() > 0
+    for name, parameter in encoder.model.named_parameters():
+        assert not parameter.requires_grad, name
+        assert parameter.grad is None, name
+    for name, value in encoder.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_encoders_attend_by_sdpa_in_float32_on_a_cpu_whatever_they_were_saved_in(base, tmp_path):
+    folder = changed_copy(base, tmp_path / "copy", "config.json", dtype="bfloat16")
+    weights = {name: value.bfloat16() for name, value in load_file(base / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    model = load_encoder(BASE, folder, None, "cpu").model
+    assert model.dtype == torch.float32
+    assert model.config._attn_implementation == "sdpa"
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def pickle_weights(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    remove_weights(folder)
+
+
+def truncate_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def drop_a_tensor(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_a_shape(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["norm.weight"] = torch.ones(WIDTH + 1)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def break_the_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+
+
+def need_foreign_code(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text("raise SystemExit('foreign code was run')\n")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [remove_weights, pickle_weights, truncate_weights, drop_a_tensor, change_a_shape, break_the_tokenizer,
+     need_foreign_code],
+)  # fmt: skip
+def test_an_encoder_that_cannot_be_loaded_whole_and_safely_is_refused_in_one_line(
+    damage, text_encoder, tokens, tmp_path
+):
+    folder = changed_copy(text_encoder, tmp_path / "copy", "config.json")
+    damage(folder)
+    with pytest.raises(DynarouteError) as caught:
+        load_hub(folder, tokens)
+    message = str(caught.value)
+    assert message.startswith(f"dagformer.encoder.path: {folder}: ")
+    assert "\n" not in message
+    if damage is drop_a_tensor:
+        assert "its files lack 1 of the model's tensors, such as layers.1.mlp.up_proj.weight" in message
+
+
+def test_a_missing_base_says_which_stage_makes_it(tmp_path):
+    with pytest.raises(DynarouteError, match=r"no base model: run stages/prepare_base.py"):
+        load_encoder(BASE, tmp_path, None, "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there_is_refused(base):
+    with pytest.raises(DynarouteError, match="device = 'cuda'"):
+        load_encoder(BASE, base, None, "cuda")
+
+
+def test_a_tokenizer_without_anything_to_pad_with_is_refused(text_encoder, tokens, tmp_path):
+    folder = changed_copy(text_encoder, tmp_path / "copy", "tokenizer_config.json", eos_token=None)
+    with pytest.raises(DynarouteError, match="neither pad_token nor eos_token"):
+        load_hub(folder, tokens)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"), [("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")]
+)
+def test_a_text_that_is_too_long_for_the_encoder_is_an_error_and_not_cut(text_encoder, tokens, tmp_path, file, change):
+    folder = changed_copy(text_encoder, tmp_path / "copy", file, **{change: 6})
+    encoder = load_hub(folder, tokens)
+    encoder.encode_texts(["cat"])
+    with pytest.raises(DynarouteError, match=r"reads at most 6 tokens, but a window has \d+ of them: lower"):
+        encoder.encode_texts(["cat", TEXTS[0]])
+
+
+def test_a_text_without_tokens_is_an_error_and_not_a_nan(text_encoder, tokens):
+    with pytest.raises(DynarouteError, match="finds no token in ''"):
+        load_hub(text_encoder, tokens).encode_texts(["cat", ""])
+
+
+@pytest.mark.parametrize("kind", ["base", "hub"])
+def test_written_embeddings_are_those_of_the_windows_and_their_prefixes(
+    kind, base, text_encoder, tokens, windows, tmp_path
+):
+    settings = BASE if kind == "base" else hub(text_encoder)
+    encoder = load_encoder(settings, base, load_tokenizer(tokens / "tokenizer"), "cpu")
+    write_embeddings(encoder, settings, windows, PREFIX, tmp_path / "embeddings")
+    found = load_embeddings(tmp_path / "embeddings")
+    assert set(found) == {"train", "validation", "test", "validation_prefix", "test_prefix"}
+    for name, vectors in found.items():
+        own = windows[name.removesuffix("_prefix")]
+        read = PREFIX if name.endswith("_prefix") else SEQ_LEN
+        expected = torch.cat([encoder.encode(own.batch([index])[0][:, :read]) for index in range(len(own))])
+        assert vectors.dtype == np.float32
+        torch.testing.assert_close(torch.from_numpy(vectors), expected, rtol=1e-4, atol=1e-5)
+    metadata = json.loads((tmp_path / "embeddings" / "metadata.json").read_text())
+    assert metadata["encoder"] == settings.model_dump()
+    sizes = metadata["embedding_size"], metadata["seq_len"], metadata["prefix_tokens"]
+    assert sizes == (WIDTH, SEQ_LEN, PREFIX)
+    assert {name: (own["windows"], own["tokens_read"]) for name, own in metadata["files"].items()} == {
+        "train": (7, SEQ_LEN), "validation": (2, SEQ_LEN), "test": (5, SEQ_LEN),
+        "validation_prefix": (2, PREFIX), "test_prefix": (5, PREFIX),
+    }  # fmt: skip
+
+
+def test_the_encoder_reads_nothing_of_a_window_beyond_its_prefix(base, windows, tmp_path):
+    """Or the prefix protocol would be scored on tokens that the encoder has seen."""
+    encoder, seen = load_encoder(BASE, base, None, "cpu"), []
+    encode = encoder.encode
+    encoder.encode = lambda tokens: seen.append(tuple(tokens.shape)) or encode(tokens)
+    write_embeddings(encoder, BASE, windows, PREFIX, tmp_path / "embeddings")
+    assert seen == [(7, SEQ_LEN), (2, SEQ_LEN), (5, SEQ_LEN), (2, PREFIX), (5, PREFIX)]
+
+
+def test_two_runs_write_the_same_bytes_and_small_batches_the_same_vectors(base, windows, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        encoder = load_encoder(BASE, base, None, "cpu")
+        write_embeddings(encoder, BASE, windows, PREFIX, tmp_path / name)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    monkeypatch.setattr(encoders, "BATCH_TOKENS", 2 * SEQ_LEN)
+    write_embeddings(encoder, BASE, windows, PREFIX, tmp_path / "small")
+    one, small = load_embeddings(tmp_path / "one"), load_embeddings(tmp_path / "small")
+    for name in one:
+        np.testing.assert_allclose(small[name], one[name], rtol=1e-4, atol=1e-5)
+
+
+def test_numbers_that_are_not_finite_stop_the_stage_and_leave_nothing(base, windows, tmp_path):
+    encoder = load_encoder(BASE, base, None, "cpu")
+    encoder.model.norm.weight.fill_(torch.inf)
+    with pytest.raises(DynarouteError, match="not finite for windows 0 to 6"):
+        write_embeddings(encoder, BASE, windows, PREFIX, tmp_path / "embeddings")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def written(base, windows, tmp_path) -> Path:
+    write_embeddings(load_encoder(BASE, base, None, "cpu"), BASE, windows, PREFIX, tmp_path / "embeddings")
+    return tmp_path / "embeddings"
+
+
+def flip_a_bit(folder: Path) -> None:
+    path = folder / "test.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def save_a_pickle(folder: Path) -> None:
+    np.save(folder / "test.npy", np.array([{}], dtype=object), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_bit, "test.npy: SHA-256 is"),
+        (save_a_pickle, "test.npy: missing or damaged"),
+        (lambda folder: (folder / "test.npy").unlink(), "test.npy: missing or damaged"),
+        (lambda folder: np.save(folder / "test.npy", np.zeros((5, WIDTH))), "test.npy: float64"),
+        (lambda folder: np.save(folder / "test.npy", np.zeros((4, WIDTH), "f4")), "says float32 (5, 16)"),
+        (lambda folder: (folder / "metadata.json").write_text("{}"), "metadata.json: damaged: 'embedding_size'"),
+        (lambda folder: (folder / "metadata.json").write_text("[]"), "metadata.json: damaged"),
+        (lambda folder: (folder / "metadata.json").unlink(), "metadata.json: cannot be read"),
+    ],
+)
+def test_damaged_embeddings_are_refused_naming_the_file(written, damage, message):
+    load_embeddings(written)
+    damage(written)
+    with pytest.raises(DynarouteError) as caught:
+        load_embeddings(written)
+    assert message in str(caught.value)
+    assert str(written) in str(caught.value)
+
+
+def test_loaded_embeddings_can_be_written_to_without_changing_the_file(written):
+    before = (written / "train.npy").read_bytes()
+    torch.from_numpy(load_embeddings(written)["train"]).zero_()
+    assert (written / "train.npy").read_bytes() == before
+
+
+def test_the_stage_encodes_the_windows_that_the_settings_ask_for(base, tokens, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location("encode_windows", REPOSITORY / "stages/encode_windows.py")
+    stage = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stage)
+    settings = load_settings(REPOSITORY / "params.yaml")
+    changes = {"seq_len": SEQ_LEN, "prefix_tokens": PREFIX, "train_windows": 4, "validation_windows": 1}
+    dagformer = settings.dagformer.model_copy(update={**changes, "eval_windows": 2, "encoder": BASE})
+    settings = settings.model_copy(update={"dagformer": dagformer, "num_threads": torch.get_num_threads()})
+    Path("data/tokens").mkdir(parents=True)
+    Path("data/dagformer").mkdir()
+    Path("data/tokens", dagformer.corpus).symlink_to(tokens)
+    Path("data/dagformer/base").symlink_to(base)
+    stage.main(settings)
+    found = load_embeddings("data/dagformer/embeddings")
+    assert {name: len(vectors) for name, vectors in found.items()} == {
+        "train": 4, "validation": 1, "test": 2, "validation_prefix": 1, "test_prefix": 2,
+    }  # fmt: skip
+    train = Subset(Windows(TokenShards(tokens, "train"), SEQ_LEN, keep_tail=False), 4)
+    expected = load_encoder(BASE, base, None, "cpu").encode(train.batch(range(4))[0])
+    assert torch.equal(torch.from_numpy(found["train"]), expected)

@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynaroute.dagformer.windows import KEYS, Subset
+from dynaroute.data.shards import ShardWriter, TokenShards, Windows, padded, token_dtype
+from dynaroute.errors import DynarouteError
+
+SEQ_LEN, TOTAL = 4, 23
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All three splits: token t of the stream is t, and TOTAL windows can be cut from it."""
+    folder, splits = tmp_path_factory.mktemp("tokens"), {}
+    for split in KEYS:
+        writer = ShardWriter(folder, split, ["docs"], 300)
+        writer.write(list(range(SEQ_LEN * TOTAL + 3)), "docs", num_characters=9)
+        splits[split] = writer.close()
+    metadata = {"vocab_size": 300, "padded_vocab_size": padded(300), "eot_id": 7, "dtype": token_dtype(300)}
+    (folder / "metadata.json").write_text(json.dumps({**metadata, "sources": ["docs"], "splits": splits}))
+    return folder
+
+
+def make_windows(folder: Path, split: str = "train") -> Windows:
+    return Windows(TokenShards(folder, split), SEQ_LEN, keep_tail=False)
+
+
+@given(number=st.integers(1, TOTAL))
+def test_a_subset_is_windows_spread_evenly_over_all(tokens, number):
+    windows = make_windows(tokens)
+    subset = Subset(windows, number)
+    indices = list(subset.indices)
+    assert len(subset) == len(indices) == number
+    assert indices[0] == 0
+    assert indices[-1] < TOTAL
+    gaps = np.diff([*indices, TOTAL])
+    assert gaps.min() >= 1  # each window once, in order
+    assert gaps.max() - gaps.min() <= 1
+    assert subset.seq_len == SEQ_LEN
+    chosen = [number - 1, 0]
+    for found, expected in zip(subset.batch(chosen), windows.batch([indices[i] for i in chosen]), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("number", [None, TOTAL])
+def test_all_windows_are_the_whole(tokens, number):
+    windows = make_windows(tokens)
+    subset = Subset(windows, number)
+    assert len(subset) == TOTAL
+    found, targets = subset.batch(np.arange(TOTAL))  # as the training loop asks
+    assert torch.equal(found, windows.batch(range(TOTAL))[0])
+    assert torch.equal(targets, found + 1)
+
+
+@pytest.mark.parametrize(
+    ("split", "key"),
+    [("train", "train_windows"), ("validation", "validation_windows"), ("test", "eval_windows")],
+)
+def test_asking_for_more_windows_than_there_are_names_the_setting_and_both_numbers(tokens, split, key):
+    with pytest.raises(DynarouteError, match=rf"^dagformer.{key} = 24: must be at most 23, .* {split} split$"):
+        Subset(make_windows(tokens, split), TOTAL + 1)
+
+
+@pytest.mark.parametrize("index", [-1, 5])
+def test_a_window_outside_the_subset_is_an_error_though_the_whole_may_have_it(tokens, index):
+    with pytest.raises(IndexError, match=f"window {index} of 5"):
+        Subset(make_windows(tokens), 5).batch([0, index])
