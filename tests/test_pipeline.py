@@ -26,6 +26,9 @@ TINY = {
     "dwr.training": {"epochs": 0.05, "warmup_steps": 5, "validate_every": 10, "checkpoint_every": 3},
     "benchmark_cache": {"capacities": [1, 3, 8], "num_prompts": 2, "prompt_tokens": 8, "new_tokens": 8, "repeats": 1},
 }
+# What the scripts that work on one corpus or one variant are told.
+ARGUMENTS = dict.fromkeys(["locate", "collect", "tokenize_corpus"], ["docs"])
+ARGUMENTS |= dict.fromkeys(["train_dagformer", "evaluate_nll"], ["P1"])
 # What is measured differs from run to run, and lives in files of its own.
 MEASURED = ("timing", "measured")
 
@@ -159,8 +162,7 @@ def test_a_mistake_in_params_stops_every_stage_with_one_line(finished, tmp_path)
     workspace = finished.copy(tmp_path / "mistake")
     workspace.set_params({"dwr": {**TINY["dwr"], "top_k": 99}})
     for script in sorted((workspace.root / "stages").glob("*.py")):
-        argument = ["docs"] if script.stem in ("locate", "collect", "tokenize_corpus") else []
-        done = workspace.run("python", str(script), *argument, check=False)
+        done = workspace.run("python", str(script), *ARGUMENTS.get(script.stem, []), check=False)
         assert done.returncode == 1, script
         assert done.stderr.splitlines() == [
             f"{script.stem}: params.yaml: dwr.top_k = 99: must be at most num_experts = 4"

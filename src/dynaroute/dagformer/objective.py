@@ -66,8 +66,11 @@ class DagObjective:
         nll = F.cross_entropy(self.graph(batch.tokens, adjacency).float().flatten(0, 1), batch.targets.flatten())
         mean_a = density(adjacency, self.valid).mean()
         gradient = torch.zeros((), device=device)
-        if adjacency.requires_grad:
-            adjacency.register_hook(lambda at_gates: gradient.copy_(at_gates.norm()))
+
+        def note(at_gates: Tensor) -> None:
+            gradient.copy_(at_gates.norm())
+
+        adjacency.register_hook(note)
         slope = density(adjacency.detach() * (1 - adjacency.detach()) / tau, self.valid).mean()
         return nll + weight * mean_a, {
             "loss": nll,
