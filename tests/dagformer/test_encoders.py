@@ -111,20 +111,21 @@ def test_the_base_encoder_is_the_mean_of_the_last_hidden_states(base):
 
 
 @pytest.fixture(scope="module")
-def absolute_encoder(text_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An encoder with learned positions, for which it matters where a text begins."""
-    from transformers import GPT2Config, GPT2Model
+def bidirectional_encoder(text_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT, for which it matters where a text begins and what comes after it; without a pooler, as many are."""
+    from transformers import BertConfig, BertModel
 
     torch.manual_seed(2)
-    folder = changed_copy(text_encoder, tmp_path_factory.mktemp("absolute") / "encoder", "tokenizer_config.json")
-    sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.5}
-    GPT2Model(GPT2Config(vocab_size=VOCABULARY, eos_token_id=0, bos_token_id=0, **sizes)).save_pretrained(folder)
+    folder = changed_copy(text_encoder, tmp_path_factory.mktemp("bert") / "encoder", "tokenizer_config.json")
+    sizes = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
+    config = BertConfig(**sizes, num_hidden_layers=2, max_position_embeddings=64, initializer_range=0.5)
+    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pad", ["<|endoftext|>", None])
-@pytest.mark.parametrize("source", ["text_encoder", "absolute_encoder"])
+@pytest.mark.parametrize("source", ["text_encoder", "bidirectional_encoder"])
 def test_padding_never_counts_whichever_side_a_tokenizer_puts_it(source, tokens, tmp_path, side, pad, request):
     from transformers import AutoModel, AutoTokenizer
 
