@@ -20,7 +20,9 @@ last s layers, s the largest power of two that divides n, are mixed into the nex
            6                7
 """
 
+import math
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -125,8 +127,7 @@ class DagForward(nn.Module):
         position = model.rotary_emb(hidden, torch.arange(T, device=tokens.device)[None])
         gates = self._gates(adjacency)
         exchange = _Exchange(self, gates, hidden)
-        base = hidden
-        increment = None  # what layer n adds to everything that later layers get ungated
+        base = increment = hidden
         for n, layer in enumerate(model.layers):
             w_qkv = getattr(self, f"w_qkv_{n}")  # [H, 3K, D]
             if n == 0:  # base_0 is the embedding, and there is nothing to receive
@@ -145,10 +146,10 @@ class DagForward(nn.Module):
             else:
                 attended, mlp = self._block(layer, q, k, v, hidden, position, exchange)
             hidden, base = hidden + attended + mlp, base + mlp
-            if n == 0:  # the first increment holds the embedding too
+            # What later layers get of this one ungated; that of layer 0 includes the embedding.
+            increment = attended + mlp if self._complement else mlp
+            if n == 0:
                 increment = hidden if self._complement else base
-            else:
-                increment = attended + mlp if self._complement else mlp
         return self.base.lm_head(model.norm(hidden))
 
     def _block(
@@ -222,7 +223,7 @@ class _Exchange:
         self.gates = gates.detach().to(hidden.dtype)
         _, senders, receivers = gates.shape
         per_token = B * T * D
-        sizes = [per_token * senders, per_token * receivers, max(_SCRATCH, D * senders)]
+        sizes = [per_token * senders, per_token * receivers, max(_SCRATCH, D * senders, senders * receivers)]
         if torch.is_grad_enabled() and gates.requires_grad:
             sizes.append(per_token * senders)
         # A kernel hands out fresh memory page by page, which on a CPU costs as much as the mixing itself.
@@ -243,38 +244,60 @@ class _Exchange:
         """Where the layers start .. stop-1, or the one layer start, are in `received`."""
         return slice((start - 1) * self.H, ((stop or start + 1) - 1) * self.H)
 
-    def square(self, n: int) -> tuple[slice, slice, int]:
-        """Senders, receivers and size of the square that is due once layers 0 .. n-1 have sent."""
-        size = n & -n
-        return self.senders(n - size, n), self.receivers(n, min(n + size, self.L)), size
-
     def mix(self, n: int) -> None:
-        senders, receivers, size = self.square(n)
-        gates = self.gates[:, senders, receivers].transpose(1, 2)
+        """Once layers 0 .. n-1 have sent: does the square that is due."""
+        size = n & -n
+        senders, receivers = self.senders(n - size, n), self.receivers(n, min(n + size, self.L))
         first = n == size  # else the square n - size was before this one, and wrote to all its receivers
+        gates = self.gates[:, senders, receivers].transpose(1, 2)
         self._mix(self.received[:, :, receivers], gates, self.sent[:, :, senders], first)
 
     def mix_backward(self, n: int) -> None:
-        senders, receivers, size = self.square(n)
-        sent, d_received = self.sent[:, :, senders], self.received[:, :, receivers]
-        first = n + size >= self.L  # else the square n + size was before this one, and wrote to all its senders
-        self._mix(self.d_sent[:, :, senders], self.gates[:, senders, receivers], d_received, first)
-        for out, x, dy in zip(self.d_gates[:, senders, receivers], sent, d_received, strict=True):
-            out.copy_(torch.bmm(x, dy.transpose(1, 2)).sum(0, dtype=out.dtype))  # sum over T of [T, senders, receivers]
+        """Once layers n .. L-1 have the gradient of what they received: goes back through the same square."""
+        size = n & -n
+        senders, receivers = self.senders(n - size, n), self.receivers(n, min(n + size, self.L))
+        self._add_d_gates(self.d_gates[:, senders, receivers], self.sent[:, :, senders], self.received[:, :, receivers])
+        if n > 1:
+            senders = self.senders(max(n - size, 1), n)  # layer 0 depends on no gate
+            first = n + size >= self.L  # else the square n + size was before this one, and wrote to all its senders
+            gates = self.gates[:, senders, receivers]
+            self._mix(self.d_sent[:, :, senders], gates, self.received[:, :, receivers], first)
 
     def _mix(self, out: Tensor, gates: Tensor, values: Tensor, first: bool) -> None:
-        """out (first: =, else: +=) gates @ values for every token: [B, T, n, D], [B, n, m], [B, T, m, D]."""
-        chunk = max(1, self.scratch.numel() // out[0, 0].numel())  # tokens
+        """out (first: =, else: +=) gates @ values for every token: [B, T, m, D], [B, m, n], [B, T, n, D]."""
         for y, g, x in zip(out, gates, values, strict=True):
-            g = g.expand(len(x), -1, -1)  # [T, n, m] without a copy
             if y.is_cuda:
-                torch.baddbmm(y, g, x, beta=0 if first else 1, out=y)
+                torch.baddbmm(y, g.expand(len(x), -1, -1), x, beta=0 if first else 1, out=y)
                 continue
-            for y_part, x_part in zip(y.split(chunk), x.split(chunk), strict=True):
-                # On the CPU a result that is not contiguous would fall back to one product after the other.
-                product = self.scratch[: y_part.numel()].view(y_part.shape)
-                torch.bmm(g[: len(x_part)], x_part, out=product)
+            # On the CPU a result that is not contiguous would fall back to one product after the other.
+            for y_part, x_part in self._parts(y[0].numel(), y, x):
+                product = self._temporary(*y_part.shape)
+                torch.bmm(g.expand(len(x_part), -1, -1), x_part, out=product)
                 y_part.copy_(product) if first else y_part.add_(product)
+
+    def _add_d_gates(self, d_gates: Tensor, sent: Tensor, d_received: Tensor) -> None:
+        """d_gates += sum over tokens of sent @ d_received^T: [B, m, n], [B, T, m, D], [B, T, n, D]."""
+        for d_g, x, dy in zip(d_gates, sent, d_received, strict=True):
+            for x_part, dy_part in self._parts(d_g.numel(), x, dy):
+                products = self._temporary(len(x_part), *d_g.shape)
+                torch.bmm(x_part, dy_part.transpose(1, 2), out=products)
+                d_g.add_(products.sum(0, dtype=d_g.dtype))
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inner products over all but the first dimension, [B*T, ...] -> [B*T, 1]."""
+        parts = self._parts(x[0].numel(), x, y)
+        return torch.cat([torch.mul(a, b, out=self._temporary(*a.shape)).flatten(1).sum(1) for a, b in parts])[:, None]
+
+    def _parts(self, size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Cuts tensors along tokens, so that temporaries of `size` elements a token fit into `scratch`."""
+        length = len(tensors[0]) if tensors[0].is_cuda else max(1, self.scratch.numel() // size)
+        return zip(*(x.split(length) for x in tensors), strict=True)
+
+    def _temporary(self, *shape: int) -> Tensor:
+        """Memory until the next call: on the GPU the allocator's, on the CPU `scratch`, which stays in the cache."""
+        if self.scratch.is_cuda:
+            return self.scratch.new_empty(shape)
+        return self.scratch[: math.prod(shape)].view(shape)
 
 
 class _Send(torch.autograd.Function):
@@ -311,7 +334,7 @@ class _Send(torch.autograd.Function):
         if exchange.normalise_sent:
             d_heads.sub_(heads * (heads * d_heads).mean(-1, keepdim=True)).mul_(ctx.inverse_of_head)
             heads = heads / ctx.inverse_of_head
-        d_log_inverse = (heads * d_heads).sum((1, 2))[:, None]  # [B*T, 1]
+        d_log_inverse = exchange.inner(heads, d_heads)  # [B*T, 1]
         d_total = d_total.reshape(B * T, D) - d_log_inverse * inverse.square() * total / D
         scale = (inverse * w).to(total.dtype)
         d_raw = torch.addcmul(d_total.to(total.dtype)[:, None], d_heads, scale[:, None], out=d_heads)  # in place
