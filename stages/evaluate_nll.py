@@ -162,4 +162,4 @@ def load_predictor(folder: Path, device: str) -> tuple[dict[str, Any], Structure
 
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(main, __doc__, "variant")

@@ -4,6 +4,9 @@ import csv
 import importlib.util
 import json
 import math
+import runpy
+import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -221,3 +224,11 @@ def test_input_that_does_not_fit_is_an_error_in_one_line(tree, stage):
     with pytest.raises(DynarouteError, match=r"data/dagformer/P9/run\.json: cannot be read"):
         stage.main(tiny_settings(), "P9")
     assert not Path(OUTPUTS[0].format("P1")).exists()
+
+
+def test_the_command_takes_the_name_of_a_variant(tree, monkeypatch):
+    shutil.copy(REPOSITORY / "params.yaml", tree)
+    script = str(REPOSITORY / "stages/evaluate_nll.py")
+    monkeypatch.setattr(sys, "argv", [script, "P9"])
+    with pytest.raises(SystemExit, match=r"evaluate_nll: data/dagformer/P9/run\.json: cannot be read"):
+        runpy.run_path(script, run_name="__main__")
