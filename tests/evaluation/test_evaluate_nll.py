@@ -81,13 +81,16 @@ def plain_nll(logits: torch.Tensor, targets: list[int], first: int) -> float:
     return sum(losses) / len(losses)
 
 
-def test_every_number_of_a_row_is_what_the_protocols_say(tree, stage):
+@pytest.mark.parametrize("input_norm", ["none", "rms_post"])
+def test_every_number_of_a_row_is_what_the_protocols_say(tree, stage, input_norm):
+    predictor = make_predictor(input_norm=input_norm)
+    write_variant("P1", predictor)
     stage.main(tiny_settings(), "P1")
     rows = rows_of("P1")
     assert [row["protocol"] for row in rows] == ["window"] * WINDOWS + ["prefix"] * WINDOWS
     shards = TokenShards(Path("data/tokens/docs"), "test")
-    base, predictor = make_base(), make_predictor()
-    graph = DagForward(base)
+    base = make_base()
+    graph = DagForward(base, input_norm)
     document_of = np.searchsorted(shards.offsets, np.arange(shards.num_tokens), side="right") - 1
     total = (shards.num_tokens - 1) // SEQ_LEN
     assert total > WINDOWS
