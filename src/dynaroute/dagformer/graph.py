@@ -264,7 +264,7 @@ class _Exchange:
             self._mix(self.d_sent[:, :, senders], gates, self.received[:, :, receivers], first)
 
     def _mix(self, out: Tensor, gates: Tensor, values: Tensor, first: bool) -> None:
-        """out (first: =, else: +=) gates @ values for every token: [B, T, m, D], [B, m, n], [B, T, n, D]."""
+        """out (first: =, else: +=) gates @ values for every token; [B, T, i, D], [B, i, j], [B, T, j, D]."""
         for y, g, x in zip(out, gates, values, strict=True):
             if y.is_cuda:
                 torch.baddbmm(y, g.expand(len(x), -1, -1), x, beta=0 if first else 1, out=y)
@@ -276,7 +276,7 @@ class _Exchange:
                 y_part.copy_(product) if first else y_part.add_(product)
 
     def _add_d_gates(self, d_gates: Tensor, sent: Tensor, d_received: Tensor) -> None:
-        """d_gates += sum over tokens of sent @ d_received^T: [B, m, n], [B, T, m, D], [B, T, n, D]."""
+        """d_gates += sum over tokens of sent @ d_received^T; [B, i, j], [B, T, i, D], [B, T, j, D]."""
         for d_g, x, dy in zip(d_gates, sent, d_received, strict=True):
             for x_part, dy_part in self._parts(d_g.numel(), x, dy):
                 products = self._temporary(len(x_part), *d_g.shape)
