@@ -2,8 +2,8 @@
 
     python stages/plot_dagformer.py
 
-Reads   of every variant in params.yaml: reports/dagformer/<id>/{training.csv,nll.json};
-        of P1: data/dagformer/P1/run.json, data/eval/P1/gates.safetensors
+Reads   reports/dagformer/<id>/{training.csv,nll.json} of every variant in params.yaml;
+        data/eval/P1/gates.safetensors
 Writes  reports/figures/dagformer_{adjacency,density_by_layer_pair,nll_by_step,schedules,gate_gradients,variants}.png
 """
 
@@ -14,14 +14,12 @@ from dynaroute.dagformer.objective import SATURATED_SLOPE
 from dynaroute.evaluation.topology import by_layer_pair
 from dynaroute.reporting.dagformer import figures
 from dynaroute.reporting.dagformer.results import (
-    DATA,
     REFERENCE_VARIANT,
     check_has_main,
     read_curve,
     read_evaluation,
     read_mean_gates,
 )
-from dynaroute.reporting.inputs import read_record
 from dynaroute.stage import run
 
 FIGURES = Path("reports/figures")
@@ -34,8 +32,7 @@ def main(settings: Settings) -> None:
     check_has_main(settings)
     curves = {name: read_curve(name) for name in settings.variants}
     evaluations = {name: read_evaluation(name) for name in settings.variants}
-    soft, hard = read_mean_gates(REFERENCE_VARIANT)
-    heads = read_record(DATA / REFERENCE_VARIANT / "run.json")["num_heads"]
+    soft, hard, heads = read_mean_gates(REFERENCE_VARIANT)
     by_layer = [by_layer_pair(gates, heads).numpy() for gates in (soft, hard)]
 
     def steps_before(name: str) -> int:

@@ -1,8 +1,10 @@
 """What the tests of reports share."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from dagformer_tree import write_dagformer_tree
 from dwr_tree import write_tree
 
 
@@ -11,4 +13,20 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory: everything that the DWR reports read."""
     monkeypatch.chdir(tmp_path)
     write_tree(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def pristine_dagformer_tree(tmp_path_factory) -> Path:
+    """Everything that the DAGFormer reports read."""
+    root = tmp_path_factory.mktemp("dagformer")
+    write_dagformer_tree(root)
+    return root
+
+
+@pytest.fixture
+def dagformer_tree(pristine_dagformer_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a copy of that."""
+    shutil.copytree(pristine_dagformer_tree, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path

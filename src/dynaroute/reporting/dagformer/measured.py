@@ -106,8 +106,8 @@ def _benchmark(benchmark: Record | None) -> str:
     cells = [[_cell(name, row.get(name)) for name in columns] for row in rows]
     machine = ", ".join(f"{key} {value}" for key, value in benchmark["machine"].items())
     return (
-        f"{table([name.replace('_', ' ') for name in columns], cells)}\n\nOutcome of `benchmark_dag`, which the default "
-        f"pipeline does not run, as it stands in `{BENCHMARK}`; measured on: {machine}."
+        f"{table([name.replace('_', ' ') for name in columns], cells)}\n\nOutcome of `benchmark_dag`, which the "
+        f"default pipeline does not run, as it stands in `{BENCHMARK}`; measured on: {machine}."
     )
 
 

@@ -182,18 +182,26 @@ def read_evaluation(name: str) -> Record:
     return read_record(REPORTS / name / "nll.json")
 
 
-def read_mean_gates(name: str) -> tuple["Tensor", "Tensor"]:
-    """Reads a variant's mean adjacency over the held-out windows, soft and hard, [N, N] each.
+class MeanGates(NamedTuple):
+    """Adjacency averaged over the held-out windows, [N, N] each."""
+
+    soft: "Tensor"
+    hard: "Tensor"
+    num_heads: int
+
+
+def read_mean_gates(name: str) -> MeanGates:
+    """Reads a variant's mean adjacency, of the window protocol.
 
     Raises:
         DynarouteError: the file is missing or damaged.
     """
-    from dynaroute.training.checkpoints import load_checkpoint
+    from dynaroute.training.checkpoints import load_checkpoint  # torch is slow to import
 
     path = EVALUATIONS / name / "gates.safetensors"
-    tensors, _ = load_checkpoint(path)
+    tensors, state = load_checkpoint(path)
     try:
-        return tensors["window.mean_soft"], tensors["window.mean_hard"]
+        return MeanGates(tensors["window.mean_soft"], tensors["window.mean_hard"], state["num_heads"])
     except KeyError as error:
         raise DynarouteError(f"{path}: lacks {error}: {REMEDY}") from error
 

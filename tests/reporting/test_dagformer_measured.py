@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import pytest
+from dwr_tree import edit_json
+
+from dynaroute.artifacts import write_json
+from dynaroute.config import load_settings
+from dynaroute.errors import DynarouteError
+from dynaroute.reporting.dagformer.measured import measured_page
+from dynaroute.reporting.dagformer.report import page
+from dynaroute.reporting.dagformer.results import read_measurements, read_results
+
+pytestmark = pytest.mark.usefixtures("dagformer_tree")
+
+TIMING = Path("reports/dagformer/P1/training_timing.json")
+BASE = Path("reports/dagformer/base_timing.json")
+BENCHMARK = Path("reports/benchmarks/dag.json")
+
+
+def measured() -> str:
+    results = read_results(load_settings())
+    return measured_page(results, read_measurements(results))
+
+
+def test_it_says_that_it_is_exempt_and_names_the_base():
+    text = measured()
+    assert "`ba5e`" in text
+    assert "exempt" in text
+
+
+def test_the_published_speed_table_is_filled_and_what_was_not_measured_is_marked():
+    timing = {"seconds_per_step": 0.3, "validation_seconds": 5.0, "loading_seconds": 7.0}
+    edit_json(TIMING, lambda data: data.update(timing))
+    text = measured()
+    assert "| Training step | 300 ms | about 3 s |" in text
+    assert "| Evaluation round | 5.0 s | about 2 min |" in text
+    assert "| Model loading | 7.0 s | about 10 min |" in text
+    assert "| 1K steps, no evaluation | 5.0 min (extrapolated) | about 50 min |" in text
+    # P1 is validated every 50 steps: 20 rounds of 5 s in a thousand.
+    assert "| 1K steps with evaluation | 6.7 min (extrapolated) | about 70 min |" in text
+    assert "| 10K steps with evaluation | 66.7 min (extrapolated) | about 12 h |" in text
+    assert "| 100K steps with evaluation | 11.1 h (extrapolated) | about 5 days |" in text
+    assert "component | this run | published (" in text
+
+
+def test_every_variant_and_the_base():
+    edit_json("reports/dagformer/A7/training_timing.json", lambda data: data.update(seconds=99.9))
+    text = measured()
+    assert "| A7 | 99.9 s | 250 ms | 2.5 s | 3.5 s | 710.00 MiB |" in text
+    assert "Pretraining the base: 2.0 min." in text
+    edit_json(BASE, lambda data: data.pop("training_seconds"))  # a base that was loaded
+    assert "Pretraining" not in measured()
+
+
+def test_machines_are_told_apart():
+    assert "| processor | A Processor 9000 |" in measured()
+    edit_json(TIMING, lambda data: data["machine"].update(processor="Another"))
+    text = measured()
+    assert "| processor | A Processor 9000 | Another |" in text
+    assert "| P1 |" in text.split("## Speed")[0]
+
+
+def test_a_benchmark_that_was_not_run_is_said_to():
+    assert "Not measured" in measured()
+
+
+def test_measurements_do_not_change_the_report():
+    before = page(read_results(load_settings()))
+    edit_json(TIMING, lambda data: data.update(seconds_per_step=1.0))
+    assert page(read_results(load_settings())) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        *((path, content) for path in (TIMING, BASE) for content in (None, b"", b"[", b"a: [1")),
+        *((BENCHMARK, content) for content in (b"", b"[")),  # which may be missing
+    ],
+    ids=str,
+)
+def test_a_missing_or_damaged_input_is_named(path, content):
+    write_json(BENCHMARK, {"rows": [], "machine": {}})
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(DynarouteError) as caught:
+        measured()
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,476 @@
+"""The DAGFormer report says what its inputs say: whatever number changes there, changes here."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from dagformer_tree import BASELINE, write_variant
+from dwr_tree import edit_csv, edit_json, edit_yaml
+
+from dynaroute.config import load_settings
+from dynaroute.errors import DynarouteError
+from dynaroute.evaluation.statistics import paired_difference
+from dynaroute.reporting.dagformer.report import page
+from dynaroute.reporting.dagformer.results import read_results
+
+pytestmark = pytest.mark.usefixtures("dagformer_tree")
+
+REPORTS = Path("reports/dagformer")
+BASE = REPORTS / "base.json"
+PARAMS = Path("params.yaml")
+
+
+def report() -> str:
+    return page(read_results(load_settings()))
+
+
+def section(text: str, title: str) -> str:
+    return re.split(r"^##+ ", text.split(f"# {title}", 1)[1], flags=re.MULTILINE)[0]
+
+
+def table_rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def row_of(text: str, first: str) -> list[str]:
+    return next(row for row in table_rows(text) if row[0] == first)
+
+
+def shift(name: str, mode: str, by: float, spread: float = 0.001) -> None:
+    """Moves a variant's NLL on every window to about `by` from the baseline, in both files of the evaluation."""
+    path = REPORTS / name / "nll.csv"
+
+    def change(rows: pd.DataFrame) -> None:
+        noise = pd.Series([(-1) ** (index // 2) * spread for index in range(len(rows))])
+        rows[f"nll_{mode}"] = rows["nll_baseline"] + by + noise
+
+    edit_csv(path, change)
+    rows = pd.read_csv(path)
+
+    def summarise(data: dict) -> None:
+        for protocol in ("window", "prefix"):
+            own = rows[rows["protocol"] == protocol]
+            found = paired_difference(own[f"nll_{mode}"], own["nll_baseline"])
+            data[protocol][f"nll_{mode}"] = own[f"nll_{mode}"].mean()
+            data[protocol][f"{mode}_minus_baseline"].update(found._asdict())
+
+    edit_json(REPORTS / name / "nll.json", summarise)
+
+
+def drop(*names: str) -> None:
+    edit_yaml(PARAMS, lambda params: [params["variants"].pop(name) for name in names])
+
+
+def test_the_same_inputs_give_the_same_bytes():
+    assert report() == report()
+
+
+def test_it_has_the_sections_of_the_published_report():
+    titles = re.findall(r"^###? (.*)$", report(), flags=re.MULTILINE)
+    assert [re.split(r"[:.]", title)[0] for title in titles] == [
+        *("At a glance", "1", "Variants", "2", "S0", "S1", "S2", "3", "P1", "P2", "4"),
+        *("A1–A4", "A5–A7", "A8–A9", "A10–A11", "L0", "C1", "5", "6", "7"),
+    ]
+
+
+def test_it_holds_no_placeholder():
+    assert not re.search(r"\bnan\b|None\b|\{|\}|<class|\bTrue\b|\bFalse\b|-0\.0000", report())
+
+
+def test_figures_are_linked_relative_to_the_report_and_are_those_that_the_plot_stage_writes():
+    links = set(re.findall(r"!\[.*\]\(figures/dagformer_(\w+)\.png\)", report()))
+    names = {"adjacency", "density_by_layer_pair", "nll_by_step", "schedules", "gate_gradients", "variants"}
+    assert links == names
+
+
+# --- every number comes from the inputs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        ("nll_all_gates_one", "2.3456"),
+        ("nll_all_gates_zero", "7.6543"),
+        ("unigram_entropy", "6.5432"),
+    ],
+)
+def test_the_base_is_that_of_its_file(key, shown):
+    edit_json(BASE, lambda data: data.__setitem__(key, float(shown)))
+    assert shown in section(report(), "S0")
+
+
+def test_the_rise_without_any_connection():
+    edit_json(BASE, lambda data: data.update(nll_all_gates_one=4.0, nll_all_gates_zero=5.0))
+    assert "matter to this base: without any, NLL is 5.0000 in place of 4.0000 (+1.0000, +25.0%)" in report()
+    edit_json(BASE, lambda data: data.update(nll_all_gates_zero=3.0))
+    assert "do not matter to this base: without any, NLL is 3.0000" in report()
+
+
+@pytest.mark.parametrize("protocol", ["window", "prefix"])
+@pytest.mark.parametrize("mode", ["soft", "hard"])
+@pytest.mark.parametrize("name", ["S1", "P1", "A4", "C1"])
+def test_every_variant_is_in_the_table_of_each_protocol_with_its_interval(name, mode, protocol):
+    def change(data):
+        data[protocol][f"nll_{mode}"] = 1.2345
+        data[protocol][f"{mode}_minus_baseline"].update(mean=0.5432, low=0.4321, high=0.6543)
+
+    edit_json(REPORTS / name / "nll.json", change)
+    text = section(report(), "5. Both protocols").split(f"**{protocol.title()} protocol**\n", 1)[1]
+    cells = row_of(text, name)
+    assert "1.2345" in cells
+    assert "+0.5432 [+0.4321, +0.6543] worse" in cells
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "key", "value", "shown"),
+    [
+        ("A1–A4", "A3", "density_hard", 0.123, "0.877"),
+        ("A5–A7", "A6", "entropy_bits", 0.4321, "0.432"),
+        ("A8–A9", "A9", "density_hard", 0.123, "0.123"),
+        ("A10–A11", "A11", "dead_heads", 77, "77"),
+        ("A10–A11", "P1", "dead_heads", 78, "78"),
+    ],
+)
+def test_each_ablation_has_its_measure(group, name, key, value, shown):
+    edit_json(REPORTS / name / "nll.json", lambda data: data["window"].__setitem__(key, value))
+    assert shown in row_of(section(report(), group), name)
+
+
+def test_ablation_tables_have_the_published_order_and_p1_as_reference():
+    text = report()
+    groups = {"A1–A4": "A1 A2 P1 A3 A4", "A5–A7": "A5 P1 A6 A7", "A8–A9": "A8 P1 A9", "A10–A11": "A10 P1 A11"}
+    for title, names in groups.items():
+        rows = table_rows(section(text, title))
+        assert [row[0] for row in rows[2:]] == names.split()
+        assert [row[-1] for row in rows if row[0] == "P1"] == ["(reference)"]
+    assert [row[1] for row in table_rows(section(text, "A1–A4"))[2:]] == ["2", "4", "8", "16", "64"]
+    assert row_of(section(text, "A5–A7"), "A6")[1:3] == ["5", "0.05"]
+    assert row_of(section(text, "A8–A9"), "A9")[1] == "0→0.05"
+    assert [row_of(section(text, "A10–A11"), name)[1] for name in ("A10", "P1", "A11")] == [
+        *("off", "k=5 fixed", "k=5 learnable")
+    ]
+
+
+def test_differences_to_the_reference_are_paired_over_windows():
+    ours, theirs = (pd.read_csv(REPORTS / name / "nll.csv") for name in ("A2", "P1"))
+    own = ours["protocol"] == "window"
+    found = paired_difference(ours[own]["nll_hard"], theirs[own]["nll_hard"])
+    cell = row_of(section(report(), "A1–A4"), "A2")[6]
+    assert cell.startswith(f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]")
+
+
+@pytest.mark.parametrize("column", ["validation_nll_soft", "validation_nll_hard", "validation_mean_A", "step"])
+@pytest.mark.parametrize(("name", "title"), [("S1", "S1"), ("S2", "S2"), ("P1", "P1"), ("P2", "P2"), ("L0", "L0")])
+def test_per_step_tables_are_those_of_the_file(name, title, column):
+    before = section(report(), title)
+    edit_csv(REPORTS / name / "training.csv", lambda curve: curve.__setitem__(column, curve[column] * 2))
+    assert section(report(), title) != before
+
+
+def test_the_gradient_check_shows_gradient_and_slope_by_step():
+    def change(curve):
+        steps = curve["step"].where(curve["step"] > 0)  # none at step 0
+        curve["train_gate_gradient"], curve["train_gate_slope"] = steps * 1e-5, steps * 1e-7
+
+    edit_csv(REPORTS / "S2/training.csv", change)
+    row = row_of(section(report(), "S2"), "100")
+    assert row[5:7] == ["1.00e-03", "1.00e-05"]
+    assert row_of(section(report(), "S2"), "0")[5:7] == ["–", "–"]
+
+
+def test_a_long_curve_is_thinned_and_says_so():
+    path = REPORTS / "P1/training.csv"
+    curve = pd.read_csv(path)
+    long = pd.concat([curve.iloc[[0]], *[curve.iloc[[1]]] * 99, curve.iloc[[-1]]], ignore_index=True)
+    long["step"] = range(0, 1010, 10)
+    long.to_csv(path, index=False)
+    text = section(report(), "P1")
+    steps = [row[0] for row in table_rows(text.split("By step", 1)[1])[2:]]
+    assert len(steps) <= 14
+    assert {"0", "1,000"} <= set(steps)
+    assert f"{101 - len(steps)} of 101 validations are left out" in text
+
+
+def test_settings_are_those_of_the_runs_and_not_of_params_yaml():
+    edit_json("data/dagformer/A1/run.json", lambda data: data["knobs"].__setitem__("rank", 54321))
+    assert row_of(section(report(), "A1–A4"), "A1")[1] == "54321"
+    assert "rank 54,321" in row_of(section(report(), "Variants"), "A1")
+
+
+# --- rules have an answer for each outcome ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "by", "outcome"),
+    [
+        *(("soft", 0.0099 * BASELINE, "PASS"), ("soft", 0.0101 * BASELINE, "FAIL")),
+        *(("hard", -0.0099 * BASELINE, "PASS"), ("hard", -0.0101 * BASELINE, "FAIL")),
+    ],
+)
+def test_s1_passes_within_one_percent_of_the_baseline(mode, by, outcome):
+    edit_json(REPORTS / "S1/nll.json", lambda data: data["window"].update(nll_baseline=BASELINE, nll_soft=BASELINE))
+    edit_json(REPORTS / "S1/nll.json", lambda data: data["window"].update(nll_hard=BASELINE))
+    edit_json(REPORTS / "S1/nll.json", lambda data: data["window"].__setitem__(f"nll_{mode}", BASELINE + by))
+    text = report()
+    assert row_of(section(text, "S1"), "**Result**")[1] == f"**{outcome}**"
+    assert f"- S1 {outcome}: final NLL is" in section(text, "At a glance")
+
+
+def test_s2_is_met_only_if_a_whole_interval_lies_below_the_baseline():
+    shift("S2", "soft", -0.01)
+    shift("S2", "hard", 0.01)
+    assert "NLL below the baseline: met in soft mode." in section(report(), "S2")
+    shift("S2", "soft", -0.01, spread=0.5)
+    text = report()
+    assert row_of(section(text, "S2"), "**Result**")[1] == "**not met**"
+    assert "no difference shown" in section(text, "S2")
+    assert "- S2: NLL below the baseline: not met." in section(text, "At a glance")
+
+
+def test_gates_that_stay_where_they_began_are_said_to():
+    assert "The gates left their initialisation" in section(report(), "S2")
+
+    def still(curve):
+        curve["validation_mean_A"], curve["validation_density_hard"] = 0.953, 1.0
+
+    edit_csv(REPORTS / "S2/training.csv", still)
+    assert "The gates stayed at their initialisation: mean_A went from 0.953 to 0.953" in section(report(), "S2")
+
+
+def test_a_saturated_training_is_named_everywhere():
+    assert "none of 17 variants saturated or collapsed" in report()
+    change = {"verdict": "saturated", "verdict_reason": "the slope was below 1e-07 from step 3 to 99"}
+    edit_json(REPORTS / "A6/training.json", lambda data: data.update(change))
+    text = report()
+    assert "Alarms in training: saturated: A6." in section(text, "At a glance")
+    assert row_of(section(text, "Variants"), "A6")[-1] == "**saturated**"
+    assert "- A6 saturated: the slope was below 1e-07 from step 3 to 99." in section(text, "Variants")
+    assert row_of(section(text, "A5–A7"), "A6")[-1] == "**saturated**"
+
+
+def test_variants_that_beat_the_baseline_are_named_and_so_is_that_there_are_none():
+    text = section(report(), "At a glance")
+    assert "Of 17 variants, better than the baseline by the window protocol: soft S2; hard S2." in text
+    for mode in ("soft", "hard"):
+        shift("S2", mode, 0.01)
+    text = section(report(), "At a glance")
+    for protocol in ("window", "prefix"):
+        assert f"None of 17 variants is better than the baseline by the {protocol} protocol, soft or hard." in text
+    shift("A8", "hard", -0.02)
+    assert "by the prefix protocol: soft none; hard A8." in section(report(), "At a glance")
+
+
+def test_ablations_are_sorted_by_what_their_difference_to_the_reference_shows():
+    shift("P1", "hard", 0.03)
+    for name, by in {"A1": 0.02, "A2": 0.03, "A3": 0.04, "A4": 0.04}.items():
+        shift(name, "hard", by, spread=0.002)
+    text = report()
+    assert "hard NLL: better: A1; worse: A3, A4; no difference shown: A2." in section(text, "A1–A4")
+    assert "Ablations against P1 in hard mode (window protocol): better: A1; worse: A3, A4" in text
+
+
+def test_going_on_from_p1_may_improve_it_or_not():
+    assert "improved NLL in neither mode" in section(report(), "P2")
+    shift("P2", "hard", -0.5)
+    text = section(report(), "P2")
+    assert "Going on from P1, at its final temperature and lambda, improved hard NLL" in text
+
+
+@pytest.mark.parametrize(
+    ("by", "words"),
+    [
+        (1.5, "Without the exemption hard NLL is worse: +1."),
+        (-0.5, "Without the exemption hard NLL is better: -0."),
+        (0.0345, "No difference in hard NLL was shown here: "),
+    ],
+)
+def test_the_layer_0_ablation(by, words):
+    shift("P1", "hard", 0.0345)
+    shift("L0", "hard", by, spread=0.002)
+    text = report()
+    assert words in section(text, "L0")
+    assert words in section(text, "At a glance")
+    assert [row[0] for row in table_rows(section(text, "L0"))[2:4]] == ["P1", "L0"]
+
+
+def test_what_the_text_adds_to_one_topology():
+    shift("P1", "soft", 0.01)
+    shift("P1", "hard", 0.01)
+    shift("C1", "soft", 0.02, spread=0.002)
+    shift("C1", "hard", 0.005, spread=0.002)
+    text = section(report(), "C1")
+    assert "P1 - C1: better: soft (window), soft (prefix); worse: hard (window), hard (prefix)." in text
+
+
+def test_a_failed_check_is_shown_with_its_variants():
+    name = "base_is_unchanged_to_the_bit"
+    assert "52 of 52 checks" in report()
+    edit_json(REPORTS / "A3/training.json", lambda data: data["checks"].__setitem__(name, False))
+    text = report()
+    assert ["✗ **failed** A3", "base is unchanged to the bit", "`train_dagformer` (of 17)"] in table_rows(text)
+    assert "51 of 52 checks" in text
+    edit_json(BASE, lambda data: data.__setitem__("checks", {"odd_check": "yes"}))
+    assert ["✗ **failed**", "odd check", "`prepare_base`"] in table_rows(report())
+
+
+# --- the variants are those of params.yaml ------------------------------------------------------------------------
+
+
+def add_variant(name: str, overrides: dict) -> None:
+    edit_yaml(PARAMS, lambda params: params["variants"].__setitem__(name, {"from": "base", **overrides}))
+    write_variant(Path(), load_settings(), name, 40)
+
+
+def test_an_added_variant_gets_a_row_of_its_own():
+    assert "Other variants" not in report()
+    add_variant("A12", {"init_logit": 4.0})
+    text = report()
+    assert row_of(section(text, "Other variants"), "A12")[1] == "init_logit 4"
+    assert "18 variants" in text
+    assert [row[0] for row in table_rows(section(text, "Variants"))][-1] == "A12"
+
+
+def test_p1_at_the_budget_of_the_ablations_is_their_reference():
+    add_variant("P1s", {"steps": 100})
+    for name in ("A8", "A9"):
+        edit_yaml(PARAMS, lambda params, name=name: params["variants"][name].__setitem__("steps", 100))
+        write_variant(Path(), load_settings(), name, 20)
+    text = report()
+    rows = table_rows(section(text, "A8–A9"))
+    assert [(row[0], row[-1]) for row in rows[2:]] == [
+        *(("A8", "100 steps"), ("P1", "(reference)"), ("P1s", "(reference), 100 steps"), ("A9", "100 steps"))
+    ]
+    assert "Against P1s on the same windows" in section(text, "A8–A9")
+    assert [row[0] for row in table_rows(section(text, "A1–A4"))[2:]] == ["A1", "A2", "P1", "A3", "A4"]
+    assert "Other variants" not in text
+
+
+def test_ablations_without_p1_at_their_budget_are_compared_with_nothing():
+    for name in ("A8", "A9"):
+        edit_yaml(PARAMS, lambda params, name=name: params["variants"][name].__setitem__("steps", 100))
+        write_variant(Path(), load_settings(), name, 20)
+    text = section(report(), "A8–A9")
+    assert "P1 was not run at this budget" in text
+    assert row_of(text, "A9")[6] == "–"
+
+
+def test_variants_that_are_not_listed_are_left_out():
+    drop("S1", "S2", "P2", "A2", "A5", "A6", "A7", "L0", "C1")
+    text = report()
+    titles = re.findall(r"^### (\w+)", text, flags=re.MULTILINE)
+    assert titles == ["Variants", "S0", "P1", "A1", "A8", "A10"]
+    assert [row[0] for row in table_rows(section(text, "A1–A4"))[2:]] == ["A1", "P1", "A3", "A4"]
+
+
+def test_p1_alone_makes_a_report():
+    edit_yaml(PARAMS, lambda params: params.__setitem__("variants", {"P1": {"from": "base"}}))
+    text = report()
+    assert "No ablation was run at a budget of P1's." in text
+    assert "0 of" not in text
+
+
+def test_without_p1_there_is_nothing_to_compare_with():
+    drop("P1", "P2")
+    assert refusal() == "variants: the report compares with P1, which params.yaml does not list"
+
+
+# --- what is published is marked ----------------------------------------------------------------------------------
+
+
+def test_no_published_number_is_unmarked():
+    """Every number of the reference becomes one that nothing else can be, and is then looked for outside the marks."""
+
+    def strange(value):
+        if isinstance(value, dict):
+            return {key: strange(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [strange(item) for item in value]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return value
+        return 7_777_777 if isinstance(value, int) else 8888.888 + value / 1e6
+
+    def unmarked(text: str) -> str:
+        kept, marked_columns = [], set()
+        for line in text.splitlines():
+            if line.startswith(">"):
+                continue
+            cells = line.split("|")
+            if not line.startswith("|"):
+                marked_columns = set()
+            elif not marked_columns:
+                marked_columns = {index for index, cell in enumerate(cells) if "published" in cell}
+            kept.append("|".join(cell for index, cell in enumerate(cells) if index not in marked_columns))
+        return "\n".join(kept)
+
+    numbers = re.compile(r"7,?777,?777|8888\.[89]")
+    before = report()
+    edit_yaml("reports/reference.yaml", lambda data: data.__setitem__("dagformer", strange(data["dagformer"])))
+    text = report()
+    assert len(numbers.findall(text)) > 80  # they are all there
+    assert unmarked(text) == unmarked(before)
+
+
+def test_published_numbers_keep_their_digits():
+    assert "> | 2,000 | 2.4500 | 2.4506 | 2.4569 | 0.978 |" in report()
+
+
+# --- inputs that are missing, damaged or of another run -----------------------------------------------------------
+
+INPUTS = [
+    *(BASE, Path("reports/reference.yaml"), Path("data/tokens/docs/metadata.json"), Path("data/dagformer/A2/run.json")),
+    *(REPORTS / "A2" / name for name in ("training.csv", "training.json", "nll.csv", "nll.json")),
+]
+
+
+def refusal() -> str:
+    with pytest.raises(DynarouteError) as caught:
+        report()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", INPUTS, ids=str)
+@pytest.mark.parametrize("content", [None, b"", b"[", b"a: [1"])
+def test_a_missing_or_damaged_input_is_named(path, content):
+    path.unlink() if content is None else path.write_bytes(content)
+    assert refusal().startswith(str(path))
+
+
+@pytest.mark.parametrize("name", ["training.json", "nll.json"])
+def test_results_of_another_run_are_refused(name):
+    path = REPORTS / "A2" / name
+    edit_json(path, lambda data: data.__setitem__("run", "fedcba"))
+    assert refusal() == f"{path}: belongs to run fedcba, not a20123456789abcd: run dvc repro"
+
+
+def test_a_baseline_that_is_not_the_same_number_for_every_variant_is_an_error():
+    path = REPORTS / "A2/nll.csv"
+
+    def change(rows):
+        rows.loc[3, "nll_baseline"] += 1e-9
+
+    edit_csv(path, change)
+    assert refusal().startswith(f"{path}: its baseline NLL or windows differ from those of {REPORTS / 'S1/nll.csv'}")
+
+
+@pytest.mark.parametrize("key", ["base", "dagformer"])
+def test_variants_of_different_bases_or_texts_are_not_compared(key):
+    path = Path("data/dagformer/A2/run.json")
+    edit_json(path, lambda data: data["identity"].__setitem__(key, "other"))
+    assert refusal() == f"{path}: {key} is not that of data/dagformer/S1/run.json: run dvc repro"
+
+
+def test_a_missing_key_names_its_file():
+    path = REPORTS / "A2/nll.json"
+    edit_json(path, lambda data: data["prefix"].pop("dead_heads"))
+    assert "dead_heads" not in report()  # of the prefix protocol it is only shown for the variants with a section
+    edit_json(path, lambda data: data["window"].pop("dead_heads"))
+    assert refusal().startswith(f"{path}: lacks 'dead_heads'")
+
+
+@pytest.mark.parametrize("column", ["validation_tau", "train_gate_slope"])
+def test_a_missing_column_names_its_file(column):
+    path = REPORTS / "A2/training.csv"
+    edit_csv(path, lambda curve: curve.drop(columns=column))
+    assert refusal().startswith(f"{path}: ")
