@@ -64,6 +64,33 @@ def test_a_benchmark_that_was_not_run_is_said_to():
     assert "Not measured" in measured()
 
 
+def write_benchmark() -> None:
+    def timing(ratio: float) -> dict:
+        return {"milliseconds": 123 * ratio, "ratio_to_dense": ratio, "ratio_to_dense_quartiles": [ratio - 0.01, 9.87]}
+
+    def candidate(ratio: float) -> dict:
+        both = {"forward": timing(ratio + 0.5), "forward_backward": timing(ratio)}
+        return {**both, "forward_backward_peak_mib": 345.6}
+
+    result = {
+        "size": {"L": 8, "H": 4, "D": 512, "B": 1, "T": 1256},
+        "candidates": {"dense": candidate(1.0), "ours": candidate(1.11), "reference": candidate(3.21)},
+        "bounds": {"flop_bound": 1.04, "squares_byte_bound": 1.076},
+        "fraction_of_byte_bound": 0.654,
+        "largest_difference_to_reference": 2.5e-6,
+    }
+    write_json(BENCHMARK, {"dtype": "float32", "rounds": 9, "results": [result], "machine": {"processor": "Bench 1"}})
+
+
+def test_a_benchmark_that_was_run_is_shown_with_its_machine_and_bounds():
+    write_benchmark()
+    text = measured()
+    assert "processor Bench 1." in text
+    assert "**8 layers, 4 heads, width 512, batch 1, 1,256 tokens**" in text
+    assert "| ours | 198 ms | 1.61 (1.60–9.87) | 137 ms | 1.11 (1.10–9.87) | 345.60 MiB |" in text
+    assert "by FLOPs 1.04, by bytes 1.08; ours reaches 65% of the byte bound" in text
+
+
 def test_measurements_do_not_change_the_report():
     before = page(read_results(load_settings()))
     edit_json(TIMING, lambda data: data.update(seconds_per_step=1.0))
@@ -79,7 +106,7 @@ def test_measurements_do_not_change_the_report():
     ids=str,
 )
 def test_a_missing_or_damaged_input_is_named(path, content):
-    write_json(BENCHMARK, {"rows": [], "machine": {}})
+    write_benchmark()
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(DynarouteError) as caught:
         measured()
