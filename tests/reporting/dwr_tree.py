@@ -85,7 +85,7 @@ def write_training(root: Path) -> None:
         **{"run": RUN, "parameters": 60_123, "active_parameters": 40_321, "training_tokens": 100_003, "steps": 260},
         **{"steps_planned": 260, "steps_per_epoch": 130, "stopped_early": False, "best_step": 260},
         **{"best_validation_loss": 4.0323, "final_validation_loss": 4.0323, "test_loss": 4.1717},
-        **{"validation_unigram_entropy": 6.125, "checks": {"gradient_reaches_every_router": True}},
+        **{"validation_unigram_entropy": 6.125, "precision": "fp32", "checks": {"gradient_reaches_every_router": True}},
     }
     write_json(root / "reports/dwr/training.json", summary)
     machine = {"processor": "A Processor 9000", "threads": 2, "python": "3.11.77", "torch": "2.9.99"}

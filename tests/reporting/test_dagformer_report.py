@@ -241,11 +241,12 @@ def test_gates_that_stay_where_they_began_are_said_to():
 def test_a_saturated_training_is_named_everywhere():
     assert "none of 17 variants saturated or collapsed" in report()
     change = {"verdict": "saturated", "verdict_reason": "the slope was below 1e-07 from step 3 to 99"}
-    edit_json(REPORTS / "A6/training.json", lambda data: data.update(change))
+    for name in ("A6", "A7"):
+        edit_json(REPORTS / name / "training.json", lambda data: data.update(change))
     text = report()
-    assert "Alarms in training: saturated: A6." in section(text, "At a glance")
+    assert "Alarms in training: saturated: A6, A7." in section(text, "At a glance")
     assert row_of(section(text, "Variants"), "A6")[-1] == "**saturated**"
-    assert "- A6 saturated: the slope was below 1e-07 from step 3 to 99." in section(text, "Variants")
+    assert "- A6, A7: saturated, since the slope was below 1e-07 from step 3 to 99." in section(text, "Variants")
     assert row_of(section(text, "A5–A7"), "A6")[-1] == "**saturated**"
 
 

@@ -62,19 +62,20 @@ def variants(results: Results) -> str:
         ]
         for variant in results.variants.values()
     ]
-    unhealthy = [variant for variant in results.variants.values() if variant.training["verdict"] != "healthy"]
-    reasons = "".join(
-        f"\n- {one.name} {one.training['verdict']}: {one.training['verdict_reason']}." for one in unhealthy
+    alarms: dict[str, list[str]] = {}
+    for variant in results.variants.values():
+        if variant.training["verdict"] != "healthy":
+            words = f"{variant.training['verdict']}, since {variant.training['verdict_reason']}"
+            alarms.setdefault(words, []).append(variant.name)
+    raised = [f"- {', '.join(members)}: {words}." for words, members in alarms.items()]
+    return "\n\n".join(
+        [
+            table(["ID", "starts from", "differs from P1 in", "tokens", "training"], rows),
+            "Training is watched for two failures. Collapsed: next to no hard gate is left. Saturated: the slope dA/dZ "
+            "of the gates is next to nothing, so that no gradient reaches the predictor, whatever the loss.",
+            "\n".join(raised) or "Neither alarm was raised.",
+        ]
     )
-    return (
-        f"{table(['ID', 'starts from', 'differs from P1 in', 'tokens', 'training'], rows)}\n\n"
-        "Training is watched for two failures. Collapsed: next to no hard gate is left. Saturated: the slope dA/dZ of "
-        f"the gates is next to nothing, so that no gradient reaches the predictor, whatever the loss.{_list(reasons)}"
-    )
-
-
-def _list(reasons: str) -> str:
-    return f"\n{reasons}" if reasons else " Neither alarm was raised."
 
 
 def changes(variant: Variant, other: Variant) -> str:

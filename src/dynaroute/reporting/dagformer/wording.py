@@ -91,46 +91,32 @@ TOPOLOGY = [
 ]
 
 
-def steps(variant: Variant, *columns: str) -> str:
-    """NLL and mean_A by step, and the further columns of the training curve that are named."""
+def steps(variant: Variant, *further: str) -> str:
+    """NLL and mean_A by step, and further columns of the training curve."""
     curve = variant.curve
     shown = sorted({*range(0, len(curve), -(-len(curve) // (MAX_ROWS - 1))), len(curve) - 1})
-    headers = {
-        **{f"validation_{name}": title for name, title in _CURVE.items()},
-        **{name: COLUMNS[name] for name in columns},
-    }
+    columns = [f"validation_{name}" for name in ("nll_soft", "nll_hard", "nll_baseline", "mean_A")] + list(further)
     rows = [
-        [
-            f"{row['step']:,.0f}",
-            *(_FORMATS.get(name, "{:.4f}").format(row[name]).replace("nan", NONE) for name in headers),
-        ]
+        [f"{row['step']:,.0f}", *(CURVE[name][1].format(row[name]).replace("nan", NONE) for name in columns)]
         for _, row in curve.iloc[shown].iterrows()
     ]
-    omitted = len(curve) - len(shown)
-    note = (
-        f"\n\n{omitted} of {len(curve)} validations are left out; `{variant.name}/training.csv` has all."
-        if omitted
-        else ""
-    )
-    return table(["step", *headers.values()], rows) + note
+    parts = [table(["step", *(CURVE[name][0] for name in columns)], rows)]
+    if omitted := len(curve) - len(shown):
+        parts.append(f"{omitted} of {len(curve)} validations are left out; `{variant.name}/training.csv` has all.")
+    return "\n\n".join(parts)
 
 
-_CURVE = {"nll_soft": "nll_soft", "nll_hard": "nll_hard", "nll_baseline": "nll_base", "mean_A": "mean_A"}
-COLUMNS = {
-    "validation_density_hard": "hard density",
-    "validation_tau": "tau",
-    "validation_lambda": "lambda",
-    "train_loss": "train NLL",
-    "train_gate_gradient": "gradient at the gates",
-    "train_gate_slope": "slope dA/dZ",
-}
-_FORMATS = {
-    "validation_mean_A": "{:.3f}",
-    "validation_density_hard": "{:.3f}",
-    "validation_tau": "{:.3g}",
-    "validation_lambda": "{:.3g}",
-    "train_gate_gradient": "{:.2e}",
-    "train_gate_slope": "{:.2e}",
+CURVE = {  # title and format of a column
+    "validation_nll_soft": ("nll_soft", "{:.4f}"),
+    "validation_nll_hard": ("nll_hard", "{:.4f}"),
+    "validation_nll_baseline": ("nll_base", "{:.4f}"),
+    "validation_mean_A": ("mean_A", "{:.3f}"),
+    "validation_density_hard": ("hard density", "{:.3f}"),
+    "validation_tau": ("tau", "{:.3g}"),
+    "validation_lambda": ("lambda", "{:.3g}"),
+    "train_loss": ("train NLL", "{:.4f}"),
+    "train_gate_gradient": ("gradient at the gates", "{:.2e}"),
+    "train_gate_slope": ("slope dA/dZ", "{:.2e}"),
 }
 
 
