@@ -52,8 +52,9 @@ def main(settings: Settings) -> None:
         "num_threads": settings.num_threads,
         "tokens": sha256(tokens / "metadata.json"),
     }
-    identifier = run_id(identity)
     accelerator = make_accelerator(settings.device, dwr.training.precision)
+    identity["num_processes"] = accelerator.num_processes  # dropout is drawn by process
+    identifier = run_id(identity)
     torch.manual_seed(settings.seed)
     model = DWRTransformer(config)
     objective = DWRObjective(config, dwr.balance_coefficient)
@@ -80,7 +81,7 @@ def main(settings: Settings) -> None:
             return
         checks = {
             "parameter_count_matches_the_formula": sum(p.numel() for p in model.parameters()) == config.num_params(),
-            "gradient_reaches_every_router": all(norm > 0 for norm in gradients),
+            "nll_gradient_reaches_every_router": all(router > 1e-6 * expert for router, expert in gradients),
             "every_recorded_loss_is_finite": all(
                 math.isfinite(value) for row in state.history for name, value in row.items() if "loss" in name
             ),
@@ -108,6 +109,7 @@ def main(settings: Settings) -> None:
                 "steps_planned": trainer.total_steps,
                 "steps_per_epoch": trainer.steps_per_epoch,
                 "stopped_early": state.step < trainer.total_steps,
+                "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
                 "best_step": state.best_step,
                 "best_validation_loss": validated["loss"],
                 "best_validation_perplexity": math.exp(validated["loss"]),
@@ -137,13 +139,24 @@ def decayed_parameters(trainer: Trainer) -> list[str]:
     return [names[id(p)] for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]]
 
 
-def router_gradients(trainer: Trainer, windows: Windows) -> list[float]:
-    """The norm of the NLL's gradient on each layer's router, over one batch."""
+def router_gradients(trainer: Trainer, windows: Windows) -> list[tuple[float, float]]:
+    """By layer, the norm of the NLL's gradient at the router and at all its experts together, over one window.
+
+    With top_k = 1 the renormalised weight is 1 whatever the router says, and its gradient is rounding noise.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     tokens, targets = (part.to(trainer.accelerator.device) for part in windows.batch([0]))
     loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
-    gradients = torch.autograd.grad(loss, [layer.moe.router.weight for layer in model.layers])
-    return [float(gradient.norm()) for gradient in gradients]
+    loss.backward()
+    norms = [
+        (
+            float(layer.moe.router.weight.grad.norm()),
+            math.hypot(*(float(p.grad.norm()) for p in layer.moe.experts.parameters() if p.grad is not None)),
+        )
+        for layer in model.layers
+    ]
+    model.zero_grad(set_to_none=True)
+    return norms
 
 
 def router_rows(model: DWRTransformer, sums: dict[str, torch.Tensor]) -> list[dict[str, float]]:

@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 from ruamel.yaml import YAML
 
 from dynaroute.config import Section, load_settings, read_yaml
@@ -104,6 +104,8 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"variants.a/b": {"from": "base"}}, "a/b"),
         ({"dagformer.prefix_tokens": 128}, "dagformer.prefix_tokens = 128: must be below seq_len = 128"),
         ({"dagformer.base.num_heads": 3}, "dagformer.base.hidden_size = 128: must be a multiple of 2 * num_heads = 6"),
+        ({"benchmark_cache.capacities": [3, 3]}, "benchmark_cache.capacities = [3, 3]: must not name a capacity twice"),
+        ({"benchmark_cache.capacities": [99]}, "benchmark_cache.capacities = [99]: must be at most num_layers"),
         ({"benchmark_cache.new_tokens": 10_000}, "benchmark_cache.new_tokens = 10000: with prompt_tokens must be"),
     ],
 )

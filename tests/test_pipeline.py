@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 from ruamel.yaml import YAML
 
 TINY = {
@@ -27,8 +27,8 @@ TINY = {
     "benchmark_cache": {"capacities": [1, 3, 8], "num_prompts": 2, "prompt_tokens": 8, "new_tokens": 8, "repeats": 1},
 }
 # What the scripts that work on one corpus or one variant are told.
-ARGUMENTS = dict.fromkeys(["locate", "collect", "tokenize_corpus"], ["docs"])
-ARGUMENTS |= dict.fromkeys(["train_dagformer", "evaluate_nll"], ["P1"])
+ARGUMENTS = {name: ["docs"] for name in ("locate", "collect", "tokenize_corpus")}
+ARGUMENTS |= {name: ["P1"] for name in ("train_dagformer", "evaluate_nll")}
 # What is measured differs from run to run, and lives in files of its own.
 MEASURED = ("timing", "measured")
 

@@ -27,7 +27,7 @@ def output_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which takes its place when the block succeeds and goes when it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # the same name always: what a kill left is written over
     try:
         yield temporary
         _flush(temporary)
@@ -42,7 +42,7 @@ def output_directory(path: str | Path) -> Iterator[Path]:
     """Yields an empty temporary folder that takes the place of `path`, old content and all, when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # the same name always: what a kill left is removed
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

@@ -220,6 +220,12 @@ class BenchmarkCache(Section):
     new_tokens: Positive
     repeats: Positive  # timed repetitions of every cell, interleaved
 
+    @model_validator(mode="after")
+    def _capacities_differ(self) -> Self:
+        if len(set(self.capacities)) < len(self.capacities):
+            raise invalid("capacities", self.capacities, "must not name a capacity twice")
+        return self
+
 
 # --- DAGFormer ---------------------------------------------------------------------------------------------------
 
@@ -326,6 +332,10 @@ class Settings(Variant):
         if window > self.dwr.max_seq_len:
             allowed = f"with prompt_tokens must be at most dwr.max_seq_len = {self.dwr.max_seq_len}"
             raise invalid("benchmark_cache.new_tokens", self.benchmark_cache.new_tokens, allowed)
+        experts = self.dwr.num_layers * self.dwr.num_experts
+        if max(self.benchmark_cache.capacities) > experts:
+            allowed = f"must be at most num_layers * num_experts = {experts}"
+            raise invalid("benchmark_cache.capacities", self.benchmark_cache.capacities, allowed)
         for name in self.variants:
             self._check_variant(name)
         return self

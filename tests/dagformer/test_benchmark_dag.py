@@ -2,7 +2,7 @@ import importlib.util
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from repository import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from repository import REPOSITORY
 from safetensors.torch import load_file, save_file
 
 from dynaroute.artifacts import write_json

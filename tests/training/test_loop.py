@@ -144,15 +144,16 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops_with_a_message_and_the_run_goes_on_from_there(tmp_path, number):
-    def stop(step):
-        if step == 4:
+@pytest.mark.parametrize("step", [4, 6], ids=["between_validations", "before_a_validation"])
+def test_a_signal_saves_and_stops_with_a_message_and_the_run_goes_on_from_there(tmp_path, number, step):
+    def stop(now):
+        if now == step:
             os.kill(os.getpid(), number)
 
     whole = train(tmp_path / "whole")
-    with pytest.raises(DynarouteError, match=f"stopped by {number.name} at step 5 of 21"):
+    with pytest.raises(DynarouteError, match=f"stopped by {number.name} at step {step + 1} of 21"):
         train(tmp_path / "resumed", Objective(stop))
-    assert load_checkpoint(tmp_path / "resumed" / "last.safetensors")[1]["step"] == 5
+    assert load_checkpoint(tmp_path / "resumed" / "last.safetensors")[1]["step"] == step + 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert_same_checkpoint(whole.last_path, train(tmp_path / "resumed").last_path)
 
@@ -205,6 +206,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     tensors, state = load_checkpoint(tmp_path / "last.safetensors")
     assert state["step"] == 7
     assert all(value.isfinite().all() for value in tensors.values())
+
+
+def test_a_signal_within_a_validation_changes_nothing_either(tmp_path):
+    class Interrupted(Objective):
+        def validation_sums(self, model, batch, step):
+            if step == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().validation_sums(model, batch, step)
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(DynarouteError, match="stopped by SIGTERM at step 7 of 21"):
+        train(tmp_path / "resumed", Interrupted())
+    assert_same_checkpoint(whole.last_path, train(tmp_path / "resumed").last_path)
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(tmp_path):
+    class Diverging(Objective):
+        def validation_metrics(self, sums):
+            return {"loss": float("nan") if len(sums) and self.step == 14 else 1.0}
+
+        def validation_sums(self, model, batch, step):
+            self.step = step
+            return super().validation_sums(model, batch, step)
+
+    with pytest.raises(DynarouteError, match=r"step 14: validation loss nan.*last\.safetensors \(step 12\)"):
+        train(tmp_path, Diverging())
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):

@@ -8,16 +8,17 @@ and several processes are accelerate's.
 import contextlib
 import math
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -86,7 +87,9 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     if device == "cuda" and not torch.cuda.is_available():
         raise DynarouteError("params.yaml: device = 'cuda': this machine shows no CUDA device; use cpu")
     bf16 = precision == "bf16" and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device == "cpu")
+    # An expert that no token of a batch chose is not part of that step's graph.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device == "cpu", kwargs_handlers=[unused])
 
 
 def steps_in_epochs(settings: EpochTraining, num_windows: int) -> int:
@@ -148,6 +151,7 @@ class Trainer:
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.state = TrainingState()
+        self._epoch_order: tuple[int, np.ndarray] | None = None
         self.sums: dict[str, Tensor] = {}  # of training metrics since the last validation, float64
         # Spent on steps and on validations, by earlier processes of the run included.
         self.seconds = self.validation_seconds = 0.0
@@ -219,6 +223,7 @@ class Trainer:
                 progress.update(tokens_per_step)
                 progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 is_time = self.state.step % self.settings.checkpoint_every == 0 and not self._validation_is_due()
+                self._agree(stop)
                 if stop.signal or is_time:  # a validation saves by itself
                     self._save(stop)
             self.accelerator.wait_for_everyone()
@@ -228,8 +233,7 @@ class Trainer:
         """One optimizer step; returns this process's mean loss."""
         step, settings, accelerator = self.state.step, self.settings, self.accelerator
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.training))
-        indices = order[position * settings.batch_size : (position + 1) * settings.batch_size]
+        indices = self._order(epoch)[position * settings.batch_size : (position + 1) * settings.batch_size]
         own = indices[accelerator.process_index :: accelerator.num_processes]
         parts = np.array_split(own, len(own) // settings.micro_batch_size)
         self.model.train()
@@ -246,19 +250,32 @@ class Trainer:
                 self._add(name, value.detach() / len(parts))
         norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
         if not (math.isfinite(total) and math.isfinite(norm)):
-            good = f"{self.last_path} (step {self.saved_step})" if self.last_path.exists() else "none was written yet"
-            raise DynarouteError(
-                f"step {step + 1}: loss {total}, gradient norm {float(norm)}: training diverged; the last good "
-                f"checkpoint is {good}; lower lr or clip_norm, or lengthen warmup_steps"
-            )
+            self._diverged(f"step {step + 1}: loss {total}, gradient norm {float(norm)}")
         self._add("gradient_norm", norm)
-        lr = warmup_cosine(step, self.total_steps, settings.warmup_steps, settings.lr, settings.min_lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self._learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         return total
+
+    def _diverged(self, what: str) -> NoReturn:
+        good = f"{self.last_path} (step {self.saved_step})" if self.last_path.exists() else "none was written yet"
+        raise DynarouteError(
+            f"{what}: training diverged; the last good checkpoint is {good}; lower lr or clip_norm, or lengthen "
+            "warmup_steps"
+        )
+
+    def _learning_rate(self, step: int) -> float:
+        settings = self.settings
+        return warmup_cosine(step, self.total_steps, settings.warmup_steps, settings.lr, settings.min_lr)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The order of the training windows in an epoch; kept, since drawing it for millions of windows takes a while."""
+        if self._epoch_order is None or self._epoch_order[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.training))
+            self._epoch_order = (epoch, order)
+        return self._epoch_order[1]
 
     def _batch(self, windows: Windows, indices: Iterable[int]) -> Batch:
         tokens, targets = windows.batch(indices)
@@ -268,6 +285,13 @@ class Trainer:
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach().to(torch.float64)
         self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _agree(self, stop: StopRequest) -> None:
+        """Makes a signal to one process a signal to all: they must leave after the same step."""
+        if self.accelerator.num_processes > 1:
+            asked = torch.tensor(int(stop.signal or 0), device=self.accelerator.device)
+            asked = int(self.accelerator.gather(asked.view(1)).max())
+            stop.signal = signal.Signals(asked) if asked else None
 
     def _validation_is_due(self) -> bool:
         step, history = self.state.step, self.state.history
@@ -279,10 +303,12 @@ class Trainer:
         state, settings = self.state, self.settings
         sums = self.validation_sums(self.validation, stop)
         metrics = self.objective.validation_metrics(sums)
+        if not math.isfinite(metrics["loss"]):
+            self._diverged(f"step {state.step}: validation loss {metrics['loss']}")
         since = state.step - (state.history[-1]["step"] if state.history else 0)
         row = {"step": state.step, "epoch": state.step / self.steps_per_epoch}
         row["tokens"] = state.step * settings.batch_size * self.training.seq_len
-        row["lr"] = self.optimizer.param_groups[0]["lr"] if state.step else 0.0
+        row["lr"] = self._learning_rate(state.step - 1) if state.step else 0.0
         row |= {f"validation_{name}": value for name, value in metrics.items()}
         for name, value in sorted(self.sums.items()):
             row[f"train_{name}"] = float(self.accelerator.reduce(value, "mean")) / since
@@ -299,6 +325,7 @@ class Trainer:
             shown = {name: row[name] for name in ("train_loss", "validation_loss") if name in row}
             text = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
             progress.write(f"step {state.step} of {self.total_steps}: {text}", file=sys.stderr)
+        self._agree(stop)
         self._save(stop)
 
     @torch.no_grad()
@@ -314,7 +341,8 @@ class Trainer:
                 self.model, self._batch(windows, part), self.state.step
             ).items():
                 sums[name] = sums[name] + value if name in sums else value
-            if stop is not None and stop.signal:
+            # Several processes would not notice in the same batch; they stop after the next step instead.
+            if stop is not None and stop.signal and accelerator.num_processes == 1:
                 self._save(stop)
         return {name: accelerator.reduce(value, "sum").cpu() for name, value in sums.items()}
 
@@ -322,6 +350,8 @@ class Trainer:
         """Writes the checkpoint to go on from; leaves the run if a signal asked for it."""
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
+            if not all(value.isfinite().all() for value in model.state_dict().values()):
+                self._diverged(f"step {self.state.step}: weights that are not finite")
             tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
             optimizer = optimizer_tensors(model, self.optimizer)
             tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}

@@ -53,7 +53,9 @@ class Manifest(Section):
     format: Literal[1]
     run: Annotated[str, Field(max_length=64)]  # of the training; short, so that an expert's header fits in one page
     config: DWRConfig
-    expert_load: list[list[float]]  # [L][E], an expert's share of its layer's assignments on the validation split
+    expert_load: list[
+        list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    ]  # [L][E], an expert's share of its layer's assignments on the validation split
     files: dict[str, FileEntry]
 
     @model_validator(mode="after")
@@ -183,7 +185,9 @@ def file_contents(config: DWRConfig, run: str) -> dict[str, tuple[dict[str, list
     backbone = {name: list(tensor.shape) for name, tensor in tensors.items() if ".moe.experts." not in name}
     d, f = config.d_model, config.d_ff
     expert = {"w1": [d, f], "w2": [f, d], "b1": [f], "b2": [d]}
-    contents: dict[str, tuple[dict[str, list[int]], dict[str, Any]]] = {BACKBONE: (backbone, {"run": run})}
+    contents: dict[str, tuple[dict[str, list[int]], dict[str, Any]]] = {
+        BACKBONE: (backbone, {"run": run, "config": config.model_dump()})
+    }
     for layer in range(config.num_layers):
         for index in range(config.num_experts):
             contents[expert_file(layer, index)] = expert, {"run": run, "layer": layer, "expert": index}

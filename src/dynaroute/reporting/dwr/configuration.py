@@ -81,11 +81,8 @@ def _validations(patience: int | None) -> str:
 
 
 def _precision(results: Results) -> str:
-    identity = results.run["identity"]
-    precision = identity["dwr"]["training"]["precision"]
-    if precision == "bf16" and identity["device"] == "cpu":
-        return "fp32 (bf16 is set, but not used on a CPU)"
-    return precision
+    used, wanted = results.training.summary["precision"], results.run["identity"]["dwr"]["training"]["precision"]
+    return used if used == wanted else f"{used} ({wanted} is set, but would be slow on that device)"
 
 
 def _corpus_name(corpus: Corpus) -> str:

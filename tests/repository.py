@@ -1,0 +1,6 @@
+"""Where the repository lies: a module of its own, since several folders have a conftest, and names must not clash."""
+
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
