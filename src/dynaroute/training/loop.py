@@ -271,7 +271,7 @@ class Trainer:
         return warmup_cosine(step, self.total_steps, settings.warmup_steps, settings.lr, settings.min_lr)
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The order of the training windows in an epoch; kept, since drawing it for millions of windows takes a while."""
+        """The order of the training windows in an epoch; kept, since drawing it for millions of windows takes long."""
         if self._epoch_order is None or self._epoch_order[0] != epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.training))
             self._epoch_order = (epoch, order)
