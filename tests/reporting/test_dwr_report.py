@@ -276,9 +276,9 @@ def test_capacity_and_early_stopping_are_reported_as_set():
     assert "**Early stopping**: off" in report()
 
 
-def test_precision_that_a_cpu_does_not_use():
+def test_a_precision_that_was_asked_for_but_not_used():
     edit_json(RUN_JSON, lambda data: data["identity"]["dwr"]["training"].__setitem__("precision", "bf16"))
-    assert "fp32 (bf16 is set, but not used on a CPU)" in report()
+    assert "fp32 (bf16 is set, but would be slow on that device)" in report()
     edit_json(RUN_JSON, lambda data: data["identity"].__setitem__("device", "cuda"))
     assert ["Precision", "bf16", "bf16"] in table_rows(report())
 
