@@ -17,12 +17,14 @@ bytes: dense's time, and the head outputs, inputs and gradients that mixing has 
 """
 
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ from dynaroute.artifacts import write_json
 from dynaroute.config import Settings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.machine import describe_machine, peak_memory
+from dynaroute.machine import describe_machine
 from dynaroute.stage import run
 
 ROUNDS, WARM_UP = 9, 2
@@ -148,11 +150,26 @@ def interleaved(steps: dict[str, Callable[[bool], Tensor]], backward: bool, devi
 
 
 def step_memory(size: Size, name: str, device: str) -> float:
-    """MiB that forward and backward of one candidate need above the weights of all; to be run in a fresh process."""
+    """MiB that forward and backward of one candidate take beside the weights; to be run in a fresh process."""
     step = candidates(size, device)[name]
-    before = peak_memory(device)
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        step(True)
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    process, samples = psutil.Process(), []
+    samples.append(process.memory_info().rss)
+    done = threading.Event()
+
+    def watch() -> None:  # the kernel's own peak would still be that of building the models
+        while not done.wait(1e-3):
+            samples.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     step(True)
-    return (peak_memory(device) - before) / MIB
+    done.set()
+    watcher.join()
+    return (max(samples) - samples[0]) / MIB
 
 
 def mixing_traffic(layers: int, squares: bool) -> int:

@@ -23,6 +23,7 @@ last s layers, s the largest power of two that divides n, are mixed into the nex
 import math
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -127,6 +128,7 @@ class DagForward(nn.Module):
         position = model.rotary_emb(hidden, torch.arange(T, device=tokens.device)[None])
         gates = self._gates(adjacency)
         exchange = _Exchange(self, gates, hidden)
+        block = partial(checkpoint, self._block, use_reentrant=False) if self.gradient_checkpointing else self._block
         base = increment = hidden
         for n, layer in enumerate(model.layers):
             w_qkv = getattr(self, f"w_qkv_{n}")  # [H, 3K, D]
@@ -140,28 +142,27 @@ class DagForward(nn.Module):
                 qkv = torch.bmm(inputs.transpose(0, 1), w_qkv.transpose(1, 2))
             else:
                 qkv = _Receive.apply(gates, increment, exchange, n, w_qkv)  # [H, B*T, 3K]
-            q, k, v = (x.transpose(0, 1).reshape(B, T, -1) for x in qkv.chunk(3, dim=-1))  # [B, T, H*K]
-            if self.gradient_checkpointing:
-                attended, mlp = checkpoint(self._block, layer, q, k, v, hidden, position, exchange, use_reentrant=False)
-            else:
-                attended, mlp = self._block(layer, q, k, v, hidden, position, exchange)
-            hidden, base = hidden + attended + mlp, base + mlp
+            qkv = qkv.unflatten(-1, (3, -1)).permute(2, 1, 0, 3).reshape(3, B, T, -1)  # [3, B, T, H*K]
+            hidden, attended, mlp = block(layer, qkv, hidden, position, exchange)
             # What later layers get of this one ungated; that of layer 0 includes the embedding.
-            increment = attended + mlp if self._complement else mlp
-            if n == 0:
-                increment = hidden if self._complement else base
+            if self._complement:
+                increment = attended + mlp if n > 0 else hidden
+            else:
+                base = base + mlp
+                increment = mlp if n > 0 else base
         return self.base.lm_head(model.norm(hidden))
 
     def _block(
-        self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, position: Any, exchange: "_Exchange"
-    ) -> tuple[Tensor, Tensor]:
-        """One layer after its q, k and v, [B, T, H*K]: what its attention and its MLP add to `hidden`, [B, T, D].
+        self, layer: nn.Module, qkv: Tensor, hidden: Tensor, position: Any, exchange: "_Exchange"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer after its q, k and v: the new `hidden`, and what attention and MLP have added to it, [B, T, D].
 
-        Word for word the base's own computation, but that every head sends its share of the attention.
+        The base's own computation step by step, but that every head sends its share of the attention.
         """
         from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb
 
         attention, norm = layer.self_attn, layer.post_attention_layernorm
+        q, k, v = qkv.unbind()
         q, k = attention.q_norm(q), attention.k_norm(k)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, T, K]
         q, k = apply_rotary_pos_emb(q, k, *position)
@@ -173,7 +174,9 @@ class DagForward(nn.Module):
         else:  # nobody listens to the heads of the last layer
             total = attention.o_proj(z)
         attended = norm(total)
-        return attended, layer.post_feedforward_layernorm(layer.mlp(hidden + attended))
+        hidden = hidden + attended
+        mlp = layer.post_feedforward_layernorm(layer.mlp(hidden))
+        return hidden + mlp, attended, mlp
 
     def _gates(self, adjacency: Tensor) -> Tensor:
         """What senders are multiplied by, [B, (L-1)*S, (L-1)*H]: layers 0 .. L-2 send, layers 1 .. L-1 receive."""
@@ -335,7 +338,7 @@ class _Send(torch.autograd.Function):
             d_heads.sub_(heads * (heads * d_heads).mean(-1, keepdim=True)).mul_(ctx.inverse_of_head)
             heads = heads / ctx.inverse_of_head
         d_log_inverse = exchange.inner(heads, d_heads)  # [B*T, 1]
-        d_total = d_total.reshape(B * T, D) - d_log_inverse * inverse.square() * total / D
+        d_total = d_total.reshape(B * T, D) - d_log_inverse * inverse.square() / D * total
         scale = (inverse * w).to(total.dtype)
         d_raw = torch.addcmul(d_total.to(total.dtype)[:, None], d_heads, scale[:, None], out=d_heads)  # in place
         d_z = torch.bmm(d_raw.transpose(0, 1), w_o.transpose(1, 2))  # [H, B*T, K]
