@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from dagformer_tree import write_dagformer_tree, write_gates
 from dwr_tree import REPOSITORY, edit_csv, edit_json, edit_yaml
+from matplotlib.figure import Figure
 
 from dynaroute.config import load_settings
 from dynaroute.reporting.dagformer import figures
-from dynaroute.reporting.dagformer.results import read_evaluation
+from dynaroute.reporting.dagformer.results import read_curve, read_evaluation
 
 NAMES = ("adjacency", "density_by_layer_pair", "nll_by_step", "schedules", "gate_gradients", "variants")
 FIGURES = [f"reports/figures/dagformer_{name}.png" for name in NAMES]
@@ -88,6 +89,16 @@ def test_a_base_of_many_layers_can_be_drawn(tmp_path, monkeypatch):
     monkeypatch.chdir(root)
     result = stage("plot_dagformer")
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_every_panel_of_the_curves_is_a_variant(monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: (drawn.append(self), save(self, *args, **kwargs))
+    )
+    curves = {name: read_curve(name) for name in ("S1", "S2", "P1", "P2")}
+    figures.plot_nll(curves, "nll.png")
+    assert [axes.get_title(loc="left") for axes in drawn[0].axes] == list(curves)
 
 
 def test_variants_that_all_equal_the_baseline_can_be_drawn():

@@ -279,7 +279,7 @@ def test_capacity_and_early_stopping_are_reported_as_set():
 def test_a_precision_that_was_asked_for_but_not_used():
     edit_json(RUN_JSON, lambda data: data["identity"]["dwr"]["training"].__setitem__("precision", "bf16"))
     assert "fp32 (bf16 is set, but would be slow on that device)" in report()
-    edit_json(RUN_JSON, lambda data: data["identity"].__setitem__("device", "cuda"))
+    edit_json(TRAINING, lambda data: data.__setitem__("precision", "bf16"))
     assert ["Precision", "bf16", "bf16"] in table_rows(report())
 
 

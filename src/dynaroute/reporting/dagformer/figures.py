@@ -121,7 +121,7 @@ def plot_nll(curves: dict[str, "pd.DataFrame"], path: str | Path) -> None:
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     with saved_figure(path, 0.4 + 2.4 * columns, 0.5 + 1.8 * rows) as figure:
-        panels = figure.subplots(rows, columns, squeeze=False).flat
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, (name, curve) in zip(panels, curves.items(), strict=False):
             steps = curve["step"]
             axes.plot(steps, curve["validation_nll_baseline"], color=BLACK, linestyle=":", label="baseline")
@@ -129,7 +129,7 @@ def plot_nll(curves: dict[str, "pd.DataFrame"], path: str | Path) -> None:
                 axes.plot(steps, curve[f"validation_nll_{mode}"], markevery=1 + len(curve) // 12, **style)
             axes.set_title(name)
             axes.ticklabel_format(axis="y", useOffset=False)
-        for axes in list(panels)[len(curves) :]:
+        for axes in panels[len(curves) :]:
             axes.remove()
         figure.supxlabel("optimizer step", fontsize=9)
         figure.supylabel("validation NLL (nats per token)", fontsize=9)
@@ -172,8 +172,9 @@ def plot_gate_gradients(curves: dict[str, "pd.DataFrame"], named: list[str], ala
             for name, style in zip(named, itertools.cycle(_LINES), strict=False):
                 steps, values = _trained(curves[name], column)
                 axes.plot(steps, values, markevery=1 + len(steps) // 12, label=name, **style)
-            axes.set_yscale("log")
             axes.set_xlabel("optimizer step")
+        gradient.set_ylim(bottom=0)
+        slope.set_yscale("log")
         gradient.set_ylabel("gradient norm at the gates")
         slope.set_ylabel("mean slope dA/dZ of the gates")
         slope.axhline(alarm, color=BLACK, linestyle=":", linewidth=0.9, label="alarm")
@@ -190,7 +191,7 @@ def plot_variants(evaluations: dict[str, Record], path: str | Path) -> None:
     }
     sizes = [abs(one.mean) for intervals in found.values() for one in intervals]
     # What is far from all others (such as the layer-0 bug) would flatten them: it is written at the margin instead.
-    limit = 5 * statistics.median(sizes) or max(sizes)
+    limit = 10 * statistics.quantiles(sizes, n=4)[-1]
     with saved_figure(path, 7.2, 1.3 + 0.27 * len(names)) as figure:
         panels = figure.subplots(1, 2, sharex=True, sharey=True)
         for axes, protocol in zip(panels, PROTOCOLS, strict=True):
@@ -216,9 +217,9 @@ def _intervals(axes: "Axes", found: list[Interval], beside: float, limit: float,
     axes.errorbar(means, [row for row, _ in shown], xerr=spread, **style)
     for row, one in enumerate(found):
         if abs(one.mean) > limit:
-            side = {"x": 0.98, "s": f"{one.mean:+.2f} →", "ha": "right"}
+            side = {"x": 0.98, "s": f"{one.mean:+.2g} →", "ha": "right"}
             if one.mean < 0:
-                side = {"x": 0.02, "s": f"← {one.mean:+.2f}", "ha": "left"}
+                side = {"x": 0.02, "s": f"← {one.mean:+.2g}", "ha": "left"}
             transform = axes.get_yaxis_transform()  # x in parts of the panel's width
             axes.text(y=row + beside, **side, va="center", fontsize=7, color=style["color"], transform=transform)
 
