@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dynaroute.dagformer.windows import Subset
 
 from dynaroute.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.config import LoadedBase, Settings
 from dynaroute.dagformer.base import LanguageModelObjective, load_base, load_base_tokenizer, new_base
 from dynaroute.dagformer.graph import DagForward
+from dynaroute.dagformer.windows import Subset
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
 from dynaroute.machine import describe_machine, peak_memory

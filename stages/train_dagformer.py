@@ -17,16 +17,16 @@ import time
 from pathlib import Path
 
 import torch
-from dynaroute.dagformer.encoders import load_embeddings
-from dynaroute.dagformer.windows import Subset
 from pydantic import ValidationError
 
 from dynaroute.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.config import Settings, Variant, read_yaml
 from dynaroute.dagformer.base import load_base
+from dynaroute.dagformer.encoders import load_embeddings
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.objective import DagObjective, verdict
 from dynaroute.dagformer.predictor import StructurePredictor
+from dynaroute.dagformer.windows import Subset
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
 from dynaroute.machine import describe_machine, peak_memory
@@ -170,4 +170,4 @@ def fingerprint(model: torch.nn.Module) -> list[int]:
 
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(main, __doc__, "name")
