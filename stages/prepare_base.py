@@ -19,8 +19,9 @@ import torch
 
 from dynaroute.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.config import LoadedBase, Settings
-from dynaroute.dagformer.base import LanguageModelObjective, load_base, load_base_tokenizer, new_base
+from dynaroute.dagformer.base import LanguageModelObjective, load_base, new_base
 from dynaroute.dagformer.graph import DagForward
+from dynaroute.dagformer.pretrained import load_tokenizer
 from dynaroute.dagformer.windows import Subset
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
@@ -124,7 +125,7 @@ def load_existing(
     DagForward(model)  # refuses what it cannot run, before anything is written
     with output_directory(BASE) as folder:
         model.save_pretrained(folder)
-        load_base_tokenizer(wanted, folder)
+        load_tokenizer(f"dagformer.base.path: {wanted.path}", wanted.path, wanted.revision).save_pretrained(folder)
     return model, [{"step": None, "validation_loss": None}], {}
 
 

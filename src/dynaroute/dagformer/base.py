@@ -6,12 +6,12 @@ Whatever it came from, it is kept as an ordinary transformers directory, and eve
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaroute.config import LoadedBase, PretrainedBase
-from dynaroute.errors import DynarouteError
+from dynaroute.config import PretrainedBase
+from dynaroute.dagformer.pretrained import load_model
+from dynaroute.data.shards import IGNORED_TARGET
 from dynaroute.training.loop import Batch
 
 if TYPE_CHECKING:
@@ -42,41 +42,11 @@ def load_base(path: str | Path, device: str, revision: str | None = None) -> "Ol
     """A base from a directory or the hub, for inference: fp32 on a CPU, bf16 on a GPU; no parameter takes gradients.
 
     Raises:
-        DynarouteError: it cannot be loaded, or is not a causal language model in safetensors files.
+        DynarouteError: what `load_model` raises.
     """
     from transformers import AutoModelForCausalLM
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=revision or "main",
-            dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DynarouteError(f"{path}: not a loadable language model: {reason}") from error
-    return model.requires_grad_(False).eval().to(device)
-
-
-def load_base_tokenizer(settings: LoadedBase, folder: Path) -> None:
-    """Saves the tokenizer of a base that exists beside it.
-
-    Raises:
-        DynarouteError: it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            settings.path, revision=settings.revision or "main", trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DynarouteError(f"dagformer.base.path: {settings.path}: no loadable tokenizer: {reason}") from error
-    tokenizer.save_pretrained(folder)
+    return load_model(str(path), AutoModelForCausalLM, path, device, revision)
 
 
 class LanguageModelObjective:
@@ -91,7 +61,7 @@ class LanguageModelObjective:
         """NLL and predicted tokens, summed."""
         logits = model(batch.tokens).logits
         nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
-        return {"nll": nll.double().sum(), "predicted": (batch.targets != -100).sum()}
+        return {"nll": nll.double().sum(), "predicted": (batch.targets != IGNORED_TARGET).sum()}
 
     def validation_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Mean NLL."""

@@ -7,7 +7,7 @@ and `test_prefix.npy`, of the same windows but from their first tokens only; and
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dynaroute.artifacts import output_directory, read_json, sha256, write_json
 from dynaroute.config import BaseEncoder, HubEncoder
+from dynaroute.dagformer.pretrained import load_model, load_tokenizer
 from dynaroute.dagformer.windows import Subset
 from dynaroute.data.tokenizers import Tokenizer
 from dynaroute.errors import DynarouteError
@@ -39,8 +40,8 @@ class BaseStates:
     """The base's own last hidden states, after its final norm, averaged over the tokens read."""
 
     def __init__(self, model: "PreTrainedModel") -> None:
-        """Takes a decoder without its head, and freezes it."""
-        self.model = model.eval().requires_grad_(False)
+        """Takes a frozen decoder without its head."""
+        self.model = model
         self.embedding_size: int = model.config.hidden_size
 
     @torch.no_grad()
@@ -59,7 +60,7 @@ class TextEncoder:
     def __init__(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", corpus: Tokenizer, name: str
     ) -> None:
-        """Takes an encoder, which it freezes, and the corpus's tokenizer; `name` is what errors call the encoder.
+        """Takes a frozen encoder and the corpus's tokenizer; `name` is what errors call the encoder.
 
         Raises:
             DynarouteError: the encoder's tokenizer has nothing to pad with.
@@ -69,7 +70,7 @@ class TextEncoder:
         if tokenizer.pad_token is None:
             raise DynarouteError(f"{name}: its tokenizer has neither pad_token nor eos_token, and one is needed")
         tokenizer.padding_side = "right"  # positions count from 0 in every text, whatever it is padded to
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
         self.embedding_size: int = model.config.hidden_size
         self.tokenizer, self.corpus, self.name = tokenizer, corpus, name
         positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
@@ -107,7 +108,7 @@ class TextEncoder:
 
 
 def load_encoder(settings: BaseEncoder | HubEncoder, base: str | Path, corpus: Tokenizer, device: str) -> Encoder:
-    """Loads the encoder that `dagformer.encoder` names: from safetensors, without code from outside, for sdpa.
+    """Loads the encoder that `dagformer.encoder` names.
 
     Args:
         settings: which encoder.
@@ -118,40 +119,15 @@ def load_encoder(settings: BaseEncoder | HubEncoder, base: str | Path, corpus: T
     Raises:
         DynarouteError: the device is not there, or the encoder cannot be loaded, or its files lack weights.
     """
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer  # takes seconds
+    from transformers import AutoModel, AutoModelForCausalLM  # takes seconds
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DynarouteError("params.yaml: device = 'cuda': this machine shows no CUDA device; use cpu")
-    options = {"dtype": torch.bfloat16 if device == "cuda" else torch.float32, "attn_implementation": "sdpa"}
-    options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     if isinstance(settings, BaseEncoder):
         if not (Path(base) / "config.json").is_file():
             raise DynarouteError(f"{base}: no base model: run stages/prepare_base.py")
-        model = _load_model(str(base), AutoModelForCausalLM, base, **options)
-        return BaseStates(model.base_model.to(device))
+        return BaseStates(load_model(str(base), AutoModelForCausalLM, base, device).base_model)
     name = f"dagformer.encoder.path: {settings.path}" + (f" at {settings.revision}" if settings.revision else "")
-    revision = settings.revision or "main"
-    model = _load_model(name, AutoModel, settings.path, revision=revision, **options)
-    tokenizer = _load(name, AutoTokenizer, settings.path, revision=revision, trust_remote_code=False)
-    return TextEncoder(model.to(device), tokenizer, corpus, name)
-
-
-def _load(name: str, cls: Any, path: str | Path, **options: Any) -> Any:
-    """What `cls.from_pretrained` gives; what it cannot load is a one-line error that begins with `name`."""
-    try:
-        return cls.from_pretrained(path, **options)
-    except Exception as error:  # files that are missing or damaged raise a dozen types, many of them without a base
-        reason = str(error).strip().partition("\n")[0]
-        raise DynarouteError(f"{name}: cannot be loaded: {reason}") from error
-
-
-def _load_model(name: str, cls: Any, path: str | Path, **options: Any) -> "PreTrainedModel":
-    """A model all of whose weights are from its files: what they lack, transformers draws at random."""
-    model, info = _load(name, cls, path, **options)
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)  # its output is not used here
-    if missing:
-        raise DynarouteError(f"{name}: its files lack {len(missing)} of the model's tensors, such as {missing[0]}")
-    return model
+    model = load_model(name, AutoModel, settings.path, device, settings.revision)
+    return TextEncoder(model, load_tokenizer(name, settings.path, settings.revision), corpus, name)
 
 
 def write_embeddings(

@@ -16,6 +16,7 @@ from dynaroute.config import Variant
 from dynaroute.dagformer.gates import dag_mask, density, gate_fraction, layer_distance
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import sequence_noise
+from dynaroute.data.shards import IGNORED_TARGET
 from dynaroute.training.loop import Batch
 
 RAMP = 0.2  # the share of the steps over which lambda rises
@@ -48,6 +49,7 @@ class DagObjective:
     ) -> None:
         """Embeddings are [windows, E], in the order of the windows trained and validated on."""
         self.graph, self.variant, self.noise_seed = graph, variant, noise_seed
+        self.dense = graph if graph.input_norm == "none" else DagForward(graph.base)  # what the baseline is
         self.training_embeddings, self.validation_embeddings = training_embeddings, validation_embeddings
         self.valid = dag_mask(graph.num_layers, graph.num_heads)
         self.distance = layer_distance(graph.num_layers, graph.num_heads)
@@ -87,14 +89,14 @@ class DagObjective:
         hard = model(embeddings, tau, "hard")
         unknown = [index for index in batch.windows.tolist() if index not in self._baseline]
         if unknown:
-            nll = self._nll(batch, torch.ones_like(soft))
+            nll = self._nll(self.dense, batch, torch.ones_like(soft))
             self._baseline |= dict(zip(batch.windows.tolist(), nll, strict=True))
         baseline = torch.stack([self._baseline[index] for index in batch.windows.tolist()])
         adjacent, skip = self.distance == 1, self.distance > 1
         return {
-            "predicted": (batch.targets != -100).sum(),
-            "nll_soft": self._nll(batch, soft).sum(),
-            "nll_hard": self._nll(batch, hard).sum(),
+            "predicted": (batch.targets != IGNORED_TARGET).sum(),
+            "nll_soft": self._nll(self.graph, batch, soft).sum(),
+            "nll_hard": self._nll(self.graph, batch, hard).sum(),
             "nll_baseline": baseline.sum(),
             "windows": torch.tensor(len(soft), device=soft.device),
             "mean_A": density(soft, self.valid).double().sum(),
@@ -116,9 +118,9 @@ class DagObjective:
         metrics |= {name: float(sums[name] / sums["windows"]) for name in names}
         return {"loss": metrics["nll_soft"], **metrics}
 
-    def _nll(self, batch: Batch, adjacency: Tensor) -> Tensor:
+    def _nll(self, graph: DagForward, batch: Batch, adjacency: Tensor) -> Tensor:
         """NLL of each window, summed over its tokens, float64 [B]."""
-        logits = self.graph(batch.tokens, adjacency).float()  # [B, T, V]
+        logits = graph(batch.tokens, adjacency).float()  # [B, T, V]
         nll = F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")  # [B, T]
         return nll.double().sum(1)
 

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynaroute.data.shards import IGNORED_TARGET
 from dynaroute.dwr.model import DWRConfig
 from dynaroute.training.loop import Batch
 
@@ -38,7 +39,7 @@ class DWRObjective:
         counts = torch.stack([layer.counts for layer in router]).double()  # [L, E]
         return {
             "nll": nll.double().sum(),
-            "predicted": (batch.targets != -100).sum(),
+            "predicted": (batch.targets != IGNORED_TARGET).sum(),
             "tokens": torch.tensor(batch.tokens.numel(), device=batch.tokens.device),
             "assigned": counts,
             "probability": torch.stack([layer.mean_probability for layer in router]).double() * batch.tokens.numel(),

@@ -1,0 +1,63 @@
+"""Models and tokenizers of transformers, from the hub or a directory: whole, from safetensors, without foreign code."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dynaroute.errors import DynarouteError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase  # at run time where they are loaded: slow
+
+
+def load_model(name: str, cls: Any, path: str | Path, device: str, revision: str | None = None) -> "PreTrainedModel":
+    """A model for inference, fp32 on a CPU and bf16 on a GPU, all of whose weights are from its files.
+
+    Args:
+        name: what an error begins with.
+        cls: AutoModel or AutoModelForCausalLM.
+        path: a hub id or a directory.
+        device: cpu or cuda.
+        revision: a commit on the hub.
+
+    Raises:
+        DynarouteError: the device is not there, or the model cannot be loaded, or its files lack tensors.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DynarouteError("params.yaml: device = 'cuda': this machine shows no CUDA device; use cpu")
+    model, info = _load(
+        name,
+        cls,
+        path,
+        revision=revision or "main",
+        dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    # What its files lack, transformers draws at random. A pooler's output is not used here.
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise DynarouteError(f"{name}: its files lack {len(missing)} of the model's tensors, such as {missing[0]}")
+    return model.requires_grad_(False).eval().to(device)
+
+
+def load_tokenizer(name: str, path: str | Path, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """A tokenizer.
+
+    Raises:
+        DynarouteError: beginning with `name`; it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    return _load(name, AutoTokenizer, path, revision=revision or "main", trust_remote_code=False)
+
+
+def _load(name: str, cls: Any, path: str | Path, **options: Any) -> Any:
+    try:
+        return cls.from_pretrained(path, **options)
+    except Exception as error:  # files that are missing or damaged raise a dozen types, many of them without a base
+        reason = str(error).strip().partition("\n")[0]
+        raise DynarouteError(f"{name}: cannot be loaded: {reason}") from error
