@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from repository import REPOSITORY
+from small_base import EMBEDDING, HEADS, LAYERS, SEQ_LEN, VOCABULARY, make_base
 
 from dynaroute.artifacts import sha256, write_json
 from dynaroute.config import Settings, Variant, load_settings
@@ -13,30 +14,8 @@ from dynaroute.dagformer.windows import Subset
 from dynaroute.data.shards import ShardWriter, TokenShards, Windows, padded, token_dtype
 from dynaroute.training.checkpoints import save_checkpoint
 
-REPOSITORY = Path(__file__).parents[2]
-VOCABULARY, EMBEDDING = 50, 12
-LAYERS, HEADS = 3, 2
-SEQ_LEN, PREFIX, WINDOWS = 16, 6, 11  # 11 windows are more than one batch of the stage, and not a whole number of them
+PREFIX, WINDOWS = 6, 11  # 11 windows are more than one batch of the stage, and not a whole number of them
 RUN = "0123456789abcdef"
-
-
-def make_base(seed: int = 0) -> Olmo2ForCausalLM:
-    """A random base, in which wiring matters."""
-    torch.manual_seed(seed)
-    config = Olmo2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=SEQ_LEN,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        initializer_range=0.3,
-        use_cache=False,
-    )
-    return Olmo2ForCausalLM(config).requires_grad_(False).eval()
 
 
 def make_predictor(seed: int = 1, **knobs) -> StructurePredictor:

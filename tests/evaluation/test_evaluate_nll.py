@@ -13,19 +13,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from repository import REPOSITORY
 from safetensors.torch import load_file
-from small_dagformer import (
-    PREFIX,
-    REPOSITORY,
-    RUN,
-    SEQ_LEN,
-    WINDOWS,
-    make_base,
-    make_predictor,
-    tiny_settings,
-    write_all,
-    write_variant,
-)
+from small_base import SEQ_LEN, make_base
+from small_dagformer import PREFIX, RUN, WINDOWS, make_predictor, tiny_settings, write_all, write_variant
 
 from dynaroute.dagformer.gates import cascade, dag_mask
 from dynaroute.dagformer.graph import DagForward

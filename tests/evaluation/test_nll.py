@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from small_dagformer import EMBEDDING, HEADS, LAYERS, make_base, make_predictor, make_windows, write_tokens
+from small_base import EMBEDDING, HEADS, LAYERS, make_base
+from small_dagformer import make_predictor, make_windows, write_tokens
 
 from dynaroute.artifacts import write_csv
 from dynaroute.dagformer.gates import dag_mask

@@ -1,5 +1,6 @@
 """Models and tokenizers of transformers, from the hub or a directory: whole, from safetensors, without foreign code."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,10 @@ def load_model(name: str, cls: Any, path: str | Path, device: str, revision: str
     Raises:
         DynarouteError: the device is not there, or the model cannot be loaded, or its files lack tensors.
     """
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     if device == "cuda" and not torch.cuda.is_available():
         raise DynarouteError("params.yaml: device = 'cuda': this machine shows no CUDA device; use cpu")
     model, info = _load(
