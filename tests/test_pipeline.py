@@ -1,5 +1,6 @@
 """The real pipeline, end to end: `dvc repro` and `dvc exp run` in a copy of the repository, with tiny settings."""
 
+import csv
 import json
 import os
 import shutil
@@ -25,7 +26,18 @@ TINY = {
     "dwr": {"d_model": 32, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "max_seq_len": 32},
     "dwr.training": {"epochs": 0.05, "warmup_steps": 5, "validate_every": 10, "checkpoint_every": 3},
     "benchmark_cache": {"capacities": [1, 3, 8], "num_prompts": 2, "prompt_tokens": 8, "new_tokens": 8, "repeats": 1},
-}
+    "dagformer": {
+        "seq_len": 32, "train_windows": 64, "validation_windows": 8, "eval_windows": 12, "prefix_tokens": 12,
+    },
+    "dagformer.base": {"hidden_size": 32, "intermediate_size": 32, "num_layers": 3, "num_heads": 2},
+    "dagformer.base.training": {"epochs": 0.02, "warmup_steps": 5, "validate_every": 10},
+    "rank": 2,
+    "predictor_hidden": 16,
+    "steps": 12,
+    "validate_every": 6,
+    "checkpoint_every": 3,
+}  # fmt: skip
+VARIANTS = {"P1": {"from": "base"}, "P2": {"from": "P1"}, "A6": {"from": "base", "tau_final": 0.05}}
 # What the scripts that work on one corpus or one variant are told.
 ARGUMENTS = {name: ["docs"] for name in ("locate", "collect", "tokenize_corpus")}
 ARGUMENTS |= {name: ["P1"] for name in ("train_dagformer", "evaluate_nll")}
@@ -70,7 +82,7 @@ class Workspace:
 
     def set_params(self, changes: dict) -> None:
         path = self.root / "params.yaml"
-        params = YAML(typ="safe").load((REPOSITORY / "params.yaml").read_text())
+        params = YAML(typ="safe").load((REPOSITORY / "params.yaml").read_text()) | {"variants": dict(VARIANTS)}
         for section, values in (
             {"": {k: v for k, v in TINY.items() if k in params and not isinstance(v, dict)}}
             | {section: values for section, values in TINY.items() if isinstance(values, dict)}
@@ -132,14 +144,47 @@ def finished(tmp_path_factory) -> Workspace:
 def test_the_pipeline_writes_every_output_and_its_checks_hold(finished):
     for path in finished.hashes():
         assert (finished.root / path).exists(), path
-    for name in ("training", "export", "cache"):
-        checks = json.loads((finished.root / f"reports/dwr/{name}.json").read_text())["checks"]
-        failed = {check for check, holds in checks.items() if not holds}
-        assert failed <= {"validation_loss_is_below_unigram_entropy"}, name  # a few steps need not learn that much
-    report = (finished.root / "reports/dwr.md").read_text()
-    assert "| " in report
-    for figure in (finished.root / "reports/figures").glob("dwr_*.png"):
+    # A few steps need not learn that much.
+    learned = {"validation_loss_is_below_unigram_entropy", "removing_all_head_connections_raises_nll"}
+    names = ["dwr/training", "dwr/export", "dwr/cache", "dagformer/base"]
+    names += [f"dagformer/{variant}/{name}" for variant in VARIANTS for name in ("training", "nll")]
+    for name in names:
+        checks = json.loads((finished.root / f"reports/{name}.json").read_text())["checks"]
+        assert {check for check, holds in checks.items() if not holds} <= learned, name
+    for name in ("dwr", "dagformer"):
+        assert "| " in (finished.root / f"reports/{name}.md").read_text()
+    for figure in (finished.root / "reports/figures").glob("*.png"):
         assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_variant_that_continues_another_starts_where_that_one_ended(finished):
+    def curve(name):
+        with (finished.root / f"reports/dagformer/{name}/training.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    names = [f"validation_{name}" for name in ("nll_soft", "nll_hard", "nll_baseline", "mean_A", "tau", "lambda")]
+    end, start = curve("P1")[-1], curve("P2")[0]
+    assert [start[name] for name in names] == [end[name] for name in names]
+
+
+def test_a_knob_retrains_the_variants_that_inherit_it_and_a_new_variant_trains_alone(finished, tmp_path):
+    workspace = finished.copy(tmp_path / "experiment")
+    output = workspace.run("dvc", "exp", "run", "-S", "tau_final=0.5").stdout
+    inherits = {f"{stage}@{name}" for stage in ("train_dagformer", "evaluate_nll") for name in ("P1", "P2")}
+    collected = {"locate@docs", "resolve_variants", "plot_dagformer", "report_dagformer"}
+    assert ran(output) == inherits | collected
+    shown = workspace.run("dvc", "params", "diff", "--targets", "data/dagformer/variants/P1.yaml", "HEAD").stdout
+    assert "0.5" in shown
+    path = workspace.root / "params.yaml"
+    params = YAML(typ="safe").load(path.read_text())
+    params["variants"]["A8"] = {"from": "base", "lambda_final": 0.0}
+    YAML(typ="safe").dump(params, path)
+    assert ran(workspace.run("dvc", "repro").stdout) == collected | {"train_dagformer@A8", "evaluate_nll@A8"}
+
+
+def ran(output: str) -> set[str]:
+    """The stages that DVC says it ran."""
+    return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running")}
 
 
 def test_a_second_run_from_scratch_gives_the_same_hashes(finished, tmp_path):
@@ -150,7 +195,7 @@ def test_a_second_run_from_scratch_gives_the_same_hashes(finished, tmp_path):
 
 def test_nothing_runs_when_nothing_changed_and_only_what_depends_on_a_change_does(finished, tmp_path):
     output = finished.run("dvc", "repro").stdout
-    assert {line.split("'")[1] for line in output.splitlines() if line.startswith("Running")} == {"locate@docs"}
+    assert ran(output) == {"locate@docs"}
     workspace = finished.copy(tmp_path / "changed")
     workspace.set_params({"dwr": {**TINY["dwr"], "top_k": 1}})
     changed = set(json.loads(workspace.run("dvc", "status", "--json").stdout))
