@@ -122,6 +122,11 @@ def load_existing(
             f"dagformer.base.path: {wanted.path} has {model.config.vocab_size} tokens, but those of corpus "
             f"{settings.dagformer.corpus} go up to {shards.vocab_size}: tokenize the corpus with the base's tokenizer"
         )
+    if model.config.num_hidden_layers < 3:
+        raise DynarouteError(
+            f"dagformer.base.path: {wanted.path} has {model.config.num_hidden_layers} layers: must have at least 3, so "
+            "that a connection can skip one"
+        )
     DagForward(model)  # refuses what it cannot run, before anything is written
     with output_directory(BASE) as folder:
         model.save_pretrained(folder)

@@ -236,7 +236,7 @@ class PretrainedBase(Section):
     kind: Literal["pretrain"]
     hidden_size: Positive
     intermediate_size: Positive
-    num_layers: Positive
+    num_layers: Annotated[int, Field(ge=3)]  # with fewer, no connection skips a layer
     num_heads: Positive
     training: EpochTraining
 
