@@ -1,0 +1,107 @@
+"""The stage prepare_base, for a base that exists: from a local directory, through the calls that load from the hub."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from repository import REPOSITORY
+from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, Olmo2ForCausalLM
+
+from dynaroute.artifacts import write_json
+from dynaroute.config import ByteBPE, LoadedBase, load_settings
+from dynaroute.data.shards import ShardWriter, TokenShards, Windows, padded, token_dtype
+from dynaroute.data.tokenizers import save_tokenizer
+from dynaroute.errors import DynarouteError
+
+SEQ_LEN, VOCABULARY = 16, 260
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.3, "pad_token_id": None,
+}  # fmt: skip
+
+
+def save_existing(folder: Path, **sizes) -> Path:
+    """A base as somebody published it: in bfloat16, with a tokenizer of its own."""
+    torch.manual_seed(0)
+    Olmo2ForCausalLM(Olmo2Config(**SIZES | sizes)).to(torch.bfloat16).save_pretrained(folder)
+    save_tokenizer(ByteBPE(kind="bpe", vocab_size=257), ["some text"], folder)
+    return folder
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch) -> Path:
+    """The working directory, with tokens."""
+    monkeypatch.chdir(tmp_path)
+    folder, splits = Path("data/tokens/docs"), {}
+    folder.mkdir(parents=True)
+    for seed, split in enumerate(("train", "validation")):
+        writer = ShardWriter(folder, split, ["docs"], VOCABULARY)
+        writer.write(np.random.default_rng(seed).integers(1, VOCABULARY, 20 * SEQ_LEN).tolist(), "docs", 1)
+        splits[split] = writer.close()
+    metadata = {"vocab_size": VOCABULARY, "padded_vocab_size": padded(VOCABULARY), "eot_id": 0, "sources": ["docs"]}
+    write_json(folder / "metadata.json", metadata | {"dtype": token_dtype(VOCABULARY), "splits": splits})
+    return tmp_path
+
+
+def prepare(path: Path) -> None:
+    settings = load_settings(REPOSITORY / "params.yaml")
+    base = LoadedBase(kind="load", path=str(path), revision=None)
+    update = {"base": base, "seq_len": SEQ_LEN, "validation_windows": 5}
+    stage = runpy.run_path(str(REPOSITORY / "stages/prepare_base.py"))
+    stage["main"](settings.model_copy(update={"dagformer": settings.dagformer.model_copy(update=update)}))
+
+
+@torch.no_grad()
+def test_a_local_base_is_saved_whole_with_its_tokenizer_and_measured(tree):
+    existing = save_existing(tree / "published")
+    prepare(existing)
+    saved = AutoModelForCausalLM.from_pretrained("data/dagformer/base")
+    original = AutoModelForCausalLM.from_pretrained(existing)
+    for (name, one), other in zip(saved.named_parameters(), original.parameters(), strict=True):
+        assert torch.equal(one.float(), other.float()), name
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in ("data/dagformer/base", existing)]
+    assert tokenizers[0]("some text").input_ids == tokenizers[1]("some text").input_ids
+
+    windows = Windows(TokenShards(Path("data/tokens/docs"), "validation"), SEQ_LEN, keep_tail=False)
+    tokens, targets = windows.batch([index * len(windows) // 5 for index in range(5)])
+    expected = F.cross_entropy(saved.float()(tokens).logits.flatten(0, 1), targets.flatten())
+    report = json.loads(Path("reports/dagformer/base.json").read_text())
+    assert report["nll_all_gates_one"] == pytest.approx(float(expected), abs=1e-5)
+    assert abs(report["nll_all_gates_zero"] - report["nll_all_gates_one"]) > 1e-3
+    assert report["checks"]["all_gates_at_one_reproduce_the_base"]
+    assert report["parameters"] == sum(parameter.numel() for parameter in saved.parameters())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"vocab_size": 100}, "has 100 tokens, but those of corpus docs go up to 260: tokenize the corpus with"),
+        ({"num_hidden_layers": 2}, "has 2 layers: must have at least 3"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 2}, "key"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_refused_and_nothing_is_written(tree, sizes, message):
+    existing = save_existing(tree / "published", **sizes)
+    with pytest.raises(DynarouteError, match=message):
+        prepare(existing)
+    assert not Path("data/dagformer/base").exists()
+
+
+def test_a_base_that_lacks_weights_is_refused(tree):
+    from safetensors.torch import load_file, save_file
+
+    existing = save_existing(tree / "published")
+    tensors = load_file(existing / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, existing / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DynarouteError, match=r"lack 1 of the model's tensors, such as model\.layers\.1\.mlp\.up_proj"):
+        prepare(existing)
+
+
+def test_a_folder_without_a_model_is_named(tree):
+    with pytest.raises(DynarouteError, match="nowhere: cannot be loaded"):
+        prepare(tree / "nowhere")
