@@ -208,17 +208,25 @@ def test_three_layers_are_too_few_for_a_trend():
     ("spreads", "words"),
     [
         (
-            [0.1, 0.2, 0.3, 0.4],
-            "The spread of gate norms grows with depth: rank correlation with the layer +1.00 over 4",
+            [0.1, 0.2, 0.3, 0.4, 0.5],
+            "The spread of gate norms grows with depth: rank correlation with the layer +1.00 over 5 layers, "
+            "two-sided p = 0.017. It",
         ),
-        ([0.4, 0.3, 0.2, 0.1], "The spread of gate norms shrinks with depth: rank correlation with the layer -1.00"),
-        ([0.2, 0.1, 0.3, 0.4], "The spread of gate norms shows no clear trend with depth: rank correlation"),
+        (
+            [0.5, 0.4, 0.3, 0.2, 0.1],
+            "The spread of gate norms shrinks with depth: rank correlation with the layer -1.00 over 5 layers, "
+            "two-sided p = 0.017. It",
+        ),
+        (
+            [0.2, 0.1, 0.3, 0.4, 0.5],
+            "The spread of gate norms shows no clear trend with depth: rank correlation with the layer +0.90 over 5 "
+            "layers, two-sided p = 0.083. It",
+        ),
     ],
 )
 def test_a_trend_has_its_sentence(spreads, words):
-    router = pd.DataFrame(
-        {"layer": [0, 0, 1, 1, 2, 2, 3, 3], "gate_norm": [norm for spread in spreads for norm in (1, 1 + spread)]}
-    )
+    rows = [(layer, norm) for layer, spread in enumerate(spreads) for norm in (1, 1 + spread)]
+    router = pd.DataFrame(rows, columns=["layer", "gate_norm"])
     assert spread_sentence(router).startswith(words)
     assert f"largest in layer {spreads.index(max(spreads))} ({max(spreads):.3f})" in spread_sentence(router)
 

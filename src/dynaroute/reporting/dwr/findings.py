@@ -5,6 +5,7 @@ A rule has an answer for each outcome: the report states what was measured, not 
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -16,10 +17,10 @@ COLLAPSED = 0.1  # of the uniform share: an expert with less load has collapsed
 
 
 class Trend(NamedTuple):
-    """Whether a quantity grows with depth."""
+    """Whether a quantity grows or shrinks with depth."""
 
     rank_correlation: float  # Spearman's, of layer and quantity
-    chance: float  # how often layers in random order correlate at least as strongly in the same direction
+    chance: float  # how often layers in random order correlate at least as strongly, in either direction
     layers: int
 
     @property
@@ -27,28 +28,32 @@ class Trend(NamedTuple):
         """1 if it grows, -1 if it shrinks, 0 if neither is clear."""
         return int(math.copysign(1, self.rank_correlation)) if self.chance < SIGNIFICANT else 0
 
+    @property
+    def too_few_layers(self) -> bool:
+        """Whether no order of so many layers is clear: the clearest are the rising and the falling one."""
+        return 2 / math.factorial(self.layers) >= SIGNIFICANT
+
 
 def depth_trend(values: "pd.Series") -> Trend | None:
     """The trend of a quantity over the layers, in order of depth; None for a single layer or equal values."""
     layers = len(values)
     if values.nunique() < 2:
         return None
-    ranks = values.rank()
-    by_layer = values.reset_index(drop=True).index.to_series().corr(ranks.reset_index(drop=True))
-    correlation = float(by_layer)  # Pearson's of ranks is Spearman's
+    ranks = values.rank().tolist()
+    depths = values.reset_index(drop=True).index.to_series()
+    correlation = float(depths.corr(values.rank().reset_index(drop=True)))  # Pearson's of ranks is Spearman's
     if layers <= 8:  # all 40,320 orders at most
-        orders = list(itertools.permutations(ranks))
-        strength = [math.copysign(1, correlation) * _rank_covariance(order) for order in orders]
-        least = math.copysign(1, correlation) * _rank_covariance(tuple(ranks))
-        chance = sum(value >= least for value in strength) / len(orders)
+        strengths = [abs(_rank_covariance(order)) for order in itertools.permutations(ranks)]
+        chance = sum(strength >= abs(_rank_covariance(ranks)) for strength in strengths) / len(strengths)
     else:  # the normal approximation
-        chance = math.erfc(abs(correlation) * math.sqrt((layers - 1) / 2)) / 2
+        chance = math.erfc(abs(correlation) * math.sqrt((layers - 1) / 2))
     return Trend(correlation, chance, layers)
 
 
-def _rank_covariance(ranks: tuple[float, ...]) -> float:
-    """Spearman's correlation of position and rank but for constants; exact, since ranks are halves of integers."""
-    return sum(layer * rank for layer, rank in enumerate(ranks))
+def _rank_covariance(ranks: Sequence[float]) -> float:
+    """Spearman's correlation of position and rank but for a factor; exact, since ranks are halves of integers."""
+    middle = (len(ranks) - 1) / 2
+    return sum((layer - middle) * rank for layer, rank in enumerate(ranks))
 
 
 def gate_norms_by_layer(router: "pd.DataFrame") -> "pd.DataFrame":

@@ -1,6 +1,5 @@
 """What the routers do: gate norms, load and balance loss by layer."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from dynaroute.reporting.dwr import findings
@@ -39,8 +38,8 @@ def routers(results: Results) -> str:
             table([*header, "least load", "most load"], rows),
             figure("figures/dwr_gate_norms.png", "Gate norms by layer: every expert, minimum, mean and maximum."),
             f"{spread_sentence(router)} Rule: a trend is one if Spearman's rank correlation of layer and spread "
-            f"would be at least as strong with the layers in random order less than {SIGNIFICANT:.0%} of the time. "
-            "The layers of one run are few, and one run is one draw.",
+            "would be at least as strong, in either direction, with the layers in random order less than "
+            f"{SIGNIFICANT:.0%} of the time. The layers of one run are few, and one run is one draw.",
             f"{collapse_sentence(router)} Rule: collapsed is what has less than {COLLAPSED:g} of the uniform load. "
             "Judged by load, since a norm says nothing about how often an expert is chosen.",
             figure("figures/dwr_expert_load.png", "Load of every expert against the uniform share."),
@@ -72,11 +71,10 @@ def _their_spread(reference: dict[str, Any]) -> str:
 
 def _trend(trend: Trend) -> str:
     what = {1: "grows with depth", -1: "shrinks with depth", 0: "shows no clear trend with depth"}[trend.direction]
-    too_few = 1 / math.factorial(trend.layers) >= SIGNIFICANT
     return (
         f"the spread of gate norms {what}: rank correlation with the layer {trend.rank_correlation:+.2f} over "
-        f"{count(trend.layers, 'layer')}, one-sided p = {trend.chance:.2g}"
-        + (" (with so few layers, no order could pass)." if too_few else ".")
+        f"{count(trend.layers, 'layer')}, two-sided p = {trend.chance:.2g}"
+        + (" (with so few layers, no order could pass)." if trend.too_few_layers else ".")
     )
 
 
