@@ -1,28 +1,45 @@
-"""Times the MoE layer at the paper's sizes against a dense FFN of the same FLOPs and against other dispatches.
+"""Times the MoE layer against a dense FFN and other dispatches, and training with it against a plain loop.
 
     PYTHONPATH=src python stages/benchmark_moe.py        (or: dvc repro benchmarks/dvc.yaml:benchmark_moe)
 
+Reads   data/tokens/<dwr.corpus>
 Writes  reports/benchmarks/moe.json
 
-Forward and backward of one layer (512 -> 2048 -> 512, 16 experts, top-2) on T tokens, fp32 on a CPU and bf16 on CUDA.
-Candidates take turns, so that what else the machine does falls on all of them alike; medians are reported. Ratios are
-to a dense FFN of the same kind and FLOPs: GELU of width 4096 for ours and the plain loop; for transformers, whose
-Mixtral has gated experts (three matrices), a gated FFN with the FLOPs of its two active experts.
+Layers: forward and backward of one layer at the paper's sizes (512 -> 2048 -> 512, 16 experts, top-2) on T tokens,
+fp32 on a CPU and bf16 on CUDA. Ratios are to a dense FFN of the same kind and FLOPs: GELU of width 4096 for ours and
+the plain loop; for transformers, whose Mixtral has gated experts (three matrices), a gated FFN with the FLOPs of its
+two active experts.
+
+Training: whole optimizer steps of params.yaml's model as train_dwr takes them, on one micro-batch of the training
+split, with the same weights at the start. The two models differ in the dispatch alone: both route, keep to the
+capacity, record router statistics, and minimise NLL and balance loss. The ratio of tokens/s is the median over rounds,
+each a pair.
+
+Candidates take turns, so that what else the machine does falls on all of them alike; medians are reported.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dynaroute.artifacts import write_json
-from dynaroute.config import Settings
+from dynaroute.config import Settings, Training
+from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, MoE, expert_ffn
+from dynaroute.dwr.objective import DWRObjective
 from dynaroute.machine import describe_machine
 from dynaroute.stage import run
+from dynaroute.training.loop import Batch, make_accelerator
+from dynaroute.training.schedules import decay_groups
 
 D, F_EXPERT, E, K = 512, 2048, 16, 2
 TOKENS = (512, 2048, 8192)
@@ -33,16 +50,14 @@ GATED_WIDTH = 1360  # 3 * 1360 matrices of a gated expert do about the work of 2
 class LoopMoE(MoE):
     """The textbook dispatch: a loop over all experts, each picking its tokens by a mask and adding to the output."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """[B, T, D] -> [B, T, D]."""
-        flat = x.reshape(-1, x.shape[-1])  # [S, D]
-        weights, chosen = self.router(flat).softmax(-1).topk(self.config.top_k)  # [S, K]
-        weights = weights / weights.sum(-1, keepdim=True)
-        y = torch.zeros_like(flat)
+    def dispatch(self, x: Tensor, weights: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
+        """What `MoE.dispatch` computes."""
+        capacity = self.capacity(x.shape[0])
+        y = torch.zeros_like(x)
         for expert, parameters in self.experts.fetch(list(range(self.config.num_experts))):
-            token, rank = torch.where(chosen == expert)
-            y.index_add_(0, token, weights[token, rank, None] * expert_ffn(flat[token], parameters))
-        return y.view_as(x), None
+            token, rank = (index[:capacity] for index in torch.where(chosen == expert))
+            y.index_add_(0, token, (weights[token, rank, None] * expert_ffn(x[token], parameters)).to(y.dtype))
+        return y
 
 
 class GatedFFN(nn.Module):
@@ -98,10 +113,10 @@ def seconds(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - started
 
 
-def interleaved(steps: dict[str, Callable[[], None]], device: str) -> dict[str, list[float]]:
+def interleaved(steps: dict[str, Callable[[], None]], device: str, what: str) -> dict[str, list[float]]:
     """Times of all candidates, which take turns; the first rounds are left out."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(WARM_UP + ROUNDS):
+    for _ in tqdm(range(WARM_UP + ROUNDS), desc=what, unit="round", disable=None):
         for name, step in steps.items():
             times[name].append(seconds(step, device))
     return {name: values[WARM_UP:] for name, values in times.items()}
@@ -120,38 +135,14 @@ def layer_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
     return step
 
 
-def training_step(model: DWRTransformer, tokens: Tensor) -> Callable[[], None]:
-    """Forward and backward of a whole model."""
-
-    def step() -> None:
-        model(tokens).logits.logsumexp(-1).mean().backward()
-        model.zero_grad(set_to_none=True)
-
-    return step
-
-
-def whole_models(settings: Settings) -> dict[str, Callable[[], None]]:
-    """Training steps of params.yaml's model with our dispatch and with the plain loop, on the same weights."""
-    dwr = settings.dwr
-    config = DWRConfig(vocab_size=2048, **dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"}))
-    ours, loop = DWRTransformer(config), DWRTransformer(config)
-    for layer in loop.layers:
-        layer.moe.__class__ = LoopMoE
-    loop.load_state_dict(ours.state_dict())
-    tokens = torch.randint(2048, (dwr.training.micro_batch_size, dwr.max_seq_len))
-    return {"dynaroute": training_step(ours, tokens), "plain_loop": training_step(loop, tokens)}
-
-
-def main(settings: Settings) -> None:
-    """Measures, prints a table and writes the report."""
-    torch.set_num_threads(settings.num_threads)
-    torch.manual_seed(settings.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def layer_rows(device: str) -> list[dict[str, Any]]:
+    """Times of every layer at every number of tokens."""
     layers = candidates(device, torch.bfloat16 if device == "cuda" else torch.float32)
     rows = []
     for tokens in TOKENS:
         x = torch.randn(1, tokens, D, device=device, dtype=next(layers["dense"].parameters()).dtype, requires_grad=True)
-        times = interleaved({name: layer_step(layer, x) for name, layer in layers.items()}, device)
+        steps = {name: layer_step(layer, x) for name, layer in layers.items()}
+        times = interleaved(steps, device, f"layers, {tokens} tokens")
         medians = {name: statistics.median(values) for name, values in times.items()}
         for name, values in times.items():
             own_dense = medians["gated_dense" if name.startswith(("gated", "transformers")) else "dense"]
@@ -166,16 +157,79 @@ def main(settings: Settings) -> None:
                 }
             )
             print(f"T {tokens:5}  {name:24} {1e3 * medians[name]:8.1f} ms  {medians[name] / own_dense:5.2f} of dense")
-    times = interleaved(whole_models(settings), "cpu")
-    speed_up = statistics.median(times["plain_loop"]) / statistics.median(times["dynaroute"])
-    print(f"training step of params.yaml's model: {speed_up:.2f} times the tokens/s of the plain loop")
+    return rows
+
+
+def training_steps(settings: Settings, accelerator: Accelerator) -> tuple[dict[str, Callable[[], None]], int]:
+    """Optimizer steps of params.yaml's model with our dispatch and with the plain loop; the tokens of a step."""
+    dwr, device = settings.dwr, accelerator.device
+    shards = TokenShards(Path("data/tokens") / dwr.corpus, "train")
+    sizes = dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"})
+    config = DWRConfig(vocab_size=shards.padded_vocab_size, **sizes)
+    windows = Windows(shards, dwr.max_seq_len, keep_tail=False)
+    indices = [index % len(windows) for index in range(dwr.training.micro_batch_size)]
+    tokens, targets = (part.to(device) for part in windows.batch(indices))
+    batch = Batch(tokens, targets, torch.tensor(indices, device=device))
+
+    models = {"dynaroute": DWRTransformer(config)}
+    models["plain_loop"] = copy.deepcopy(models["dynaroute"])
+    for layer in models["plain_loop"].layers:
+        layer.moe.__class__ = LoopMoE
+    objective = DWRObjective(config, dwr.balance_coefficient)
+    steps = {name: training_step(model, objective, batch, dwr.training, accelerator) for name, model in models.items()}
+    return steps, tokens.numel()
+
+
+def training_step(
+    model: DWRTransformer, objective: DWRObjective, batch: Batch, training: Training, accelerator: Accelerator
+) -> Callable[[], None]:
+    """One optimizer step on a batch."""
+    groups = decay_groups(model, training.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=tuple(training.betas), fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+
+    def step() -> None:
+        loss, _ = objective.loss(model, batch, 0)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def training_comparison(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
+    """Training tokens/s with our dispatch and with the plain loop, and the ratio of ours to it."""
+    steps, tokens = training_steps(settings, accelerator)
+    times = interleaved(steps, settings.device, "training")
+    ratios = [loop / ours for ours, loop in zip(times["dynaroute"], times["plain_loop"], strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4)
+    speeds = {f"{name}_tokens_per_second": tokens / statistics.median(values) for name, values in times.items()}
+    print(
+        f"training tokens/s against the plain-loop dispatch: {ratio:.2f} (quartiles {low:.2f} to {high:.2f}): "
+        + ", ".join(f"{name.replace('_', ' ')} {value:,.0f}" for name, value in speeds.items())
+    )
+    return {
+        "tokens_per_step": tokens,
+        **speeds,
+        "tokens_per_second_against_plain_loop": ratio,
+        "tokens_per_second_against_plain_loop_quartiles": [low, high],
+    }
+
+
+def main(settings: Settings) -> None:
+    """Measures, prints a table and writes the report."""
+    torch.set_num_threads(settings.num_threads)
+    torch.manual_seed(settings.seed)
+    accelerator = make_accelerator(settings.device, settings.dwr.training.precision)
     write_json(
         "reports/benchmarks/moe.json",
         {
             "sizes": {"d_model": D, "d_ff": F_EXPERT, "num_experts": E, "top_k": K},
-            "rows": rows,
-            "training_speed_over_plain_loop": speed_up,
-            "machine": describe_machine(device),
+            "rows": layer_rows(settings.device),
+            "training": training_comparison(settings, accelerator),
+            "machine": describe_machine(settings.device),
         },
     )
 

@@ -140,15 +140,8 @@ class MoE(nn.Module):
         probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # not in bf16
         weights, chosen = probabilities.topk(top_k)  # [S, K]
         weights = weights / weights.sum(-1, keepdim=True)
-
-        order = chosen.flatten().argsort(stable=True)  # [S*K], assignments sorted by expert, then token
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.numel(), device=order.device)
         counts = torch.bincount(chosen.flatten(), minlength=num_experts)  # [E]
-        sorted_x = _Gather.apply(x, order // top_k, inverse, top_k)  # [S*K, D]
-        sorted_y = self._run_experts(sorted_x, counts.tolist())  # [S*K, D]
-        y = _Gather.apply(sorted_y, inverse, order, 1).view(-1, top_k, d)  # [S, K, D]
-        y = (y * weights.unsqueeze(-1).to(y.dtype)).sum(1)  # [S, D], always summed in top-k order
+        y = self.dispatch(x, weights, chosen, counts)  # [S, D]
 
         tokens = x.shape[0]
         mean_probability = probabilities.mean(0)  # [E]
@@ -158,6 +151,21 @@ class MoE(nn.Module):
             balance_loss, counts, mean_probability.detach(), dropped, chosen.view(batch, time, top_k)
         )
         return y.view(batch, time, d), statistics
+
+    def dispatch(self, x: Tensor, weights: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
+        """Runs the tokens x [S, D] through their experts: `chosen` [S, K], `weights` [S, K], `counts` [E] of each.
+
+        Returns:
+            The weighted sums [S, D].
+        """
+        top_k = self.config.top_k
+        order = chosen.flatten().argsort(stable=True)  # [S*K], assignments sorted by expert, then token
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(order.numel(), device=order.device)
+        sorted_x = _Gather.apply(x, order // top_k, inverse, top_k)  # [S*K, D]
+        sorted_y = self._run_experts(sorted_x, counts.tolist())  # [S*K, D]
+        y = _Gather.apply(sorted_y, inverse, order, 1).view(-1, top_k, x.shape[-1])  # [S, K, D]
+        return (y * weights.unsqueeze(-1).to(y.dtype)).sum(1)  # [S, D], always summed in top-k order
 
     def capacity(self, tokens: int) -> int:
         """Assignments that one expert takes of a batch of `tokens`; all of them when dropless."""
