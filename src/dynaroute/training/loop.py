@@ -223,9 +223,9 @@ class Trainer:
                 progress.update(tokens_per_step)
                 progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 is_time = self.state.step % self.settings.checkpoint_every == 0 and not self._validation_is_due()
-                self._agree(stop)
-                if stop.signal or is_time:  # a validation saves by itself
-                    self._save(stop)
+                agreed = self._agree(stop)
+                if agreed or is_time:  # a validation saves by itself
+                    self._save(agreed)
             self.accelerator.wait_for_everyone()
         return self.state
 
@@ -286,12 +286,16 @@ class Trainer:
         value = value.detach().to(torch.float64)
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def _agree(self, stop: StopRequest) -> None:
-        """Makes a signal to one process a signal to all: they must leave after the same step."""
-        if self.accelerator.num_processes > 1:
-            asked = torch.tensor(int(stop.signal or 0), device=self.accelerator.device)
-            asked = int(self.accelerator.gather(asked.view(1)).max())
-            stop.signal = signal.Signals(asked) if asked else None
+    def _agree(self, stop: StopRequest) -> signal.Signals | None:
+        """The signal that any process has got so far: all must leave after the same step.
+
+        One that comes later, such as while a checkpoint is being written, has to wait for the next time.
+        """
+        if self.accelerator.num_processes == 1:
+            return stop.signal
+        asked = torch.tensor([int(stop.signal or 0)], device=self.accelerator.device)
+        asked = int(self.accelerator.gather(asked).max())
+        return signal.Signals(asked) if asked else None
 
     def _validation_is_due(self) -> bool:
         step, history = self.state.step, self.state.history
@@ -325,8 +329,7 @@ class Trainer:
             shown = {name: row[name] for name in ("train_loss", "validation_loss") if name in row}
             text = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
             progress.write(f"step {state.step} of {self.total_steps}: {text}", file=sys.stderr)
-        self._agree(stop)
-        self._save(stop)
+        self._save(self._agree(stop))
 
     @torch.no_grad()
     def validation_sums(self, windows: Windows, stop: StopRequest | None = None) -> dict[str, Tensor]:
@@ -343,11 +346,12 @@ class Trainer:
                 sums[name] = sums[name] + value if name in sums else value
             # Several processes would not notice in the same batch; they stop after the next step instead.
             if stop is not None and stop.signal and accelerator.num_processes == 1:
-                self._save(stop)
+                self._save(stop.signal)
         return {name: accelerator.reduce(value, "sum").cpu() for name, value in sums.items()}
 
-    def _save(self, stop: StopRequest) -> None:
+    def _save(self, stop: signal.Signals | None) -> None:
         """Writes the checkpoint to go on from; leaves the run if a signal asked for it."""
+        sums = {name: self.accelerator.gather(value.view(1)) for name, value in sorted(self.sums.items())}
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
             if not all(value.isfinite().all() for value in model.state_dict().values()):
@@ -355,21 +359,24 @@ class Trainer:
             tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
             optimizer = optimizer_tensors(model, self.optimizer)
             tensors |= {f"optimizer.{name}": value for name, value in optimizer.items()}
-            tensors |= {f"sums.{name}": value for name, value in self.sums.items()}
+            tensors |= {f"sums.{name}": value for name, value in sums.items()}
             save_checkpoint(self.last_path, tensors, self.state.to_json())
             timing = {"seconds": self.seconds, "validation_seconds": self.validation_seconds}
             write_json(self.scratch / "timing.json", timing)
         self.saved_step = self.state.step
-        if stop.signal:
+        if stop:
             raise DynarouteError(
-                f"stopped by {stop.signal.name} at step {self.state.step} of {self.total_steps}; "
+                f"stopped by {stop.name} at step {self.state.step} of {self.total_steps}; "
                 f"the same command goes on from there"
             )
 
     def _restore(self) -> None:
         """Goes on from the last checkpoint."""
         state, sums = self._load_tensors(self.last_path)
-        self.sums = {name: value.to(self.accelerator.device) for name, value in sums.items()}
+        accelerator = self.accelerator
+        for name, value in sums.items():  # of every process
+            own = value[accelerator.process_index] if len(value) == accelerator.num_processes else value.mean()
+            self.sums[name] = own.to(accelerator.device)
         self.state = TrainingState.from_json(state)
         self.saved_step = self.state.step
         timing = self.scratch / "timing.json"
