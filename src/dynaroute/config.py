@@ -64,14 +64,21 @@ class Hub(Section):
 
 
 class Dolma(Section):
-    """Gzipped JSON lines in Dolma's format, {id, text, source, ...}, found by local glob patterns."""
+    """Gzipped JSON lines in Dolma's format, {id, text, source, ...}, found by local glob patterns.
+
+    Blank lines are skipped. A damaged line, or one whose text is null, stops the stage: it is named, never left out.
+    """
 
     kind: Literal["dolma"]
     paths: Annotated[list[str], Field(min_length=1)]
 
 
 class Files(Section):
-    """Local UTF-8 text files found by glob patterns, a document each; `source` is the name of its folder."""
+    """Local UTF-8 text files found by glob patterns, a document each; `source` is the name of its folder.
+
+    A document's id, by which it is split, is its path from the working directory; or, where an absolute pattern found
+    it, from the last folder before the first wildcard, so that it does not matter where that folder lies.
+    """
 
     kind: Literal["files"]
     paths: Annotated[list[str], Field(min_length=1)]

@@ -77,7 +77,9 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
     [
         ("{", "not valid JSON"),
         ("[1]", "must be an object"),
-        ('{"id": "x", "source": "s"}', "text = None: must be a string"),
+        ('{"id": "x", "source": "s"}', "text is missing"),
+        ('{"id": "x", "text": null, "source": "s"}', "text = null: must be a string"),
+        ("[" * 100_000, "not valid JSON"),
         ('{"id": 7, "text": "t", "source": "s"}', "id = 7: must be a string"),
     ],
 )
@@ -87,6 +89,15 @@ def test_a_damaged_line_is_named_after_the_good_ones_were_streamed(tmp_path, lin
     stream = documents(Dolma(kind="dolma", paths=[str(path)]))
     assert next(stream).id == "1"
     with pytest.raises(DynarouteError, match=rf"a\.gz, line 2: {problem}"):
+        next(stream)
+
+
+def test_blank_lines_are_skipped_and_counted_as_lines(tmp_path):
+    good = json.dumps(row("1"))
+    (tmp_path / "a.gz").write_bytes(gzip.compress(f"\n{good}\n \r\n{{\n".encode()))
+    stream = documents(Dolma(kind="dolma", paths=[str(tmp_path / "a.gz")]))
+    assert next(stream).id == "1"
+    with pytest.raises(DynarouteError, match=r"a\.gz, line 4: not valid JSON"):
         next(stream)
 
 
@@ -122,6 +133,35 @@ def test_patterns_may_leave_the_working_directory(tmp_path, monkeypatch):
     assert [document.id for document in documents(Files(kind="files", paths=["../*.txt"]))] == ["../a.txt"]
 
 
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("{}/texts/**/*.txt", {"texts/a.txt", "texts/poems/b.txt"}),
+        ("{}/te*/poems/*.txt", {"{name}/texts/poems/b.txt"}),
+        ("{}/texts/poems/b.txt", {"poems/b.txt"}),
+        ("~/texts/[p]*/b.txt", {"texts/poems/b.txt"}),
+    ],
+)
+def test_an_absolute_pattern_gives_ids_that_do_not_depend_on_where_the_folder_lies(
+    tmp_path, monkeypatch, pattern, expected
+):
+    for name in ("here", "there"):
+        (tmp_path / name / "texts" / "poems").mkdir(parents=True)
+        (tmp_path / name / "texts" / "a.txt").write_text("A")
+        (tmp_path / name / "texts" / "poems" / "b.txt").write_text("B")
+        monkeypatch.setenv("HOME", str(tmp_path / name))
+        found = documents(Files(kind="files", paths=[pattern.format(tmp_path / name)]))
+        assert {document.id for document in found} == {path.format(name=name) for path in expected}
+
+
+def test_files_are_ordered_by_id_wherever_they_lie(tmp_path):
+    for folder in ("1/b", "2/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.txt").write_text("X")
+    found = documents(Files(kind="files", paths=[f"{tmp_path}/1/b/*.txt", f"{tmp_path}/2/a/*.txt"]))
+    assert [document.id for document in found] == ["a/x.txt", "b/x.txt"]
+
+
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"ok \xff")
     with pytest.raises(DynarouteError, match=r"a\.txt: not UTF-8 text at byte 3"):
@@ -135,6 +175,30 @@ def test_a_pattern_that_matches_nothing_is_named(tmp_path, kind):
     for use in (locate, lambda source: list(documents(source))):
         with pytest.raises(DynarouteError, match=r"\*\.nothing' matches no file"):
             use(source)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        ("", "is a folder: for all files below it, add /**/*"),
+        ("/", "is a folder"),
+        ("~", "is a folder"),
+        ("texts", "is a folder"),
+        ("texts/", "is a folder"),
+        ("texts/**x", "is not a usable pattern: Invalid pattern: '**' can only be"),
+        ("x" * 300, "is not a usable pattern"),
+        ("texts/\0", "matches no file"),
+        ("texts/**", "matches no file"),
+    ],
+)
+def test_a_pattern_that_is_none_is_named(tmp_path, monkeypatch, pattern, problem):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("A")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DynarouteError) as caught:
+        locate(Files(kind="files", paths=[pattern]))
+    assert str(caught.value).startswith(f"paths: {pattern!r} {problem}")
+    assert "\n" not in str(caught.value)
 
 
 # --- hub ---------------------------------------------------------------------------------------------------------

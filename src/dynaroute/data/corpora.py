@@ -60,23 +60,38 @@ def locate(source: Source) -> dict[str, Any]:
             files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
             return {"path": source.path, "name": source.name, "revision": source.revision, **_file_states(files)}
         case Dolma() | Files():
-            return _file_states(matched_files(source.paths))
+            return _file_states(list(matched_files(source.paths)))
 
 
-def matched_files(patterns: list[str]) -> list[Path]:
-    """The files that glob patterns match, sorted, each once; relative patterns start at the working directory.
+def matched_files(patterns: list[str]) -> dict[Path, str]:
+    """The files that glob patterns match, each once, with names by which they are sorted.
+
+    Relative patterns start at the working directory, and so do the names of what they match. With an absolute pattern,
+    or one that starts at a home (`~`), names start with the last folder before the first wildcard: with
+    /data/texts/**/*.txt, /data/texts/poems/a.txt is texts/poems/a.txt. So no name depends on where things lie.
 
     Raises:
-        DynarouteError: a pattern matches no file.
+        DynarouteError: a pattern is none, or matches no file.
     """
-    matched: set[Path] = set()
+    names: dict[Path, str] = {}
     for pattern in patterns:
-        path = Path(pattern)
-        found = {file for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if file.is_file()}
+        try:
+            path = Path(pattern).expanduser()
+            if path.is_dir():
+                raise DynarouteError(f"paths: {pattern!r} is a folder: for all files below it, add /**/*")
+            found = [file for file in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if file.is_file()]
+        except (OSError, RuntimeError, ValueError) as error:
+            raise DynarouteError(f"paths: {pattern!r} is not a usable pattern: {error}") from error
         if not found:
             raise DynarouteError(f"paths: {pattern!r} matches no file (seen from {Path.cwd()})")
-        matched |= found
-    return sorted(matched)
+        start = _last_fixed_folder(path).parent if path.is_absolute() else Path()
+        for file in found:
+            names.setdefault(file, file.relative_to(start).as_posix())
+    return dict(sorted(names.items(), key=lambda item: item[1]))
+
+
+def _last_fixed_folder(pattern: Path) -> Path:
+    return next(folder for folder in pattern.parents if not set("*?[") & set(str(folder)))
 
 
 def _file_states(files: list[Path]) -> dict[str, Any]:
@@ -133,7 +148,8 @@ def _dolma_documents(source: Dolma) -> Iterator[Document]:
         try:
             with gzip.open(path) as lines:
                 for number, line in enumerate(lines, start=1):
-                    yield parse_document(line, f"{path}, line {number}")
+                    if not line.isspace():
+                        yield parse_document(line, f"{path}, line {number}")
         except (OSError, EOFError, zlib.error) as error:
             raise DynarouteError(f"{path}: damaged gzip after line {number}: {error}: fetch the file again") from error
 
@@ -146,23 +162,25 @@ def parse_document(line: str | bytes, place: str) -> Document:
     """
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter where it is nested a thousand levels deep
         raise DynarouteError(f"{place}: not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise DynarouteError(f"{place}: must be an object with id, text and source, not {type(fields).__name__}")
-    values = {key: fields.get(key) for key in ("id", "text", "source")}
-    for key, value in values.items():
-        if not isinstance(value, str):
-            raise DynarouteError(f"{place}: {key} = {value!r:.80}: must be a string")
-    return Document(**values)
+    keys = ("id", "text", "source")
+    for key in keys:
+        if key not in fields:
+            raise DynarouteError(f"{place}: {key} is missing")
+        if not isinstance(fields[key], str):
+            raise DynarouteError(f"{place}: {key} = {json.dumps(fields[key]):.80}: must be a string")
+    return Document(*(fields[key] for key in keys))
 
 
 def _file_documents(source: Files) -> Iterator[Document]:
-    for path in matched_files(source.paths):
+    for path, name in matched_files(source.paths).items():
         try:
             text = path.read_text("utf-8-sig")  # a byte-order mark is not text
         except UnicodeDecodeError as error:
             raise DynarouteError(f"{path}: not UTF-8 text at byte {error.start}") from error
         except OSError as error:
             raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
-        yield Document(path.as_posix(), text, path.absolute().parent.name)
+        yield Document(name, text, path.absolute().parent.name)
