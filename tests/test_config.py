@@ -92,6 +92,23 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"dwr.d_ff": ...}, "dwr.d_ff is missing"),
         ({"dwr.corpus": "wiki"}, "dwr.corpus = 'wiki': must be one of corpora: docs"),
         ({"corpora.docs.source.kind": "ftp"}, "corpora.docs.source.kind = 'ftp': must be one of"),
+        (
+            {"corpora.docs.source.kind": ...},
+            "corpora.docs.source.kind = None: must be one of installed_docs, hub, dolma",
+        ),
+        ({"corpora.docs.source": "hub"}, "corpora.docs.source = 'hub': must be a mapping with a kind: installed_docs,"),
+        ({"corpora.docs.tokenizer": None}, "corpora.docs.tokenizer = None: must be a mapping with a kind: bpe, gpt2"),
+        ({"corpora.docs.split": 3}, "corpora.docs.split = 3: must be official, or a mapping with the keys validation,"),
+        ({"corpora.docs.split": "offical"}, "corpora.docs.split = 'offical': must be official, or a mapping"),
+        ({"corpora": None}, "corpora = None: must be a mapping"),
+        ({"dwr": 3}, "dwr = 3: must be a mapping with the keys d_model, d_ff"),
+        ({"dwr.training": []}, "dwr.training = []: must be a mapping with the keys batch_size"),
+        ({"dagformer.encoder": {}}, "dagformer.encoder.kind = None: must be one of base, hub"),
+        ({"launcher": " "}, "launcher = ' ': must be a command"),
+        ({"seed": 2**63}, "seed = 9223372036854775808: input should be less than 9223372036854775808"),
+        ({"warmup_steps": 201}, "warmup_steps = 201: must be at most steps = 200"),
+        ({"variants.A5.steps": 1, "warmup_steps": 2}, "variants.A5.warmup_steps = 2: must be at most steps = 1"),
+        ({"variants.A5.from": []}, "variants.A5.from = []: must be one of base, A1"),
         ({"corpora.docs.split": "official"}, "corpora.docs.split = 'official': installed_docs has no official splits"),
         ({"corpora.docs.split.test": 0.97}, "corpora.docs.split.test = 0.97: validation + test must be below 1"),
         ({"tau_final": 0.0}, "tau_final = 0.0: input should be greater than 0"),
@@ -115,6 +132,23 @@ def test_a_mistake_is_one_line_with_the_key_the_value_and_what_is_allowed(tmp_pa
     text = str(caught.value)
     assert message in text
     assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("corpora.docs.source", {"kind": "hub", "name": None, "text_column": "text", "rows": "joined"}),
+        ("corpora.docs.tokenizer", {"kind": "hub"}),
+        ("dagformer.base", {"kind": "load"}),
+        ("dagformer.encoder", {"kind": "hub"}),
+    ],
+)
+def test_a_local_directory_has_no_revision(tmp_path, key, value):
+    here = str(tmp_path)
+    load_with(tmp_path, {key: {**value, "path": here, "revision": None}})
+    load_with(tmp_path, {key: {**value, "path": "somebody/something", "revision": "abc"}})
+    with pytest.raises(DynarouteError, match=f"{key}.revision = 'abc': must be null, since path = '{here}' is a local"):
+        load_with(tmp_path, {key: {**value, "path": here, "revision": "abc"}})
 
 
 def test_a_variant_has_the_top_level_knobs_with_its_overrides(tmp_path):

@@ -6,9 +6,9 @@ hold no defaults: params.yaml is the only place that holds values, and a test pi
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML, YAMLError
 
@@ -33,13 +33,46 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_the_nearest_key(cls, data: Any) -> Any:
-        for key in data if isinstance(data, dict) else ():
+    def _is_a_mapping_of_known_keys(cls, data: Any) -> Any:
+        if isinstance(data, cls):
+            return data
+        if not isinstance(data, dict):
+            raise PydanticCustomError("not_a_mapping", "must be a mapping with the keys " + ", ".join(cls.model_fields))
+        for key in data:
             if key not in cls.model_fields:
                 near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(cls.model_fields)}"
                 raise invalid(str(key), data[key], f"unknown key; {hint}")
         return data
+
+
+def chosen_by_kind(union: Any) -> Any:
+    """The section of a union that its key `kind` names."""
+    kinds = [get_args(section.model_fields["kind"].annotation)[0] for section in get_args(union)]
+
+    def check(data: Any) -> Any:
+        if isinstance(data, get_args(union)):
+            return data
+        if not isinstance(data, dict):
+            raise PydanticCustomError("not_a_mapping", "must be a mapping with a kind: " + ", ".join(kinds))
+        if data.get("kind") not in kinds:
+            raise invalid("kind", data.get("kind"), f"must be one of {', '.join(kinds)}")
+        return data
+
+    return Annotated[union, Field(discriminator="kind"), BeforeValidator(check)]
+
+
+class Hosted(Section):
+    """What the hub has under an id, or a local directory holds."""
+
+    path: Annotated[str, Field(min_length=1)]
+    revision: str | None  # a commit hash, so that nothing can change under a finished run; null for a local directory
+
+    @model_validator(mode="after")
+    def _a_local_directory_has_no_revisions(self) -> Self:
+        if self.revision is not None and Path(self.path).is_dir():
+            raise invalid("revision", self.revision, f"must be null, since path = {self.path!r} is a local directory")
+        return self
 
 
 # --- corpora -----------------------------------------------------------------------------------------------------
@@ -52,13 +85,11 @@ class InstalledDocs(Section):
     packages: Annotated[list[str], Field(min_length=1)]  # importable names; "python" is the standard library
 
 
-class Hub(Section):
+class Hub(Hosted):
     """A text dataset that `datasets.load_dataset` finds: a hub id or a local directory."""
 
     kind: Literal["hub"]
-    path: str
     name: str | None  # the dataset's configuration
-    revision: str | None  # a commit hash, so that the text cannot change under a finished run
     text_column: str
     rows: Literal["documents", "joined"]  # joined: all rows of a split, two newlines between, are one document
 
@@ -84,7 +115,7 @@ class Files(Section):
     paths: Annotated[list[str], Field(min_length=1)]
 
 
-Source = Annotated[InstalledDocs | Hub | Dolma | Files, Field(discriminator="kind")]
+Source = chosen_by_kind(InstalledDocs | Hub | Dolma | Files)
 
 
 class Split(Section):
@@ -102,9 +133,16 @@ class Split(Section):
 
 # official: the train, validation and test splits of a hub dataset. Told apart by type, so that a mistake in the
 # shares is reported as such.
+def _official_or_a_mapping(data: Any) -> Any:
+    if data != "official" and not isinstance(data, dict | Split):
+        raise PydanticCustomError("not_a_split", "must be official, or a mapping with the keys validation, test")
+    return data
+
+
 OfficialOrShares = Annotated[
     Annotated[Literal["official"], Tag("official")] | Annotated[Split, Tag("shares")],
     Discriminator(lambda value: "official" if isinstance(value, str) else "shares"),
+    BeforeValidator(_official_or_a_mapping),
 ]
 
 
@@ -121,15 +159,13 @@ class GPT2(Section):
     kind: Literal["gpt2"]
 
 
-class HubTokenizer(Section):
+class HubTokenizer(Hosted):
     """The fast tokenizer of a hub id or a local directory."""
 
     kind: Literal["hub"]
-    path: str
-    revision: str | None
 
 
-Tokenizer = Annotated[ByteBPE | GPT2 | HubTokenizer, Field(discriminator="kind")]
+Tokenizer = chosen_by_kind(ByteBPE | GPT2 | HubTokenizer)
 
 
 class Corpus(Section):
@@ -255,12 +291,10 @@ class PretrainedBase(Section):
         return self
 
 
-class LoadedBase(Section):
+class LoadedBase(Hosted):
     """An OLMo-2 from the hub or from a local directory; the corpus must be tokenized with its tokenizer."""
 
     kind: Literal["load"]
-    path: str
-    revision: str | None  # a commit hash, so that the base cannot change under finished variants
 
 
 class BaseEncoder(Section):
@@ -269,12 +303,10 @@ class BaseEncoder(Section):
     kind: Literal["base"]
 
 
-class HubEncoder(Section):
+class HubEncoder(Hosted):
     """A text encoder from the hub or a local directory: its tokenizer reads the text, averaged over its tokens."""
 
     kind: Literal["hub"]
-    path: str
-    revision: str | None
 
 
 class DAGFormer(Section):
@@ -286,8 +318,8 @@ class DAGFormer(Section):
     validation_windows: Positive  # scored during training
     eval_windows: Positive  # of the test split, scored once
     prefix_tokens: Positive  # what the encoder reads of a window in the prefix protocol; NLL counts the rest
-    base: Annotated[PretrainedBase | LoadedBase, Field(discriminator="kind")]
-    encoder: Annotated[BaseEncoder | HubEncoder, Field(discriminator="kind")]
+    base: chosen_by_kind(PretrainedBase | LoadedBase)
+    encoder: chosen_by_kind(BaseEncoder | HubEncoder)
 
     @model_validator(mode="after")
     def _prefix_leaves_something_to_score(self) -> Self:
@@ -299,7 +331,7 @@ class DAGFormer(Section):
 class Variant(Training):
     """One DAGFormer variant: its predictor, its gates and its training. At the top level of params.yaml: P1."""
 
-    seed: Annotated[int, Field(ge=0)]  # of initialisation, data order and noise
+    seed: Annotated[int, Field(ge=0, lt=2**63)]  # of initialisation, data order and noise
     steps: Positive
     predictor_input: Literal["text", "none"]  # none: one learned topology for all texts, as a control
     predictor_hidden: Positive
@@ -313,6 +345,12 @@ class Variant(Training):
     cascade_k: PositiveFloat
     exempt_first_layer: bool  # false only to show what the cascade does to layer 0 without it
     input_norm: Literal["none", "gate_mean", "rms_post", "ln_post", "rms_pre"]
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> Self:
+        if self.warmup_steps > self.steps:
+            raise invalid("warmup_steps", self.warmup_steps, f"must be at most steps = {self.steps}")
+        return self
 
 
 # --- the whole file ----------------------------------------------------------------------------------------------
@@ -332,6 +370,8 @@ class Settings(Variant):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
+        if not self.launcher.strip():
+            raise invalid("launcher", self.launcher, "must be a command, such as python")
         for key, name in (("dwr.corpus", self.dwr.corpus), ("dagformer.corpus", self.dagformer.corpus)):
             if name not in self.corpora:
                 raise invalid(key, name, f"must be one of corpora: {', '.join(self.corpora)}")
@@ -352,7 +392,7 @@ class Settings(Variant):
         while start != "base":  # follows `from` to the base
             seen.append(start)
             start = self.variants[start].get("from")
-            if start not in {"base", *self.variants} or start in seen:
+            if start not in ["base", *self.variants] or start in seen:
                 known = ", ".join(["base", *(other for other in self.variants if other not in seen)])
                 raise invalid(f"variants.{seen[-1]}.from", start, f"must be one of {known}")
         try:
@@ -434,9 +474,8 @@ def _one_line(error: ValidationError, data: Any) -> str:
         allowed = allowed[0].lower() + allowed[1:]
         if problem["type"] == "invalid":
             keys, value = [*keys, problem["ctx"]["key"]], problem["ctx"]["value"]
-        elif problem["type"] == "union_tag_invalid":
-            keys, value = [*keys, "kind"], problem["ctx"]["tag"]
-            allowed = f"must be one of {problem['ctx']['expected_tags']}"
+        elif problem["type"] == "dict_type":
+            allowed = "must be a mapping"
         name = ".".join(keys)
         subject = f"{name} is missing" if problem["type"] == "missing" else f"{name} = {value!r}"
         problems.setdefault(subject, []).append(allowed)

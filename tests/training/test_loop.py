@@ -195,6 +195,13 @@ def test_batches_that_do_not_fit_are_refused(tmp_path):
         make_trainer(tmp_path, training=Tokens(3))
 
 
+def test_a_run_that_would_end_within_its_warm_up_is_refused_before_it_starts(tmp_path):
+    make_trainer(tmp_path / "run", epochs=1, warmup_steps=7)
+    with pytest.raises(DynarouteError, match="warmup_steps = 8: must be at most the 7 steps that this run takes"):
+        make_trainer(tmp_path / "run", epochs=1, warmup_steps=8)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_has_the_same_bytes_on_every_run(tmp_path):
     one, other = train(tmp_path / "one"), train(tmp_path / "other")
     assert one.last_path.read_bytes() == other.last_path.read_bytes()

@@ -132,13 +132,18 @@ class Trainer:
         """Prepares a run in the folder `scratch`, which begins with weights and moments of the checkpoint `start`.
 
         Raises:
-            DynarouteError: batches do not divide among the processes, or there is not one whole batch.
+            DynarouteError: batches do not divide among the processes, there is not one whole batch, or the run would
+                end within its warm-up.
         """
         processes = accelerator.num_processes
         if settings.batch_size % (settings.micro_batch_size * processes):
             raise DynarouteError(
                 f"batch_size = {settings.batch_size} must be a multiple of micro_batch_size = "
                 f"{settings.micro_batch_size} times the number of processes = {processes}"
+            )
+        if settings.warmup_steps > total_steps:
+            raise DynarouteError(
+                f"warmup_steps = {settings.warmup_steps}: must be at most the {total_steps} steps that this run takes"
             )
         self.objective, self.settings, self.accelerator = objective, settings, accelerator
         self.training, self.validation = training, validation
