@@ -20,8 +20,8 @@ lint: env  ## style and formatting
 benchmarks: env  ## layer benchmarks at the paper's sizes, into reports/benchmarks/
 	dvc repro benchmarks/dvc.yaml
 
-recover:  ## mend what a killed DVC can leave: an empty dvc.lock, a stale lock file
-	test -s dvc.lock || git checkout -- dvc.lock
+recover:  ## mend what a killed DVC can leave: an empty dvc.lock (which goes where git has none), a stale lock file
+	test -s dvc.lock || git checkout --quiet -- dvc.lock 2>/dev/null || rm -f dvc.lock
 	rm -f .dvc/tmp/rwlock .dvc/tmp/lock
 
 env: $(READY)

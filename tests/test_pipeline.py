@@ -219,6 +219,27 @@ def test_every_script_explains_itself(finished):
         assert f"stages/{script.name}" in finished.run("python", str(script), "--help").stdout, script
 
 
+@pytest.mark.parametrize("committed", [True, False])
+def test_recover_mends_an_empty_lock_file_also_where_git_has_none(tmp_path, committed):
+    workspace = Workspace(tmp_path)
+    shutil.copyfile(REPOSITORY / "Makefile", tmp_path / "Makefile")
+    workspace.run("git", "init", "-q")
+    if committed:
+        (tmp_path / "dvc.lock").write_text("schema: '2.0'\n")
+    workspace.commit("before")
+    (tmp_path / "dvc.lock").write_text("")
+    (tmp_path / ".dvc/tmp").mkdir(parents=True)
+    (tmp_path / ".dvc/tmp/rwlock").write_text("")
+    workspace.run("make", "recover")
+    assert not (tmp_path / ".dvc/tmp/rwlock").exists()
+    assert (tmp_path / "dvc.lock").exists() == committed
+    if committed:
+        assert (tmp_path / "dvc.lock").read_text() == "schema: '2.0'\n"
+        (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+        workspace.run("make", "recover")
+        assert "stages" in (tmp_path / "dvc.lock").read_text()  # what is not empty stays
+
+
 @pytest.mark.parametrize("command", [("repro", "train_dwr"), ("exp", "run", "train_dwr")], ids=["repro", "exp_run"])
 def test_a_killed_training_goes_on_and_ends_as_one_that_was_never_killed(finished, tmp_path, command):
     longer = {"dwr.training": {**TINY["dwr.training"], "epochs": 0.4}}
