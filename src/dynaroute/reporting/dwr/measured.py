@@ -65,8 +65,9 @@ def _cached(measurements: Measurements, total: int) -> str:
             figure("figures/measured/dwr_cache_speed.png", "Decoding speed relative to all experts resident."),
             table(header, [resident, *cells]),
             f"Decoding is batch 1; speeds are medians of {count(measurements.cache['repeats'], 'repetition')}, taken "
-            "in turns with the resident model, and each ratio is to the resident run of the same repetition. Prefill "
-            "is the time for all prompts. Files were read before, so that experts came from the page cache: a cold "
+            "in turns with the resident model, and each ratio is to the resident run of the same repetition: the ratio "
+            "shown is a median of such pairs, not the quotient of two speeds shown. Prefill is the time for all "
+            "prompts. Files were read before, so that experts came from the page cache: a cold "
             "start means an empty expert cache, not a cold disk. Peak memory is all that a fresh process held while "
             "decoding one prompt, Python and libraries included; anonymous is what it allocated, and experts mapped "
             "are the pages of expert files among the rest.",
