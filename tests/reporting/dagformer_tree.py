@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dwr_tree import REPOSITORY
+from repository import REPOSITORY
 
 from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings, load_settings

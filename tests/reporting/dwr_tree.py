@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+from repository import REPOSITORY
 
 from dynaroute.artifacts import sha256, write_csv, write_json
 from dynaroute.config import read_yaml
 
-REPOSITORY = Path(__file__).parents[2]
 RUN = "0123456789abcdef"
 LAYERS, EXPERTS = 3, 4
 

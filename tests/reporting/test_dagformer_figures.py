@@ -1,15 +1,12 @@
 """Figures are written, are the same bytes every time, and show what the files say."""
 
-import hashlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from dagformer_tree import write_dagformer_tree, write_gates
-from dwr_tree import REPOSITORY, edit_csv, edit_json, edit_yaml
+from dwr_tree import edit_csv, edit_json, edit_yaml
 from matplotlib.figure import Figure
+from report_checks import hashes, run_stage
 
 from dynaroute.config import load_settings
 from dynaroute.reporting.dagformer import figures
@@ -21,22 +18,12 @@ FIGURES = [f"reports/figures/dagformer_{name}.png" for name in NAMES]
 pytestmark = pytest.mark.usefixtures("dagformer_tree")
 
 
-def stage(name: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / f"stages/{name}.py")]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def hashes(*paths: str) -> dict[str, str]:
-    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
-
-
 def test_stages_write_the_same_bytes_every_time_and_follow_their_inputs(dagformer_tree):
-    assert stage("plot_dagformer").stderr == ""
+    assert run_stage("plot_dagformer").stderr == ""
     first = hashes(*FIGURES)
     assert all(Path(path).read_bytes().startswith(b"\x89PNG") for path in FIGURES)
     (dagformer_tree / "matplotlibrc").write_text("font.size: 30\nbackend: tkagg\n")  # a user's own taste
-    assert stage("plot_dagformer", PYTHONHASHSEED="7").returncode == 0
+    assert run_stage("plot_dagformer", PYTHONHASHSEED="7").returncode == 0
     assert hashes(*FIGURES) == first
 
     def change(curve):
@@ -46,22 +33,22 @@ def test_stages_write_the_same_bytes_every_time_and_follow_their_inputs(dagforme
     edit_csv("reports/dagformer/P1/training.csv", change)
     edit_json("reports/dagformer/A3/nll.json", lambda data: data["prefix"]["soft_minus_baseline"].update(high=0.05))
     write_gates(Path("data/eval/P1"), 77)
-    assert stage("plot_dagformer").returncode == 0
+    assert run_stage("plot_dagformer").returncode == 0
     assert all(changed != first[path] for path, changed in hashes(*FIGURES).items())
 
 
 def test_the_report_stage_writes_both_pages_the_same_every_time():
     pages = ("reports/dagformer.md", "reports/dagformer_measured.md")
-    assert stage("report_dagformer").stderr == ""
+    assert run_stage("report_dagformer").stderr == ""
     first = hashes(*pages)
-    assert stage("report_dagformer", PYTHONHASHSEED="7").returncode == 0
+    assert run_stage("report_dagformer", PYTHONHASHSEED="7").returncode == 0
     assert hashes(*pages) == first
 
 
 @pytest.mark.parametrize("name", ["plot_dagformer", "report_dagformer"])
 def test_a_mistake_ends_a_stage_with_one_line(name):
     Path("reports/dagformer/A2/nll.json").unlink()
-    result = stage(name)
+    result = run_stage(name)
     assert result.returncode == 1
     assert result.stderr == f"{name}: reports/dagformer/A2/nll.json: cannot be read: No such file or directory\n"
 
@@ -70,7 +57,7 @@ def test_a_mistake_ends_a_stage_with_one_line(name):
 def test_damaged_gates_are_named(content):
     path = Path("data/eval/P1/gates.safetensors")
     path.unlink() if content is None else path.write_bytes(content)
-    result = stage("plot_dagformer")
+    result = run_stage("plot_dagformer")
     assert result.returncode == 1
     assert result.stderr.startswith(f"plot_dagformer: {path}: ")
     assert result.stderr.count("\n") == 1
@@ -78,7 +65,7 @@ def test_damaged_gates_are_named(content):
 
 def test_p1_alone_can_be_drawn():
     edit_yaml("params.yaml", lambda params: params.__setitem__("variants", {"P1": {"from": "base"}}))
-    result = stage("plot_dagformer")
+    result = run_stage("plot_dagformer")
     assert (result.returncode, result.stderr) == (0, "")
 
 
@@ -87,7 +74,7 @@ def test_a_base_of_many_layers_can_be_drawn(tmp_path, monkeypatch):
     root.mkdir()
     write_dagformer_tree(root, layers=16, heads=16)
     monkeypatch.chdir(root)
-    result = stage("plot_dagformer")
+    result = run_stage("plot_dagformer")
     assert (result.returncode, result.stderr) == (0, "")
 
 
