@@ -1,22 +1,22 @@
 """Encoders on tiny random models that go through `from_pretrained`, and the folder of embeddings."""
 
 import copy
-import importlib.util
 import json
 from pathlib import Path
 
+import encode_windows
 import numpy as np
 import pytest
 import torch
 from repository import REPOSITORY
 from safetensors.torch import load_file, save_file
+from small_tokens import write_tokens
 
-from dynaroute.artifacts import write_json
 from dynaroute.config import BaseEncoder, ByteBPE, HubEncoder, load_settings
 from dynaroute.dagformer import encoders
 from dynaroute.dagformer.encoders import load_embeddings, load_encoder, write_embeddings
 from dynaroute.dagformer.windows import KEYS, Subset
-from dynaroute.data.shards import ShardWriter, TokenShards, Windows, padded, token_dtype
+from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.data.tokenizers import load_tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
 
@@ -45,18 +45,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small tokenized corpus with all three splits."""
-    folder, splits = tmp_path_factory.mktemp("tokens"), {}
+    folder = tmp_path_factory.mktemp("tokens")
     tokenizer = save_tokenizer(ByteBPE(kind="bpe", vocab_size=VOCABULARY), TEXTS, folder / "tokenizer")
-    for split in KEYS:
-        writer = ShardWriter(folder, split, ["docs"], tokenizer.vocab_size)
-        for text in TEXTS:
-            (ids,) = tokenizer.encode_batch([split + text])
-            writer.write([*ids, tokenizer.eot_id], "docs", len(text))
-        splits[split] = writer.close()
-    metadata = {"vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id, "sources": ["docs"], "splits": splits}
-    metadata |= {"padded_vocab_size": padded(VOCABULARY), "dtype": token_dtype(VOCABULARY)}
-    write_json(folder / "metadata.json", metadata)
-    return folder
+    splits = {
+        split: [[*ids, tokenizer.eot_id] for ids in tokenizer.encode_batch([split + text for text in TEXTS])]
+        for split in KEYS
+    }
+    return write_tokens(folder, VOCABULARY, tokenizer.eot_id, **splits)
 
 
 @pytest.fixture(scope="module")
@@ -368,9 +363,6 @@ def test_loaded_embeddings_can_be_written_to_without_changing_the_file(written):
 
 def test_the_stage_encodes_the_windows_that_the_settings_ask_for(base, tokens, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    spec = importlib.util.spec_from_file_location("encode_windows", REPOSITORY / "stages/encode_windows.py")
-    stage = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stage)
     settings = load_settings(REPOSITORY / "params.yaml")
     changes = {"seq_len": SEQ_LEN, "prefix_tokens": PREFIX, "train_windows": 4, "validation_windows": 1}
     dagformer = settings.dagformer.model_copy(update={**changes, "eval_windows": 2, "encoder": BASE})
@@ -379,7 +371,7 @@ def test_the_stage_encodes_the_windows_that_the_settings_ask_for(base, tokens, t
     Path("data/dagformer").mkdir()
     Path("data/tokens", dagformer.corpus).symlink_to(tokens)
     Path("data/dagformer/base").symlink_to(base)
-    stage.main(settings)
+    encode_windows.main(settings)
     found = load_embeddings("data/dagformer/embeddings")
     assert {name: len(vectors) for name, vectors in found.items()} == {
         "train": 4, "validation": 1, "test": 2, "validation_prefix": 1, "test_prefix": 2,

@@ -17,15 +17,6 @@ VOCAB = 61
 INPUT_NORMS = ["none", "gate_mean", "rms_post", "ln_post", "rms_pre"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Many threads only wait for each other on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_base(layers: int = 3, heads: int = 2, d_model: int = 16, dtype=torch.float32, **settings) -> Olmo2ForCausalLM:
     """A random base whose norms differ from 1 and whose eps matters, in the given dtype."""
     torch.manual_seed(layers * 100 + heads)

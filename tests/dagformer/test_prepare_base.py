@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from repository import REPOSITORY
+from small_tokens import write_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, Olmo2ForCausalLM
 
-from dynaroute.artifacts import write_json
 from dynaroute.config import ByteBPE, LoadedBase, load_settings
-from dynaroute.data.shards import ShardWriter, TokenShards, Windows, padded, token_dtype
+from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.data.tokenizers import save_tokenizer
 from dynaroute.errors import DynarouteError
 
@@ -36,14 +36,11 @@ def save_existing(folder: Path, **sizes) -> Path:
 def tree(tmp_path, monkeypatch) -> Path:
     """The working directory, with tokens."""
     monkeypatch.chdir(tmp_path)
-    folder, splits = Path("data/tokens/docs"), {}
-    folder.mkdir(parents=True)
-    for seed, split in enumerate(("train", "validation")):
-        writer = ShardWriter(folder, split, ["docs"], VOCABULARY)
-        writer.write(np.random.default_rng(seed).integers(1, VOCABULARY, 20 * SEQ_LEN).tolist(), "docs", 1)
-        splits[split] = writer.close()
-    metadata = {"vocab_size": VOCABULARY, "padded_vocab_size": padded(VOCABULARY), "eot_id": 0, "sources": ["docs"]}
-    write_json(folder / "metadata.json", metadata | {"dtype": token_dtype(VOCABULARY), "splits": splits})
+    splits = {
+        split: [np.random.default_rng(seed).integers(1, VOCABULARY, 20 * SEQ_LEN).tolist()]
+        for seed, split in enumerate(("train", "validation"))
+    }
+    write_tokens(Path("data/tokens/docs"), VOCABULARY, **splits)
     return tmp_path
 
 

@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import numpy as np
@@ -6,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_tokens import write_tokens
 
 from dynaroute.dagformer.windows import KEYS, Subset
-from dynaroute.data.shards import ShardWriter, TokenShards, Windows, padded, token_dtype
+from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
 
 SEQ_LEN, TOTAL = 4, 23
@@ -17,14 +17,8 @@ SEQ_LEN, TOTAL = 4, 23
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All three splits: token t of the stream is t, and TOTAL windows can be cut from it."""
-    folder, splits = tmp_path_factory.mktemp("tokens"), {}
-    for split in KEYS:
-        writer = ShardWriter(folder, split, ["docs"], 300)
-        writer.write(list(range(SEQ_LEN * TOTAL + 3)), "docs", num_characters=9)
-        splits[split] = writer.close()
-    metadata = {"vocab_size": 300, "padded_vocab_size": padded(300), "eot_id": 7, "dtype": token_dtype(300)}
-    (folder / "metadata.json").write_text(json.dumps({**metadata, "sources": ["docs"], "splits": splits}))
-    return folder
+    documents = [list(range(SEQ_LEN * TOTAL + 3))]
+    return write_tokens(tmp_path_factory.mktemp("tokens"), 300, **dict.fromkeys(KEYS, documents))
 
 
 def make_windows(folder: Path, split: str = "train") -> Windows:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_tokens import write_tokens
 
-from dynaroute.data.shards import ShardWriter, TokenShards, Windows, padded, token_dtype
+from dynaroute.data.shards import TokenShards, Windows, padded, token_dtype
 from dynaroute.errors import DynarouteError
 
 VOCABULARY = 300
@@ -19,19 +20,7 @@ DOCUMENTS = st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_si
 
 def write(folder: Path, documents: list[list[int]], shard_tokens: int = 8, vocab_size: int = VOCABULARY) -> Path:
     """A folder of tokens with one split, in which documents come from the sources "a" and "b" in turn."""
-    writer = ShardWriter(folder, "train", ["a", "b"], vocab_size, shard_tokens)
-    for index, ids in enumerate(documents):
-        writer.write(ids, "ab"[index % 2], num_characters=3 * len(ids))
-    metadata = {
-        "vocab_size": vocab_size,
-        "padded_vocab_size": padded(vocab_size),
-        "eot_id": EOT,
-        "dtype": token_dtype(vocab_size),
-        "sources": ["a", "b"],
-        "splits": {"train": writer.close()},
-    }
-    (folder / "metadata.json").write_text(json.dumps(metadata))
-    return folder
+    return write_tokens(folder, vocab_size, EOT, ["a", "b"], shard_tokens, train=documents)
 
 
 @given(DOCUMENTS, st.integers(1, 30), st.integers(1, 25), st.booleans())

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import small_tokens
 import torch
 from repository import REPOSITORY
 from small_base import EMBEDDING, HEADS, LAYERS, SEQ_LEN, VOCABULARY, make_base
@@ -11,7 +12,7 @@ from dynaroute.artifacts import sha256, write_json
 from dynaroute.config import Settings, Variant, load_settings
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.dagformer.windows import Subset
-from dynaroute.data.shards import ShardWriter, TokenShards, Windows, padded, token_dtype
+from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.training.checkpoints import save_checkpoint
 
 PREFIX, WINDOWS = 6, 11  # 11 windows are more than one batch of the stage, and not a whole number of them
@@ -38,21 +39,9 @@ def tiny_settings(**dagformer) -> Settings:
 
 def write_tokens(folder: Path, lengths: list[int], seed: int = 0) -> TokenShards:
     """A test split of documents with the given numbers of tokens, from the sources "ants" and "bees" in turn."""
-    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    writer = ShardWriter(folder, "test", ["ants", "bees"], VOCABULARY)
-    for index, length in enumerate(lengths):
-        writer.write(rng.integers(1, VOCABULARY, length).tolist(), ("ants", "bees")[index % 2], length)
-    metadata = {
-        "vocab_size": VOCABULARY,
-        "padded_vocab_size": padded(VOCABULARY),
-        "eot_id": 0,
-        "dtype": token_dtype(VOCABULARY),
-        "sources": ["ants", "bees"],
-        "splits": {"test": writer.close()},
-    }
-    write_json(folder / "metadata.json", metadata)
-    return TokenShards(folder, "test")
+    documents = [rng.integers(1, VOCABULARY, length).tolist() for length in lengths]
+    return TokenShards(small_tokens.write_tokens(folder, VOCABULARY, sources=["ants", "bees"], test=documents), "test")
 
 
 def make_windows(folder: Path, number: int = WINDOWS) -> Subset:

@@ -28,15 +28,6 @@ from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
 OUTPUTS = ["reports/dagformer/{}/nll.csv", "reports/dagformer/{}/nll.json", "data/eval/{}/gates.safetensors"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Many threads only wait for each other on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def stage() -> ModuleType:
     spec = importlib.util.spec_from_file_location("evaluate_nll", REPOSITORY / "stages/evaluate_nll.py")

@@ -23,15 +23,6 @@ from dynaroute.evaluation.nll import (
 VALID = dag_mask(LAYERS, HEADS)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Many threads only wait for each other on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def windows(tmp_path):
     return make_windows(tmp_path)
