@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -5,7 +6,21 @@ import pytest
 import scipy.stats
 
 from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.statistics import Interval, paired_difference, verdict
+from dynaroute.evaluation.statistics import (
+    Interval,
+    benjamini_hochberg,
+    bootstrap_difference,
+    compare,
+    corrected_verdict,
+    effect_size,
+    holm,
+    minimum_detectable_difference,
+    paired_difference,
+    permutation_test,
+    sign_flip_p,
+    t_test_p,
+    verdict,
+)
 
 
 def test_the_interval_is_the_textbook_formula():
@@ -61,3 +76,174 @@ def test_the_verdict_follows_the_interval(low, high, expected):
 def test_what_has_no_pairs_to_compare_is_refused(ours, theirs):
     with pytest.raises(DynarouteError, match="two sequences"):
         paired_difference(ours, theirs)
+
+
+# --- documents: windows of one document are alike ------------------------------------------------------------------
+
+
+def clustered(rng: np.random.Generator, effect: float, documents: int = 12, windows: int = 6) -> tuple:
+    """Two models' NLL on windows whose difference is mostly their document's, and which document each is of."""
+    groups = np.repeat(np.arange(documents), windows)
+    text = rng.normal(3, 1, len(groups))
+    difference = effect + rng.normal(0, 1, documents)[groups] + rng.normal(0, 0.3, len(groups))
+    return text + difference, text, groups
+
+
+def test_the_bootstrap_by_document_covers_where_windows_taken_as_independent_do_not():
+    rng, covered = np.random.default_rng(0), np.zeros(2)
+    for trial in range(150):
+        ours, theirs, groups = clustered(rng, 0.4)
+        intervals = paired_difference(ours, theirs), bootstrap_difference(ours, theirs, groups, trial)
+        covered += [found.low <= 0.4 <= found.high for found in intervals]
+    by_window, by_document = covered / 150
+    assert by_window < 0.75
+    assert by_document > 0.85  # of 0.95: with 12 documents the percentile bootstrap is known to be a little narrow
+
+
+def test_the_bootstrap_of_independent_windows_agrees_with_the_t_interval():
+    rng = np.random.default_rng(2)
+    ours, theirs = rng.normal(size=(2, 300))
+    by_t, by_bootstrap = paired_difference(ours, theirs), bootstrap_difference(ours, theirs, np.arange(300), 0)
+    assert by_bootstrap.mean == pytest.approx(by_t.mean)
+    assert by_bootstrap.n == 300
+    assert (by_bootstrap.low, by_bootstrap.high) == pytest.approx((by_t.low, by_t.high), abs=0.015)
+
+
+def test_sign_flips_of_few_documents_are_all_counted():
+    ours, groups = np.array([3.0, 1.0, 2.0, -0.5, 4.0, 0.25]), np.array([0, 0, 1, 2, 3, 3])
+    sums = [4.0, 2.0, -0.5, 4.25]
+    as_large = [abs(np.dot(signs, sums)) >= sum(sums) - 1e-9 for signs in itertools.product((1, -1), repeat=4)]
+    assert sign_flip_p(ours, np.zeros(6), groups, 0) == pytest.approx(np.mean(as_large))
+
+
+def test_sign_flips_find_a_planted_difference_and_seldom_one_that_is_not_there():
+    rng = np.random.default_rng(3)
+    found = {effect: [] for effect in (0.0, 1.5)}
+    for effect, trial in itertools.product(found, range(60)):
+        found[effect].append(sign_flip_p(*clustered(rng, effect), trial) < 0.05)
+    assert np.mean(found[1.5]) > 0.9
+    assert np.mean(found[0.0]) < 0.15  # 0.05 expected; windows taken as independent would find one in half of them
+
+
+def test_a_comparison_is_made_of_its_parts():
+    ours, theirs, groups = clustered(np.random.default_rng(4), 1.0)
+    found, interval = compare(ours, theirs, groups, 7), paired_difference(ours, theirs)
+    resampled = bootstrap_difference(ours, theirs, groups, 7)
+    assert found[:4] == interval
+    assert (found.bootstrap_low, found.bootstrap_high, found.groups) == (resampled.low, resampled.high, 12)
+    assert found.p == sign_flip_p(ours, theirs, groups, 7)
+    assert found.effect_size == effect_size(ours, theirs)
+    assert found.detectable == minimum_detectable_difference(ours, theirs)
+    assert compare(ours, theirs, groups, 7) == found
+
+
+def test_two_equal_models_show_no_difference():
+    same = np.linspace(1, 2, 8)
+    found = compare(same, same, np.arange(8) // 2, 0)
+    assert (found.mean, found.low, found.high, found.bootstrap_low, found.bootstrap_high) == (0, 0, 0, 0, 0)
+    assert (found.p, found.effect_size, found.detectable) == (1.0, None, 0.0)
+
+
+@pytest.mark.parametrize("groups", [np.zeros(4), np.arange(3)])
+def test_what_has_no_documents_to_draw_is_refused(groups):
+    with pytest.raises(DynarouteError, match="at least two"):
+        bootstrap_difference(np.arange(4.0), np.zeros(4), groups, 0)
+
+
+# --- permutation tests ---------------------------------------------------------------------------------------------
+
+
+def between_groups(values: np.ndarray):
+    return lambda labels: values[labels == 1].mean() - values[labels == 0].mean()
+
+
+def test_a_permutation_test_is_that_of_scipy():
+    rng = np.random.default_rng(5)
+    values, labels = rng.normal(size=14) + 0.7 * (np.arange(14) % 2), np.arange(14) % 2
+    found = permutation_test(between_groups(values), labels, 4000, 0)
+    exact = scipy.stats.permutation_test(
+        (values[labels == 1], values[labels == 0]),
+        lambda one, other: one.mean() - other.mean(),
+        alternative="greater",
+        n_resamples=np.inf,
+    )
+    assert found.observed == pytest.approx(exact.statistic)
+    assert found.p == pytest.approx(exact.pvalue, abs=0.015)
+    assert found.chance == pytest.approx(0, abs=0.03)
+
+
+def test_p_values_are_uniform_without_an_effect_and_small_with_one():
+    rng, labels = np.random.default_rng(6), np.arange(24) % 2
+    null = [permutation_test(between_groups(rng.normal(size=24)), labels, 99, 0).p for _ in range(200)]
+    assert scipy.stats.kstest(null, "uniform").pvalue > 0.01
+    planted = permutation_test(between_groups(rng.normal(size=24) + 3 * labels), labels, 99, 0)
+    assert planted.p == 0.01  # the smallest that 99 permutations can show
+
+
+def test_many_statistics_are_tested_with_the_same_permutations():
+    values, labels = np.random.default_rng(7).normal(size=(24, 3)), np.arange(24) % 2
+    values[:, 1] += 3 * labels
+    found = permutation_test(lambda one: np.array([between_groups(column)(one) for column in values.T]), labels, 199, 1)
+    alone = [permutation_test(between_groups(column), labels, 199, 1) for column in values.T]
+    assert found.p.tolist() == [one.p for one in alone]
+    assert found.observed.tolist() == [one.observed for one in alone]
+    assert found.p.argmin() == 1
+
+
+def test_a_statistic_that_does_not_depend_on_the_labels_has_a_p_of_one():
+    assert permutation_test(lambda _: 0.0, np.arange(9), 50, 0).p == 1.0
+    values = np.array([0.1, 0.2, 0.3, 0.7])
+    assert permutation_test(lambda order: values[order].sum(), np.arange(4), 50, 0).p == 1.0  # sums in any order
+
+
+# --- many tests, effects, power ------------------------------------------------------------------------------------
+
+
+def test_holm_is_the_textbook_example():
+    # Four tests at 0.05: the smallest p is held against 0.05 / 4, the next against 0.05 / 3, and so on.
+    assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]).tolist() == [1.0, 1.0]
+
+
+def test_benjamini_hochberg_is_the_textbook_example():
+    assert benjamini_hochberg([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.02, 0.04, 0.04, 0.02])
+
+
+def test_holm_keeps_false_findings_among_many_tests_rare():
+    rng = np.random.default_rng(8)
+    p = rng.uniform(size=(400, 30))  # 30 tests without any effect
+    assert np.mean(p.min(1) < 0.05) > 0.7
+    assert np.mean([holm(row).min() < 0.05 for row in p]) < 0.08
+
+
+def test_the_t_test_of_many_columns_is_that_of_scipy():
+    values = np.random.default_rng(9).normal(0.2, 1, (15, 4, 3))
+    assert t_test_p(values) == pytest.approx(scipy.stats.ttest_1samp(values, 0).pvalue)
+    values[:, 0], values[:, 1] = 0.0, 2.0
+    assert t_test_p(values)[:2].tolist() == [[1.0] * 3, [0.0] * 3]
+    with pytest.raises(DynarouteError, match="at least two"):
+        t_test_p(values[:1])
+
+
+def test_the_effect_size_is_the_mean_in_standard_deviations():
+    difference = np.array([1.0, 3.0, 2.0, 6.0])
+    assert effect_size(difference, np.zeros(4)) == pytest.approx(3 / math.sqrt((4 + 0 + 1 + 9) / 3))
+    assert math.isnan(effect_size(difference, difference))
+
+
+def test_a_difference_of_the_detectable_size_is_detected_four_times_in_five():
+    rng = np.random.default_rng(10)
+    difference = rng.normal(size=20)
+    difference /= difference.std(ddof=1)
+    detectable = minimum_detectable_difference(difference, np.zeros(20))
+    samples = rng.normal(detectable, 1, (4000, 20))
+    detected = [verdict(paired_difference(sample, np.zeros(20))) == "worse" for sample in samples]
+    assert np.mean(detected) == pytest.approx(0.8, abs=0.025)
+
+
+@pytest.mark.parametrize(
+    ("difference", "p", "expected"),
+    [(-0.1, 0.04, "better"), (0.1, 0.04, "worse"), (-0.1, 0.05, "no difference shown"), (0, 1, "no difference shown")],
+)
+def test_the_corrected_verdict_follows_p_and_sign(difference, p, expected):
+    assert corrected_verdict(difference, p) == expected

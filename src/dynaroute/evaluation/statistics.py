@@ -1,15 +1,19 @@
-"""The statistics under the reports' claims. Verdicts are made by rule, here, and never by hand.
+"""The statistics under the reports' claims, over scipy. Verdicts are made by rule, here, and never by hand.
 
-Every measure compared is one of which less is better, such as NLL.
+Every measure compared is one of which less is better, such as NLL. scipy.stats is imported where it is needed: that
+takes a second.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from dynaroute.errors import DynarouteError
 
 Verdict = Literal["better", "worse", "no difference shown"]
+SIGNIFICANT = 0.05  # of a p-value, after correction for the other tests of its family
+RESAMPLES = 9_999  # of bootstrap intervals and sign flips
 
 
 class Interval(NamedTuple):
@@ -19,6 +23,29 @@ class Interval(NamedTuple):
     low: float
     high: float
     n: int
+
+
+class Comparison(NamedTuple):
+    """A paired difference, ours - theirs, and what it rests on; see `compare`."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    bootstrap_low: float
+    bootstrap_high: float
+    groups: int
+    p: float
+    effect_size: float | None
+    detectable: float
+
+
+class PermutationTest(NamedTuple):
+    """A statistic, what it is on average where nothing but chance is at work, and the chance of one as large."""
+
+    observed: Any  # a number, or an array of them
+    chance: Any
+    p: Any
 
 
 def paired_difference(ours: np.ndarray, theirs: np.ndarray, confidence: float = 0.95) -> Interval:
@@ -32,15 +59,9 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray, confidence: float = 
     Raises:
         DynarouteError: not two sequences of the same length, or fewer than two pairs, which have no spread.
     """
-    from scipy.special import stdtrit  # quantiles of Student's t, without the second that scipy.stats takes to import
-
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    if ours.shape != theirs.shape or ours.ndim != 1 or len(ours) < 2:
-        raise DynarouteError(f"pairs of shapes {ours.shape} and {theirs.shape}: must be two sequences of n > 1 numbers")
-    difference = ours - theirs
-    n = len(difference)
-    mean = float(difference.mean())
-    margin = float(stdtrit(n - 1, (1 + confidence) / 2) * difference.std(ddof=1) / np.sqrt(n))
+    difference = _differences(ours, theirs)
+    n, mean = len(difference), float(difference.mean())
+    margin = _t_quantile(n, (1 + confidence) / 2) * _standard_error(difference)
     return Interval(mean, mean - margin, mean + margin, n)
 
 
@@ -49,3 +70,201 @@ def verdict(interval: Interval) -> Verdict:
     if interval.high < 0:
         return "better"
     return "worse" if interval.low > 0 else "no difference shown"
+
+
+def corrected_verdict(difference: float, p: float) -> Verdict:
+    """What a difference shows by its p-value, corrected for the other tests of its family: the rule is SIGNIFICANT."""
+    if p >= SIGNIFICANT:
+        return "no difference shown"
+    return "better" if difference < 0 else "worse"
+
+
+def compare(ours: np.ndarray, theirs: np.ndarray, groups: np.ndarray, seed: int) -> Comparison:
+    """All that is said of one paired difference over n windows.
+
+    Windows of one document are not independent. Interval and effect size treat them as if they were, as is usual;
+    the bootstrap interval and p draw whole documents.
+
+    Args:
+        ours: [n], one number a window.
+        theirs: [n], of the same windows.
+        groups: [n], which document each window is of.
+        seed: of the resampling.
+
+    Returns:
+        mean, low, high, n: see `paired_difference`.
+        bootstrap_low, bootstrap_high: see `bootstrap_difference`.
+        groups: the number of documents.
+        p: see `sign_flip_p`.
+        effect_size: see `effect_size`; None where all differences are the same, as for two equal models.
+        detectable: see `minimum_detectable_difference`.
+    """
+    interval = paired_difference(ours, theirs)
+    resampled = bootstrap_difference(ours, theirs, groups, seed)
+    effect = effect_size(ours, theirs)
+    return Comparison(
+        *interval,
+        bootstrap_low=resampled.low,
+        bootstrap_high=resampled.high,
+        groups=resampled.n,
+        p=sign_flip_p(ours, theirs, groups, seed),
+        effect_size=effect if np.isfinite(effect) else None,
+        detectable=minimum_detectable_difference(ours, theirs),
+    )
+
+
+def bootstrap_difference(
+    ours: np.ndarray, theirs: np.ndarray, groups: np.ndarray, seed: int, confidence: float = 0.95
+) -> Interval:
+    """The mean of ours - theirs, and its percentile bootstrap interval from whole groups drawn with replacement.
+
+    Returns:
+        The mean is over all n pairs; the interval's n is the number of groups.
+
+    Raises:
+        DynarouteError: what `paired_difference` raises, or there are fewer than two groups.
+    """
+    from scipy.stats import bootstrap
+
+    sums, sizes = _by_group(_differences(ours, theirs), groups)
+    found = bootstrap(
+        (sums, sizes),
+        lambda total, size, axis: total.sum(axis) / size.sum(axis),
+        n_resamples=RESAMPLES,
+        paired=True,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    mean = float(sums.sum() / sizes.sum())
+    return Interval(mean, float(found.confidence_interval.low), float(found.confidence_interval.high), len(sums))
+
+
+def sign_flip_p(ours: np.ndarray, theirs: np.ndarray, groups: np.ndarray, seed: int) -> float:
+    """The two-sided p-value of the paired permutation test, in which ours and theirs change places by whole groups.
+
+    It asks for nothing but that the two are exchangeable if there is no difference: no normal distribution.
+
+    Raises:
+        DynarouteError: what `bootstrap_difference` raises.
+    """
+    from scipy.stats import permutation_test
+
+    sums, _ = _by_group(_differences(ours, theirs), groups)
+    found = permutation_test(
+        (sums, np.zeros_like(sums)),
+        lambda one, other, axis: (one - other).sum(axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
+
+
+def permutation_test(
+    statistic: Callable[[np.ndarray], Any], labels: np.ndarray, permutations: int, seed: int
+) -> PermutationTest:
+    """Compares a statistic with what it is when the labels are dealt out anew.
+
+    Args:
+        statistic: of labels in some order; a number or an array of them, of which more is a stronger effect.
+        labels: [n], in their true order.
+        permutations: random ones. The true order counts as one more, so that p is never 0.
+        seed: of the permutations.
+
+    Returns:
+        The statistic of the true order, its mean over the permutations and its one-sided p-value.
+    """
+    rng = np.random.default_rng(seed)
+    observed = np.asarray(statistic(labels), np.float64)
+    null = np.stack([np.asarray(statistic(rng.permutation(labels)), np.float64) for _ in range(permutations)])
+    slack = 1e-12 * np.abs(observed)  # what is equal but for the order of its sums is as large
+    p = (1 + (null >= observed - slack).sum(0)) / (1 + permutations)
+    return PermutationTest(observed[()], null.mean(0)[()], p[()])
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """P-values [n] corrected by Holm (1979): the chance of any false finding among the n is then below the level."""
+    p = np.asarray(p, np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(np.minimum(p[order] * np.arange(len(p), 0, -1), 1))
+    return adjusted
+
+
+def benjamini_hochberg(p: np.ndarray) -> np.ndarray:
+    """P-values [n] corrected for the expected share of false findings among those that are made."""
+    from scipy.stats import false_discovery_control
+
+    return false_discovery_control(p)
+
+
+def t_test_p(values: np.ndarray) -> np.ndarray:
+    """Two-sided p-values of Student's t test that the mean of each column of [n, ...] is 0; 1 where all values are 0.
+
+    Raises:
+        DynarouteError: there are fewer than two rows.
+    """
+    from scipy.special import stdtr
+
+    values = np.asarray(values, np.float64)
+    if len(values) < 2:
+        raise DynarouteError(f"{len(values)} rows: a test needs at least two, which have a spread")
+    mean, error = values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = 2 * stdtr(len(values) - 1, -np.abs(mean / error))
+    return np.where((mean == 0) & (error == 0), 1.0, p)
+
+
+def effect_size(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Cohen's d of paired differences: their mean over their standard deviation; NaN where they do not differ.
+
+    Raises:
+        DynarouteError: what `paired_difference` raises.
+    """
+    difference = _differences(ours, theirs)
+    deviation = float(difference.std(ddof=1))
+    return float(difference.mean()) / deviation if deviation else float("nan")
+
+
+def minimum_detectable_difference(
+    ours: np.ndarray, theirs: np.ndarray, power: float = 0.8, confidence: float = 0.95
+) -> float:
+    """The true difference that the t interval of n such pairs would exclude 0 for with probability `power`.
+
+    Raises:
+        DynarouteError: what `paired_difference` raises.
+    """
+    from scipy.special import nctdtrinc
+
+    difference = _differences(ours, theirs)
+    n = len(difference)
+    # The t statistic of a true difference d is noncentral t with noncentrality d / standard error.
+    noncentrality = nctdtrinc(n - 1, 1 - power, _t_quantile(n, (1 + confidence) / 2))
+    return float(noncentrality) * _standard_error(difference)
+
+
+def _differences(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape or ours.ndim != 1 or len(ours) < 2:
+        raise DynarouteError(f"pairs of shapes {ours.shape} and {theirs.shape}: must be two sequences of n > 1 numbers")
+    return ours - theirs
+
+
+def _by_group(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The sums of values [n] over each group, and the sizes of the groups."""
+    names, index = np.unique(groups, return_inverse=True)
+    if len(index) != len(values) or len(names) < 2:
+        raise DynarouteError(f"{len(index)} pairs in {len(names)} groups: must be {len(values)} in at least two groups")
+    return np.bincount(index, values), np.bincount(index).astype(np.float64)
+
+
+def _t_quantile(n: int, probability: float) -> float:
+    from scipy.special import stdtrit  # quantiles of Student's t, without scipy.stats
+
+    return float(stdtrit(n - 1, probability))
+
+
+def _standard_error(difference: np.ndarray) -> float:
+    return float(difference.std(ddof=1) / np.sqrt(len(difference)))
