@@ -1,10 +1,19 @@
 import math
 
 import pytest
+import scipy.spatial.distance
 import torch
 
 from dynaroute.dagformer.gates import dag_mask
-from dynaroute.evaluation.topology import by_layer_pair, gate_entropy, measure, mute_and_deaf
+from dynaroute.evaluation.topology import (
+    by_layer_pair,
+    effective_rank,
+    gate_entropy,
+    jaccard_distances,
+    measure,
+    mute_and_deaf,
+    variation,
+)
 
 # Two heads in each of three layers. Of 12 valid gates, 8 are between adjacent layers: 0,1 -> 2,3 and 2,3 -> 4,5; and
 # 4 skip a layer: 0,1 -> 4,5.
@@ -70,3 +79,64 @@ def test_layer_pairs_are_means_over_their_gates():
     expected[:, 0, 2] = torch.tensor([0, 0.6 / 4])
     torch.testing.assert_close(by_layer_pair(adjacency, H), expected, equal_nan=True)
     assert by_layer_pair(adjacency[0], H).shape == (3, 3)
+
+
+# --- how wirings differ from text to text --------------------------------------------------------------------------
+
+
+def random_gates(texts: int, gates: int = 40, seed: int = 0) -> torch.Tensor:
+    return torch.rand(texts, gates, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_distance_of_hard_wirings_is_that_of_sets_of_edges():
+    hard = random_gates(7) > 0.6
+    expected = scipy.spatial.distance.cdist(hard.numpy(), hard[:3].numpy(), "jaccard")
+    assert jaccard_distances(hard, hard[:3]).numpy() == pytest.approx(expected)
+
+
+def test_the_distance_of_soft_wirings_is_one_less_the_share_of_what_they_have_in_common():
+    soft = random_gates(5)
+    for i, j in ((0, 1), (2, 4), (3, 3)):
+        common, either = torch.minimum(soft[i], soft[j]).sum(), torch.maximum(soft[i], soft[j]).sum()
+        assert float(jaccard_distances(soft, soft)[i, j]) == pytest.approx(float(1 - common / either), abs=1e-6)
+
+
+def test_wirings_without_any_edge_are_equal_and_as_far_as_can_be_from_any_other():
+    gates = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.3]])
+    assert jaccard_distances(gates, gates).tolist() == [[0, 0, 1], [0, 0, 1], [1, 1, 0]]
+
+
+def test_one_wiring_for_all_texts_does_not_vary():
+    found = variation(random_gates(1).expand(9, -1))  # of values whose mean over nine does not round to themselves
+    assert found.pop("distinct") == 1
+    assert found == pytest.approx(dict.fromkeys(found, 0.0), abs=1e-15)
+
+
+def test_the_variation_of_a_planted_set_is_what_was_planted():
+    # Of 40 gates 10 are open in every other text, 10 in all, and 20 in none: two wirings that share 10 of 20 edges.
+    gates = torch.zeros(8, 40)
+    gates[:, :10] = 1
+    gates[::2, 10:20] = 1
+    found = variation(gates)
+    assert found["gate_variance"] == pytest.approx(10 * 0.25 / 40)
+    assert found["distance_mean"] == pytest.approx(0.5 * 16 / 28)  # 16 of the 28 pairs are of different wirings
+    assert found["distance_variance"] == pytest.approx(0.25 * 16 / 28 * 12 / 28)
+    assert found["information_bits"] == pytest.approx(10 / 40)  # those ten gates tell one bit each
+    assert found["effective_rank"] == pytest.approx(1)  # one direction
+    assert found["distinct"] == 2
+
+
+def test_gates_that_are_undecided_in_every_text_tell_nothing_about_it():
+    undecided = torch.full((6, 10), 0.5)
+    assert variation(undecided)["information_bits"] == 0.0
+    decided = torch.tensor([[0.0] * 10, [1.0] * 10] * 3)
+    assert variation(decided)["information_bits"] == pytest.approx(1.0)
+
+
+def test_the_effective_rank_counts_directions_that_are_equally_strong():
+    noise = random_gates(200, 5, seed=1) - 0.5
+    directions = torch.linalg.qr(random_gates(40, 5, seed=2))[0]  # [40, 5]
+    orthonormal = torch.linalg.qr(noise - noise.mean(0))[0]
+    assert effective_rank(0.5 + orthonormal @ directions.T) == pytest.approx(5, rel=1e-4)
+    weak = orthonormal * torch.tensor([1.0, 1.0, 1e-4, 1e-4, 1e-4])
+    assert effective_rank(0.5 + weak @ directions.T) == pytest.approx(2, rel=2e-3)

@@ -1,6 +1,6 @@
 """What is measured on a set of wirings. All means are over valid entries, see `dynaroute.dagformer.gates`.
 
-n texts   L layers   H heads   N nodes = L * H
+n texts   L layers   H heads   N nodes = L * H   E valid entries
 """
 
 import math
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from dynaroute.dagformer.gates import dag_mask, density, gate_fraction, layer_distance
+
+ROUNDING = torch.finfo(torch.float64).eps
 
 
 def measure(soft: Tensor, hard: Tensor, num_heads: int) -> dict[str, float | int]:
@@ -70,6 +72,65 @@ def by_layer_pair(adjacency: Tensor, num_heads: int) -> Tensor:
     blocks = adjacency.unflatten(-1, (-1, num_heads)).unflatten(-3, (-1, num_heads))  # [..., L, H, L, H]
     num_layers = blocks.shape[-2]
     return blocks.mean((-3, -1)).masked_fill(~dag_mask(num_layers, 1), torch.nan)
+
+
+def jaccard_distances(one: Tensor, other: Tensor) -> Tensor:
+    """Weighted Jaccard distance of every wiring of a set to every one of another, float64 [n, m].
+
+    1 - sum min(a, b) / sum max(a, b) (Ruzicka). For hard gates that is the Jaccard distance of two sets of edges:
+    the edges that one of them has alone, among those that at least one has. Two wirings without any edge are equal.
+
+    Args:
+        one: gates between 0 and 1, [n, E].
+        other: [m, E].
+    """
+    one, other = one.double(), other.double()
+    apart = torch.cdist(one, other, p=1)  # sum |a - b| = sum max - sum min
+    together = one.sum(1)[:, None] + other.sum(1)[None, :]  # sum max + sum min
+    return (2 * apart / (together + apart)).nan_to_num(nan=0.0)
+
+
+def variation(gates: Tensor) -> dict[str, float | int]:
+    """How much wirings differ from text to text; all 0 but for `distinct`, which is 1, if they are all the same.
+
+    Args:
+        gates: soft or hard, [n, E], n > 1.
+
+    Returns:
+        gate_variance: variance of a gate over texts, mean over gates.
+        distance_mean, distance_variance: of `jaccard_distances` over all pairs of texts.
+        information_bits: what a gate's being open or shut tells about the text, mean over gates: the entropy of its
+            mean less its mean entropy.
+        effective_rank: see `effective_rank`.
+        distinct: different wirings among the n.
+    """
+    gates = gates.double()
+    first, second = torch.triu_indices(len(gates), len(gates), 1)
+    distances = jaccard_distances(gates, gates)[first, second]
+    information = gate_entropy(gates.mean(0)) - gate_entropy(gates).mean(0)
+    return {
+        "gate_variance": float(gates.var(0, correction=0).mean()),
+        "distance_mean": float(distances.mean()),
+        "distance_variance": float(distances.var(correction=0)),
+        "information_bits": max(0.0, float(information.mean())),  # it is never negative but for rounding
+        "effective_rank": effective_rank(gates),
+        "distinct": len(gates.unique(dim=0)),
+    }
+
+
+def effective_rank(gates: Tensor) -> float:
+    """Along how many directions wirings differ: exp of the entropy of the singular values' shares (Roy, Vetterli 2007).
+
+    Args:
+        gates: [n, E]. The mean over texts is taken out first, so the rank is 0 where they do not differ at all, and at
+            most n - 1.
+    """
+    gates = gates.double()
+    centred = gates - gates.mean(0)
+    squares = torch.linalg.eigvalsh(centred @ centred.T)  # of the singular values; n is much smaller than E
+    squares = squares[squares > len(gates) * ROUNDING * gates.square().sum()]
+    shares = squares.sqrt() / squares.sqrt().sum()
+    return float(torch.special.entr(shares).sum().exp()) if len(squares) else 0.0
 
 
 def _mean(values: Tensor) -> float:
