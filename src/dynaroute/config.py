@@ -15,6 +15,7 @@ from ruamel.yaml import YAML, YAMLError
 from dynaroute.errors import DynarouteError
 
 Positive = Annotated[int, Field(gt=0)]
+TwoOrMore = Annotated[int, Field(ge=2)]  # for what needs a spread
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # becomes a folder's name
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -353,6 +354,22 @@ class Variant(Training):
         return self
 
 
+class Analysis(Section):
+    """The analyses of wirings, all on the test split."""
+
+    variants: Annotated[list[str], Field(min_length=1)]  # whose wirings are analysed
+    permutations: Annotated[int, Field(ge=99)]  # of every permutation test
+    swaps: Positive  # other texts under whose wirings each text is scored
+    domain_windows: Positive  # of each source, if it has as many
+    gradient_windows: TwoOrMore  # whose gradients at A = 1 are taken
+    removal_windows: TwoOrMore  # scored without some of their edges; of other documents than those
+    removal_fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]  # of all edges
+    random_removals: Positive  # random orders of removal
+    oracle_windows: TwoOrMore  # whose gates are optimised directly
+    oracle_steps: Positive
+    oracle_lr: PositiveFloat
+
+
 # --- the whole file ----------------------------------------------------------------------------------------------
 
 
@@ -367,6 +384,7 @@ class Settings(Variant):
     benchmark_cache: BenchmarkCache
     dagformer: DAGFormer
     variants: dict[Name, dict[str, Any]]  # `from`: what it starts from, base or another variant; the rest: overrides
+    analysis: Analysis
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
@@ -385,6 +403,9 @@ class Settings(Variant):
             raise invalid("benchmark_cache.capacities", self.benchmark_cache.capacities, allowed)
         for name in self.variants:
             self._check_variant(name)
+        for name in self.analysis.variants:
+            if name not in self.variants:
+                raise invalid("analysis.variants", name, f"must be among variants: {', '.join(self.variants)}")
         return self
 
     def _check_variant(self, name: str) -> None:

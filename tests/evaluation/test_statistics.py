@@ -14,6 +14,7 @@ from dynaroute.evaluation.statistics import (
     corrected_verdict,
     effect_size,
     holm,
+    mean_vector_test,
     minimum_detectable_difference,
     paired_difference,
     permutation_test,
@@ -188,6 +189,29 @@ def test_many_statistics_are_tested_with_the_same_permutations():
     assert found.p.tolist() == [one.p for one in alone]
     assert found.observed.tolist() == [one.observed for one in alone]
     assert found.p.argmin() == 1
+
+
+def test_a_mean_vector_is_found_where_it_was_planted_and_seldom_where_it_was_not():
+    rng = np.random.default_rng(11)
+    groups, shared = np.repeat(np.arange(15), 4), rng.normal(size=200)
+
+    def vectors(mean: float) -> np.ndarray:
+        """Entries that go together, by document as well: 200 tests of one entry each would find something always."""
+        by_document = rng.normal(size=(15, 1))[groups] * shared
+        return mean * shared + by_document + rng.normal(size=(60, 200))
+
+    null = [mean_vector_test(vectors(0.0), groups, 99, 0).p <= 0.05 for _ in range(60)]
+    assert np.mean(null) < 0.15
+    found = mean_vector_test(vectors(1.5), groups, 999, 0)
+    assert found.p == 0.001
+    assert found.observed > 2 * found.chance
+
+
+def test_the_mean_vector_of_one_entry_is_tested_as_a_difference_is():
+    ours, theirs, groups = clustered(np.random.default_rng(12), 0.5)
+    found = mean_vector_test((ours - theirs)[:, None], groups, 4999, 0)
+    assert found.observed == pytest.approx(abs((ours - theirs).mean()))
+    assert found.p == pytest.approx(sign_flip_p(ours, theirs, groups, 0), abs=0.02)
 
 
 def test_a_statistic_that_does_not_depend_on_the_labels_has_a_p_of_one():

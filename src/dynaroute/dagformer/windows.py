@@ -12,22 +12,11 @@ if TYPE_CHECKING:
 KEYS = {"train": "train_windows", "validation": "validation_windows", "test": "eval_windows"}
 
 
-class Subset:
-    """Evenly spaced windows of a `Windows`, and used like one: window i of it is window `indices[i]` of all."""
+class Selection:
+    """Some windows of a `Windows`, and used like one: window i of it is window `indices[i]` of all."""
 
-    def __init__(self, windows: Windows, number: int | None) -> None:
-        """Takes `number` windows, or all for None.
-
-        Raises:
-            DynarouteError: there are fewer; it names the setting that asks for that many of this split.
-        """
-        total = len(windows)
-        if number is not None and number > total:
-            split, seq_len = windows.shards.split, windows.seq_len
-            allowed = f"must be at most {total}, the number of windows of {seq_len} tokens in the {split} split"
-            raise DynarouteError(f"dagformer.{KEYS[split]} = {number}: {allowed}")
-        self.windows, self.seq_len = windows, windows.seq_len
-        self.indices: Sequence[int] = range(total) if number is None else [i * total // number for i in range(number)]
+    def __init__(self, windows: Windows, indices: Sequence[int]) -> None:
+        self.windows, self.seq_len, self.indices = windows, windows.seq_len, indices
 
     def __len__(self) -> int:
         """The number of windows."""
@@ -43,3 +32,20 @@ class Subset:
             if not 0 <= index < len(self):
                 raise IndexError(f"window {index} of {len(self)}")
         return self.windows.batch([self.indices[index] for index in indices])
+
+
+class Subset(Selection):
+    """Evenly spaced windows of a split, as many as the settings ask for."""
+
+    def __init__(self, windows: Windows, number: int | None) -> None:
+        """Takes `number` windows, or all for None.
+
+        Raises:
+            DynarouteError: there are fewer; it names the setting that asks for that many of this split.
+        """
+        total = len(windows)
+        if number is not None and number > total:
+            split, seq_len = windows.shards.split, windows.seq_len
+            allowed = f"must be at most {total}, the number of windows of {seq_len} tokens in the {split} split"
+            raise DynarouteError(f"dagformer.{KEYS[split]} = {number}: {allowed}")
+        super().__init__(windows, range(total) if number is None else [i * total // number for i in range(number)])

@@ -184,6 +184,31 @@ def permutation_test(
     return PermutationTest(observed[()], null.mean(0)[()], p[()])
 
 
+def mean_vector_test(vectors: np.ndarray, groups: np.ndarray, permutations: int, seed: int) -> PermutationTest:
+    """Whether the mean of n vectors differs from 0 at all.
+
+    The statistic is the mean size of its entries, against that when the signs of whole groups are flipped. What the
+    entries of a vector have in common stays as it is, so it needs no correction for their number.
+
+    Args:
+        vectors: [n, E].
+        groups: [n], such as documents, whose vectors keep their signs relative to each other.
+        permutations: random flips.
+        seed: of the flips.
+
+    Raises:
+        DynarouteError: what `bootstrap_difference` raises.
+    """
+    sums, _ = _by_group(np.asarray(vectors, np.float64), groups)  # [m, E]
+    rng = np.random.default_rng(seed)
+    observed = np.abs(sums.sum(0)).mean() / len(vectors)
+    # Drawn one by one: all of them at once, [permutations, E], would not fit into memory for a large base.
+    signs = (rng.choice((-1.0, 1.0), len(sums)) for _ in range(permutations))
+    null = np.array([np.abs(sign @ sums).mean() / len(vectors) for sign in signs])
+    p = (1 + int((null >= observed * (1 - 1e-12)).sum())) / (1 + permutations)
+    return PermutationTest(float(observed), float(null.mean()), p)
+
+
 def holm(p: np.ndarray) -> np.ndarray:
     """P-values [n] corrected by Holm (1979): the chance of any false finding among the n is then below the level."""
     p = np.asarray(p, np.float64)
@@ -253,11 +278,13 @@ def _differences(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
 
 
 def _by_group(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The sums of values [n] over each group, and the sizes of the groups."""
+    """The sums of values [n, ...] over each group, and the sizes of the groups."""
     names, index = np.unique(groups, return_inverse=True)
     if len(index) != len(values) or len(names) < 2:
         raise DynarouteError(f"{len(index)} pairs in {len(names)} groups: must be {len(values)} in at least two groups")
-    return np.bincount(index, values), np.bincount(index).astype(np.float64)
+    sums = np.zeros((len(names), *values.shape[1:]))
+    np.add.at(sums, index, values)
+    return sums, np.bincount(index).astype(np.float64)
 
 
 def _t_quantile(n: int, probability: float) -> float:

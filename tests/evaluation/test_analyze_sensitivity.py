@@ -1,0 +1,132 @@
+"""The stage from files to files: what it says is what plain computations of the same windows say."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from small_dagformer import HEADS, LAYERS, REPOSITORY, SEQ_LEN, make_base, tiny_settings, write_all
+
+from dynaroute.config import Settings
+from dynaroute.dagformer.graph import DagForward
+from dynaroute.data.shards import TokenShards
+from dynaroute.errors import DynarouteError
+from dynaroute.evaluation.statistics import paired_difference
+
+REPORTS = Path("reports/dagformer")
+FILES = [
+    *("sensitivity.json", "gate_gradients.csv", "removal.csv", "removal_layer_pairs.csv", "removal_heads.csv"),
+    "oracle.csv",
+]
+ANALYSIS = {
+    **{"permutations": 99, "gradient_windows": 5, "removal_windows": 4, "removal_fractions": [0.25, 1.0]},
+    **{"random_removals": 2, "oracle_windows": 3, "oracle_steps": 4, "oracle_lr": 0.1},
+}
+
+
+def settings(**changes) -> Settings:
+    tiny = tiny_settings()
+    return tiny.model_copy(update={"analysis": tiny.analysis.model_copy(update=ANALYSIS | changes)})
+
+
+@pytest.fixture(scope="module")
+def stage() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("analyze_sensitivity", REPOSITORY / "stages/analyze_sensitivity.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_all(tiny_settings())
+    return tmp_path
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with (REPORTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_two_runs_write_the_same_bytes(tree, stage):
+    contents = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        stage.main(settings())
+        contents.append([(REPORTS / name).read_bytes() for name in FILES])
+    assert contents[0] == contents[1]
+
+
+def test_removing_everything_is_the_base_without_any_connection(tree, stage):
+    stage.main(settings())
+    found = json.loads((REPORTS / "sensitivity.json").read_text())
+    assert all(passed is True for passed in found["checks"].values())
+    assert (found["flatness"]["n"], found["removal"]["n"]) == (5, 4)
+    whole = [row for row in rows("removal") if row["fraction"] == "1.0"]
+    assert [row["order"] for row in whole] == ["random", "least_gradient", "expected_gain"]
+    assert len({row["difference"] for row in whole}) == 1
+    nll = nll_without_connections(stage)
+    expected = paired_difference(nll[0], nll[1])
+    assert float(whole[0]["difference"]) == pytest.approx(expected.mean, abs=1e-5)
+    assert float(whole[0]["low"]) == pytest.approx(expected.low, abs=1e-5)
+
+
+def nll_without_connections(stage: ModuleType) -> np.ndarray:
+    """NLL of the windows that removals are scored on, by a plain forward with no gate open, and by transformers."""
+    windows = stage.Windows(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN, keep_tail=False)
+    held_out = stage.Subset(windows, 11)
+    documents = stage.main_documents(windows.shards, SEQ_LEN, list(held_out.indices))
+    scored = stage.halves(held_out, documents, settings().analysis)[1]
+    tokens, targets = scored.batch(range(4))
+    base = make_base()
+    with torch.no_grad():
+        logits = [DagForward(base)(tokens, torch.zeros(4, LAYERS * HEADS, LAYERS * HEADS)), base(tokens).logits]
+    losses = [torch.nn.functional.cross_entropy(one.mT, targets, reduction="none").mean(1) for one in logits]
+    return torch.stack(losses).numpy()
+
+
+def test_there_is_a_row_for_each_layer_pair_head_order_and_text(tree, stage):
+    stage.main(settings())
+    pairs = [("0", "1"), ("0", "2"), ("1", "2")]
+    for name in ("gate_gradients", "removal_layer_pairs"):
+        assert [(row["source"], row["target"]) for row in rows(name)] == pairs
+    assert [(row["layer"], row["head"]) for row in rows("removal_heads")] == [
+        (str(layer), str(head)) for layer in range(LAYERS) for head in range(HEADS)
+    ]
+    assert len(rows("removal")) == 3 * 2
+    found = json.loads((REPORTS / "sensitivity.json").read_text())
+    for kind, of in (("layer_pairs", 3), ("heads", LAYERS * HEADS)):
+        assert sum(found["removal"][kind].values()) == of
+    for text in ("same", "next", "other"):
+        own = [row for row in rows("oracle") if row["text"] == text]
+        gain = paired_difference([float(r["nll_oracle"]) for r in own], [float(r["nll_baseline"]) for r in own])
+        assert found["oracle"][text]["mean"] == pytest.approx(gain.mean)
+        assert found["oracle"][text]["n"] == 3
+        shift = {"same": 0, "next": 1}.get(text)
+        assert shift is None or all(int(row["scored_window"]) - int(row["window"]) == shift for row in own)
+    assert found["oracle"]["same"]["mean"] < 0
+
+
+def test_gradients_and_removals_never_share_a_document(tree, stage):
+    windows = stage.Windows(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN, keep_tail=False)
+    held_out = stage.Subset(windows, 11)
+    documents = stage.main_documents(windows.shards, SEQ_LEN, list(held_out.indices))
+    halves = stage.halves(held_out, documents, settings(gradient_windows=99, removal_windows=99).analysis)
+    of_window = dict(zip(held_out.indices, documents, strict=True))
+    first, second = ({of_window[window] for window in half.indices} for half in halves)
+    assert not first & second
+    assert first | second == set(documents)
+    with pytest.raises(DynarouteError, match=r"dagformer.eval_windows = 11: .* of 1 documents do not split"):
+        stage.halves(held_out, np.zeros(11, int), settings().analysis)
+
+
+def test_text_without_documents_of_two_windows_is_refused(tree, stage):
+    long = tiny_settings(seq_len=50, eval_windows=6)
+    with pytest.raises(DynarouteError, match=r"dagformer.seq_len = 50: 0 windows .* followed by one of their document"):
+        stage.main(long.model_copy(update={"analysis": settings().analysis}))
+    assert not REPORTS.exists()

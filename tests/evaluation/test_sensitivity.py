@@ -1,0 +1,156 @@
+"""Gradients, removals and optimised gates do what they say, and find what was planted."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from small_dagformer import HEADS, LAYERS, make_base, make_windows
+
+from dynaroute.dagformer.gates import dag_mask
+from dynaroute.dagformer.graph import DagForward
+from dynaroute.evaluation.sensitivity import (
+    chance_consistency,
+    describe_gradients,
+    flatness,
+    gate_gradients,
+    nll_of_wirings,
+    optimise_gates,
+    removal_orders,
+    without_edges,
+    without_head,
+    without_layer_pair,
+)
+
+VALID = dag_mask(LAYERS, HEADS)
+EDGES = [(i, j) for i, j in itertools.product(range(LAYERS * HEADS), repeat=2) if i // HEADS < j // HEADS]
+
+
+@pytest.fixture(scope="module")
+def graph() -> DagForward:
+    return DagForward(make_base().double())
+
+
+def mean_nll(graph: DagForward, windows, adjacency: torch.Tensor) -> np.ndarray:
+    return nll_of_wirings(graph, windows, [adjacency], 4, "test")[0]
+
+
+def test_gradients_are_what_a_small_change_of_a_gate_does(graph, tmp_path):
+    windows = make_windows(tmp_path, 5)
+    gradients = gate_gradients(graph, windows, batch_size=2)
+    assert gradients.shape == (5, len(EDGES))
+    for number in (0, 3, len(EDGES) - 1):
+        step, change = 1e-2, VALID.double()
+        change[EDGES[number]] = 0
+        sides = [VALID.double() + sign * step * (VALID.double() - change) for sign in (1, -1)]
+        above, below = (nll_of_wirings_double(graph, windows, side) for side in sides)
+        assert gradients[:, number].numpy() == pytest.approx((above - below) / (2 * step), rel=2e-2, abs=1e-4)
+
+
+def nll_of_wirings_double(graph: DagForward, windows, adjacency: torch.Tensor) -> np.ndarray:
+    """NLL summed in float64: what a small step changes is nearly lost in float32."""
+    tokens, targets = windows.batch(range(len(windows)))
+    with torch.no_grad():
+        logits = graph(tokens, adjacency.expand(len(tokens), -1, -1))
+    return torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none").mean(1).numpy()
+
+
+def test_without_removals_the_nll_is_that_of_transformers(graph, tmp_path):
+    windows = make_windows(tmp_path, 5)
+    tokens, targets = windows.batch(range(5))
+    losses = torch.nn.functional.cross_entropy(graph.base(tokens).logits.mT, targets, reduction="none").mean(1)
+    assert mean_nll(graph, windows, VALID.float()) == pytest.approx(losses.tolist(), abs=1e-5)
+
+
+def test_wirings_are_scored_in_their_order(graph, tmp_path):
+    windows = make_windows(tmp_path, 3)
+    wirings = [VALID.float(), torch.zeros(VALID.shape), 0.5 * VALID.float()]
+    together = nll_of_wirings(graph, windows, wirings, 2, "test")
+    assert together.shape == (3, 3)
+    for one, wiring in zip(together, wirings, strict=True):
+        assert one.tolist() == nll_of_wirings(graph, windows, [wiring], 2, "test")[0].tolist()
+
+
+def test_what_is_removed_is_what_was_named():
+    def removed(adjacency: torch.Tensor) -> set[tuple[int, int]]:
+        assert not adjacency[~VALID].any()
+        return {edge for edge in EDGES if adjacency[edge] == 0}
+
+    assert removed(without_edges(LAYERS, HEADS, np.array([1, 4]))) == {EDGES[1], EDGES[4]}
+    assert removed(without_edges(LAYERS, HEADS, np.arange(len(EDGES)))) == set(EDGES)
+    assert removed(without_edges(LAYERS, HEADS, np.array([], int))) == set()
+    assert removed(without_layer_pair(LAYERS, HEADS, 0, 2)) == {
+        (i, j) for i, j in EDGES if i < HEADS and j >= 2 * HEADS
+    }
+    assert removed(without_head(LAYERS, HEADS, 3)) == {(i, j) for i, j in EDGES if 3 in (i, j)}
+
+
+def test_orders_of_removal():
+    gradient = np.array([0.2, -0.1, 0.0, -0.5, 0.4])
+    orders = removal_orders(gradient, random=3, seed=0)
+    assert [order.tolist() for order in orders["least_gradient"]] == [[2, 1, 0, 4, 3]]
+    assert [order.tolist() for order in orders["expected_gain"]] == [[4, 0, 2, 1, 3]]
+    assert len({tuple(order) for order in orders["random"]}) > 1
+    assert all(sorted(order) == list(range(5)) for order in orders["random"])
+    again = removal_orders(gradient, random=3, seed=0)["random"]
+    assert [order.tolist() for order in orders["random"]] == [order.tolist() for order in again]
+
+
+def test_gates_optimised_on_a_window_lower_its_nll_and_stay_gates(graph, tmp_path):
+    windows = make_windows(tmp_path, 5)
+    gates = optimise_gates(graph, windows, steps=6, lr=0.1, batch_size=4)
+    assert (gates >= 0).all() and (gates <= 1).all() and not gates[:, ~VALID].any()
+    assert (gates[:, VALID] < 1).any(1).all()
+    before = mean_nll(graph, windows, VALID.float())
+    after = [mean_nll(graph, windows, gates[i])[i] for i in range(5)]
+    assert (np.array(after) < before).all()
+
+
+def test_each_window_is_optimised_by_itself(graph, tmp_path):
+    windows = make_windows(tmp_path, 5)
+    together, alone = (optimise_gates(graph, windows, 4, 0.1, batch_size) for batch_size in (5, 1))
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+
+
+# --- flat, or not --------------------------------------------------------------------------------------------------
+
+
+def gradients(mean: float, seed: int, windows: int = 40, gates: int = 60) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients whose mean is 0 for the first 40 gates and `mean` for the others, and the documents of the windows."""
+    rng, documents = np.random.default_rng(seed), np.arange(windows) // 2
+    found = rng.normal(size=(windows, gates))
+    found[:, 40:] += mean
+    return found, documents
+
+
+def test_a_slope_that_was_planted_is_found_with_its_sign_and_its_gates():
+    for mean, words in ((1.0, "harmful"), (-1.0, "helpful")):
+        values, documents = gradients(mean, seed=0)
+        found = flatness(values, documents, 199, 0)
+        assert not found["flat"]
+        assert found["p"] == 1 / 200
+        assert found[words] == pytest.approx(20 / 60, abs=0.04)
+        assert found["harmful"] + found["helpful"] == pytest.approx(found[words], abs=0.04)
+        assert found["sign_consistency"] > found["sign_consistency_by_chance"] + 0.1
+
+
+def test_no_slope_is_flat():
+    flat = [flatness(*gradients(0.0, seed), 99, 0) for seed in range(40)]
+    assert np.mean([found["flat"] for found in flat]) > 0.8  # two tests at 0.05
+    assert np.mean([found["sign_consistency"] for found in flat]) == pytest.approx(chance_consistency(40), rel=0.03)
+
+
+def test_the_consistency_of_coins_is_that_of_all_throws():
+    for n in (1, 2, 5, 8):
+        throws = [abs(sum(signs)) / n for signs in itertools.product((1, -1), repeat=n)]
+        assert chance_consistency(n) == pytest.approx(np.mean(throws))
+
+
+def test_gates_are_described_one_by_one():
+    values = np.array([[1.0, -2.0, 0.0], [3.0, -2.0, 0.0], [-1.0, -5.0, 0.0]])
+    found = describe_gradients(values)
+    assert found["mean"].tolist() == [1.0, -3.0, 0.0]
+    assert found["spread"].tolist() == [2.0, pytest.approx(3**0.5), 0.0]
+    assert found["size"].tolist() == [pytest.approx(5 / 3), 3.0, 0.0]
+    assert found["sign_consistency"].tolist() == [pytest.approx(1 / 3), 1.0, 0.0]
+    assert found["p"][2] == 1.0
