@@ -28,16 +28,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from dynaroute.artifacts import read_json, sha256, write_csv, write_json
-from dynaroute.config import Settings, Variant
+from dynaroute.artifacts import sha256, write_csv, write_json
+from dynaroute.config import Settings
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.dagformer.predictor import StructurePredictor
+from dynaroute.dagformer.trained import load_predictor
 from dynaroute.dagformer.windows import Subset
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
@@ -45,7 +44,7 @@ from dynaroute.evaluation.nll import baseline_nll, sequence_nll, tokens_by_sourc
 from dynaroute.evaluation.statistics import paired_difference, verdict
 from dynaroute.evaluation.topology import measure
 from dynaroute.stage import run
-from dynaroute.training.checkpoints import load_checkpoint, load_weights, save_checkpoint
+from dynaroute.training.checkpoints import save_checkpoint
 
 DATA, REPORTS, EVALUATED = Path("data/dagformer"), Path("reports/dagformer"), Path("data/eval")
 BATCH = 8  # windows. A constant: float sums depend on it, and the baseline must not differ between variants
@@ -135,30 +134,6 @@ def summary(counts: Tensor, nll: dict[str, np.ndarray]) -> dict[str, Any]:
         difference = paired_difference(nll[mode], nll["baseline"])
         metrics[f"{mode}_minus_baseline"] = {**difference._asdict(), "verdict": verdict(difference)}
     return metrics
-
-
-def load_predictor(folder: Path, device: str) -> tuple[dict[str, Any], StructurePredictor]:
-    """The record of a variant's training, and its trained predictor.
-
-    Raises:
-        DynarouteError: a file is missing or damaged, or they are not of one run.
-    """
-    path, weights = folder / "run.json", folder / "predictor.safetensors"
-    record = read_json(path)
-    tensors, state = load_checkpoint(weights)
-    try:
-        variant = Variant.model_validate(record["knobs"])
-        sizes = [record[key] for key in ("num_layers", "num_heads", "embedding_size")]
-        runs = {record["run"], state["run"]}
-        record["identity"]["base"]
-    except (KeyError, TypeError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise DynarouteError(f"{path}: damaged: {reason}: run stages/train_dagformer.py again") from error
-    if len(runs) > 1:
-        raise DynarouteError(f"{folder}: files of two runs, {' and '.join(sorted(runs))}: train the variant again")
-    predictor = StructurePredictor(variant, *sizes)
-    load_weights(predictor, tensors, weights)
-    return record, predictor.requires_grad_(False).eval().to(device)
 
 
 if __name__ == "__main__":

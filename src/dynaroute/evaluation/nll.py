@@ -146,6 +146,25 @@ def tokens_by_source(shards: TokenShards, start: int, stop: int) -> np.ndarray:
     ).astype(np.int64)
 
 
+def read_nll(path: Path, protocol: str) -> dict[str, np.ndarray]:
+    """The NLL of every window by a protocol, float64 [n] for the modes soft, hard and baseline, from an nll.csv.
+
+    Raises:
+        DynarouteError: the file is missing or lacks what is asked for.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["protocol"] == protocol]
+        found = {mode: np.array([float(row[f"nll_{mode}"]) for row in rows]) for mode in ("soft", "hard", "baseline")}
+    except OSError as error:
+        raise DynarouteError(f"{path}: cannot be read: {error.strerror}: run stages/evaluate_nll.py") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DynarouteError(f"{path}: damaged: {error}: run stages/evaluate_nll.py again") from error
+    if not rows:
+        raise DynarouteError(f"{path}: has no rows of the {protocol} protocol: run stages/evaluate_nll.py again")
+    return found
+
+
 def check_same_baseline(paths: list[Path]) -> None:
     """Checks that the results of several variants, nll.csv each, have the very same windows and baseline NLL.
 

@@ -1,0 +1,36 @@
+"""A trained variant, as `train_dagformer` left it."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dynaroute.artifacts import read_json
+from dynaroute.config import Variant
+from dynaroute.dagformer.predictor import StructurePredictor
+from dynaroute.errors import DynarouteError
+from dynaroute.training.checkpoints import load_checkpoint, load_weights
+
+
+def load_predictor(folder: Path, device: str) -> tuple[dict[str, Any], StructurePredictor]:
+    """The record of a variant's training, and its trained predictor.
+
+    Raises:
+        DynarouteError: a file is missing or damaged, or they are not of one run.
+    """
+    path, weights = folder / "run.json", folder / "predictor.safetensors"
+    record = read_json(path)
+    tensors, state = load_checkpoint(weights)
+    try:
+        variant = Variant.model_validate(record["knobs"])
+        sizes = [record[key] for key in ("num_layers", "num_heads", "embedding_size")]
+        runs = {record["run"], state["run"]}
+        record["identity"]["base"]
+    except (KeyError, TypeError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise DynarouteError(f"{path}: damaged: {reason}: run stages/train_dagformer.py again") from error
+    if len(runs) > 1:
+        raise DynarouteError(f"{folder}: files of two runs, {' and '.join(sorted(runs))}: train the variant again")
+    predictor = StructurePredictor(variant, *sizes)
+    load_weights(predictor, tensors, weights)
+    return record, predictor.requires_grad_(False).eval().to(device)

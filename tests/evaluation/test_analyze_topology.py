@@ -1,0 +1,185 @@
+"""The stage from files to files, on a tiny base and predictor whose text comes from two sources."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from small_dagformer import (
+    HEADS,
+    LAYERS,
+    PREFIX,
+    REPOSITORY,
+    WINDOWS,
+    make_base,
+    make_predictor,
+    make_windows,
+    tiny_settings,
+    write_all,
+    write_variant,
+)
+
+from dynaroute.config import Settings
+from dynaroute.dagformer.graph import DagForward
+from dynaroute.errors import DynarouteError
+from dynaroute.evaluation.statistics import paired_difference
+from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
+
+FILES = ["reports/dagformer/P1/topology.json", "reports/dagformer/P1/swaps.csv", "data/analysis/P1/domains.safetensors"]
+
+
+def settings() -> Settings:
+    tiny = tiny_settings()
+    changed = tiny.analysis.model_copy(update={"permutations": 99, "swaps": 2, "domain_windows": 6})
+    return tiny.model_copy(update={"analysis": changed})
+
+
+def stage_of(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / f"stages/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class EncoderOfSums:
+    """Stands in for the base's own states, whose width is not that of these predictors."""
+
+    def encode(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.stack([(tokens * (k + 1)).sum(1).sin() for k in range(12)], dim=1)
+
+
+@pytest.fixture
+def analyze(tmp_path, monkeypatch):
+    """Evaluates and analyses P1 as a predictor with the given knobs, in the working directory; returns the report."""
+    monkeypatch.chdir(tmp_path)
+    write_all(settings())
+    stage = stage_of("analyze_topology")
+    monkeypatch.setattr(stage, "load_encoder", lambda *_: EncoderOfSums())
+    monkeypatch.setattr(stage.TokenShards, "tokenizer", lambda _: None)  # it reads tokens, not text
+
+    def analyze(again: bool = False, **knobs) -> dict:
+        if not again:
+            write_variant("P1", make_predictor(**knobs))
+            stage_of("evaluate_nll").main(settings(), "P1")
+        stage.main(settings(), "P1")
+        return json.loads(Path(FILES[0]).read_text())
+
+    return analyze
+
+
+def test_two_runs_write_the_same_bytes(analyze):
+    analyze()
+    first = [Path(name).read_bytes() for name in FILES]
+    torch.manual_seed(5)
+    analyze(again=True)
+    assert [Path(name).read_bytes() for name in FILES] == first
+
+
+def test_one_topology_for_all_texts_is_shown_as_such(analyze):
+    found = analyze(predictor_input="none")
+    for protocol in ("window", "prefix"):
+        for mode in ("soft", "hard"):
+            varied = found["variation"][protocol][mode]
+            assert varied.pop("distinct") == 1
+            assert varied == pytest.approx(dict.fromkeys(varied, 0.0), abs=1e-12)
+        assert found["swapped"][protocol]["mean"] == 0
+        assert found["swapped"][protocol]["p"] == 1
+    for mode in ("soft", "hard"):
+        assert found["same_text"][mode]["p"] == 1
+        assert found["domains"][mode]["separation"]["p"] == 1
+        assert found["reading"][mode]["read_minus_not_read"]["mean"] == 0
+    assert found["domains"]["probe"]["observed"] == 0.5  # of two sources
+    assert all(pair["p_holm"] == 1 and pair["explained"] == 0 for pair in found["domains"]["layer_pairs"])
+
+
+def test_a_predictor_that_reads_the_text_varies(analyze):
+    found = analyze()
+    assert found["checks"] == {"wirings_are_those_that_were_evaluated": True}
+    varied = found["variation"]["window"]["soft"]
+    assert varied["distinct"] == WINDOWS
+    assert varied["gate_variance"] > 1e-4
+    assert 1 < varied["effective_rank"] < WINDOWS
+    assert sum(found["domains"]["documents"]) > 2
+    assert len(found["domains"]["layer_pairs"]) == LAYERS * (LAYERS - 1) // 2
+
+
+def test_texts_are_scored_under_the_wirings_of_others(analyze, tmp_path):
+    found = analyze()
+    predictor, graph, windows = make_predictor(), DagForward(make_base()), make_windows(tmp_path / "again")
+    tokens, targets = windows.batch(range(WINDOWS))
+    with Path(FILES[1]).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for protocol, first in (("window", 0), ("prefix", PREFIX - 1)):
+        vectors = np.load(f"data/dagformer/embeddings/test{'_prefix' if first else ''}.npy")
+        wirings = predictor(torch.from_numpy(vectors), 0.5, "soft").detach()
+        shifts = [WINDOWS // 3, 2 * WINDOWS // 3]
+        others = np.mean([nll_of(graph, tokens, targets, wirings.roll(shift, 0), first) for shift in shifts], axis=0)
+        own = nll_of(graph, tokens, targets, wirings, first)
+        written = [row for row in rows if row["protocol"] == protocol]
+        assert [float(row["nll_own"]) for row in written] == pytest.approx(own, abs=1e-5)
+        assert [float(row["nll_other"]) for row in written] == pytest.approx(others, abs=1e-5)
+        expected = paired_difference(own, others)
+        assert found["swapped"][protocol]["mean"] == pytest.approx(expected.mean, abs=1e-5)
+        assert found["swapped"][protocol]["low"] == pytest.approx(expected.low, abs=1e-5)
+
+
+def test_what_reading_the_answer_is_worth_is_measured_on_the_same_tokens(analyze, tmp_path):
+    found = analyze()["reading"]
+    predictor, graph, windows = make_predictor(), DagForward(make_base()), make_windows(tmp_path / "again")
+    tokens, targets = windows.batch(range(WINDOWS))
+    baseline = nll_of(graph, tokens, targets, torch.ones(WINDOWS, LAYERS * HEADS, LAYERS * HEADS), PREFIX - 1)
+    for mode in ("soft", "hard"):
+        nll = {}
+        for name, split in (("read", "test"), ("not_read", "test_prefix")):
+            vectors = torch.from_numpy(np.load(f"data/dagformer/embeddings/{split}.npy"))
+            nll[name] = nll_of(graph, tokens, targets, predictor(vectors, 0.5, mode).detach(), PREFIX - 1)
+            expected = (nll[name] - baseline).mean()
+            assert found[mode][name]["mean"] == pytest.approx(expected, abs=1e-5)
+        expected = (nll["read"] - nll["not_read"]).mean()
+        assert found[mode]["read_minus_not_read"]["mean"] == pytest.approx(expected, abs=1e-5)
+
+
+@torch.no_grad()
+def nll_of(graph, tokens, targets, adjacency, first) -> np.ndarray:
+    logits = graph(tokens, adjacency)
+    return torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")[:, first:].mean(1).numpy()
+
+
+def test_the_mean_wirings_of_domains_are_stored(analyze):
+    found = analyze()
+    tensors, state = load_checkpoint(FILES[2])
+    assert state["sources"] == found["domains"]["sources"] == ["ants", "bees"]
+    for pair in found["domains"]["layer_pairs"]:
+        rows = slice(pair["source"] * HEADS, (pair["source"] + 1) * HEADS)
+        columns = slice(pair["target"] * HEADS, (pair["target"] + 1) * HEADS)
+        assert tensors["mean_soft"][:, rows, columns].mean((1, 2)).tolist() == pytest.approx(pair["means"])
+
+
+def test_gates_of_another_run_fail_the_check(analyze):
+    analyze()
+    path = Path("data/eval/P1/gates.safetensors")
+    tensors, state = load_checkpoint(path)
+    tensors["prefix.logits"][0, 0] += 1e-3
+    save_checkpoint(path, tensors, state)
+    assert analyze(again=True)["checks"] == {"wirings_are_those_that_were_evaluated": False}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("protocol,window\nwindow,1\n", "damaged: 'nll_soft'"),
+        ("protocol,nll_soft,nll_hard,nll_baseline\nwindow,1,x,2\n", "damaged: could not convert"),
+        ("protocol,nll_soft,nll_hard,nll_baseline\nwindow,1,1,2\n", "has no rows of the prefix protocol"),
+    ],
+)
+def test_a_damaged_evaluation_is_named(analyze, content, message):
+    analyze()
+    path = Path("reports/dagformer/P1/nll.csv")
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(DynarouteError, match=f"{path}: {message}"):
+        analyze(again=True)
