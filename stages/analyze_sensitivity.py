@@ -27,10 +27,10 @@ from dynaroute.config import Analysis, Settings
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.gates import dag_mask, layer_distance
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.dagformer.windows import Selection, Subset
+from dynaroute.dagformer.windows import Selection
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.domains import main_documents, windows_of_documents
+from dynaroute.evaluation.domains import windows_of_documents
 from dynaroute.evaluation.nll import sequence_nll, wired_nll
 from dynaroute.evaluation.sensitivity import (
     describe_gradients,
@@ -64,16 +64,15 @@ def main(settings: Settings) -> None:
     analysis = settings.analysis
     shards = TokenShards(Path("data/tokens") / settings.dagformer.corpus, "test")
     windows = Windows(shards, settings.dagformer.seq_len, keep_tail=False)
-    held_out = Subset(windows, settings.dagformer.eval_windows)
-    documents = main_documents(shards, windows.seq_len, list(held_out.indices))
-    ranked, scored = halves(held_out, documents, analysis)
-    followed = followed_windows(windows, analysis)
+    documents = windows_of_documents(shards, windows.seq_len)
+    ranked, scored = (Selection(windows, half) for half in halves(documents, analysis))
+    followed = followed_windows(documents, analysis)
     graph = DagForward(load_base(BASE, settings.device))
 
     gradients = gate_gradients(graph, ranked, BATCH).numpy().astype(np.float64)  # [n, E]
     adjacent = (layer_distance(graph.num_layers, graph.num_heads) == 1)[dag_mask(graph.num_layers, graph.num_heads)]
     sizes = [np.abs(gradients[:, part]).mean(1) for part in (adjacent.numpy(), ~adjacent.numpy())]
-    groups = main_documents(shards, windows.seq_len, list(ranked.indices))
+    groups = documents[ranked.indices]
     removal = remove(graph, scored, gradients.mean(0), analysis, settings.seed)
     oracle = optimise(graph, windows, followed, analysis)
 
@@ -96,7 +95,7 @@ def main(settings: Settings) -> None:
             "oracle": {"steps": analysis.oracle_steps, "lr": analysis.oracle_lr, **summarise_oracle(oracle)},
             "checks": {
                 "gradients_and_removals_are_of_different_documents": not set(groups)
-                & set(main_documents(shards, windows.seq_len, list(scored.indices))),
+                & set(documents[scored.indices]),
                 "optimised_gates_are_better_on_their_own_window": all(
                     row["nll_oracle"] < row["nll_baseline"] for row in oracle if row["text"] == "same"
                 ),
@@ -105,22 +104,27 @@ def main(settings: Settings) -> None:
     )  # fmt: skip
 
 
-def halves(held_out: Subset, documents: np.ndarray, analysis: Analysis) -> tuple[Selection, Selection]:
-    """Windows for gradients and windows for removals: of every other document, evenly spaced.
+def halves(documents: np.ndarray, analysis: Analysis) -> list[list[int]]:
+    """Windows for gradients and windows for removals, evenly spaced: of every other document.
+
+    Args:
+        documents: which document each window is wholly within; -1 where none.
+        analysis: how many of each are wanted.
 
     Raises:
-        DynarouteError: one of them would have fewer than two windows.
+        DynarouteError: there are fewer than two windows for one of them, or of less than two documents.
     """
     order = np.unique(documents, return_inverse=True)[1]
     chosen = []
     for parity, most in enumerate((analysis.gradient_windows, analysis.removal_windows)):
-        pool = [window for window, document in zip(held_out.indices, order, strict=True) if document % 2 == parity]
+        pool = np.flatnonzero((documents >= 0) & (order % 2 == parity))
+        if len(set(documents[pool])) < 2:
+            number = len(set(documents[documents >= 0]))
+            found = f"too few documents of the test split hold a whole window ({number})"
+            raise DynarouteError(f"analysis: {found}: raise corpora's split.test, or lower dagformer.seq_len")
         number = min(most, len(pool))
-        if number < 2:
-            found = f"the {len(held_out)} windows of {len(set(documents))} documents do not split into two halves"
-            raise DynarouteError(f"dagformer.eval_windows = {len(held_out)}: {found}: raise it")
-        chosen.append(Selection(held_out.windows, [pool[i * len(pool) // number] for i in range(number)]))
-    return chosen[0], chosen[1]
+        chosen.append([int(pool[i * len(pool) // number]) for i in range(number)])
+    return chosen
 
 
 def gradients_by_layer_pair(graph: DagForward, gradients: np.ndarray) -> Iterator[dict[str, Any]]:
@@ -184,18 +188,17 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, int]:
     return {words.replace(" ", "_"): found.count(words) for words in ("better", "worse", "no difference shown")}
 
 
-def followed_windows(windows: Windows, analysis: Analysis) -> list[int]:
-    """Windows that the next one continues: both are wholly within the same document.
+def followed_windows(documents: np.ndarray, analysis: Analysis) -> list[int]:
+    """Windows that the next one continues, evenly spaced: both are wholly within the same document.
 
     Raises:
         DynarouteError: there are fewer than two.
     """
-    documents = windows_of_documents(windows.shards, windows.seq_len)
     followed = np.flatnonzero((documents[:-1] >= 0) & (documents[:-1] == documents[1:]))
     number = min(analysis.oracle_windows, len(followed))
     if number < 2:
         found = f"{len(followed)} windows of the test split are followed by one of their document"
-        raise DynarouteError(f"dagformer.seq_len = {windows.seq_len}: {found}, and two are needed: lower it")
+        raise DynarouteError(f"analysis.oracle_windows = {analysis.oracle_windows}: {found}, and two are needed")
     return [int(followed[i * len(followed) // number]) for i in range(number)]
 
 

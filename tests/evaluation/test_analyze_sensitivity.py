@@ -79,10 +79,8 @@ def test_removing_everything_is_the_base_without_any_connection(tree, stage):
 def nll_without_connections(stage: ModuleType) -> np.ndarray:
     """NLL of the windows that removals are scored on, by a plain forward with no gate open, and by transformers."""
     windows = stage.Windows(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN, keep_tail=False)
-    held_out = stage.Subset(windows, 11)
-    documents = stage.main_documents(windows.shards, SEQ_LEN, list(held_out.indices))
-    scored = stage.halves(held_out, documents, settings().analysis)[1]
-    tokens, targets = scored.batch(range(4))
+    documents = stage.windows_of_documents(windows.shards, SEQ_LEN)
+    tokens, targets = windows.batch(stage.halves(documents, settings().analysis)[1])
     base = make_base()
     with torch.no_grad():
         logits = [DagForward(base)(tokens, torch.zeros(4, LAYERS * HEADS, LAYERS * HEADS)), base(tokens).logits]
@@ -112,21 +110,22 @@ def test_there_is_a_row_for_each_layer_pair_head_order_and_text(tree, stage):
     assert found["oracle"]["same"]["mean"] < 0
 
 
-def test_gradients_and_removals_never_share_a_document(tree, stage):
-    windows = stage.Windows(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN, keep_tail=False)
-    held_out = stage.Subset(windows, 11)
-    documents = stage.main_documents(windows.shards, SEQ_LEN, list(held_out.indices))
-    halves = stage.halves(held_out, documents, settings(gradient_windows=99, removal_windows=99).analysis)
-    of_window = dict(zip(held_out.indices, documents, strict=True))
-    first, second = ({of_window[window] for window in half.indices} for half in halves)
+def test_gradients_and_removals_never_share_a_document(stage):
+    documents = np.array([-1, 0, 0, 3, 3, -1, 4, 5, 5, 5, -1, 7, 9])
+    analysis = settings(gradient_windows=99, removal_windows=99).analysis
+    first, second = ({int(documents[window]) for window in half} for half in stage.halves(documents, analysis))
     assert not first & second
-    assert first | second == set(documents)
-    with pytest.raises(DynarouteError, match=r"dagformer.eval_windows = 11: .* of 1 documents do not split"):
-        stage.halves(held_out, np.zeros(11, int), settings().analysis)
+    assert first | second == {0, 3, 4, 5, 7, 9}
+    few = stage.halves(documents, settings(gradient_windows=2, removal_windows=3).analysis)
+    assert [len(half) for half in few] == [2, 3]
 
 
-def test_text_without_documents_of_two_windows_is_refused(tree, stage):
-    long = tiny_settings(seq_len=50, eval_windows=6)
-    with pytest.raises(DynarouteError, match=r"dagformer.seq_len = 50: 0 windows .* followed by one of their document"):
-        stage.main(long.model_copy(update={"analysis": settings().analysis}))
-    assert not REPORTS.exists()
+@pytest.mark.parametrize("documents", [[0, 0, 0, -1], [0, 1, 2, -1], [-1, -1]])
+def test_too_few_documents_are_refused(stage, documents):
+    with pytest.raises(DynarouteError, match=r"analysis: too few documents .* hold a whole window \(\d\)"):
+        stage.halves(np.array(documents), settings().analysis)
+
+
+def test_text_without_windows_that_go_on_is_refused(stage):
+    with pytest.raises(DynarouteError, match=r"analysis.oracle_windows = 3: 1 windows .* of their document"):
+        stage.followed_windows(np.array([-1, 0, 0, 1, 2, -1, 3]), settings().analysis)
