@@ -149,6 +149,46 @@ def test_values_and_gradients_match_the_formulas_node_by_node(layers, heads, bat
 
 
 @pytest.mark.usefixtures("exact_norms")
+@pytest.mark.parametrize("input_norm", INPUT_NORMS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("layers", "heads", "batch"), [(1, 2, 1), (2, 3, 1), (3, 2, 2), (5, 2, 2), (6, 1, 1)])
+def test_a_trainable_base_gets_the_gradients_of_the_formulas(layers, heads, batch, input_norm, checkpointing):
+    base = make_base(layers, heads, 8 * heads, torch.float64, rms_norm_eps=1e-2)
+    tokens = make_tokens(batch, 5)
+    dag = DagForward(base, input_norm, gradient_checkpointing=checkpointing, trainable=True)
+    gradients = []
+    for forward in (dag, lambda t, a: reference_forward(base, t, a, input_norm)):
+        adjacency = random_gates(base, batch).requires_grad_()
+        base.zero_grad()
+        nll(forward(tokens, adjacency), tokens).backward()
+        gradients.append({name: parameter.grad for name, parameter in base.named_parameters()} | {"A": adjacency.grad})
+    assert not any(gradient is None for gradient in gradients[0].values() if layers > 1)
+    for name, expected in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], expected, rtol=1e-7, atol=1e-10, msg=name)
+
+
+def test_a_trainable_base_with_all_gates_open_gets_the_gradients_of_transformers():
+    base = make_base(8, 2, 32)
+    tokens, dag, gradients = make_tokens(3, 9), DagForward(base, trainable=True), []
+    for forward in (lambda: dag(tokens, open_gates(base, 3)), lambda: base(tokens).logits):
+        base.zero_grad()
+        nll(forward(), tokens).backward()
+        gradients.append({name: parameter.grad for name, parameter in base.named_parameters()})
+    for name, expected in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_trainable_base_may_change_between_passes():
+    base, tokens = make_base(4, 2), make_tokens()
+    dag = DagForward(base, trainable=True)
+    nll(dag(tokens, open_gates(base, 2)), tokens).backward()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter -= 0.5 * parameter.grad
+        assert (dag(tokens, open_gates(base, 2)) - base(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.usefixtures("exact_norms")
 def test_gradients_match_finite_differences():
     base = make_base(3, 2, 16, torch.float64)
     tokens, dag = make_tokens(1, 4), DagForward(base)

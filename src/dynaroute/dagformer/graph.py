@@ -69,37 +69,43 @@ class DagForward(nn.Module):
         ln_post    (gated_j - mean_d gated_j) / sqrt(var_d gated_j + eps)
         rms_pre    sum_i A[i, j] * head_i / sqrt(mean_d head_i^2 + eps); the ungated sums use head_i as it is
 
-    The base is frozen in place (requires_grad False) and computes as in eval mode, without dropout. Its weights must
-    not change afterwards, because the q, k, v weights are stacked once, here; move or cast this module, not the base.
+    The base computes as in eval mode, without dropout. It is frozen in place (requires_grad False), and its weights
+    must not change afterwards, because the q, k, v weights are stacked once, here; move or cast this module, not the
+    base. With `trainable` it is the other way round: all of the base's parameters take gradients, and may change.
     The dtype of all work is the base's own: autocast is switched off inside.
 
     Args:
         base: the model; multi-head attention without biases.
         input_norm: see above.
         gradient_checkpointing: recompute attention and MLP in the backward pass instead of storing their activations.
+        trainable: see above.
 
     Raises:
         DynarouteError: a base or an input_norm that is not supported.
     """
 
-    def __init__(self, base: "Olmo2ForCausalLM", input_norm: InputNorm = "none", gradient_checkpointing: bool = False):
+    def __init__(
+        self,
+        base: "Olmo2ForCausalLM",
+        input_norm: InputNorm = "none",
+        gradient_checkpointing: bool = False,
+        trainable: bool = False,
+    ):
         super().__init__()
         _check_base(base)
         if input_norm not in get_args(InputNorm):
             raise DynarouteError(f"input_norm = {input_norm!r}: must be one of {', '.join(get_args(InputNorm))}")
-        self.base = base.requires_grad_(False)
+        self.base = base.requires_grad_(trainable)
         self.input_norm = input_norm
         self.gradient_checkpointing = gradient_checkpointing
+        self.trainable = trainable
         self.num_layers, self.num_heads = base.config.num_hidden_layers, base.config.num_attention_heads
         # With these, input_j is mixed as hidden - sum_i (1 - A[i, j]) * head_i, where hidden is the residual stream of
         # the base: the same sum, but at A = 1 nothing is left of it that rounds differently from the base.
         self._complement = input_norm in ("none", "gate_mean")
         self._spare: Tensor | None = None  # the buffer of a finished pass, for the next one
-        for i, layer in enumerate(base.model.layers):
-            attention = layer.self_attn
-            projections = attention.q_proj, attention.k_proj, attention.v_proj
-            w_qkv = torch.cat([p.weight.unflatten(0, (self.num_heads, -1)) for p in projections], dim=1)
-            self.register_buffer(f"w_qkv_{i}", w_qkv, persistent=False)  # [H, 3K, D]
+        for i in range(0 if trainable else self.num_layers):
+            self.register_buffer(f"w_qkv_{i}", self._stack_w_qkv(i), persistent=False)  # [H, 3K, D]
 
     def forward(self, tokens: Tensor, adjacency: Tensor) -> Tensor:
         """Computes logits; differentiable once with respect to the adjacency.
@@ -131,7 +137,7 @@ class DagForward(nn.Module):
         block = partial(checkpoint, self._block, use_reentrant=False) if self.gradient_checkpointing else self._block
         base = increment = hidden
         for n, layer in enumerate(model.layers):
-            w_qkv = getattr(self, f"w_qkv_{n}")  # [H, 3K, D]
+            w_qkv = self._stack_w_qkv(n) if self.trainable else getattr(self, f"w_qkv_{n}")  # [H, 3K, D]
             if n == 0:  # base_0 is the embedding, and there is nothing to receive
                 inputs = hidden.view(1, B * T, D).expand(self.num_heads, -1, -1)
                 qkv = torch.bmm(inputs, w_qkv.transpose(1, 2))
@@ -151,6 +157,12 @@ class DagForward(nn.Module):
                 base = base + mlp
                 increment = mlp if n > 0 else base
         return self.base.lm_head(model.norm(hidden))
+
+    def _stack_w_qkv(self, n: int) -> Tensor:
+        """The weights of layer n's q, k and v, of each head together, [H, 3K, D]."""
+        attention = self.base.model.layers[n].self_attn
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        return torch.cat([p.weight.unflatten(0, (self.num_heads, -1)) for p in projections], dim=1)
 
     def _block(
         self, layer: nn.Module, qkv: Tensor, hidden: Tensor, position: Any, exchange: "_Exchange"
@@ -223,11 +235,12 @@ class _Exchange:
         self.L, self.H, self.S = owner.num_layers, owner.num_heads, owner.num_heads + 1
         self.eps = owner.base.config.rms_norm_eps
         self.normalise_sent = owner.input_norm == "rms_pre"
+        self.first_sender = 0 if owner.trainable else 1  # layer 0 depends on no gate, but on weights
         self.gates = gates.detach().to(hidden.dtype)
         _, senders, receivers = gates.shape
         per_token = B * T * D
         sizes = [per_token * senders, per_token * receivers, max(_SCRATCH, D * senders, senders * receivers)]
-        if torch.is_grad_enabled() and gates.requires_grad:
+        if torch.is_grad_enabled() and (gates.requires_grad or owner.trainable):
             sizes.append(per_token * senders)
         # A kernel hands out fresh memory page by page, which on a CPU costs as much as the mixing itself.
         buffer, owner._spare = owner._spare, None
@@ -260,8 +273,8 @@ class _Exchange:
         size = n & -n
         senders, receivers = self.senders(n - size, n), self.receivers(n, min(n + size, self.L))
         self._add_d_gates(self.d_gates[:, senders, receivers], self.sent[:, :, senders], self.received[:, :, receivers])
-        if n > 1:
-            senders = self.senders(max(n - size, 1), n)  # layer 0 depends on no gate
+        if n > self.first_sender:
+            senders = self.senders(max(n - size, self.first_sender), n)
             first = n + size >= self.L  # else the square n + size was before this one, and wrote to all its senders
             gates = self.gates[:, senders, receivers]
             self._mix(self.d_sent[:, :, senders], gates, self.received[:, :, receivers], first)
@@ -320,7 +333,8 @@ class _Send(torch.autograd.Function):
         if exchange.normalise_sent:
             ctx.inverse_of_head = torch.rsqrt(_wide(heads).square().mean(-1, keepdim=True) + exchange.eps)
             heads.mul_(ctx.inverse_of_head)
-        ctx.save_for_backward(total, inverse, w_o, w)
+        # z is for the gradient of w_o, which only a base that is trained asks for.
+        ctx.save_for_backward(total, inverse, w_o, w, z if ctx.needs_input_grad[3] else None)
         ctx.exchange, ctx.n = exchange, n
         return total.view(B, T, D)
 
@@ -328,7 +342,7 @@ class _Send(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
         """By now all later layers have added to `d_sent` what they owe to these heads = w * raw * inverse."""
-        total, inverse, w_o, w = ctx.saved_tensors
+        total, inverse, w_o, w, z = ctx.saved_tensors
         exchange, senders = ctx.exchange, ctx.exchange.senders(ctx.n)
         B, T, D = d_total.shape
         H = exchange.H
@@ -337,12 +351,18 @@ class _Send(torch.autograd.Function):
         if exchange.normalise_sent:
             d_heads.sub_(heads * (heads * d_heads).mean(-1, keepdim=True)).mul_(ctx.inverse_of_head)
             heads = heads / ctx.inverse_of_head
+        # head = w * raw * inverse, so its derivative with respect to w is head / w; no weight is 0 to the bit.
+        d_w = (heads * d_heads).sum((0, 1)) / w if ctx.needs_input_grad[4] else None
         d_log_inverse = exchange.inner(heads, d_heads)  # [B*T, 1]
         d_total = d_total.reshape(B * T, D) - d_log_inverse * inverse.square() / D * total
         scale = (inverse * w).to(total.dtype)
         d_raw = torch.addcmul(d_total.to(total.dtype)[:, None], d_heads, scale[:, None], out=d_heads)  # in place
         d_z = torch.bmm(d_raw.transpose(0, 1), w_o.transpose(1, 2))  # [H, B*T, K]
-        return d_z.transpose(0, 1).reshape(B, T, -1), None, None, None, None, None
+        d_w_o = None
+        if z is not None:
+            d_w_o = torch.bmm(z.reshape(B * T, H, -1).permute(1, 2, 0), d_raw.transpose(0, 1))  # [H, K, D]
+            d_w_o = d_w_o.permute(2, 0, 1).reshape(D, -1)
+        return d_z.transpose(0, 1).reshape(B, T, -1), None, None, d_w_o, d_w, None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -370,12 +390,17 @@ class _Receive(torch.autograd.Function):
         if n == exchange.L - 1:  # the first to come
             dtype = torch.promote_types(exchange.gates.dtype, torch.float32)
             exchange.d_gates = torch.zeros_like(exchange.gates, dtype=dtype)
-        d_received = exchange.received[:, :, exchange.receivers(n)].flatten(0, 1)
+        d_received = exchange.received[:, :, exchange.receivers(n)].flatten(0, 1)  # until it is overwritten: received
+        d_w_qkv = None
+        if ctx.needs_input_grad[4]:
+            d_w_qkv = torch.bmm(d_out.transpose(1, 2), d_received.transpose(0, 1))
         if ctx.w_qkv is None:
             d_received.copy_(d_out)
         else:
             torch.bmm(d_out, ctx.w_qkv, out=d_received.transpose(0, 1))
         exchange.mix_backward(n)
-        if n == 1:  # the last to come; layer 0 depends on no gate
-            return exchange.d_gates.to(ctx.dtype), None, None, None, None
-        return None, exchange.d_sent[:, :, exchange.senders(n - 1)][:, :, -1].clone(), None, None, None
+        d_gates = exchange.d_gates.to(ctx.dtype) if n == 1 else None  # the last to come
+        d_increment = None
+        if n > exchange.first_sender:
+            d_increment = exchange.d_sent[:, :, exchange.senders(n - 1)][:, :, -1].clone()
+        return d_gates, d_increment, None, None, d_w_qkv
