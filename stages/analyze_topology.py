@@ -70,7 +70,8 @@ def main(settings: Settings, name: str) -> None:
         "wirings_are_those_that_were_evaluated": state["run"] == record["run"]
         and all(torch.equal(wirings[protocol].logits[:, valid], stored[f"{protocol}.logits"]) for protocol in SPLITS)
     }
-    graph = DagForward(load_base(DATA / "base", settings.device), predictor.variant.input_norm)
+    own_base = DATA / name / "base" if predictor.variant.base_lr > 0 else DATA / "base"
+    graph = DagForward(load_base(own_base, settings.device), predictor.variant.input_norm)
     evaluated = {protocol: read_nll(REPORTS / name / "nll.csv", protocol) for protocol in SPLITS}
     documents = main_documents(shards, windows.seq_len, list(held_out.indices))
     swaps = score_swaps(graph, held_out, wirings, evaluated, dagformer.prefix_tokens, analysis.swaps)

@@ -2,6 +2,8 @@
 
     python stages/evaluate_nll.py P1
 
+A variant whose base was trained jointly is scored on that base, but for the baseline, which is the same for all.
+
 Modes      soft      gates at the variant's final temperature, with its cascade
            hard      gates of 0 and 1
            baseline  all gates at one: the base as it is, the same numbers for every variant
@@ -16,7 +18,8 @@ Writes  reports/dagformer/<id>/nll.csv     a row for each protocol and window:
         reports/dagformer/<id>/nll.json    run, variant, n (windows), checks, largest_logit_difference_to_transformers,
             and for each protocol: tokens; nll_soft, nll_hard, nll_baseline, means over windows; soft_minus_baseline and
             hard_minus_baseline, each mean, low and high of the paired 95 % t interval, n, verdict; the measures of
-            `dynaroute.evaluation.topology.measure`
+            `dynaroute.evaluation.topology.measure`; nll_own_base, if the base was trained jointly: its mean NLL with
+            all gates at one
         data/eval/<id>/gates.safetensors   a checkpoint of ours, with float32 tensors for each protocol:
             <protocol>.logits [n, valid entries], where Z[:, dag_mask(num_layers, num_heads)] = logits;
             <protocol>.mean_soft, <protocol>.mean_hard [N, N];
@@ -62,7 +65,11 @@ def main(settings: Settings, name: str) -> None:
     before = [parameter.clone() for parameter in base.parameters()]
     dense = DagForward(base)
     input_norm = predictor.variant.input_norm
-    graph = dense if input_norm == "none" else DagForward(base, input_norm)
+    joint = predictor.variant.base_lr > 0
+    if joint:
+        graph = DagForward(load_base(DATA / name / "base", settings.device), input_norm)
+    else:
+        graph = dense if input_norm == "none" else DagForward(base, input_norm)
 
     baseline = baseline_nll(dense, windows, BATCH)
     _, targets = windows.batch(range(len(windows)))  # [n, T]
@@ -83,6 +90,8 @@ def main(settings: Settings, name: str) -> None:
             nll[mode] = (sums / counts).numpy()
         rows += window_rows(protocol, windows, counts, nll)
         metrics[protocol] = summary(counts, nll) | measure(wiring.soft, wiring.hard, graph.num_heads)
+        if joint:
+            metrics[protocol]["nll_own_base"] = open_nll(graph, windows, targets, first)
         gates[f"{protocol}.logits"] = wiring.logits[:, dag_mask(graph.num_layers, graph.num_heads)]
         gates[f"{protocol}.mean_soft"], gates[f"{protocol}.mean_hard"] = wiring.soft.mean(0), wiring.hard.mean(0)
 
@@ -111,6 +120,13 @@ def main(settings: Settings, name: str) -> None:
     state = {"run": record["run"], "variant": name, "num_layers": graph.num_layers, "num_heads": graph.num_heads}
     state |= {"tau": predictor.variant.tau_final, "cascade_k": float(predictor.cascade_k)}
     save_checkpoint(EVALUATED / name / "gates.safetensors", gates, state | {"windows": list(windows.indices)})
+
+
+def open_nll(graph: DagForward, windows: Subset, targets: Tensor, first: int) -> float:
+    """Mean NLL over windows with all gates at one, from position `first` on."""
+    gates = dag_mask(graph.num_layers, graph.num_heads).float().expand(len(windows), -1, -1)
+    sums, counts = sequence_nll(wired_nll(graph, windows, gates, BATCH), targets, first)
+    return float((sums / counts).mean())
 
 
 def window_rows(

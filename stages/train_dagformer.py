@@ -1,11 +1,11 @@
-"""Trains the predictor of one DAGFormer variant on a frozen base.
+"""Trains the predictor of one DAGFormer variant on a frozen base, or jointly with a copy of the base.
 
     python stages/train_dagformer.py P1
 
 Reads   data/dagformer/variants/<id>.yaml, data/dagformer/base, data/dagformer/embeddings,
         data/tokens/<dagformer.corpus>, and data/dagformer/<from> where the variant continues another
 Writes  data/dagformer/<id>/            predictor.safetensors (final weights), last.safetensors (all that a run goes on
-                                        from), run.json
+                                        from), run.json; base/, a transformers directory, if it was trained jointly
         reports/dagformer/<id>/         training.csv (a row for each validation), training.json (summary, checks)
         reports/dagformer/<id>/training_timing.json  what was measured
 
@@ -24,6 +24,7 @@ from dynaroute.config import Settings, Variant, read_yaml
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
 from dynaroute.dagformer.graph import DagForward
+from dynaroute.dagformer.joint import JointModel
 from dynaroute.dagformer.objective import DagObjective, verdict
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.dagformer.windows import Subset
@@ -50,8 +51,13 @@ def main(settings: Settings, name: str) -> None:
     training = Subset(windows["train"], dagformer.train_windows)
     validation = Subset(windows["validation"], dagformer.validation_windows)
     embeddings = load_embeddings(DATA / "embeddings")
-    graph = DagForward(load_base(DATA / "base", settings.device), variant.input_norm)
-    base_before = fingerprint(graph.base)
+    joint = variant.base_lr > 0
+    frozen = load_base(DATA / "base", settings.device)
+    base_before = fingerprint(frozen)
+    if joint:  # in fp32 on any device: steps are small beside what bf16 can tell apart
+        graph = DagForward(load_base(DATA / "base", settings.device).float(), variant.input_norm, trainable=True)
+    else:
+        graph = DagForward(frozen, variant.input_norm)
 
     identity = {
         "variant": variant.model_dump(),
@@ -64,16 +70,25 @@ def main(settings: Settings, name: str) -> None:
     }
     identifier = run_id(identity)
     accelerator = make_accelerator(settings.device, variant.precision)
+    if joint and accelerator.num_processes > 1:  # gradients of a base outside the wrapped model are not shared
+        found = f"{accelerator.num_processes} processes: a joint variant is trained by one: launch it with python"
+        raise DynarouteError(f"variants.{name}.base_lr = {variant.base_lr:g}: {found}")
     torch.manual_seed(variant.seed)
     predictor = StructurePredictor(variant, graph.num_layers, graph.num_heads, embeddings["train"].shape[1])
     predictor.fit_normalisation(embeddings["train"])
     # What continues another variant sees another order of the text and other noise.
     seed = variant.seed if start == "base" else variant.seed + 1_000_003
     objective = DagObjective(
-        graph, variant, torch.from_numpy(embeddings["train"]), torch.from_numpy(embeddings["validation"]), seed
+        graph,
+        variant,
+        torch.from_numpy(embeddings["train"]),
+        torch.from_numpy(embeddings["validation"]),
+        seed,
+        DagForward(frozen) if joint else None,
     )
+    model = JointModel(predictor, graph.base) if joint else predictor
     trainer = Trainer(
-        predictor,
+        model,
         objective,
         training,
         validation,
@@ -83,18 +98,18 @@ def main(settings: Settings, name: str) -> None:
         seed=seed,
         scratch=scratch_folder("train_dagformer", identifier),
         start=None if start == "base" else DATA / start / "last.safetensors",
+        parameter_groups=model.parameter_groups(variant) if joint else None,
     )
     loading_seconds = time.perf_counter() - started
     with trainer:
         state = trainer.run()
         if not accelerator.is_main_process:
             return
-        weights = accelerator.unwrap_model(trainer.model).state_dict()
         health, reason = verdict(state.history)
         first, last = state.history[0], state.history[-1]
         checks = {
-            "base_is_unchanged_to_the_bit": fingerprint(graph.base) == base_before,
-            "base_holds_no_gradients": all(p.grad is None and not p.requires_grad for p in graph.base.parameters()),
+            "base_is_unchanged_to_the_bit": fingerprint(frozen) == base_before,
+            "base_holds_no_gradients": all(p.grad is None and not p.requires_grad for p in frozen.parameters()),
         }
         if start == "base" and variant.exempt_first_layer:
             nll, dense = first["validation_nll_hard"], first["validation_nll_baseline"]
@@ -102,7 +117,10 @@ def main(settings: Settings, name: str) -> None:
             soft = first["validation_nll_soft"]
             checks["soft_nll_is_within_1_percent_of_the_baseline_before_training"] = abs(soft / dense - 1) < 0.01
         with output_directory(DATA / name) as folder:
+            weights = predictor.state_dict()
             save_checkpoint(folder / "predictor.safetensors", weights, {"run": identifier, "step": state.step})
+            if joint:
+                graph.base.save_pretrained(folder / "base")
             shutil.copyfile(trainer.last_path, folder / "last.safetensors")
             write_json(
                 folder / "run.json",

@@ -346,6 +346,7 @@ class Variant(Training):
     cascade_k: PositiveFloat
     exempt_first_layer: bool  # false only to show what the cascade does to layer 0 without it
     input_norm: Literal["none", "gate_mean", "rms_post", "ln_post", "rms_pre"]
+    base_lr: NonNegativeFloat  # of the base, trained jointly with the predictor; 0: it is frozen
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> Self:

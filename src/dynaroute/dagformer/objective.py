@@ -46,10 +46,16 @@ class DagObjective:
         training_embeddings: Tensor,
         validation_embeddings: Tensor,
         noise_seed: int,
+        dense: DagForward | None = None,
     ) -> None:
-        """Embeddings are [windows, E], in the order of the windows trained and validated on."""
+        """Embeddings are [windows, E], in the order of the windows trained and validated on.
+
+        The baseline is `dense` with all gates at one; if not given, the base of `graph`, which must then be frozen.
+        """
         self.graph, self.variant, self.noise_seed = graph, variant, noise_seed
-        self.dense = graph if graph.input_norm == "none" else DagForward(graph.base)  # what the baseline is
+        if dense is None:  # a baseline never has an input norm
+            dense = graph if graph.input_norm == "none" else DagForward(graph.base)
+        self.dense = dense
         self.training_embeddings, self.validation_embeddings = training_embeddings, validation_embeddings
         self.valid = dag_mask(graph.num_layers, graph.num_heads)
         self.distance = layer_distance(graph.num_layers, graph.num_heads)

@@ -128,8 +128,11 @@ class Trainer:
         seed: int,
         scratch: Path,
         start: Path | None = None,
+        parameter_groups: list[dict[str, Any]] | None = None,
     ) -> None:
         """Prepares a run in the folder `scratch`, which begins with weights and moments of the checkpoint `start`.
+
+        Parameter groups are those of `decay_groups` unless given; a group's `lr_factor` multiplies its learning rate.
 
         Raises:
             DynarouteError: batches do not divide among the processes, there is not one whole batch, or the run would
@@ -151,9 +154,8 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(len(training), settings.batch_size)
         self.total_steps = total_steps
         self.validate_every = self.steps_per_epoch if settings.validate_every == "epoch" else settings.validate_every
-        optimizer = torch.optim.AdamW(
-            decay_groups(model, settings.weight_decay), lr=settings.lr, betas=tuple(settings.betas), fused=True
-        )
+        groups = decay_groups(model, settings.weight_decay) if parameter_groups is None else parameter_groups
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=tuple(settings.betas), fused=True)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.state = TrainingState()
         self._epoch_order: tuple[int, np.ndarray] | None = None
@@ -258,7 +260,7 @@ class Trainer:
             self._diverged(f"step {step + 1}: loss {total}, gradient norm {float(norm)}")
         self._add("gradient_norm", norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(step)
+            group["lr"] = self._learning_rate(step) * group.get("lr_factor", 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1

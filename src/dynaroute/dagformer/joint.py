@@ -1,0 +1,33 @@
+"""A predictor and the base that it wires, trained together."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from dynaroute.config import Variant
+from dynaroute.dagformer.predictor import StructurePredictor
+from dynaroute.training.schedules import decay_groups
+
+if TYPE_CHECKING:
+    from transformers import Olmo2ForCausalLM
+
+
+class JointModel(nn.Module):
+    """What the loop trains and saves: both models' parameters. Called, it is the predictor; a `DagForward` of the base,
+    made with `trainable`, does the rest.
+    """
+
+    def __init__(self, predictor: StructurePredictor, base: "Olmo2ForCausalLM") -> None:
+        super().__init__()
+        self.predictor, self.base = predictor, base
+
+    def forward(self, *arguments: Any) -> Tensor:
+        """The adjacency, see `StructurePredictor.forward`."""
+        return self.predictor(*arguments)
+
+    def parameter_groups(self, variant: Variant) -> list[dict[str, Any]]:
+        """Optimizer groups of the predictor, and of the base at `base_lr`; in both, matrices alone decay."""
+        base = decay_groups(self.base, variant.weight_decay)
+        for group in base:
+            group["lr_factor"] = variant.base_lr / variant.lr
+        return decay_groups(self.predictor, variant.weight_decay) + base
