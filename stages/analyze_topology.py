@@ -16,7 +16,8 @@ Writes  reports/dagformer/<id>/topology.json   run, variant, n (windows), checks
                 (test) and mean_distances; the probe of soft gates and of the text vectors (tests); layer_pairs, for
                 each the share of its mean gate's variance that lies between sources (test), and the means by source
         reports/dagformer/<id>/swaps.csv       a row for each protocol and window
-        data/analysis/<id>/domains.safetensors a checkpoint of ours: mean soft gates of each source, [C, N, N]
+        data/analysis/<id>/wirings.safetensors a checkpoint of ours, of soft gates: variance over texts [N, N]; distances
+            of all pairs of texts, and of each whole window to its own prefix; mean_by_source [C, N, N]
 """
 
 from pathlib import Path
@@ -94,10 +95,12 @@ def main(settings: Settings, name: str) -> None:
         "reading": reading(graph, held_out, wirings, evaluated, documents, dagformer.prefix_tokens, settings.seed),
     }  # fmt: skip
     drawn = domain_windows(shards, windows.seq_len, analysis.domain_windows)
-    report["domains"], means = None, {}
+    tensors = dict(zip(("distances", "same_text"), distances(**sets["soft"]), strict=True))
+    tensors["variance"] = wirings["window"].soft.var(0, correction=0)
+    report["domains"] = None
     if drawn is not None:
         vectors = encode(settings, shards, Selection(windows, drawn.windows))
-        report["domains"], means["mean_soft"] = analyze_domains(settings, predictor, drawn, vectors)
+        report["domains"], tensors["mean_by_source"] = analyze_domains(settings, predictor, drawn, vectors)
     write_csv(
         REPORTS / name / "swaps.csv",
         [
@@ -109,8 +112,14 @@ def main(settings: Settings, name: str) -> None:
     )
     state = {"run": record["run"], "variant": name, "num_heads": predictor.num_heads}
     state["sources"] = drawn.sources if drawn is not None else []
-    save_checkpoint(ANALYSED / name / "domains.safetensors", means, state)
+    save_checkpoint(ANALYSED / name / "wirings.safetensors", tensors, state)
     write_json(REPORTS / name / "topology.json", report | {"checks": checks})
+
+
+def distances(window: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances of all pairs of different texts, [n(n-1)/2], and of each whole window to its own prefix, [n]."""
+    first, second = torch.triu_indices(len(window), len(window), 1)
+    return jaccard_distances(window, window)[first, second], jaccard_distances(window, prefix).diagonal()
 
 
 def score_swaps(

@@ -24,12 +24,13 @@ from small_dagformer import (
 )
 
 from dynaroute.config import Settings
+from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.statistics import paired_difference
 from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
 
-FILES = ["reports/dagformer/P1/topology.json", "reports/dagformer/P1/swaps.csv", "data/analysis/P1/domains.safetensors"]
+FILES = ["reports/dagformer/P1/topology.json", "reports/dagformer/P1/swaps.csv", "data/analysis/P1/wirings.safetensors"]
 
 
 def settings() -> Settings:
@@ -156,7 +157,19 @@ def test_the_mean_wirings_of_domains_are_stored(analyze):
     for pair in found["domains"]["layer_pairs"]:
         rows = slice(pair["source"] * HEADS, (pair["source"] + 1) * HEADS)
         columns = slice(pair["target"] * HEADS, (pair["target"] + 1) * HEADS)
-        assert tensors["mean_soft"][:, rows, columns].mean((1, 2)).tolist() == pytest.approx(pair["means"])
+        assert tensors["mean_by_source"][:, rows, columns].mean((1, 2)).tolist() == pytest.approx(pair["means"])
+
+
+def test_the_distances_and_variances_behind_the_figures_are_stored(analyze):
+    found = analyze()
+    tensors, _ = load_checkpoint(FILES[2])
+    varied = found["variation"]["window"]["soft"]
+    assert tensors["distances"].shape == (WINDOWS * (WINDOWS - 1) // 2,)
+    assert float(tensors["distances"].mean()) == pytest.approx(varied["distance_mean"])
+    variance = tensors["variance"][dag_mask(LAYERS, HEADS)]
+    assert float(variance.mean()) == pytest.approx(varied["gate_variance"], rel=1e-4)
+    assert tensors["same_text"].shape == (WINDOWS,)
+    assert (tensors["same_text"] > 0).all()
 
 
 def test_gates_of_another_run_fail_the_check(analyze):

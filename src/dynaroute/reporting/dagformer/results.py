@@ -9,6 +9,7 @@ from dynaroute.evaluation.statistics import Interval, paired_difference
 from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_csv, read_record
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd  # at run time where tables are read: it is slow to import
     from torch import Tensor
 
@@ -19,6 +20,7 @@ REFERENCE = Path("reports/reference.yaml")
 BENCHMARK = Path("reports/benchmarks/dag.json")
 
 REFERENCE_VARIANT = "P1"  # every variant is this one with overrides
+JOINT = ("J1", "J0")  # the base trained jointly with the predictor, and trained on with all gates held open
 MODES = ("soft", "hard")  # beside the baseline, in which every gate is one
 PROTOCOLS = ("window", "prefix")
 # What may differ between a variant and the same one at another budget.
@@ -65,8 +67,11 @@ class Variant(NamedTuple):
 
     def minus(self, other: "Variant", mode: str, protocol: str) -> Interval:
         """The paired difference of a mode's NLL to that of another variant, on the same windows."""
-        ours, theirs = (one.windows[one.windows["protocol"] == protocol] for one in (self, other))
-        return paired_difference(ours[f"nll_{mode}"], theirs[f"nll_{mode}"])
+        return paired_difference(self.window_nll(mode, protocol), other.window_nll(mode, protocol))
+
+    def window_nll(self, mode: str, protocol: str) -> "np.ndarray":
+        """NLL of every held-out window, [n]; the mode may be baseline as well."""
+        return self.windows.loc[self.windows["protocol"] == protocol, f"nll_{mode}"].to_numpy()
 
 
 class Results(NamedTuple):
@@ -95,6 +100,29 @@ class Results(NamedTuple):
     def peers(self) -> list[Variant]:
         """The main variant, and those that are it at another budget."""
         return [other for other in self.variants.values() if set(other.differs_from(self.main)) <= BUDGET]
+
+    def seeds(self) -> list[Variant]:
+        """The main variant with each of its seeds, at the budget at which most were run."""
+        budgets: dict[int, list[Variant]] = {}
+        for other in self.variants.values():
+            if set(other.differs_from(self.main)) <= BUDGET | {"seed"}:
+                budgets.setdefault(other.knobs["steps"], []).append(other)
+        return max(budgets.values(), key=len)
+
+    @property
+    def joint(self) -> tuple[Variant, Variant] | None:
+        """The variant whose base was trained jointly, and the same base trained alone; None unless there are both."""
+        found = [self.variants.get(name) for name in JOINT]
+        return None if None in found else (found[0], found[1])
+
+    def ablations(self) -> list[Variant]:
+        """Variants to compare with the main one: on the frozen base, and other than it in more than seed or budget."""
+        same = BUDGET | {"seed"}
+        return [
+            other
+            for other in self.variants.values()
+            if other.knobs["base_lr"] == 0 and not set(other.differs_from(self.main)) <= same
+        ]
 
     def peer(self, variant: Variant) -> Variant | None:
         """The main variant at this one's budget, to compare it with; None if there is none."""

@@ -1,0 +1,110 @@
+"""Every paired difference that the DAGFormer report claims, with the statistics under it.
+
+    python stages/compare_variants.py
+
+Families, each corrected for its own number of tests by Holm:
+    baseline    every variant against the base with all gates at one
+    reference   every ablation against P1, at its own budget where that was run
+    control     P1 and its other seeds against C1, one topology for all texts
+    joint       J1, whose base was trained jointly, against J0, the same base trained on with gates held open
+
+Reads   reports/dagformer/<id>/* and data/dagformer/<id>/run.json of every variant in params.yaml;
+        data/tokens/<dagformer.corpus> (test), for the document that each window is of
+Writes  reports/dagformer/comparisons.csv   a row for each comparison, protocol and mode: family, ours, theirs,
+            protocol, mode; what `dynaroute.evaluation.statistics.compare` gives; p_holm; verdict, by the rule of
+            `corrected_verdict`
+        reports/dagformer/seeds.json        seeds, by variant; by protocol and mode: differences, to the baseline, by
+            variant; spread, their standard deviation; mean, low, high, n of the t interval over seeds; verdict
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dynaroute.artifacts import write_csv, write_json
+from dynaroute.config import Settings
+from dynaroute.data.shards import TokenShards
+from dynaroute.evaluation.domains import main_documents
+from dynaroute.evaluation.statistics import compare, corrected_verdict, holm, paired_difference, verdict
+from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant, read_results
+from dynaroute.stage import run
+
+REPORTS = Path("reports/dagformer")
+
+
+def main(settings: Settings) -> None:
+    """Compares, corrects, and writes."""
+    results = read_results(settings)
+    shards = TokenShards(Path("data/tokens") / settings.dagformer.corpus, "test")
+    windows = results.main.windows.groupby("protocol").get_group(PROTOCOLS[0])["window"].tolist()
+    documents = main_documents(shards, settings.dagformer.seq_len, windows)
+    rows = []
+    for family, members in families(results).items():
+        own = list(compare_family(family, members, documents, settings.seed))
+        for row, p in zip(own, holm([row["p"] for row in own]), strict=True):
+            rows.append(row | {"p_holm": float(p), "verdict": corrected_verdict(row["mean"], float(p))})
+    write_csv(REPORTS / "comparisons.csv", rows)
+    write_json(REPORTS / "seeds.json", over_seeds(results.seeds()))
+
+
+def families(results: Results) -> dict[str, list[tuple[Variant, Variant | None]]]:
+    """Pairs of variants to compare, by family; None is the baseline."""
+    found: dict[str, list[tuple[Variant, Variant | None]]] = {
+        "baseline": [(variant, None) for variant in results.variants.values()],
+        "reference": [(variant, results.peer(variant)) for variant in results.ablations()],
+    }
+    found["reference"] = [(ours, theirs) for ours, theirs in found["reference"] if theirs is not None]
+    if "C1" in results.variants:
+        control = results.variants["C1"]
+        found["control"] = [
+            (seed, control) for seed in results.seeds() if seed.knobs["steps"] == control.knobs["steps"]
+        ]
+    if results.joint is not None:
+        found["joint"] = [results.joint]
+    return {family: members for family, members in found.items() if members}
+
+
+def compare_family(
+    family: str, members: list[tuple[Variant, Variant | None]], documents: np.ndarray, seed: int
+) -> Iterator[dict[str, Any]]:
+    """A row for each pair, protocol and mode."""
+    for ours, theirs in tqdm(members, desc=family, unit="pair", disable=None):
+        for protocol in PROTOCOLS:
+            for mode in MODES:
+                mine = ours.window_nll(mode, protocol)
+                others = ours.window_nll("baseline", protocol) if theirs is None else theirs.window_nll(mode, protocol)
+                names = {"ours": ours.name, "theirs": "baseline" if theirs is None else theirs.name}
+                yield {
+                    "family": family,
+                    **names,
+                    "protocol": protocol,
+                    "mode": mode,
+                    **compare(mine, others, documents, seed)._asdict(),
+                }
+
+
+def over_seeds(seeds: list[Variant]) -> dict[str, Any]:
+    """How much of a variant's difference to the baseline is the luck of its seed. The baseline has no seed."""
+    found: dict[str, Any] = {"seeds": {variant.name: variant.knobs["seed"] for variant in seeds}}
+    if len(seeds) < 2:
+        return found
+    for protocol in PROTOCOLS:
+        found[protocol] = {}
+        for mode in MODES:
+            differences = {variant.name: variant.to_baseline(mode, protocol).mean for variant in seeds}
+            values = np.array(list(differences.values()))
+            mean = paired_difference(values, np.zeros_like(values))
+            found[protocol][mode] = {
+                "differences": differences,
+                "spread": float(values.std(ddof=1)),
+                **mean._asdict(),
+                "verdict": verdict(mean),
+            }
+    return found
+
+
+if __name__ == "__main__":
+    run(main, __doc__)
