@@ -16,8 +16,8 @@ Writes  reports/dagformer/<id>/topology.json   run, variant, n (windows), checks
                 (test) and mean_distances; the probe of soft gates and of the text vectors (tests); layer_pairs, for
                 each the share of its mean gate's variance that lies between sources (test), and the means by source
         reports/dagformer/<id>/swaps.csv       a row for each protocol and window
-        data/analysis/<id>/wirings.safetensors a checkpoint of ours, of soft gates: variance over texts [N, N]; distances
-            of all pairs of texts, and of each whole window to its own prefix; mean_by_source [C, N, N]
+        data/analysis/<id>/wirings.safetensors a checkpoint of ours, of soft gates: variance over texts [N, N];
+            distances of all pairs of texts; same_text, of each whole window to its own prefix; mean_by_source [C, N, N]
 """
 
 from pathlib import Path

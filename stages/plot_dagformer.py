@@ -2,9 +2,10 @@
 
     python stages/plot_dagformer.py
 
-Reads   reports/dagformer/<id>/{training.csv,nll.json} of every variant in params.yaml;
-        data/eval/P1/gates.safetensors
-Writes  reports/figures/dagformer_{adjacency,density_by_layer_pair,nll_by_step,schedules,gate_gradients,variants}.png
+Reads   reports/dagformer/<id>/{training.csv,nll.json} of every variant in params.yaml; data/eval/P1, data/analysis/P1;
+        what the analysis stages wrote into reports/dagformer
+Writes  reports/figures/dagformer_{adjacency,density_by_layer_pair,nll_by_step,schedules,gate_gradients,variants}.png,
+        reports/figures/dagformer_{topology_variance,domains,sensitivity,removal}.png
 """
 
 from pathlib import Path
@@ -12,13 +13,15 @@ from pathlib import Path
 from dynaroute.config import Settings
 from dynaroute.dagformer.objective import SATURATED_SLOPE
 from dynaroute.evaluation.topology import by_layer_pair
-from dynaroute.reporting.dagformer import figures
+from dynaroute.reporting.dagformer import analysis_figures, figures
+from dynaroute.reporting.dagformer.analyses import read_analyses, read_wirings
 from dynaroute.reporting.dagformer.results import (
     REFERENCE_VARIANT,
     check_has_main,
     read_curve,
     read_evaluation,
     read_mean_gates,
+    read_results,
 )
 from dynaroute.stage import run
 
@@ -48,6 +51,12 @@ def main(settings: Settings) -> None:
     figures.plot_schedules(curves, starts, FIGURES / "dagformer_schedules.png")
     figures.plot_gate_gradients(curves, named, SATURATED_SLOPE, FIGURES / "dagformer_gate_gradients.png")
     figures.plot_variants(evaluations, FIGURES / "dagformer_variants.png")
+
+    analyses, wirings = read_analyses(settings, read_results(settings)), read_wirings(REFERENCE_VARIANT)
+    analysis_figures.plot_variance(wirings, FIGURES / "dagformer_topology_variance.png")
+    analysis_figures.plot_domains(wirings, FIGURES / "dagformer_domains.png")
+    analysis_figures.plot_sensitivity(analyses, FIGURES / "dagformer_sensitivity.png")
+    analysis_figures.plot_removal(analyses, FIGURES / "dagformer_removal.png")
 
 
 if __name__ == "__main__":

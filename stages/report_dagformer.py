@@ -5,6 +5,7 @@ python stages/report_dagformer.py
 
 from dynaroute.artifacts import write_text
 from dynaroute.config import Settings
+from dynaroute.reporting.dagformer.analyses import read_analyses
 from dynaroute.reporting.dagformer.measured import measured_page
 from dynaroute.reporting.dagformer.report import page
 from dynaroute.reporting.dagformer.results import read_measurements, read_results
@@ -14,8 +15,8 @@ from dynaroute.stage import run
 def main(settings: Settings) -> None:
     """Reads all variants' results, and writes both pages."""
     results = read_results(settings)
-    measurements = read_measurements(results)
-    write_text("reports/dagformer.md", page(results))
+    analyses, measurements = read_analyses(settings, results), read_measurements(results)
+    write_text("reports/dagformer.md", page(results, analyses))
     write_text("reports/dagformer_measured.md", measured_page(results, measurements))
 
 

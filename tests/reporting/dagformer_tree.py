@@ -36,6 +36,7 @@ def write_dagformer_tree(root: Path, layers: int = LAYERS, heads: int = HEADS, w
     write_base(root, layers, heads)
     for index, name in enumerate(settings.variants):
         write_variant(root, settings, name, index, layers, heads, windows)
+    write_analyses(root, settings, layers, heads, windows)
 
 
 def write_base(root: Path, layers: int, heads: int) -> None:
@@ -123,6 +124,8 @@ def write_evaluation(root: Path, name: str, run: str, index: int, soft: float, h
     write_csv(root / "reports/dagformer" / name / "nll.csv", rows)
     topology = {"mean_A": 0.75, "density_hard": 0.71, "seq_gate_frac": 0.91, "hyp_gate_frac": 0.66}
     topology |= {"entropy_bits": 0.1234 + index / 1000, "dead_heads": index, "mute_heads": index, "deaf_heads": 0}
+    if name in ("J1", "J0"):
+        topology["nll_own_base"] = 3.3 + index / 1000
     protocols = {}
     for protocol in ("window", "prefix"):
         own = {mode: np.array([row[f"nll_{mode}"] for row in rows if row["protocol"] == protocol]) for mode in MODES}
@@ -144,3 +147,159 @@ def write_gates(folder: Path, index: int, layers: int = LAYERS, heads: int = HEA
     hard = np.where(valid, np.clip(logits / 4 + 0.5, 0, 1), 0).astype(np.float32)
     means = {"window.mean_soft": torch.from_numpy(soft), "window.mean_hard": torch.from_numpy(hard)}
     save_checkpoint(folder / "gates.safetensors", means, {"num_layers": layers, "num_heads": heads, "tau": 0.2})
+
+
+# --- what the analysis stages leave --------------------------------------------------------------------------------
+
+
+def write_analyses(root: Path, settings: Settings, layers: int, heads: int, windows: int) -> None:
+    """Writes the analyses of the wirings that the settings name, of the base, and of all differences."""
+    for index, name in enumerate(settings.analysis.variants):
+        write_topology(root, name, index, layers, heads, windows)
+    write_sensitivity(root, layers, heads)
+    write_comparisons(root, settings)
+
+
+def comparison(mean: float, p: float = 0.0123) -> dict:
+    margin = 0.0042
+    found = {"mean": mean, "low": mean - margin, "high": mean + margin, "n": 37, "bootstrap_low": mean - 0.0051}
+    found |= {"bootstrap_high": mean + 0.0052, "groups": 19, "p": p, "effect_size": mean * 10, "detectable": 0.0061}
+    return found
+
+
+def chance(observed: float, p: float, expected: float = 0.0) -> dict:
+    return {"observed": observed, "chance": expected, "p": p}
+
+
+def write_topology(root: Path, name: str, index: int, layers: int, heads: int, windows: int) -> None:
+    """P1 follows the text and its domain, the second variant varies without, the third (C1) does not vary."""
+    p, scale = ((0.0004, 1.0), (0.31, 0.5), (1.0, 0.0))[min(index, 2)]
+    varied = {"gate_variance": 0.01234 * scale, "distance_mean": 0.1357 * scale, "distance_variance": 0.00246 * scale}
+    varied |= {"information_bits": 0.0789 * scale, "effective_rank": 7.7 * scale, "distinct": windows if scale else 1}
+    tests = {mode: chance(0.0654 * scale, p, 0.0002 * scale) for mode in MODES[:2]}
+    pairs = [
+        {
+            "source": source,
+            "target": target,
+            **chance(0.31 * scale / (1 + target), p, 0.11 * scale),
+            "means": [0.6, 0.7],
+        }
+        for source in range(layers)
+        for target in range(source + 1, layers)
+    ]
+    for pair in pairs:
+        pair["explained"], pair["p_holm"] = pair.pop("observed"), min(1.0, pair["p"] * len(pairs))
+    domains = {"sources": ["numpy", "python"], "windows_per_source": 21, "documents": [5, 6]}
+    for mode in MODES[:2]:
+        distances = [[0.11 * scale, 0.22 * scale], [0.22 * scale, 0.12 * scale]]
+        domains[mode] = {"separation": chance(0.0321 * scale, p, 0.0003 * scale), "mean_distances": distances}
+    domains |= {"probe": chance(0.5 + 0.4 * scale, p, 0.49), "text_probe": chance(0.97, 0.0004, 0.48)}
+    domains["layer_pairs"] = pairs
+    report = {
+        "run": f"{name.lower()}0123456789abcd",
+        "variant": name,
+        "n": windows,
+        "variation": {protocol: {mode: varied for mode in MODES[:2]} for protocol in ("window", "prefix")},
+        "same_text": tests,
+        "swapped": {"window": comparison(-0.0081 * scale), "prefix": comparison(-0.0005 * scale, 0.4)},
+        "reading": {
+            mode: {
+                "read": comparison(0.021),
+                "not_read": comparison(0.021 + 0.0066 * scale),
+                "read_minus_not_read": comparison(-0.0066 * scale),
+            }
+            for mode in MODES[:2]
+        },
+        "domains": domains,
+        "checks": {"wirings_are_those_that_were_evaluated": True},
+    }
+    write_json(root / "reports/dagformer" / name / "topology.json", report)
+    write_wirings(root / "data/analysis" / name, index, layers, heads, windows)
+
+
+def write_wirings(folder: Path, index: int, layers: int = LAYERS, heads: int = HEADS, windows: int = WINDOWS) -> None:
+    generator, nodes = torch.Generator().manual_seed(index), layers * heads
+    tensors = {
+        "variance": 0.1 * torch.rand(nodes, nodes, generator=generator),
+        "distances": torch.rand(windows * (windows - 1) // 2, generator=generator),
+        "same_text": 0.3 * torch.rand(windows, generator=generator),
+        "mean_by_source": torch.rand(2, nodes, nodes, generator=generator),
+    }
+    save_checkpoint(folder / "wirings.safetensors", tensors, {"sources": ["numpy", "python"], "num_heads": heads})
+
+
+def change_of(difference: float, n: int = 13) -> dict:
+    return {"difference": difference, "low": difference - 0.003, "high": difference + 0.003, "n": n}
+
+
+def write_sensitivity(root: Path, layers: int, heads: int) -> None:
+    folder = root / "reports/dagformer"
+    pairs = [(source, target) for source in range(layers) for target in range(source + 1, layers)]
+    shape = {"n": 53, "gates": len(pairs) * heads**2, "size": 4.14e-4, "size_of_mean": 7.27e-5}
+    shape |= {"size_by_chance": 6.9e-5, "p": 0.237, "helpful": 0.0, "harmful": 0.0, "sign_consistency": 0.123}
+    counts = {"better": 0, "worse": 2, "no_difference_shown": len(pairs) - 2}
+    oracle = {"same": -0.2717, "next": 0.022, "other": 0.0357}
+    summary = {
+        "base": "b" * 64,
+        "num_layers": layers,
+        "num_heads": heads,
+        "flatness": {**shape, "sign_consistency_by_chance": 0.101, "flat": True},
+        "adjacent_minus_skip": {**comparison(1.7e-4, 0.0002), "adjacent": 5.4e-4, "skip": 3.7e-4},
+        "removal": {"n": 13, "layer_pairs": counts, "heads": {**counts, "no_difference_shown": layers * heads - 2}},
+        "oracle": {"steps": 33, "lr": 0.05}
+        | {text: {"mean": mean, "low": mean - 0.04, "high": mean + 0.04, "n": 9} for text, mean in oracle.items()},
+        "checks": {"gradients_and_removals_are_of_different_documents": True},
+    }
+    write_json(folder / "sensitivity.json", summary)
+    gradient = {
+        "gates": heads**2,
+        "mean": 1e-5,
+        "spread": 5e-4,
+        "sign_consistency": 0.12,
+        "helpful": 0.0,
+        "harmful": 0.0,
+    }
+    rows = [{"source": s, "target": t, **gradient, "size": 1e-4 * (s + 1)} for s, t in pairs]
+    write_csv(folder / "gate_gradients.csv", rows)
+    write_csv(
+        folder / "removal.csv",
+        [
+            {"order": order, "fraction": fraction, **change_of(rise * fraction)}
+            for order, rise in (("random", 0.15), ("least_gradient", 0.1), ("expected_gain", 0.2))
+            for fraction in (0.1, 0.5, 1.0)
+        ],
+    )
+    rows = [{"source": s, "target": t, **change_of(0.01 * (t - s)), "p_holm": 0.02 * (s + 1)} for s, t in pairs]
+    write_csv(folder / "removal_layer_pairs.csv", rows)
+    nodes = [(layer, head) for layer in range(layers) for head in range(heads)]
+    rows = [{"layer": one, "head": h, **change_of(0.001 * (one + h)), "p_holm": 1.0} for one, h in nodes]
+    write_csv(folder / "removal_heads.csv", rows)
+
+
+def write_comparisons(root: Path, settings: Settings) -> None:
+    names = list(settings.variants)
+    members = {"baseline": [(name, "baseline") for name in names]}
+    members["reference"] = [(name, "P1") for name in names if name.startswith("A")]
+    members["control"] = [("P1", "C1")] if "C1" in names else []
+    members["joint"] = [("J1", "J0")] if {"J1", "J0"} <= set(names) else []
+    rows = []
+    for family, pairs in members.items():
+        for index, (ours, theirs) in enumerate(pairs):
+            for protocol in ("window", "prefix"):
+                for mode in MODES[:2]:
+                    row = {"family": family, "ours": ours, "theirs": theirs, "protocol": protocol, "mode": mode}
+                    row |= comparison(0.0105 + index / 1000)
+                    rows.append(row | {"p_holm": 0.0321 if index < 3 else 0.5, "verdict": _verdict(index)})
+    write_csv(root / "reports/dagformer/comparisons.csv", rows)
+    seeds = {name: settings.variant(name).seed for name in names if name in ("P1", "P1s1", "P1s2")}
+    found = {"seeds": seeds}
+    if len(seeds) > 1:
+        for protocol in ("window", "prefix"):
+            differences = {name: 0.0111 + index / 500 for index, name in enumerate(seeds)}
+            over = {"mean": 0.0131, "low": 0.0081, "high": 0.0181, "n": len(seeds), "verdict": "worse"}
+            found[protocol] = {mode: {"differences": differences, "spread": 0.002, **over} for mode in MODES[:2]}
+    write_json(root / "reports/dagformer/seeds.json", found)
+
+
+def _verdict(index: int) -> str:
+    return "worse" if index < 3 else "no difference shown"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from dagformer_tree import write_dagformer_tree, write_gates
+from dagformer_tree import write_comparisons, write_dagformer_tree, write_gates, write_wirings
 from dwr_tree import edit_csv, edit_json, edit_yaml
 from matplotlib.figure import Figure
 from report_checks import hashes, run_stage
@@ -13,6 +13,7 @@ from dynaroute.reporting.dagformer import figures
 from dynaroute.reporting.dagformer.results import read_curve, read_evaluation
 
 NAMES = ("adjacency", "density_by_layer_pair", "nll_by_step", "schedules", "gate_gradients", "variants")
+NAMES += ("topology_variance", "domains", "sensitivity", "removal")
 FIGURES = [f"reports/figures/dagformer_{name}.png" for name in NAMES]
 
 pytestmark = pytest.mark.usefixtures("dagformer_tree")
@@ -33,6 +34,9 @@ def test_stages_write_the_same_bytes_every_time_and_follow_their_inputs(dagforme
     edit_csv("reports/dagformer/P1/training.csv", change)
     edit_json("reports/dagformer/A3/nll.json", lambda data: data["prefix"]["soft_minus_baseline"].update(high=0.05))
     write_gates(Path("data/eval/P1"), 77)
+    write_wirings(Path("data/analysis/P1"), 77)
+    edit_csv("reports/dagformer/removal.csv", lambda rows: rows.__setitem__("low", rows["low"] - 0.01))
+    edit_csv("reports/dagformer/removal_heads.csv", lambda rows: rows.__setitem__("difference", rows["difference"] * 2))
     assert run_stage("plot_dagformer").returncode == 0
     assert all(changed != first[path] for path, changed in hashes(*FIGURES).items())
 
@@ -64,7 +68,9 @@ def test_damaged_gates_are_named(content):
 
 
 def test_p1_alone_can_be_drawn():
-    edit_yaml("params.yaml", lambda params: params.__setitem__("variants", {"P1": {"from": "base"}}))
+    edit_yaml("params.yaml", lambda params: params.update(variants={"P1": {"from": "base"}}))
+    edit_yaml("params.yaml", lambda params: params["analysis"].update(variants=["P1"]))
+    write_comparisons(Path(), load_settings())
     result = run_stage("plot_dagformer")
     assert (result.returncode, result.stderr) == (0, "")
 

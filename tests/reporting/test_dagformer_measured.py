@@ -6,6 +6,7 @@ from dwr_tree import edit_json
 from dynaroute.artifacts import write_json
 from dynaroute.config import load_settings
 from dynaroute.errors import DynarouteError
+from dynaroute.reporting.dagformer.analyses import read_analyses
 from dynaroute.reporting.dagformer.measured import measured_page
 from dynaroute.reporting.dagformer.report import page
 from dynaroute.reporting.dagformer.results import read_measurements, read_results
@@ -92,9 +93,14 @@ def test_a_benchmark_that_was_run_is_shown_with_its_machine_and_bounds():
 
 
 def test_measurements_do_not_change_the_report():
-    before = page(read_results(load_settings()))
+    before = report()
     edit_json(TIMING, lambda data: data.update(seconds_per_step=1.0))
-    assert page(read_results(load_settings())) == before
+    assert report() == before
+
+
+def report() -> str:
+    results = read_results(load_settings())
+    return page(results, read_analyses(load_settings(), results))
 
 
 @pytest.mark.parametrize(

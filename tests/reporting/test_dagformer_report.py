@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from dagformer_tree import BASELINE, write_variant
+from dagformer_tree import BASELINE, write_comparisons, write_variant
 from dwr_tree import edit_csv, edit_json, edit_yaml
 from report_checks import STRANGE, strange, table_rows, unmarked
 
 from dynaroute.config import load_settings
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.statistics import paired_difference
+from dynaroute.reporting.dagformer.analyses import read_analyses
 from dynaroute.reporting.dagformer.report import page
 from dynaroute.reporting.dagformer.results import read_results
 
@@ -23,7 +24,9 @@ PARAMS = Path("params.yaml")
 
 
 def report() -> str:
-    return page(read_results(load_settings()))
+    settings = load_settings()
+    results = read_results(settings)
+    return page(results, read_analyses(settings, results))
 
 
 def section(text: str, title: str) -> str:
@@ -55,8 +58,19 @@ def shift(name: str, mode: str, by: float, spread: float = 0.001) -> None:
     edit_json(REPORTS / name / "nll.json", summarise)
 
 
+def keep(names: list[str]) -> None:
+    """Reduces the settings, and what was found of all variants together, to some variants."""
+
+    def change(params: dict) -> None:
+        params["variants"] = {name: params["variants"][name] for name in names}
+        params["analysis"]["variants"] = [name for name in params["analysis"]["variants"] if name in names] or names[:1]
+
+    edit_yaml(PARAMS, change)
+    write_comparisons(Path(), load_settings())
+
+
 def drop(*names: str) -> None:
-    edit_yaml(PARAMS, lambda params: [params["variants"].pop(name) for name in names])
+    keep([name for name in load_settings().variants if name not in names])
 
 
 def test_the_same_inputs_give_the_same_bytes():
@@ -67,7 +81,8 @@ def test_it_has_the_sections_of_the_published_report():
     titles = re.findall(r"^###? (.*)$", report(), flags=re.MULTILINE)
     assert [re.split(r"[:.]", title)[0] for title in titles] == [
         *("At a glance", "1", "Variants", "2", "S0", "S1", "S2", "3", "P1", "P2", "4"),
-        *("A1–A4", "A5–A7", "A8–A9", "A10–A11", "L0", "C1", "5", "6", "7"),
+        *("A1–A4", "A5–A7", "A8–A9", "A10–A11", "L0", "C1", "5", "What reading the answer is worth"),
+        *("6", "X1", "X2", "X3", "7", "8", "Seeds", "9", "10"),
     ]
 
 
@@ -78,6 +93,7 @@ def test_it_holds_no_placeholder():
 def test_figures_are_linked_relative_to_the_report_and_are_those_that_the_plot_stage_writes():
     links = set(re.findall(r"!\[.*\]\(figures/dagformer_(\w+)\.png\)", report()))
     names = {"adjacency", "density_by_layer_pair", "nll_by_step", "schedules", "gate_gradients", "variants"}
+    names |= {"topology_variance", "domains", "sensitivity", "removal"}
     assert links == names
 
 
@@ -236,7 +252,7 @@ def test_gates_that_stay_where_they_began_are_said_to():
 
 
 def test_a_saturated_training_is_named_everywhere():
-    assert "none of 17 variants saturated or collapsed" in report()
+    assert "none of 21 variants saturated or collapsed" in report()
     change = {"verdict": "saturated", "verdict_reason": "the slope was below 1e-07 from step 3 to 99"}
     for name in ("A6", "A7"):
         edit_json(REPORTS / name / "training.json", lambda data: data.update(change))
@@ -249,12 +265,12 @@ def test_a_saturated_training_is_named_everywhere():
 
 def test_variants_that_beat_the_baseline_are_named_and_so_is_that_there_are_none():
     text = section(report(), "At a glance")
-    assert "Of 17 variants, better than the baseline by the window protocol: soft S2; hard S2." in text
+    assert "Of 21 variants, better than the baseline by the window protocol: soft S2; hard S2." in text
     for mode in ("soft", "hard"):
         shift("S2", mode, 0.01)
     text = section(report(), "At a glance")
     for protocol in ("window", "prefix"):
-        assert f"None of 17 variants is better than the baseline by the {protocol} protocol, soft or hard." in text
+        assert f"None of 21 variants is better than the baseline by the {protocol} protocol, soft or hard." in text
     shift("A8", "hard", -0.02)
     assert "by the prefix protocol: soft none; hard A8." in section(report(), "At a glance")
 
@@ -303,11 +319,11 @@ def test_what_the_text_adds_to_one_topology():
 
 def test_a_failed_check_is_shown_with_its_variants():
     name = "base_is_unchanged_to_the_bit"
-    assert "52 of 52 checks" in report()
+    assert "68 of 68 checks" in report()
     edit_json(REPORTS / "A3/training.json", lambda data: data["checks"].__setitem__(name, False))
     text = report()
-    assert ["✗ **failed** A3", "base is unchanged to the bit", "`train_dagformer` (of 17)"] in table_rows(text)
-    assert "51 of 52 checks" in text
+    assert ["✗ **failed** A3", "base is unchanged to the bit", "`train_dagformer` (of 21)"] in table_rows(text)
+    assert "67 of 68 checks" in text
     edit_json(BASE, lambda data: data.__setitem__("checks", {"odd_check": "yes"}))
     assert ["✗ **failed**", "odd check", "`prepare_base`"] in table_rows(report())
 
@@ -325,7 +341,7 @@ def test_an_added_variant_gets_a_row_of_its_own():
     add_variant("A12", {"init_logit": 4.0})
     text = report()
     assert row_of(section(text, "Other variants"), "A12")[1] == "init_logit 4"
-    assert "18 variants" in text
+    assert "22 variants" in text
     assert [row[0] for row in table_rows(section(text, "Variants"))][-1] == "A12"
 
 
@@ -354,15 +370,15 @@ def test_ablations_without_p1_at_their_budget_are_compared_with_nothing():
 
 
 def test_variants_that_are_not_listed_are_left_out():
-    drop("S1", "S2", "P2", "A2", "A5", "A6", "A7", "L0", "C1")
+    drop("S1", "S2", "P2", "A2", "A5", "A6", "A7", "L0", "C1", "J0")
     text = report()
     titles = re.findall(r"^### (\w+)", text, flags=re.MULTILINE)
-    assert titles == ["Variants", "S0", "P1", "A1", "A8", "A10"]
+    assert titles == ["Variants", "S0", "P1", "A1", "A8", "A10", "What", "X1", "X2", "X3", "Seeds"]
     assert [row[0] for row in table_rows(section(text, "A1–A4"))[2:]] == ["A1", "P1", "A3", "A4"]
 
 
 def test_p1_alone_makes_a_report():
-    edit_yaml(PARAMS, lambda params: params.__setitem__("variants", {"P1": {"from": "base"}}))
+    keep(["P1"])
     text = report()
     assert "No ablation was run at a budget of P1's." in text
     assert "0 of" not in text

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from dynaroute.evaluation.statistics import Interval, verdict
-from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, REFERENCE_VARIANT, Results, Variant
+from dynaroute.reporting.dagformer.results import JOINT, MODES, PROTOCOLS, REFERENCE_VARIANT, Results, Variant
 from dynaroute.reporting.dagformer.setup import changes, health
 from dynaroute.reporting.dagformer.wording import (
     TOPOLOGY,
@@ -55,7 +55,7 @@ GROUPS = (
         {"dead heads": lambda found: f"{found['dead_heads']}"},
     ),
 )
-SECTIONS = ("S1", "S2", "P1", "P2", "L0", "C1")  # variants with a section of their own
+SECTIONS = ("S1", "S2", "P1", "P2", "L0", "C1", *JOINT)  # variants with a section of their own
 
 
 def present(results: Results, group: Group) -> list[Variant]:
@@ -207,7 +207,11 @@ def control_sentence(results: Results, variant: Variant) -> str:
 
 def others(results: Results) -> list[Variant]:
     """Variants that have no place in the tables above, such as those that a user added."""
-    known = {*SECTIONS, *(name for group in GROUPS for name in group.members), *(one.name for one in results.peers())}
+    known = {
+        *SECTIONS,
+        *(name for group in GROUPS for name in group.members),
+        *(one.name for one in (*results.peers(), *results.seeds())),
+    }
     return [variant for name, variant in results.variants.items() if name not in known]
 
 

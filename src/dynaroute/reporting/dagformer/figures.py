@@ -36,9 +36,7 @@ def plot_adjacency(soft: "np.ndarray", hard: "np.ndarray", num_heads: int, path:
                 axes.axhline(border, color=GREY, linewidth=0.4, alpha=0.6)
                 axes.axvline(border, color=GREY, linewidth=0.4, alpha=0.6)
             _outline_adjacent(axes, layers, num_heads)
-            middles = [border + num_heads / 2 for border in borders[:-1]]
-            axes.set_xticks(middles[:: 1 + layers // 12], range(0, layers, 1 + layers // 12))
-            axes.set_yticks(middles[:: 1 + layers // 12], range(0, layers, 1 + layers // 12))
+            name_layers(axes, layers, num_heads)
             _name_axes(axes, f"{mode} gates", f"{num_heads} heads each")
         _explain_gates(figure, image, "mean gate")
 
@@ -74,8 +72,7 @@ def _later_layers(layers: int, heads: int) -> "np.ndarray":
 def _gate_map(axes: "Axes", gates: "np.ndarray", valid: "np.ndarray") -> "AxesImage":
     import numpy as np
 
-    size = len(gates)
-    axes.add_patch(_not_data((-0.5, -0.5), size, size))
+    mark_no_connection(axes, len(gates))
     # From 0 to 1 whatever the data: what is open looks open. One colour map, read in greyscale as well.
     image = axes.imshow(np.where(valid, gates, np.nan), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
     axes.grid(False)
@@ -83,6 +80,19 @@ def _gate_map(axes: "Axes", gates: "np.ndarray", valid: "np.ndarray") -> "AxesIm
     for spine in axes.spines.values():
         spine.set_visible(False)
     return image
+
+
+def mark_no_connection(axes: "Axes", size: int) -> None:
+    """Hatches a map of size x size, to be drawn over where there are values."""
+    axes.add_patch(_not_data((-0.5, -0.5), size, size))
+
+
+def name_layers(axes: "Axes", layers: int, num_heads: int) -> None:
+    """Ticks in the middle of each layer's heads, or of some layers' if there are many."""
+    step = 1 + layers // 12
+    middles = [layer * num_heads + (num_heads - 1) / 2 for layer in range(0, layers, step)]
+    axes.set_xticks(middles, range(0, layers, step))
+    axes.set_yticks(middles, range(0, layers, step))
 
 
 def _not_data(corner: tuple[float, float], width: float, height: float) -> "Rectangle":

@@ -5,20 +5,21 @@ the page of `measured.py`. Numbers of the reference appear in columns headed "pu
 with "Published", and nowhere else.
 """
 
-from dynaroute.reporting.dagformer import ablations, findings, phase1, sanity
+from dynaroute.reporting.dagformer import ablations, comparisons, findings, phase1, sanity, sensitivity, topology
+from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results
 from dynaroute.reporting.dagformer.setup import health_sentence, setup, variants
 from dynaroute.reporting.dagformer.wording import names
-from dynaroute.reporting.tables import count, figure, table
+from dynaroute.reporting.tables import count, figure, published, table
 
 
-def page(results: Results) -> str:
+def page(results: Results, analyses: Analyses) -> str:
     """The report as Markdown."""
     runs = results.variants
     parts = [
         "# DAGFormer: results",
         introduction(results),
-        *("## At a glance", at_a_glance(results)),
+        *("## At a glance", at_a_glance(results, analyses)),
         *("## 1. What was run", setup(results)),
         *("### Variants", variants(results)),
         "## 2. Sanity checks",
@@ -46,8 +47,19 @@ def page(results: Results) -> str:
         parts += ["### Other variants", ablations.other_variants(results)]
     parts += [
         *("## 5. Both protocols", protocols(results)),
-        *("## 6. Validated properties", properties(results)),
-        *("## 7. Known limitations", limitations(results)),
+        *("### What reading the answer is worth", topology.reading(analyses)),
+        *("## 6. Analysis experiments", ANALYSES, published("X1, X2 and X3 were not started there.")),
+        *("### X1: topology variance", topology.variance(analyses)),
+        *("### X2: domain-specific topology", topology.domains(analyses)),
+        *("### X3: topology-NLL sensitivity", sensitivity.sensitivity(analyses)),
+    ]
+    if results.joint is not None:
+        parts += ["## 7. Joint training of base and predictor", comparisons.joint(results, analyses)]
+    parts += [
+        *("## 8. Statistics", comparisons.statistics(analyses)),
+        *("### Seeds", comparisons.seeds(analyses)),
+        *("## 9. Validated properties", properties(results, analyses)),
+        *("## 10. Known limitations", limitations(results)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -70,9 +82,9 @@ def introduction(results: Results) -> str:
     )
 
 
-def at_a_glance(results: Results) -> str:
+def at_a_glance(results: Results, analyses: Analyses) -> str:
     """The findings, one line each."""
-    runs, outcomes = results.variants, [passed for _, _, passed in checks(results)]
+    runs, outcomes = results.variants, [passed for _, _, passed in checks(results, analyses)]
     baseline = results.main.evaluation["window"]["nll_baseline"]
     lines = [
         f"Baseline NLL {baseline:.4f} on {results.num_windows:,} held-out windows. {sanity.wiring_sentence(results)}"
@@ -89,7 +101,16 @@ def at_a_glance(results: Results) -> str:
         lines.append(f"L0: {ablations.first_layer_sentence(results, runs['L0'])}")
     if "C1" in runs:
         lines.append(f"C1: {ablations.control_sentence(results, runs['C1'])}")
+    lines += [f"X1: {topology.variance_sentence(name, found)}" for name, found in analyses.topology.items()]
+    by_domain = {name: found["domains"] for name, found in analyses.topology.items()}
+    lines += [f"X2: {topology.domain_sentence(name, own)}" for name, own in by_domain.items() if own is not None]
+    lines.append(f"X3: {sensitivity.flat_sentence(analyses.sensitivity)} {sensitivity.removal_sentence(analyses)}")
+    lines.append(f"Gates optimised directly: {sensitivity.oracle_sentence(analyses.sensitivity)}")
+    if results.joint is not None:
+        lines.append(f"Joint training: {comparisons.joint_sentence(results, analyses)}")
     lines += [
+        comparisons.seeds_sentence(analyses),
+        comparisons.statistics_sentence(analyses),
         health_sentence(results),
         f"{sum(outcomes)} of {count(len(outcomes), 'check')} that the pipeline made passed.",
     ]
@@ -143,10 +164,16 @@ def protocols(results: Results) -> str:
     )
 
 
-def properties(results: Results) -> str:
+ANALYSES = (
+    "All on windows of the test split, which no training has seen. Permutation tests exchange what would be "
+    "exchangeable if there were nothing to find; p is the share of exchanges that show as much, the true order counted."
+)
+
+
+def properties(results: Results, analyses: Analyses) -> str:
     """The outcome of every check that a stage made, over all variants."""
     found: dict[tuple[str, str], list[tuple[str, bool]]] = {}
-    for stage, name, passed in checks(results):
+    for stage, name, passed in checks(results, analyses):
         kind, _, variant = stage.partition("@")
         found.setdefault((kind, name), []).append((variant, passed))
     rows = []
@@ -163,11 +190,13 @@ def properties(results: Results) -> str:
     )
 
 
-def checks(results: Results) -> list[tuple[str, str, bool]]:
+def checks(results: Results, analyses: Analyses) -> list[tuple[str, str, bool]]:
     """(stage, check, passed); the stage with the variant, as DVC names it."""
     records = {"prepare_base": results.base}
     for name, variant in results.variants.items():
         records |= {f"train_dagformer@{name}": variant.training, f"evaluate_nll@{name}": variant.evaluation}
+    records |= {f"analyze_topology@{name}": found for name, found in analyses.topology.items()}
+    records["analyze_sensitivity"] = analyses.sensitivity
     return [
         (stage, name, passed is True) for stage, record in records.items() for name, passed in record["checks"].items()
     ]
@@ -179,14 +208,14 @@ def limitations(results: Results) -> str:
     points = [
         f"**Scale.** The base has {results.base['parameters']:,} parameters, and P1 was trained on "
         f"{results.main.training['tokens']:,} tokens. What holds here need not hold for a larger base or budget.",
-        "**One run, one seed.** Intervals are over windows of text, for these trained predictors; another seed gives "
-        "other predictors.",
+        "**Few seeds.** Intervals are over windows of text, for these trained predictors. P1 alone was run with "
+        "several seeds; section 8 has their spread.",
         f"**Many comparisons.** There are {intervals} intervals against the baseline alone. Without any effect, about "
-        "one in 20 would still exclude 0.",
-        "**Windows are not independent**: several can be from one document, so intervals are somewhat too narrow.",
-        "**A frozen base.** It was trained with all connections open and never adapts to a wiring.",
+        "one in 20 would still exclude 0. Section 8 corrects for their number; verdicts elsewhere do not.",
+        "**Windows are not independent**: several can be from one document, so t intervals are somewhat too narrow. "
+        "Columns headed by document do not share this.",
+        "**A frozen base.** It was trained with all connections open and never adapts to a wiring, but for section 7.",
         "**The final state is evaluated**, whatever validation said on the way.",
         "**Window protocol.** The predictor has read the tokens that are scored; see section 5.",
-        "**Not in this report**: the analysis experiments X1 to X3 of the published one.",
     ]
     return "\n".join(f"{number}. {point}" for number, point in enumerate(points, 1))

@@ -171,6 +171,10 @@ def check_has_main(settings: Settings) -> None:
     """
     if REFERENCE_VARIANT not in settings.variants:
         raise DynarouteError(f"variants: the report compares with {REFERENCE_VARIANT}, which params.yaml does not list")
+    if REFERENCE_VARIANT not in settings.analysis.variants:
+        raise DynarouteError(
+            f"analysis.variants: the report shows {REFERENCE_VARIANT}, which params.yaml does not list"
+        )
 
 
 def read_variant(name: str) -> Variant:

@@ -1,0 +1,113 @@
+"""What the analysis stages wrote, checked to be of the runs that the report shows."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dynaroute.config import Settings
+from dynaroute.errors import DynarouteError
+from dynaroute.reporting.dagformer.results import REPORTS, Results
+from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_csv, read_record
+
+if TYPE_CHECKING:
+    import pandas as pd  # at run time where tables are read: it is slow to import
+    from torch import Tensor
+
+ANALYSED = Path("data/analysis")
+DIFFERENCE = ["difference", "low", "high", "n"]
+COLUMNS = {  # of the tables of numbers
+    "gate_gradients": ["source", "target", "gates", "mean", "size", "sign_consistency", "helpful", "harmful"],
+    "removal": ["fraction", *DIFFERENCE],
+    "removal_layer_pairs": ["source", "target", *DIFFERENCE, "p_holm"],
+    "removal_heads": ["layer", "head", *DIFFERENCE, "p_holm"],
+    "comparisons": [
+        "mean",
+        "low",
+        "high",
+        "n",
+        "bootstrap_low",
+        "bootstrap_high",
+        "groups",
+        "p",
+        "detectable",
+        "p_holm",
+    ],
+}
+
+
+class Analyses(NamedTuple):
+    """The analyses of the wirings of some variants, of single gates of the base, and of all differences."""
+
+    topology: dict[str, Record]  # topology.json by variant
+    sensitivity: Record  # sensitivity.json
+    gradients: "pd.DataFrame"  # gate_gradients.csv: a row for each layer pair
+    removal: "pd.DataFrame"  # removal.csv: a row for each order and fraction
+    layer_pairs: "pd.DataFrame"  # removal_layer_pairs.csv
+    heads: "pd.DataFrame"  # removal_heads.csv
+    comparisons: "pd.DataFrame"  # comparisons.csv
+    seeds: Record  # seeds.json
+
+
+def read_analyses(settings: Settings, results: Results) -> Analyses:
+    """Reads all analyses.
+
+    Raises:
+        DynarouteError: a file is missing, damaged, or of another base or run than the results.
+    """
+    topology = {name: read_record(REPORTS / name / "topology.json") for name in settings.analysis.variants}
+    for name, found in topology.items():
+        check_same_run(results.variants[name].run["run"], found)
+    sensitivity = read_sensitivity()
+    if sensitivity["base"] != results.main.run["identity"]["base"]:
+        raise DynarouteError(f"{sensitivity.path}: of another base than {results.main.run.path}: run dvc repro")
+    comparisons = read_table("comparisons")
+    known = {*results.variants, "baseline"}
+    if not {*comparisons["ours"], *comparisons["theirs"]} <= known:
+        raise DynarouteError(f"{REPORTS / 'comparisons.csv'}: not of the variants of params.yaml: {REMEDY}")
+    tables = (read_table(name) for name in ("gate_gradients", "removal", "removal_layer_pairs", "removal_heads"))
+    return Analyses(topology, sensitivity, *tables, comparisons, read_record(REPORTS / "seeds.json"))
+
+
+def read_sensitivity() -> Record:
+    """Reads the summary of the sensitivity analysis.
+
+    Raises:
+        DynarouteError: the file is missing or damaged.
+    """
+    return read_record(REPORTS / "sensitivity.json")
+
+
+def read_table(name: str) -> "pd.DataFrame":
+    """Reads one of the tables in COLUMNS.
+
+    Raises:
+        DynarouteError: the file is missing or damaged.
+    """
+    return read_csv(REPORTS / f"{name}.csv", COLUMNS[name])
+
+
+class Wirings(NamedTuple):
+    """Soft gates of one variant over the held-out texts, for figures."""
+
+    variance: "Tensor"  # [N, N] over texts
+    distances: "Tensor"  # of all pairs of texts
+    same_text: "Tensor"  # of each text to its own prefix
+    mean_by_source: "Tensor | None"  # [C, N, N]
+    sources: list[str]
+    num_heads: int
+
+
+def read_wirings(name: str) -> Wirings:
+    """Reads what figures show of a variant's wirings.
+
+    Raises:
+        DynarouteError: the file is missing or damaged.
+    """
+    from dynaroute.training.checkpoints import load_checkpoint  # torch is slow to import
+
+    path = ANALYSED / name / "wirings.safetensors"
+    tensors, state = load_checkpoint(path)
+    try:
+        found = [tensors[key] for key in ("variance", "distances", "same_text")]
+        return Wirings(*found, tensors.get("mean_by_source"), state["sources"], state["num_heads"])
+    except KeyError as error:
+        raise DynarouteError(f"{path}: lacks {error}: {REMEDY}") from error

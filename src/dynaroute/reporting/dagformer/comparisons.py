@@ -1,0 +1,171 @@
+"""Joint training, seeds, and the statistics under the report's differences."""
+
+import math
+from typing import TYPE_CHECKING
+
+from dynaroute.evaluation.statistics import RESAMPLES, SIGNIFICANT, Interval, verdict
+from dynaroute.reporting.dagformer.analyses import Analyses
+from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, REFERENCE_VARIANT, Results
+from dynaroute.reporting.dagformer.setup import health
+from dynaroute.reporting.dagformer.topology import resampled, to_interval
+from dynaroute.reporting.dagformer.wording import budget, interval, knobs, numbers, signed
+from dynaroute.reporting.inputs import Record
+from dynaroute.reporting.tables import NONE, count, table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FAMILIES = {
+    "baseline": "every variant against the baseline",
+    "reference": "every ablation against P1",
+    "control": "P1 and its seeds against C1",
+    "joint": "J1 against J0",
+}
+VERDICTS = ("better", "worse", "no difference shown")
+
+
+# --- joint training ------------------------------------------------------------------------------------------------
+
+
+def joint(results: Results, analyses: Analyses) -> str:
+    """J1: the base trained jointly with the predictor, against J0, the same base trained on alone."""
+    ours, alone = results.joint
+    rows = [
+        ["Config", knobs(ours.knobs), knobs(alone.knobs)],
+        ["Learning rate of the base", *(f"{one.knobs['base_lr']:g}" for one in (ours, alone))],
+        ["Tokens", *(budget(results, one) for one in (ours, alone))],
+        ["Training", *(health(one) for one in (ours, alone))],
+    ]
+    for protocol in PROTOCOLS:
+        for mode in MODES:
+            cells = (f"{one.nll(mode, protocol):.4f}" for one in (ours, alone))
+            rows.append([f"nll_{mode}, {protocol} protocol", *cells])
+        open_nll = (f"{one.evaluation[protocol]['nll_own_base']:.4f}" for one in (ours, alone))
+        rows.append([f"its own base with all gates at one, {protocol} protocol", *open_nll])
+        rows.append([f"nll of the frozen base, {protocol} protocol", *[f"{ours.nll('baseline', protocol):.4f}"] * 2])
+    rows.append(["hard density", *(f"{one.evaluation['window']['density_hard']:.3f}" for one in (ours, alone))])
+    return "\n\n".join(
+        [
+            f"On a frozen base that was trained with all gates open, A = 1 may be the best there is. So {ours.name} "
+            f"trains the base jointly with the predictor. {alone.name} is the same run with gates held open: the base "
+            "trained on alone, on the same tokens in the same order. It has no gates to learn, so its alarm says "
+            f"nothing. {joint_sentence(results, analyses)}",
+            table(["item", ours.name, alone.name], rows),
+            table(
+                ["protocol", "mode", f"{ours.name} - {alone.name} [95 %]", "by document", "after correction"],
+                [[row["protocol"], row["mode"], *_cells(row)] for row in _rows(analyses.comparisons, "joint")],
+            ),
+        ]
+    )  # fmt: skip
+
+
+def joint_sentence(results: Results, analyses: Analyses) -> str:
+    """The outcome, by the corrected verdicts."""
+    ours, alone = results.joint
+    found = {f"{row['mode']} ({row['protocol']})": row for row in _rows(analyses.comparisons, "joint")}
+    groups = {words: [name for name, row in found.items() if row["verdict"] == words] for words in VERDICTS}
+    outcome = "; ".join(f"{words}: {', '.join(names)}" for words, names in groups.items() if names)
+    soft = _interval(found["soft (prefix)"])
+    return f"{ours.name} against {alone.name}: {outcome}. Soft, by the prefix protocol: {numbers(soft)}."
+
+
+# --- seeds ---------------------------------------------------------------------------------------------------------
+
+
+def seeds(analyses: Analyses) -> str:
+    """How much of P1's difference is the luck of its seed."""
+    found = analyses.seeds
+    names = list(found["seeds"])
+    if len(names) < 2:
+        return "P1 was run with one seed: its spread is not known."
+    rows = [[protocol, mode, *_seed_cells(found[protocol][mode], names)] for protocol in PROTOCOLS for mode in MODES]
+    header = ["protocol", "mode", *(f"{name} (seed {seed})" for name, seed in found["seeds"].items())]
+    return "\n\n".join(
+        [
+            "NLL less that of the baseline. A seed decides the predictor's initialisation, its noise and the order of "
+            f"the text; the frozen baseline has none. {seeds_sentence(analyses)}",
+            table([*header, "spread", "mean over seeds [95 %]", "seeds"], rows),
+            "Spread is the standard deviation over seeds. The interval is over seeds, not over windows: it is what "
+            "can be said of the method, where all others are of one trained predictor. With few seeds it is wide.",
+        ]
+    )
+
+
+def _seed_cells(found: Record, names: list[str]) -> list[str]:
+    differences = [signed(found["differences"][name]) for name in names]
+    return [*differences, f"{found['spread']:.4f}", interval(to_interval(found)), f"{found['n']}"]
+
+
+def seeds_sentence(analyses: Analyses) -> str:
+    """Whether the verdict on P1 holds over seeds."""
+    found = analyses.seeds
+    if len(found["seeds"]) < 2:
+        return "P1 was run with one seed."
+    parts = [f"{mode} ({protocol}): {found[protocol][mode]['verdict']}" for protocol in PROTOCOLS for mode in MODES]
+    return f"P1 over {count(len(found['seeds']), 'seed')}, against the baseline: {'; '.join(parts)}."
+
+
+# --- statistics ----------------------------------------------------------------------------------------------------
+
+
+def statistics(analyses: Analyses) -> str:
+    """What is behind the verdicts, and what is left of them after correction."""
+    families = []
+    for name, words in FAMILIES.items():
+        rows = list(_rows(analyses.comparisons, name))
+        if rows:
+            single = [verdict(_interval(row)) for row in rows]
+            corrected = [row["verdict"] for row in rows]
+            counts = (f"{single.count(one)} → {corrected.count(one)}" for one in VERDICTS)
+            families.append([words, f"{len(rows)}", *counts])
+    main = [row for row in _rows(analyses.comparisons, "baseline") if row["ours"] == REFERENCE_VARIANT]
+    return "\n\n".join(
+        [
+            "**Families of tests.** Interval verdicts look at one difference alone. Of many, some exclude 0 by chance, "
+            "so each family is corrected for its number of tests (Holm, p below "
+            f"{SIGNIFICANT}), with p-values of paired permutation tests that exchange whole documents. Counts are by "
+            "interval → after correction. " + statistics_sentence(analyses),
+            table(["family", "tests", *VERDICTS], families),
+            "**P1 against the baseline.** The t interval takes windows as independent. The bootstrap draws whole "
+            f"documents ({RESAMPLES:,} times), and the permutation test exchanges them. Effect size is the mean "
+            "difference in standard deviations of a window's. Detectable is the difference that the t interval of "
+            "that many windows would show four times in five.",
+            table(
+                ["protocol", "mode", "difference [95 %]", "by document", "after correction", *_POWER],
+                [
+                    [row["protocol"], row["mode"], *_cells(row), *(show(row) for show in _POWER.values())]
+                    for row in main
+                ],
+            ),
+            f"All {count(len(analyses.comparisons), 'comparison')} are in `dagformer/comparisons.csv`.",
+        ]
+    )  # fmt: skip
+
+
+def _cells(row: dict) -> list[str]:
+    return [interval(_interval(row)), resampled(row), f"{row['verdict']} (p = {row['p_holm']:.2g})"]
+
+
+_POWER = {
+    "effect size": lambda row: NONE if math.isnan(row["effect_size"]) else f"{row['effect_size']:+.2f}",
+    "detectable": lambda row: f"{row['detectable']:.4f}",
+    "n": lambda row: f"{row['n']:,}",
+}
+
+
+def statistics_sentence(analyses: Analyses) -> str:
+    """Which variants differ from the baseline after correction."""
+    rows = list(_rows(analyses.comparisons, "baseline"))
+    parts = []
+    for words in ("better", "worse"):
+        names = dict.fromkeys(row["ours"] for row in rows if row["verdict"] == words)
+        parts.append(f"{words} in some mode and protocol: {', '.join(names) or 'none'}")
+    return f"After correction, against the baseline: {'; '.join(parts)}."
+
+
+def _rows(comparisons: "pd.DataFrame", family: str) -> list[dict]:
+    return comparisons[comparisons["family"] == family].to_dict("records")
+
+
+def _interval(row: dict | Record) -> Interval:
+    return Interval(row["mean"], row["low"], row["high"], int(row["n"]))

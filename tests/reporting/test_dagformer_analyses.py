@@ -1,0 +1,258 @@
+"""The report's sections on the analyses say what their files say, and their rules have an answer for each outcome."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from dwr_tree import edit_csv, edit_json, edit_yaml
+from test_dagformer_report import keep, refusal, report, row_of, section, table_rows
+
+from dynaroute.config import load_settings
+
+pytestmark = pytest.mark.usefixtures("dagformer_tree")
+
+REPORTS = Path("reports/dagformer")
+SENSITIVITY = REPORTS / "sensitivity.json"
+
+
+def glance(start: str) -> str:
+    return next(line for line in section(report(), "At a glance").splitlines() if line.startswith(f"- {start}"))
+
+
+def edit_topology(name: str, change) -> None:
+    edit_json(REPORTS / name / "topology.json", change)
+
+
+# --- X1 ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_predictor_that_follows_the_text_one_that_only_varies_and_one_topology_for_all_are_told_apart():
+    lines = [line for line in section(report(), "At a glance").splitlines() if line.startswith("- X1")]
+    assert lines[0].startswith("- X1: P1: yes (mean distance 0.1357, shuffled texts p = 0.0004, n = 12).")
+    assert lines[1].startswith("- X1: A9: wirings vary, but that they follow the text is not shown (mean distance")
+    assert lines[2] == "- X1: C1: no, one wiring for all 12 texts."
+
+
+@pytest.mark.parametrize(
+    ("mean", "words"),
+    [
+        (-0.02, "better than another text's by the window protocol (-0.0200 [-0.0242, -0.0158], n = 37)"),
+        (0.02, "worse than another text's by the window protocol"),
+        (0.001, "no better than another text's, as far as shown by the window protocol"),
+    ],
+)
+def test_what_a_texts_own_wiring_is_worth(mean, words):
+    def change(data):
+        data["swapped"]["window"].update(mean=mean, low=mean - 0.0042, high=mean + 0.0042)
+
+    edit_topology("P1", change)
+    assert words in glance("X1: P1")
+
+
+def test_every_measure_of_variation_is_shown():
+    values = {"gate_variance": 0.04321, "distance_mean": 0.4321, "distance_variance": 0.06543}
+    values |= {"information_bits": 0.7654, "effective_rank": 11.1, "distinct": 1234}
+    edit_topology("A9", lambda data: data["variation"]["window"]["hard"].update(values))
+    rows = [row for row in table_rows(section(report(), "X1")) if row[:2] == ["A9", "hard"]]
+    assert rows[0][2:] == ["0.04321", "0.4321", "0.06543", "0.7654", "11.1", "1,234"]
+
+
+# --- X2 ------------------------------------------------------------------------------------------------------------
+
+
+def test_domains_are_told_or_not():
+    assert "differ more between sources than within (p = 0.0004) and tell the source (p = 0.0004)" in glance("X2: P1")
+    assert "a linear probe is right for 90.0% of windows, 49.0% by chance" in glance("X2: P1")
+    assert "are not shown to differ more between sources than within (p = 0.31)" in glance("X2: A9")
+    text = section(report(), "X2")
+    assert "**P1**: mean distance from source to source" in text
+    assert "**A9**" not in text
+
+
+def test_layer_pairs_that_differ_by_source_come_first_with_their_means():
+    def change(data):
+        data["domains"]["layer_pairs"][3].update(explained=0.87654, p_holm=0.0001, means=[0.1234, 0.9876])
+
+    edit_topology("P1", change)
+    text = section(report(), "X2")
+    pair = row_of(text, "1 → 2")
+    assert pair[1:] == ["87.7%", pair[2], "0.0001", "0.123", "0.988"]
+    assert "6 of 6 layer pairs differ by source" in text
+    titles = [row[0] for row in table_rows(text) if "→" in row[0]]
+    assert titles[0] == "1 → 2"
+
+
+def test_text_of_one_source_has_no_domains():
+    for name in ("P1", "A9", "C1"):
+        edit_topology(name, lambda data: data.__setitem__("domains", None))
+    text = report()
+    assert "no two sources" in section(text, "X2")
+    assert "X2:" not in section(text, "At a glance")
+
+
+# --- X3 ------------------------------------------------------------------------------------------------------------
+
+
+def test_flat_or_not():
+    assert glance("X3").startswith(
+        "- X3: NLL is flat at A = 1, as far as first order shows (mean gradient of all gates"
+    )
+    edit_json(SENSITIVITY, lambda data: data["flatness"].update(flat=False, p=0.0002, harmful=0.25, helpful=0.125))
+    assert "NLL is not flat at A = 1 (mean gradient of all gates together p = 0.0002" in glance("X3")
+    assert "certain: 37.5% of 54" in glance("X3")
+    assert row_of(section(report(), "X3"), "gates that closing would help, after correction")[1] == "25.0%"
+
+
+def test_removals_that_help_are_named_and_so_is_that_there_are_none():
+    assert "No removal lowers NLL. Removing 100% of edges changes NLL by +0.1500" in glance("X3")
+
+    def change(rows: pd.DataFrame) -> None:
+        rows.loc[(rows["order"] == "expected_gain") & (rows["fraction"] == 0.1), ["difference", "low", "high"]] = [
+            -0.02,
+            -0.03,
+            -0.01,
+        ]
+
+    edit_csv(REPORTS / "removal.csv", change)
+    expected = "Removing edges lowers NLL for: expected gain first 10% (-0.0200 [-0.0300, -0.0100], n = 13)."
+    assert expected in glance("X3")
+    cells = row_of(section(report(), "X3"), "expected gain first")
+    assert cells[1] == "-0.0200 [-0.0300, -0.0100] better"
+
+
+@pytest.mark.parametrize(
+    ("own", "after", "words"),
+    [
+        (-0.4, -0.1, "25% of the gain carries over to the text that follows"),
+        (-0.4, 0.0, "No part of the gain is shown to carry over"),
+        (0.0, -0.1, "It gains nothing, so there is nothing to explain"),
+    ],
+)
+def test_how_much_of_the_oracle_is_memorised(own, after, words):
+    def change(data):
+        for text, mean in (("same", own), ("next", after)):
+            data["oracle"][text].update(mean=mean, low=mean - 0.01, high=mean + 0.01)
+
+    edit_json(SENSITIVITY, change)
+    assert words in glance("Gates optimised directly")
+    assert words in section(report(), "X3")
+
+
+def test_the_layer_pairs_and_heads_that_matter_most_are_shown_with_corrected_verdicts():
+    edit_csv(REPORTS / "removal_heads.csv", lambda rows: rows.__setitem__("difference", range(len(rows))))
+    edit_csv(REPORTS / "removal_heads.csv", lambda rows: rows.__setitem__("p_holm", 0.0123))
+    text = section(report(), "X3")
+    heads = [row for row in table_rows(text.split("**Heads**", 1)[1]) if re.fullmatch(r"\d, \d", row[0])]
+    assert [row[0] for row in heads] == ["3, 2", "3, 1", "3, 0", "2, 2", "2, 1"]
+    assert all(row[2:] == ["0.012", "worse"] for row in heads)
+    pairs = [row for row in table_rows(text) if "→" in row[0]]
+    assert pairs[0][0] == "0 → 3"
+    assert pairs[0][-1] == "worse"
+
+
+# --- protocols, joint training, seeds, statistics ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mean", "words"), [(-0.02, "lowers"), (0.02, "raises"), (0.001, "is not shown to change")])
+def test_what_reading_the_answer_is_worth(mean, words):
+    def change(data):
+        data["reading"]["hard"]["read_minus_not_read"].update(mean=mean, low=mean - 0.01, high=mean + 0.01)
+
+    edit_topology("P1", change)
+    assert f"and {words} hard NLL ({mean:+.4f}" in section(report(), "What reading the answer is worth")
+
+
+@pytest.mark.parametrize("verdict", ["better", "worse", "no difference shown"])
+def test_joint_training_has_its_outcome_after_correction(verdict):
+    def change(rows: pd.DataFrame) -> None:
+        rows.loc[rows["family"] == "joint", "verdict"] = verdict
+
+    edit_csv(REPORTS / "comparisons.csv", change)
+    line = "J1 against J0: " + verdict + ": soft (window), hard (window), soft (prefix), hard (prefix)."
+    assert line in glance("Joint training")
+    assert line in section(report(), "7. Joint training")
+
+
+def test_the_joint_base_is_also_shown_with_its_gates_open():
+    edit_json(REPORTS / "J1/nll.json", lambda data: data["prefix"].__setitem__("nll_own_base", 1.2345))
+    row = row_of(section(report(), "7. Joint"), "its own base with all gates at one, prefix protocol")
+    assert row[1] == "1.2345"
+
+
+def test_the_spread_over_seeds_is_shown():
+    def change(data):
+        data["prefix"]["hard"].update(spread=0.0987, mean=0.0456, low=-0.01, high=0.1, verdict="no difference shown")
+        data["prefix"]["hard"]["differences"]["P1s2"] = 0.0777
+
+    edit_json(REPORTS / "seeds.json", change)
+    text = section(report(), "Seeds")
+    row = next(row for row in table_rows(text) if row[:2] == ["prefix", "hard"])
+    assert row[4:7] == ["+0.0777", "0.0987", "+0.0456 [-0.0100, +0.1000] no difference shown"]
+    assert "P1 over 3 seeds, against the baseline: soft (window): worse;" in glance("P1 over")
+    assert "hard (prefix): no difference shown." in glance("P1 over")
+
+
+def test_one_seed_has_no_spread():
+    keep(["P1", "C1", "A9"])
+    assert "P1 was run with one seed: its spread is not known." in section(report(), "Seeds")
+
+
+def test_verdicts_are_counted_before_and_after_correction():
+    def change(rows: pd.DataFrame) -> None:
+        own = rows["family"] == "reference"
+        rows.loc[own, ["mean", "low", "high"]] = [-0.02, -0.03, -0.01]
+        rows.loc[own, "verdict"] = "no difference shown"
+
+    edit_csv(REPORTS / "comparisons.csv", change)
+    row = row_of(section(report(), "8. Statistics"), "every ablation against P1")
+    assert row[1:] == ["44", "44 → 0", "0 → 0", "0 → 44"]
+
+
+def test_what_lies_under_p1_against_the_baseline_is_shown():
+    def change(rows: pd.DataFrame) -> None:
+        own = (rows["family"] == "baseline") & (rows["ours"] == "P1") & (rows["protocol"] == "prefix")
+        rows.loc[own, ["bootstrap_low", "bootstrap_high", "p", "p_holm"]] = [-0.1111, 0.2222, 0.0333, 0.4444]
+        rows.loc[own, "effect_size"] = [float("nan"), -1.5]
+        rows.loc[own, "detectable"] = 0.0555
+
+    edit_csv(REPORTS / "comparisons.csv", change)
+    rows = [row for row in table_rows(section(report(), "8. Statistics")) if row[0] == "prefix"]
+    assert [row[3] for row in rows] == ["[-0.1111, +0.2222], p = 0.033, 19 documents"] * 2
+    assert all("(p = 0.44)" in row[4] for row in rows)
+    assert [row[5:] for row in rows] == [["–", "0.0555", "37"], ["-1.50", "0.0555", "37"]]
+
+
+# --- inputs that are missing, damaged or of another run -----------------------------------------------------------
+
+FILES = [
+    *("P1/topology.json", "sensitivity.json", "seeds.json", "comparisons.csv", "gate_gradients.csv", "removal.csv"),
+    *("removal_layer_pairs.csv", "removal_heads.csv"),
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", [None, b"", b"["])
+def test_a_missing_or_damaged_analysis_is_named(name, content):
+    path = REPORTS / name
+    path.unlink() if content is None else path.write_bytes(content)
+    assert refusal().startswith(str(path))
+
+
+def test_analyses_of_other_runs_are_refused():
+    edit_topology("A9", lambda data: data.__setitem__("run", "fedcba"))
+    assert refusal() == f"{REPORTS / 'A9/topology.json'}: belongs to run fedcba, not a90123456789abcd: run dvc repro"
+    edit_topology("A9", lambda data: data.__setitem__("run", "a90123456789abcd"))
+    edit_json(SENSITIVITY, lambda data: data.__setitem__("base", "c" * 64))
+    assert refusal().startswith(f"{SENSITIVITY}: of another base than data/dagformer/P1/run.json")
+
+
+def test_comparisons_of_variants_that_are_no_more_are_refused():
+    edit_yaml("params.yaml", lambda params: params["variants"].pop("A4"))
+    assert refusal().startswith(f"{REPORTS / 'comparisons.csv'}: not of the variants of params.yaml")
+
+
+def test_p1_must_be_analysed():
+    edit_yaml("params.yaml", lambda params: params["analysis"].update(variants=["A9"]))
+    assert refusal() == "analysis.variants: the report shows P1, which params.yaml does not list"
+    assert load_settings().analysis.variants == ["A9"]
