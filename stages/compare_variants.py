@@ -10,10 +10,10 @@ Families, each corrected for its own number of tests by Holm:
 
 Reads   reports/dagformer/<id>/* and data/dagformer/<id>/run.json of every variant in params.yaml;
         data/tokens/<dagformer.corpus> (test), for the document that each window is of
-Writes  reports/dagformer/comparisons.csv   a row for each comparison, protocol and mode: family, ours, theirs,
+Writes  reports/statistics/comparisons.csv  a row for each comparison, protocol and mode: family, ours, theirs,
             protocol, mode; what `dynaroute.evaluation.statistics.compare` gives; p_holm; verdict, by the rule of
             `corrected_verdict`
-        reports/dagformer/seeds.json        seeds, by variant; by protocol and mode: differences, to the baseline, by
+        reports/statistics/seeds.json       seeds, by variant; by protocol and mode: differences, to the baseline, by
             variant; spread, their standard deviation; mean, low, high, n of the t interval over seeds; verdict
 """
 
@@ -32,7 +32,7 @@ from dynaroute.evaluation.statistics import compare, corrected_verdict, holm, pa
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant, read_results
 from dynaroute.stage import run
 
-REPORTS = Path("reports/dagformer")
+REPORTS = Path("reports/statistics")
 
 
 def main(settings: Settings) -> None:
