@@ -290,7 +290,7 @@ def write_comparisons(root: Path, settings: Settings) -> None:
                     row = {"family": family, "ours": ours, "theirs": theirs, "protocol": protocol, "mode": mode}
                     row |= comparison(0.0105 + index / 1000)
                     rows.append(row | {"p_holm": 0.0321 if index < 3 else 0.5, "verdict": _verdict(index)})
-    write_csv(root / "reports/dagformer/comparisons.csv", rows)
+    write_csv(root / "reports/statistics/comparisons.csv", rows)
     seeds = {name: settings.variant(name).seed for name in names if name in ("P1", "P1s1", "P1s2")}
     found = {"seeds": seeds}
     if len(seeds) > 1:
@@ -298,7 +298,7 @@ def write_comparisons(root: Path, settings: Settings) -> None:
             differences = {name: 0.0111 + index / 500 for index, name in enumerate(seeds)}
             over = {"mean": 0.0131, "low": 0.0081, "high": 0.0181, "n": len(seeds), "verdict": "worse"}
             found[protocol] = {mode: {"differences": differences, "spread": 0.002, **over} for mode in MODES[:2]}
-    write_json(root / "reports/dagformer/seeds.json", found)
+    write_json(root / "reports/statistics/seeds.json", found)
 
 
 def _verdict(index: int) -> str:

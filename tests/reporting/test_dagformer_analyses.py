@@ -12,7 +12,7 @@ from dynaroute.config import load_settings
 
 pytestmark = pytest.mark.usefixtures("dagformer_tree")
 
-REPORTS = Path("reports/dagformer")
+REPORTS, STATISTICS = Path("reports/dagformer"), Path("reports/statistics")
 SENSITIVITY = REPORTS / "sensitivity.json"
 
 
@@ -168,7 +168,7 @@ def test_joint_training_has_its_outcome_after_correction(verdict):
     def change(rows: pd.DataFrame) -> None:
         rows.loc[rows["family"] == "joint", "verdict"] = verdict
 
-    edit_csv(REPORTS / "comparisons.csv", change)
+    edit_csv(STATISTICS / "comparisons.csv", change)
     line = "J1 against J0: " + verdict + ": soft (window), hard (window), soft (prefix), hard (prefix)."
     assert line in glance("Joint training")
     assert line in section(report(), "7. Joint training")
@@ -185,7 +185,7 @@ def test_the_spread_over_seeds_is_shown():
         data["prefix"]["hard"].update(spread=0.0987, mean=0.0456, low=-0.01, high=0.1, verdict="no difference shown")
         data["prefix"]["hard"]["differences"]["P1s2"] = 0.0777
 
-    edit_json(REPORTS / "seeds.json", change)
+    edit_json(STATISTICS / "seeds.json", change)
     text = section(report(), "Seeds")
     row = next(row for row in table_rows(text) if row[:2] == ["prefix", "hard"])
     assert row[4:7] == ["+0.0777", "0.0987", "+0.0456 [-0.0100, +0.1000] no difference shown"]
@@ -204,7 +204,7 @@ def test_verdicts_are_counted_before_and_after_correction():
         rows.loc[own, ["mean", "low", "high"]] = [-0.02, -0.03, -0.01]
         rows.loc[own, "verdict"] = "no difference shown"
 
-    edit_csv(REPORTS / "comparisons.csv", change)
+    edit_csv(STATISTICS / "comparisons.csv", change)
     row = row_of(section(report(), "8. Statistics"), "every ablation against P1")
     assert row[1:] == ["44", "44 → 0", "0 → 0", "0 → 44"]
 
@@ -216,7 +216,7 @@ def test_what_lies_under_p1_against_the_baseline_is_shown():
         rows.loc[own, "effect_size"] = [float("nan"), -1.5]
         rows.loc[own, "detectable"] = 0.0555
 
-    edit_csv(REPORTS / "comparisons.csv", change)
+    edit_csv(STATISTICS / "comparisons.csv", change)
     rows = [row for row in table_rows(section(report(), "8. Statistics")) if row[0] == "prefix"]
     assert [row[3] for row in rows] == ["[-0.1111, +0.2222], p = 0.033, 19 documents"] * 2
     assert all("(p = 0.44)" in row[4] for row in rows)
@@ -226,15 +226,15 @@ def test_what_lies_under_p1_against_the_baseline_is_shown():
 # --- inputs that are missing, damaged or of another run -----------------------------------------------------------
 
 FILES = [
-    *("P1/topology.json", "sensitivity.json", "seeds.json", "comparisons.csv", "gate_gradients.csv", "removal.csv"),
-    *("removal_layer_pairs.csv", "removal_heads.csv"),
+    *(REPORTS / name for name in ("P1/topology.json", "sensitivity.json", "gate_gradients.csv", "removal.csv")),
+    *(REPORTS / name for name in ("removal_layer_pairs.csv", "removal_heads.csv")),
+    *(STATISTICS / name for name in ("comparisons.csv", "seeds.json")),
 ]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("path", FILES, ids=str)
 @pytest.mark.parametrize("content", [None, b"", b"["])
-def test_a_missing_or_damaged_analysis_is_named(name, content):
-    path = REPORTS / name
+def test_a_missing_or_damaged_analysis_is_named(path, content):
     path.unlink() if content is None else path.write_bytes(content)
     assert refusal().startswith(str(path))
 
@@ -249,7 +249,7 @@ def test_analyses_of_other_runs_are_refused():
 
 def test_comparisons_of_variants_that_are_no_more_are_refused():
     edit_yaml("params.yaml", lambda params: params["variants"].pop("A4"))
-    assert refusal().startswith(f"{REPORTS / 'comparisons.csv'}: not of the variants of params.yaml")
+    assert refusal().startswith(f"{STATISTICS / 'comparisons.csv'}: not of the variants of params.yaml")
 
 
 def test_p1_must_be_analysed():

@@ -13,25 +13,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ANALYSED = Path("data/analysis")
+STATISTICS = Path("reports/statistics")
 DIFFERENCE = ["difference", "low", "high", "n"]
 COLUMNS = {  # of the tables of numbers
     "gate_gradients": ["source", "target", "gates", "mean", "size", "sign_consistency", "helpful", "harmful"],
     "removal": ["fraction", *DIFFERENCE],
     "removal_layer_pairs": ["source", "target", *DIFFERENCE, "p_holm"],
     "removal_heads": ["layer", "head", *DIFFERENCE, "p_holm"],
-    "comparisons": [
-        "mean",
-        "low",
-        "high",
-        "n",
-        "bootstrap_low",
-        "bootstrap_high",
-        "groups",
-        "p",
-        "detectable",
-        "p_holm",
-    ],
 }
+COMPARISONS = ["mean", "low", "high", "n", "bootstrap_low", "bootstrap_high", "groups", "p", "detectable", "p_holm"]
 
 
 class Analyses(NamedTuple):
@@ -43,8 +33,8 @@ class Analyses(NamedTuple):
     removal: "pd.DataFrame"  # removal.csv: a row for each order and fraction
     layer_pairs: "pd.DataFrame"  # removal_layer_pairs.csv
     heads: "pd.DataFrame"  # removal_heads.csv
-    comparisons: "pd.DataFrame"  # comparisons.csv
-    seeds: Record  # seeds.json
+    comparisons: "pd.DataFrame"  # comparisons.csv of the statistics
+    seeds: Record  # seeds.json of the statistics
 
 
 def read_analyses(settings: Settings, results: Results) -> Analyses:
@@ -59,12 +49,12 @@ def read_analyses(settings: Settings, results: Results) -> Analyses:
     sensitivity = read_sensitivity()
     if sensitivity["base"] != results.main.run["identity"]["base"]:
         raise DynarouteError(f"{sensitivity.path}: of another base than {results.main.run.path}: run dvc repro")
-    comparisons = read_table("comparisons")
+    comparisons = read_csv(STATISTICS / "comparisons.csv", COMPARISONS)
     known = {*results.variants, "baseline"}
     if not {*comparisons["ours"], *comparisons["theirs"]} <= known:
-        raise DynarouteError(f"{REPORTS / 'comparisons.csv'}: not of the variants of params.yaml: {REMEDY}")
+        raise DynarouteError(f"{STATISTICS / 'comparisons.csv'}: not of the variants of params.yaml: {REMEDY}")
     tables = (read_table(name) for name in ("gate_gradients", "removal", "removal_layer_pairs", "removal_heads"))
-    return Analyses(topology, sensitivity, *tables, comparisons, read_record(REPORTS / "seeds.json"))
+    return Analyses(topology, sensitivity, *tables, comparisons, read_record(STATISTICS / "seeds.json"))
 
 
 def read_sensitivity() -> Record:

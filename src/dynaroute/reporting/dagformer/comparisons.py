@@ -137,7 +137,7 @@ def statistics(analyses: Analyses) -> str:
                     for row in main
                 ],
             ),
-            f"All {count(len(analyses.comparisons), 'comparison')} are in `dagformer/comparisons.csv`.",
+            f"All {count(len(analyses.comparisons), 'comparison')} are in `statistics/comparisons.csv`.",
         ]
     )  # fmt: skip
 
