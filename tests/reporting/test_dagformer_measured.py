@@ -30,14 +30,15 @@ def test_it_says_that_it_is_exempt_and_names_the_base():
 
 
 def test_the_published_speed_table_is_filled_and_what_was_not_measured_is_marked():
-    timing = {"seconds_per_step": 0.3, "validation_seconds": 5.0, "loading_seconds": 7.0}
+    # A tenth of a second of validation for every step, however often P1 is validated.
+    validation_seconds = load_settings().validate_every / 10
+    timing = {"seconds_per_step": 0.3, "validation_seconds": validation_seconds, "loading_seconds": 7.0}
     edit_json(TIMING, lambda data: data.update(timing))
     text = measured()
     assert "| Training step | 300 ms | about 3 s |" in text
-    assert "| Evaluation round | 5.0 s | about 2 min |" in text
+    assert f"| Evaluation round | {validation_seconds:.1f} s | about 2 min |" in text
     assert "| Model loading | 7.0 s | about 10 min |" in text
     assert "| 1K steps, no evaluation | 5.0 min (extrapolated) | about 50 min |" in text
-    # P1 is validated every 50 steps: 20 rounds of 5 s in a thousand.
     assert "| 1K steps with evaluation | 6.7 min (extrapolated) | about 70 min |" in text
     assert "| 10K steps with evaluation | 66.7 min (extrapolated) | about 12 h |" in text
     assert "| 100K steps with evaluation | 11.1 h (extrapolated) | about 5 days |" in text
