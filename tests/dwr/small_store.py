@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynaroute.dwr.experts import ExpertStore, export_store
+from dynaroute.dwr.experts import ExpertStore, Usage, export_store
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 
 RUN = "0123456789abcdef"
@@ -22,14 +22,18 @@ def make_model(seed: int = 0, **changes) -> DWRTransformer:
     return model
 
 
-def uniform_load(model: DWRTransformer) -> list[list[float]]:
-    return [[1 / model.config.num_experts] * model.config.num_experts] * model.config.num_layers
+def uniform_usage(model: DWRTransformer) -> Usage:
+    layers, experts = model.config.num_layers, model.config.num_experts
+    return Usage(
+        load=[[1 / experts] * experts] * layers,
+        transitions=[[[2] * experts] * experts] * (layers - 1),
+    )
 
 
-def export(path: Path, model: DWRTransformer | None = None, run: str = RUN) -> ExpertStore:
+def export(path: Path, model: DWRTransformer | None = None, run: str = RUN, precision: str = "fp32") -> ExpertStore:
     """Exports a model, by default the one of `make_model()`, and opens the store."""
     model = model or make_model()
-    export_store(model, run, uniform_load(model), path)
+    export_store(model, run, uniform_usage(model), path, precision)
     return ExpertStore(path)
 
 

@@ -1,4 +1,8 @@
-"""The expert cache against a plain simulation of least recent use, and what it keeps mapped."""
+"""The expert cache: that it hands out the right weights whatever its threads do, and what it keeps in memory."""
+
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
@@ -6,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_store import export, make_model, mapped_files
 
-from dynaroute.dwr.experts import CachedExperts, CacheStatistics, ExpertCache
+from dynaroute.dwr.experts import CachedExperts, CacheStatistics, ExpertCache, make_policy
+from dynaroute.dwr.experts.prefetch import Prediction
 from dynaroute.dwr.experts.store import expert_file
 from dynaroute.errors import DynarouteError
 
@@ -19,89 +24,85 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory, model):
-    return export(tmp_path_factory.mktemp("cache") / "store", model)
+def stores(tmp_path_factory, model):
+    folder = tmp_path_factory.mktemp("cache")
+    return {precision: export(folder / precision, model, precision=precision) for precision in ("fp32", "int8")}
+
+
+@pytest.fixture
+def store(stores):
+    return stores["fp32"]
+
+
+class Says:
+    """A prefetcher that foretells what it is told, of the layer after the one that asks."""
+
+    def __init__(self, experts):
+        self.experts = experts
+
+    def predict(self, layer, state, scores):
+        return Prediction(layer + 1, self.experts) if layer + 1 < LAYERS else None
 
 
 def fetched(cache, layer, needed):
     """The experts in the order in which they came."""
+    cache.foresee(layer, torch.empty(0), torch.empty(0))
     return [expert for expert, _ in cache.fetch(layer, needed)]
-
-
-class PlainLRU:
-    """A list, least recently used first; within a call, what is there comes first."""
-
-    def __init__(self, capacity):
-        self.capacity, self.held = capacity, []
-        self.hits = self.misses = self.evictions = 0
-
-    def fetch(self, layer, needed):
-        before = set(self.held)
-        for expert in sorted(needed, key=lambda expert: (layer, expert) not in before):
-            key = (layer, expert)
-            if key in self.held:
-                self.hits += 1
-                self.held.remove(key)
-            else:
-                self.misses += 1
-                if len(self.held) == self.capacity:
-                    self.held.pop(0)
-                    self.evictions += 1
-            self.held.append(key)
 
 
 CALLS = st.lists(
     st.tuples(
         st.integers(0, LAYERS - 1),
-        st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=EXPERTS, unique=True).map(sorted),
+        st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=EXPERTS, unique=True),
+        st.lists(st.integers(0, EXPERTS - 1), max_size=3, unique=True),
+        st.integers(0, EXPERTS),  # experts after which the caller goes away
     ),
-    max_size=30,
+    max_size=20,
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(calls=CALLS, capacity=st.integers(1, LAYERS * EXPERTS + 2))
-def test_any_sequence_of_requests_is_that_of_a_plain_lru(store, model, calls, capacity):
-    cache, plain = ExpertCache(store, capacity), PlainLRU(capacity)
-    resident = [dict(layer.moe.experts.fetch(list(range(EXPERTS)))) for layer in model.layers]
-    for layer, needed in calls:
-        came = []
-        for expert, weights in cache.fetch(layer, needed):
-            came.append(expert)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(
+    calls=CALLS,
+    capacity=st.integers(1, LAYERS * EXPERTS + 2),
+    policy=st.sampled_from(["lru", "lfu", "next_use"]),
+    precision=st.sampled_from(["fp32", "int8"]),
+)
+def test_weights_are_the_stores_in_any_sequence_of_calls_and_prefetches(stores, calls, capacity, policy, precision):
+    store, prefetcher = stores[precision], Says([])
+    with ExpertCache(store, capacity, make_policy(policy, store.usage.load), prefetcher=prefetcher) as cache:
+        for layer, needed, ahead, patience in calls:
+            prefetcher.experts = ahead
+            cache.foresee(layer, torch.empty(0), torch.empty(0))
+            came = []
+            experts = cache.fetch(layer, needed)
+            for expert, weights in experts:
+                came.append(expert)
+                assert all(map(torch.equal, weights, store.read(layer, expert)))
+                assert len(mapped_files(store.path)) <= capacity
+                del weights
+                if len(came) > patience:
+                    experts.close()
+            assert sorted(came) == sorted(needed) or len(came) == patience + 1
             assert len(cache) <= capacity
-            assert all(map(torch.equal, weights, resident[layer][expert]))
-        assert sorted(came) == needed
-        plain.fetch(layer, needed)
-        assert list(cache._experts) == plain.held
-    found = cache.statistics
-    assert (found.hits, found.misses, found.evictions) == (plain.hits, plain.misses, plain.evictions)
-    assert found.hits + found.misses == found.requests == sum(len(needed) for _, needed in calls)
-    assert found.bytes_read == found.misses * store.expert_bytes
+        found = cache.statistics
+        assert found.hits + found.misses == found.requests == sum(len(needed) for _, needed, _, _ in calls)
 
 
-def test_experts_in_the_cache_come_first_and_none_of_them_is_evicted_before_its_use(store):
+def test_experts_in_the_cache_come_first(store):
     cache = ExpertCache(store, 2)
     fetched(cache, 0, [3, 4])
     cache.take_statistics()
     assert fetched(cache, 0, [0, 1, 3, 4]) == [3, 4, 0, 1]
-    assert cache.statistics == CacheStatistics(4, 2, 2, 2, 2 * store.expert_bytes)
+    assert cache.statistics == CacheStatistics(requests=4, hits=2, misses=2, evictions=2)
 
 
-def test_layers_share_the_capacity_and_do_not_mix_their_experts(store):
-    cache = ExpertCache(store, 3)
-    fetched(cache, 0, [1, 2])
-    fetched(cache, 1, [1])
-    assert {key for key in [(0, 1), (0, 2), (1, 1), (1, 2)] if key in cache} == {(0, 1), (0, 2), (1, 1)}
-    fetched(cache, 1, [2])
-    assert (0, 1) not in cache
-
-
-def test_a_cache_for_one_expert_maps_at_most_the_one_in_use_and_the_next(store):
+def test_a_cache_for_one_expert_maps_one_at_a_time(store):
     cache = ExpertCache(store, 1)
     for expert, weights in cache.fetch(0, [0, 1, 2]):
         assert mapped_files(store.path) == {expert_file(0, expert)}
         assert weights.w1.isfinite().all()
-    del weights
+        del weights
     assert mapped_files(store.path) == {expert_file(0, 2)}
 
 
@@ -118,59 +119,124 @@ def test_an_evicted_expert_is_unmapped_when_its_last_user_lets_go(store):
     assert mapped_files(store.path) == set()
 
 
-def test_a_warm_start_holds_the_most_frequent_experts_and_evicts_the_least_frequent_first(store):
-    cache = ExpertCache(store, 3)
-    cache.warm_start([[0.1, 0.2, 0.05, 0.6, 0.05], [0.5, 0.1, 0.1, 0.1, 0.2]])
-    held = [(0, 3), (1, 0), (0, 1)]
-    assert all(key in cache for key in held)
-    assert cache.take_statistics() == CacheStatistics(bytes_read=3 * store.expert_bytes)
-    for kept in (held[:2], held[:1], []):
-        fetched(cache, 1, [next(expert for expert in (1, 2, 3) if (1, expert) not in cache)])
-        assert [key for key in held if key in cache] == kept
+def test_what_is_decoded_leaves_nothing_mapped(stores):
+    cache = ExpertCache(stores["int8"], 2)
+    fetched(cache, 0, [0, 1, 2])
+    assert mapped_files(stores["int8"].path) == set()
 
 
-def test_a_warm_start_reads_only_what_is_not_there(store):
-    cache = ExpertCache(store, 2)
-    fetched(cache, 0, [3, 4])
-    cache.take_statistics()
-    cache.warm_start([[0, 0, 0, 1, 0], [1, 0, 0, 0, 0]])
-    assert cache.statistics == CacheStatistics(evictions=1, bytes_read=store.expert_bytes)
-    assert (0, 3) in cache
-    assert (1, 0) in cache
+# --- threads -------------------------------------------------------------------------------------------------------
 
 
-def test_a_capacity_in_bytes_is_that_of_whole_experts(store):
-    assert ExpertCache.of_bytes(store, 3 * store.expert_bytes).capacity == 3
-    assert ExpertCache.of_bytes(store, 4 * store.expert_bytes - 1).capacity == 3
-    with pytest.raises(DynarouteError, match="one expert"):
-        ExpertCache.of_bytes(store, store.expert_bytes - 1)
+@pytest.fixture
+def gate(store, monkeypatch):
+    """Lets no expert of layer 1 be read before the test opens it; the names of the threads that asked for one."""
+    gate, readers, read = threading.Event(), {}, store.map
+
+    def waiting(layer, expert):
+        readers[layer, expert] = threading.current_thread().name
+        if layer == 1:
+            assert gate.wait(10)
+        return read(layer, expert)
+
+    monkeypatch.setattr(store, "map", waiting)
+    gate.readers = readers
+    yield gate
+    gate.set()
 
 
-@pytest.mark.parametrize("capacity", [0, -1])
-def test_a_cache_without_room_for_an_expert_is_refused(store, capacity):
-    with pytest.raises(DynarouteError, match=f"capacity = {capacity}"):
-        ExpertCache(store, capacity)
+def test_a_prefetch_is_read_while_the_layer_before_computes(store, gate):
+    with ExpertCache(store, 6, prefetcher=Says([2, 3])) as cache:
+        assert fetched(cache, 0, [0, 1]) == [0, 1]  # while the read for layer 1 hangs
+        gate.set()
+        assert fetched(cache, 1, [2]) == [2]
+        assert gate.readers[1, 2].startswith("expert-prefetcher")
+        found = cache.statistics
+        assert (found.prefetched, found.useful, found.misses, found.hits) == (2, 1, 2, 1)
+        assert (found.foretold, found.foretold_right) == (1, 1)
+
+
+def test_the_missing_are_read_while_the_caller_computes_with_those_that_are_there(store, gate):
+    with ExpertCache(store, 6) as cache:
+        gate.set()
+        fetched(cache, 1, [0])
+        gate.clear()
+        experts = cache.fetch(1, [0, 1, 2])
+        assert next(experts)[0] == 0  # while the reads of 1 and 2 hang
+        gate.set()
+        assert sorted(expert for expert, _ in experts) == [1, 2]
+        assert gate.readers[1, 1].startswith("expert-reader")
+
+
+def test_what_is_late_is_counted(store, gate):
+    with ExpertCache(store, 6, prefetcher=Says([2])) as cache:
+        fetched(cache, 0, [0])
+        threading.Timer(0.05, gate.set).start()
+        assert fetched(cache, 1, [2]) == [2]
+        assert (cache.statistics.late, cache.statistics.useful) == (1, 1)
+        assert cache.statistics.wait_seconds > 0.01
+
+
+def test_an_error_in_the_prefetcher_surfaces_in_the_caller_and_threads_end(tmp_path):
+    store = export(tmp_path / "store")
+    (store.path / expert_file(1, 2)).unlink()
+    before = threading.active_count()
+    with pytest.raises(DynarouteError, match=expert_file(1, 2)), ExpertCache(store, 6, prefetcher=Says([2])) as cache:
+        fetched(cache, 0, [0])
+        cache._prefetchers.shutdown()  # it has been tried by now
+        fetched(cache, 1, [3])
+    assert threading.active_count() == before
+
+
+def test_threads_end_when_the_caller_fails(store):
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError), ExpertCache(store, 6, prefetcher=Says([0, 1])) as cache:
+        for _ in cache.fetch(0, [0, 1, 2, 3]):
+            raise ZeroDivisionError
+    assert threading.active_count() == before
+
+
+def test_ctrl_c_ends_a_process_whose_threads_are_reading(tmp_path):
+    store = export(tmp_path / "store")
+    script = f"""
+import signal, os, time, threading
+from dynaroute.dwr.experts import ExpertCache, ExpertStore
+store = ExpertStore({str(store.path)!r})
+read = store.map
+def slow(*key):
+    time.sleep(0.2)
+    return read(*key)
+store.map = slow
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+cache = ExpertCache(store, 6)
+while True:
+    for layer in (0, 1):
+        list(cache.fetch(layer, [0, 1, 2, 3, 4]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1] == "KeyboardInterrupt"
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+def test_an_expert_that_cannot_be_read_is_named_and_the_cache_goes_on(tmp_path):
+    store = export(tmp_path / "store")
+    (store.path / expert_file(0, 1)).rename(tmp_path / "away")
+    with ExpertCache(store, 2) as cache:
+        experts = CachedExperts(cache, 0)
+        with pytest.raises(DynarouteError, match=expert_file(0, 1).replace(".", r"\.")):
+            list(experts.fetch([0, 1, 2]))
+        assert (0, 1) not in cache
+        (tmp_path / "away").rename(store.path / expert_file(0, 1))
+        assert sorted(expert for expert, _ in experts.fetch([0, 1, 2])) == [0, 1, 2]
+        assert len(cache) == 2
 
 
 def test_statistics_start_again_when_taken(store):
     cache = ExpertCache(store, 4)
     fetched(cache, 0, [0, 1])
     fetched(cache, 0, [0])
-    taken = cache.take_statistics()
-    assert taken == CacheStatistics(3, 1, 2, 0, 2 * store.expert_bytes)
-    assert taken.hit_rate == 1 / 3
+    assert cache.take_statistics() == CacheStatistics(requests=3, hits=1, misses=2)
     assert cache.statistics == CacheStatistics()
-    assert taken + taken == CacheStatistics(6, 2, 4, 0, 4 * store.expert_bytes)
-
-
-def test_an_expert_that_cannot_be_read_is_named_and_the_cache_goes_on(tmp_path):
-    store = export(tmp_path / "store")
-    (store.path / expert_file(0, 1)).rename(tmp_path / "away")
-    cache = ExpertCache(store, 2)
-    experts = CachedExperts(cache, 0)
-    with pytest.raises(DynarouteError, match=expert_file(0, 1).replace(".", r"\.")):
-        list(experts.fetch([0, 1, 2]))
-    assert (0, 1) not in cache
-    (tmp_path / "away").rename(store.path / expert_file(0, 1))
-    assert [expert for expert, _ in experts.fetch([0, 1, 2])] == [0, 1, 2]
-    assert len(cache) == 2

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from small_store import RUN, export, make_model, mapped_files, uniform_load
+from small_store import RUN, export, make_model, mapped_files, uniform_usage
 
 from dynaroute.dwr.experts import ExpertStore, export_store
+from dynaroute.dwr.experts.mapping import drop_from_page_cache
 from dynaroute.dwr.experts.store import expert_file, file_contents, model_without_weights, safetensors_header
 from dynaroute.dwr.model import DWRConfig
 from dynaroute.errors import DynarouteError
@@ -80,11 +81,11 @@ def test_an_expert_is_adjacent_aligned_tensors_from_a_page_on(tmp_path, d_model,
 
 
 def test_the_paper_model_has_the_published_files():
-    contents = file_contents(DWRConfig(**PAPER), RUN)
+    contents = file_contents(DWRConfig(**PAPER), RUN, "fp32")
     sizes = {}
-    for name, (shapes, state) in contents.items():
-        data = sum(4 * torch.Size(shape).numel() for shape in shapes.values())
-        sizes[name] = len(safetensors_header(shapes, state)) + data
+    for name, (entries, state) in contents.items():
+        data = sum(4 * torch.Size(entry.shape).numel() for entry in entries.values())
+        sizes[name] = len(safetensors_header(entries, state)) + data
     backbone = sizes.pop("backbone.safetensors")
     assert len(sizes) == 96
     assert set(sizes.values()) == {4 * 2_099_712 + 4096}
@@ -110,8 +111,8 @@ def test_an_export_replaces_the_older_store_as_a_whole(tmp_path):
 def test_an_export_that_fails_leaves_the_older_store(tmp_path):
     store = export(tmp_path / "store")
     model = make_model(seed=1)
-    with pytest.raises(ValueError, match="float32"):
-        export_store(model.double(), RUN, uniform_load(model), store.path)
+    with pytest.raises(ValueError, match="float64"):
+        export_store(model.double(), RUN, uniform_usage(model), store.path)
     ExpertStore(store.path).verify()
     assert list(tmp_path.iterdir()) == [store.path]
 
@@ -127,26 +128,52 @@ def test_the_skeleton_of_a_model_has_its_parameters_and_no_memory():
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def test_an_expert_read_is_the_one_exported_and_aligned(tmp_path):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_an_expert_is_the_one_exported_and_aligned(tmp_path, precision):
     model = make_model()
-    store = export(tmp_path / "store", model)
+    store = export(tmp_path / "store", model, precision=precision)
     for layer in range(2):
         for expert, expected in model.layers[layer].moe.experts.fetch([0, 1, 2, 3, 4]):
-            weights = store.read(layer, expert)
+            weights, mapped = store.read(layer, expert), store.views(store.map(layer, expert))
             for name in ("w1", "b1", "w2", "b2"):
-                assert torch.equal(getattr(weights, name), getattr(expected, name))
-                assert getattr(weights, name).data_ptr() % 64 == 0
-                assert getattr(weights, name).is_contiguous()
+                exact = precision == "fp32" or name.startswith("b")
+                error = (
+                    0 if exact else getattr(expected, name).detach().abs().max() / (200 if precision == "bf16" else 250)
+                )
+                torch.testing.assert_close(getattr(weights, name), getattr(expected, name), rtol=0, atol=float(error))
+                for tensor in (getattr(weights, name), mapped[name]):
+                    assert tensor.data_ptr() % 64 == 0
+                    assert tensor.is_contiguous()
 
 
-def test_only_what_is_read_is_mapped_and_only_while_it_is_used(tmp_path):
+def test_a_channel_of_int8_weights_has_its_own_scale(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        weights = next(iter(model.layers[0].moe.experts.fetch([0])))[1]
+        weights.w1[:, 3] *= 1000
+        weights.w1[:, 4] = 0
+    store = export(tmp_path / "store", model, precision="int8")
+    stored = store.views(store.map(0, 0))
+    found = store.read(0, 0).w1
+    assert stored["w1"].dtype == torch.int8
+    assert torch.equal(stored["w1"].abs().amax(0)[[0, 3, 4]], torch.tensor([127, 127, 0], dtype=torch.int8))
+    assert ((found - weights.w1).abs() <= stored["scale1"] / 2 * (1 + 1e-5)).all()  # half a step, in every channel
+
+
+def test_lower_precision_makes_smaller_files(tmp_path):
+    sizes = [export(tmp_path / name, precision=name).file_bytes - 4096 for name in ("fp32", "bf16", "int8")]
+    assert sizes == [4 * 2 * 32 * 48 + 320, 2 * 2 * 32 * 48 + 320, 2 * 32 * 48 + 2 * 320]
+
+
+def test_only_what_is_used_is_mapped(tmp_path):
     store = export(tmp_path / "store")
     store.verify()
+    store.read(0, 0)
     assert mapped_files(store.path) == set()
-    weights, other = store.read(0, 1), store.read(1, 2)
+    content, other = store.map(0, 1), store.map(1, 2)
     assert mapped_files(store.path) == {expert_file(0, 1), expert_file(1, 2)}
-    bias = weights.b2  # one tensor keeps the map of all
-    del weights
+    bias = store.views(content)["b2"]  # one tensor keeps the map of all
+    del content
     assert mapped_files(store.path) == {expert_file(0, 1), expert_file(1, 2)}
     assert bias.sum().isfinite()
     del bias, other
@@ -168,16 +195,32 @@ def test_mapped_experts_hold_no_file_descriptors(tmp_path):
     if not Path("/proc/self/fd").exists():
         pytest.skip("needs /proc/self/fd")
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    held = [store.read(0, expert) for expert in range(5)]
+    held = [store.map(0, expert) for expert in range(5)]
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     del held
 
 
 def test_writing_to_weights_does_not_change_the_store(tmp_path):
     store = export(tmp_path / "store")
-    store.read(0, 0).w1.zero_()
+    store.map(0, 0).zero_()
     store.verify()
     assert store.read(0, 0).w1.any()
+
+
+def test_what_the_system_forgot_is_read_again(tmp_path):
+    store = export(tmp_path / "store")
+    expected = store.read(0, 1)
+    drop_from_page_cache(store.path / expert_file(0, 1))
+    assert all(map(torch.equal, store.read(0, 1), expected))
+
+
+def test_the_tokenizer_is_part_of_the_store(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").write_text("{}")
+    model = make_model()
+    export_store(model, RUN, uniform_usage(model), tmp_path / "store", tokenizer=tmp_path / "tokenizer")
+    assert (tmp_path / "store/tokenizer/tokenizer.json").read_text() == "{}"
+    ExpertStore(tmp_path / "store").verify()
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
@@ -192,6 +235,7 @@ def test_verify_finds_a_flipped_bit(tmp_path, name):
     (store.path / name).write_bytes(content)
     opened = ExpertStore(store.path)  # it looks the same
     assert name in refusal(opened.verify)
+    assert name in refusal(opened.read_backbone if name.startswith("backbone") else lambda: opened.map(1, 2))
 
 
 @pytest.mark.parametrize("name", ["backbone.safetensors", expert_file(0, 4)])
@@ -269,13 +313,16 @@ def rename(data, old, new):
     ("change", "named"),
     [
         (lambda data: data.pop("run"), "run"),
-        (lambda data: data.update(format=2), "format"),
+        (lambda data: data.update(format=1), "format"),
         (lambda data: data.update(surprise=1), "surprise"),
         (lambda data: data["config"].update(d_model=33), "config"),
-        (lambda data: data["config"].update(num_experts=4), "expert_load"),
-        (lambda data: data["config"].update(num_layers=10**12), "expert_load"),
-        (lambda data: data["expert_load"].pop(), "expert_load"),
-        (lambda data: data["expert_load"][0].append(0.0), "expert_load"),
+        (lambda data: data["config"].update(num_experts=4), "usage.load"),
+        (lambda data: data["config"].update(num_layers=10**12), "usage.load"),
+        (lambda data: data["usage"]["load"].pop(), "usage.load"),
+        (lambda data: data["usage"]["load"][0].append(0.0), "usage.load"),
+        (lambda data: data["usage"]["transitions"].append([]), "usage.transitions"),
+        (lambda data: data["usage"]["transitions"][0][3].pop(), "usage.transitions"),
+        (lambda data: data.update(precision="int8"), "files"),
         (lambda data: data["files"].pop(expert_file(0, 0)), "files"),
         (lambda data: rename(data, expert_file(0, 0), "/etc/passwd"), "files"),
         (lambda data: rename(data, expert_file(0, 0), "../outside.safetensors"), "files"),

@@ -1,11 +1,16 @@
 """A model run from its store: the same bits as the trained one, resident or at any capacity of the cache."""
 
+import itertools
+
 import pytest
 import torch
 from small_store import export, make_model, mapped_files
 
-from dynaroute.dwr.experts import ExpertCache
-from dynaroute.dwr.inference import bind_experts, greedy_decode, load_cached, load_resident
+from dynaroute.dwr.experts import ExpertCache, make_policy, make_prefetcher
+from dynaroute.dwr.experts.store import ExpertStore
+from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, load_resident, sample
+from dynaroute.dwr.model import DWRTransformer
+from dynaroute.errors import DynarouteError
 
 SHAPES = {
     "small": {},
@@ -14,6 +19,12 @@ SHAPES = {
     "all experts": {"num_layers": 1, "num_experts": 3, "top_k": 3},
     "with dropped tokens": {"capacity_factor": 0.7},
 }
+
+
+def load_cached(cache: ExpertCache) -> DWRTransformer:
+    model = load_backbone(cache.store)
+    bind_experts(model, cache)
+    return model
 
 
 def prompts(model, batch=3, time=9):
@@ -39,7 +50,7 @@ def test_logits_are_the_trained_models_to_the_bit_at_every_capacity(tmp_path, sh
     store = export(tmp_path / "store", model)
     tokens = prompts(model, batch)
     expected = list(greedy_decode(model, tokens, 8))  # prefill, then decode steps
-    cached = load_cached(ExpertCache(store, 1))
+    cached = load_backbone(store)
     for capacity in range(1, store.num_experts + 1):
         cache = ExpertCache(store, capacity)
         bind_experts(cached, cache)
@@ -49,26 +60,29 @@ def test_logits_are_the_trained_models_to_the_bit_at_every_capacity(tmp_path, sh
         assert (cache.statistics.hits > 0) or capacity < store.num_experts
 
 
-def test_a_warm_start_changes_no_logit(tmp_path):
-    model = make_model()
-    store = export(tmp_path / "store", model)
-    cache = ExpertCache(store, 4)
-    cache.warm_start(store.expert_load)
-    found = greedy_decode(load_cached(cache), prompts(model), 5)
-    assert all(map(torch.equal, found, greedy_decode(model, prompts(model), 5)))
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("prefetch", ["none", "frequency", "transition", "gate"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "weighted_lru", "pinned", "next_use"])
+def test_no_policy_prefetcher_or_precision_changes_a_logit(tmp_path, policy, prefetch, precision):
+    store = export(tmp_path / "store", precision=precision)
+    tokens, resident, cached = prompts(make_model(), batch=1), load_resident(store), load_backbone(store)
+    expected = list(greedy_decode(resident, tokens, 8))
+    for capacity, per_layer in ((1, False), (2, True), (4, False), (5, True), (10, False)):
+        prefetcher = make_prefetcher(prefetch, store, cached, 3)
+        with ExpertCache(store, capacity, make_policy(policy, store.usage.load), per_layer, prefetcher) as cache:
+            bind_experts(cached, cache)
+            assert all(map(torch.equal, greedy_decode(cached, tokens, 8), expected))
 
 
-def test_one_changed_weight_in_the_store_changes_logits(tmp_path):
-    model = make_model()
-    store = export(tmp_path / "store", model)
-    tokens = prompts(model)
-    with torch.inference_mode():
-        before = load_cached(ExpertCache(store, 2))(tokens).logits
-        for path in store.path.glob("expert_layer1_*"):
-            content = bytearray(path.read_bytes())
-            content[-1] ^= 0x80  # the sign of the last bias
-            path.write_bytes(content)
-        assert not torch.equal(load_cached(ExpertCache(store, 2))(tokens).logits, before)
+def test_a_flipped_bit_is_refused_before_it_makes_a_token(tmp_path):
+    store = export(tmp_path / "store")
+    for path in store.path.glob("expert_layer1_*"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 0x80  # the sign of the last bias
+        path.write_bytes(content)
+    store = ExpertStore(store.path)
+    with pytest.raises(DynarouteError, match=r"expert_layer1_.*: SHA-256"):
+        list(greedy_decode(load_cached(ExpertCache(store, 2)), prompts(make_model()), 1))
 
 
 def test_a_cached_model_holds_its_backbone_and_no_experts(tmp_path):
@@ -112,3 +126,40 @@ def test_decoding_uses_all_positions_and_no_more(tmp_path):
     assert len(list(greedy_decode(model, tokens, 2))) == 3
     with pytest.raises(ValueError, match="24 positions"):
         list(greedy_decode(model, tokens, 3))
+
+
+def drawn(model, temperature, top_p, seed, count=12):
+    generator = torch.Generator().manual_seed(seed)
+    return list(itertools.islice(sample(model, [5, 9, 2], temperature, top_p, generator), count))
+
+
+def test_greedy_sampling_is_greedy_decoding():
+    model = make_model()
+    expected = [int(logits[0, -1].argmax()) for logits in greedy_decode(model, torch.tensor([[5, 9, 2]]), 11)]
+    assert drawn(model, 0.0, 1.0, 0) == expected
+    assert drawn(model, 1.0, 1e-9, 3) == expected  # a nucleus of one token
+
+
+def test_sampling_follows_its_seed():
+    model = make_model()
+    assert drawn(model, 1.0, 0.9, 1) == drawn(model, 1.0, 0.9, 1)
+    assert drawn(model, 1.0, 0.9, 1) != drawn(model, 1.0, 0.9, 2)
+
+
+def test_tokens_are_drawn_by_their_probability_within_the_nucleus():
+    model = make_model()
+    logits = next(greedy_decode(model, torch.tensor([[5, 9, 2]]), 0))[0, -1] / 2.0
+    probability, order = logits.softmax(-1).sort(descending=True)
+    nucleus = int((probability.cumsum(0) < 0.6).sum()) + 1
+    counts = torch.zeros(model.config.vocab_size)
+    for seed in range(600):
+        counts[drawn(model, 2.0, 0.6, seed, 1)] += 1
+    assert 1 < nucleus < 40
+    assert counts[order[nucleus:]].sum() == 0
+    expected = probability[:nucleus] / probability[:nucleus].sum()
+    assert (counts[order[:nucleus]] / 600 - expected).abs().max() < 4 * (0.25 / 600) ** 0.5
+
+
+def test_sampling_ends_with_the_positions():
+    model = make_model()
+    assert len(drawn(model, 0.0, 1.0, 0, count=1000)) == model.config.max_seq_len - 3 + 1

@@ -1,6 +1,6 @@
-"""A DWR model for inference from an expert store, with resident or with cached experts, and greedy decoding.
+"""A DWR model for inference from an expert store, with resident or with cached experts, and decoding.
 
-Both models run `expert_ffn` on the same tokens with equally aligned weights, so their logits are equal to the bit.
+Both run `expert_ffn` on the same tokens with equally aligned weights, so their logits are equal to the bit.
 """
 
 from collections.abc import Iterator
@@ -13,31 +13,33 @@ from dynaroute.dwr.experts.store import model_without_weights
 from dynaroute.dwr.model import DWRTransformer, KVCache
 
 
-def load_resident(store: ExpertStore) -> DWRTransformer:
-    """The model with all of its weights copied into memory."""
+def load_resident(store: ExpertStore, device: str = "cpu") -> DWRTransformer:
+    """The model with all of its weights in memory."""
     model = model_without_weights(store.config)
     tensors = store.read_backbone()
     for layer in range(store.config.num_layers):
         for expert in range(store.config.num_experts):
-            weights = store.read(layer, expert)
-            for name, tensor in weights._asdict().items():
-                tensors[f"layers.{layer}.moe.experts.{expert}.{name}"] = tensor.clone()
+            for name, tensor in store.read(layer, expert)._asdict().items():
+                tensors[f"layers.{layer}.moe.experts.{expert}.{name}"] = tensor
     model.load_state_dict(tensors, assign=True)
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval().to(device)
 
 
-def load_cached(cache: ExpertCache) -> DWRTransformer:
-    """The model with its backbone in memory and its experts fetched through the cache; its state dict has none."""
-    model = model_without_weights(cache.store.config)
+def load_backbone(store: ExpertStore, device: str = "cpu") -> DWRTransformer:
+    """The model without experts, in memory; `bind_experts` says where they come from."""
+    model = model_without_weights(store.config)
     for layer in model.layers:
         del layer.moe.experts  # a submodule cannot be replaced by what is none
-    bind_experts(model, cache)
-    model.load_state_dict(cache.store.read_backbone(), assign=True)
-    return model.requires_grad_(False).eval()
+        # The seam at which a cache hears of a token's state in time to read ahead.
+        layer.moe.router.register_forward_hook(
+            lambda _, inputs, scores, moe=layer.moe: moe.experts.foresee(inputs[0], scores)
+        )
+    model.load_state_dict(store.read_backbone(), assign=True)
+    return model.requires_grad_(False).eval().to(device)
 
 
 def bind_experts(model: DWRTransformer, cache: ExpertCache) -> None:
-    """Lets a model that `load_cached` made take its experts from another cache of the same store."""
+    """Lets a model that `load_backbone` made take its experts from a cache of the same store."""
     for index, layer in enumerate(model.layers):
         layer.moe.experts = CachedExperts(cache, index)
 
@@ -55,3 +57,35 @@ def greedy_decode(model: DWRTransformer, prompt: Tensor, steps: int) -> Iterator
     for _ in range(steps):
         logits = model(logits[:, -1:].argmax(-1), cache).logits
         yield logits
+
+
+@torch.inference_mode()
+def sample(
+    model: DWRTransformer, prompt: list[int], temperature: float, top_p: float, generator: torch.Generator
+) -> Iterator[int]:
+    """Continues a prompt token by token, until the model has no more positions.
+
+    Args:
+        model: resident, or with its experts bound to a cache.
+        prompt: at least one token.
+        temperature: divides the logits; 0: always the most probable token.
+        top_p: the most probable tokens whose probabilities add up to this, at least one, are drawn from (nucleus
+            sampling, Holtzman et al., 2020).
+        generator: on the CPU, where tokens are drawn whatever the device.
+    """
+    weight = model.token_embedding.weight
+    cache = KVCache(model.config, 1, like=weight)
+    tokens = torch.tensor([prompt], device=weight.device)
+    while cache.length + tokens.shape[1] <= model.config.max_seq_len:
+        token = _choose(model(tokens, cache).logits[0, -1].cpu(), temperature, top_p, generator)
+        yield token
+        tokens = torch.tensor([[token]], device=weight.device)
+
+
+def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """A token, given the logits [V] of the next one."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probability, tokens = (logits / temperature).softmax(-1).sort(descending=True)
+    probability[1:][probability.cumsum(0)[:-1] >= top_p] = 0
+    return int(tokens[torch.multinomial(probability, 1, generator=generator)])

@@ -179,12 +179,14 @@ class MoE(nn.Module):
         slices = dict(enumerate(x.split(counts)))
         capacity = self.capacity(x.shape[0] // self.config.top_k)
         outputs: dict[int, Tensor] = {}
-        for expert, weights in self.experts.fetch([expert for expert, count in enumerate(counts) if count]):
+        needed = sorted((expert for expert, count in enumerate(counts) if count), key=counts.__getitem__)
+        for expert, weights in self.experts.fetch(needed):  # the most used last: a cache keeps those
             overflow = max(0, counts[expert] - capacity)
             # Slicing costs a gradient-sized fill even where it takes all.
             kept = slices[expert][:capacity] if overflow else slices[expert]
             y = expert_ffn(kept, weights)
             outputs[expert] = F.pad(y, (0, 0, 0, overflow)) if overflow else y
+            del weights  # a cache may need their place for the next
         return torch.cat([outputs[expert] for expert in sorted(outputs)])
 
 

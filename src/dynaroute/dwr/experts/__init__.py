@@ -1,6 +1,18 @@
 """Experts on disk and on demand: the store that they are exported to, and the cache that a model runs them from."""
 
-from dynaroute.dwr.experts.cache import CachedExperts, CacheStatistics, ExpertCache
-from dynaroute.dwr.experts.store import ExpertStore, export_store
+from dynaroute.dwr.experts.cache import CachedExperts, ExpertCache
+from dynaroute.dwr.experts.policies import make_policy
+from dynaroute.dwr.experts.prefetch import make_prefetcher
+from dynaroute.dwr.experts.residency import CacheStatistics
+from dynaroute.dwr.experts.store import ExpertStore, Usage, export_store
 
-__all__ = ["CacheStatistics", "CachedExperts", "ExpertCache", "ExpertStore", "export_store"]
+__all__ = [
+    "CacheStatistics",
+    "CachedExperts",
+    "ExpertCache",
+    "ExpertStore",
+    "Usage",
+    "export_store",
+    "make_policy",
+    "make_prefetcher",
+]

@@ -1,16 +1,20 @@
 """The expert store: a model on disk as one file for its backbone and one for each expert.
 
-    manifest.json                        run, config, how often each expert is used, size and SHA-256 of every file
+    manifest.json                        run, config, how experts are used, size and SHA-256 of every file
     backbone.safetensors                 everything but the experts
     expert_layer{L}_id{E}.safetensors    w1, w2, b1, b2 of one expert
+    tokenizer/                           of the text that the model was trained on
 
-Every file is a valid safetensors file, written by hand for the layout: the header is padded so that the data starts on
-a page, and an expert's tensors lie adjacent at multiples of 64 bytes. One aligned map, or read, is then the expert, and
-its kernels give the same bits as with weights in memory: a matrix product on misaligned weights may not.
+Every .safetensors file is valid as such, written by hand for the layout: the header is padded so that the data starts
+on a page, and an expert's tensors lie adjacent at multiples of 64 bytes, in the layout in which they are multiplied.
+One map of the file is then the expert, and its kernels give the same bits as with weights in memory of their own: a
+matrix product on misaligned weights may not.
 """
 
+import hashlib
 import json
-import math
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,22 +25,16 @@ from torch.overrides import TorchFunctionMode
 
 from dynaroute.artifacts import output_directory, read_json, sha256, write_json
 from dynaroute.config import Positive, Section, invalid
+from dynaroute.dwr.experts.mapping import PAGE, map_file
+from dynaroute.dwr.experts.precision import DTYPES, Precision, TensorEntry, decode, encode, stored_tensors
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights
 from dynaroute.errors import DynarouteError
 from dynaroute.training.checkpoints import load_checkpoint
 
-PAGE = 4096  # bytes
-FLOAT = 4  # bytes of a float32
 BACKBONE = "backbone.safetensors"
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
 REMEDY = "run stages/export_experts.py again"
-
-
-class TensorEntry(Section):
-    """One tensor of a file, as safetensors names its type."""
-
-    shape: list[Positive]
-    dtype: Literal["F32"]
 
 
 class FileEntry(Section):
@@ -47,26 +45,38 @@ class FileEntry(Section):
     tensors: dict[str, TensorEntry]
 
 
+class Usage(Section):
+    """How experts are used on the validation split."""
+
+    load: list[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]]  # [L][E], share of the layer's assignments
+    transitions: list[list[list[Annotated[int, Field(ge=0)]]]]  # [L-1][E][E], tokens that use i of l and j of l + 1
+
+
 class Manifest(Section):
     """Content of manifest.json."""
 
-    format: Literal[1]
+    format: Literal[2]
     run: Annotated[str, Field(max_length=64)]  # of the training; short, so that an expert's header fits in one page
     config: DWRConfig
-    expert_load: list[
-        list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
-    ]  # [L][E], an expert's share of its layer's assignments on the validation split
+    precision: Precision  # of the experts' weights
+    usage: Usage
     files: dict[str, FileEntry]
 
     @model_validator(mode="after")
     def _describes_its_model(self) -> Self:
-        config, widths = self.config, [len(layer) for layer in self.expert_load]
-        if len(widths) != config.num_layers or set(widths) != {config.num_experts}:
-            raise invalid("expert_load", widths, f"must be {config.num_layers} layers of {config.num_experts} experts")
-        expected = {name: _entries(shapes) for name, (shapes, _) in file_contents(config, self.run).items()}
-        if {name: entry.tensors for name, entry in self.files.items()} != expected:
+        layers, experts, usage = self.config.num_layers, self.config.num_experts, self.usage
+        if not _is_matrix(usage.load, layers, experts):
+            raise invalid("usage.load", usage.load, f"must be {layers} layers of {experts} experts")
+        if len(usage.transitions) != layers - 1 or not all(_is_matrix(m, experts, experts) for m in usage.transitions):
+            raise invalid("usage.transitions", "...", f"must be {layers - 1} times {experts} x {experts} experts")
+        contents = file_contents(self.config, self.run, self.precision)
+        if {name: entry.tensors for name, entry in self.files.items()} != {name: c[0] for name, c in contents.items()}:
             raise invalid("files", sorted(self.files), "names and tensors must be those of the config's model")
         return self
+
+
+def _is_matrix(rows: Sequence[Sequence[float]], height: int, width: int) -> bool:
+    return len(rows) == height and all(len(row) == width for row in rows)
 
 
 class _SkipInit(TorchFunctionMode):
@@ -89,38 +99,55 @@ def expert_file(layer: int, expert: int) -> str:
     return f"expert_layer{layer}_id{expert}.safetensors"
 
 
-def export_store(model: DWRTransformer, run: str, expert_load: list[list[float]], path: str | Path) -> None:
+def export_store(
+    model: DWRTransformer,
+    run: str,
+    usage: Usage,
+    path: str | Path,
+    precision: Precision = "fp32",
+    tokenizer: Path | None = None,
+) -> None:
     """Writes a model with resident float32 experts as a store; an older store is replaced as a whole.
 
     Args:
         model: the trained model.
         run: identifies the training that made it; every file carries it.
-        expert_load: [L][E], how often each expert is used; the cache's warm start reads it.
+        usage: how experts are used, which some policies and prefetchers go by.
         path: the folder to write.
+        precision: of the experts' weights on disk; the rest stays float32.
+        tokenizer: the folder of the model's tokenizer, to be copied.
     """
-    tensors, files = model.state_dict(), {}
+    files = {}
     with output_directory(path) as folder:
-        for name, (shapes, state) in file_contents(model.config, run).items():
-            prefix = "" if name == BACKBONE else f"layers.{state['layer']}.moe.experts.{state['expert']}."
+        for name, (entries, state) in file_contents(model.config, run, precision).items():
+            if name == BACKBONE:
+                tensors = model.state_dict()
+            else:
+                ((_, weights),) = model.layers[state["layer"]].moe.experts.fetch([state["expert"]])
+                tensors = encode(weights, precision)
             with (folder / name).open("wb") as file:
-                file.write(safetensors_header(shapes, state))
-                for tensor in shapes:
-                    file.write(_little_endian(tensors[prefix + tensor]))
+                file.write(safetensors_header(entries, state))
+                for tensor, entry in entries.items():
+                    file.write(_content(tensors[tensor], entry))
                 size = file.tell()
-            files[name] = FileEntry(bytes=size, sha256=sha256(folder / name), tensors=_entries(shapes))
-        manifest = Manifest(format=1, run=run, config=model.config, expert_load=expert_load, files=files)
+            files[name] = FileEntry(bytes=size, sha256=sha256(folder / name), tensors=entries)
+        if tokenizer:
+            shutil.copytree(tokenizer, folder / TOKENIZER)
+        manifest = Manifest(format=2, run=run, config=model.config, precision=precision, usage=usage, files=files)
         write_json(folder / MANIFEST, manifest.model_dump())
 
 
 class ExpertStore:
-    """Reads a store. Opening it checks everything but the weights themselves; `verify` checks those too.
+    """Reads a store. Opening it checks everything but the weights; a file's SHA-256 is checked when it is first read.
 
     Attributes:
         run: the training that the weights are from.
         config: sizes of the model.
-        expert_load: [L][E], an expert's share of its layer's assignments on the validation split.
+        precision: of the experts' weights on disk.
+        usage: how experts are used on the validation split.
         num_experts: in all layers together.
-        expert_bytes: weights of one expert.
+        expert_bytes: weights of one expert in memory.
+        file_bytes: size of one expert's file, which is what one read reads.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -131,14 +158,17 @@ class ExpertStore:
                 manifest says, or belongs to another run.
         """
         self.path = Path(path)
-        self._manifest = _read_manifest(self.path / MANIFEST)
-        self.run, self.config = self._manifest.run, self._manifest.config
-        self.expert_load = self._manifest.expert_load
+        self._manifest = manifest = _read_manifest(self.path / MANIFEST)
+        self.run, self.config = manifest.run, manifest.config
+        self.precision, self.usage = manifest.precision, manifest.usage
         self.num_experts = self.config.num_layers * self.config.num_experts
-        self.expert_bytes = FLOAT * self.config.num_params_per_expert()
+        self.expert_bytes = 4 * self.config.num_params_per_expert()
+        self.file_bytes = manifest.files[expert_file(0, 0)].bytes
+        self._verified: set[str] = set()
+        self._places = _places(stored_tensors(self.config, self.precision))
         # File names come from the config, never from the manifest, so nothing outside of the folder is ever opened.
-        for name, (shapes, state) in file_contents(self.config, self.run).items():
-            _check_file(self.path / name, self._manifest.files[name].bytes, shapes, state)
+        for name, (entries, state) in file_contents(self.config, self.run, self.precision).items():
+            _check_file(self.path / name, manifest.files[name].bytes, entries, state)
 
     def verify(self) -> None:
         """Reads every file and compares its SHA-256.
@@ -146,46 +176,78 @@ class ExpertStore:
         Raises:
             DynarouteError: naming the first file that has changed.
         """
-        for name, entry in self._manifest.files.items():
+        for name in self._manifest.files:
             try:
-                found = sha256(self.path / name)
+                self._check_sha256(name, sha256(self.path / name))
             except OSError as error:
                 raise DynarouteError(f"{self.path / name}: cannot be read: {error.strerror}: {REMEDY}") from error
-            if found != entry.sha256:
-                raise DynarouteError(f"{self.path / name}: SHA-256 is {found}, not {entry.sha256}: {REMEDY}")
 
-    def read(self, layer: int, expert: int) -> ExpertWeights:
-        """One expert as views of one memory map of its file: pages come from disk when they are first touched.
+    def new_weights(self, device: str = "cpu") -> ExpertWeights:
+        """Uninitialised float32 weights of one expert, in one piece of memory and aligned as in a file."""
+        memory = torch.empty(PAGE + self.expert_bytes, dtype=torch.uint8, device=device)
+        return ExpertWeights(**_views(memory, _places(stored_tensors(self.config, "fp32"))))
 
-        The map goes when the last of the tensors does; the system's page cache may keep the file's pages after that.
+    def map(self, layer: int, expert: int) -> Tensor:
+        """An expert's file in memory, uint8 [file_bytes], without a copy; `views` finds the tensors in it.
+
+        Any number of threads may map at a time. The memory goes with the last view of it.
 
         Raises:
-            DynarouteError: the file has gone or was truncated since the store was opened.
+            DynarouteError: the file has gone or was truncated since the store was opened; or, when it is read for the
+                first time, it is not the one that was exported.
         """
-        path = self.path / expert_file(layer, expert)
-        d, f = self.config.d_model, self.config.d_ff
-        sizes = [PAGE // FLOAT, d * f, f * d, f, d]  # the header first
+        name = expert_file(layer, expert)
         try:
-            # It keeps no file descriptor open, unlike mmap.mmap: any number of experts can be mapped.
-            floats = torch.from_file(str(path), shared=False, size=sum(sizes), dtype=torch.float32)
-        except RuntimeError as error:
-            raise DynarouteError(f"{path}: cannot be mapped: {str(error).splitlines()[0]}: {REMEDY}") from error
-        _, w1, w2, b1, b2 = floats.split(sizes)
-        return ExpertWeights(w1.view(d, f), b1, w2.view(f, d), b2)
+            content = map_file(self.path / name, self.file_bytes)
+        except OSError as error:
+            raise DynarouteError(f"{self.path / name}: cannot be read: {error.strerror}: {REMEDY}") from error
+        if name not in self._verified:
+            self._check_sha256(name, hashlib.sha256(content.numpy()).hexdigest())
+        return content
+
+    def views(self, content: Tensor) -> dict[str, Tensor]:
+        """An expert's tensors, as they are stored, given all bytes of its file."""
+        return _views(content, self._places)
+
+    def read(self, layer: int, expert: int) -> ExpertWeights:
+        """One expert in memory of its own, as float32.
+
+        Raises:
+            DynarouteError: see `map`.
+        """
+        decode(self.views(self.map(layer, expert)), weights := self.new_weights())
+        return weights
 
     def read_backbone(self) -> dict[str, Tensor]:
-        """Everything but the experts, by its name in the model, copied into memory."""
-        tensors, _ = load_checkpoint(self.path / BACKBONE)
+        """Everything but the experts, by its name in the model, in memory.
+
+        Raises:
+            DynarouteError: the file is not the one that was exported.
+        """
+        path = self.path / BACKBONE
+        tensors, _ = load_checkpoint(path)
+        self._check_sha256(BACKBONE, sha256(path))
         return {name: tensor.clone() for name, tensor in tensors.items()}  # what was loaded is a map of the file
 
+    def _check_sha256(self, name: str, found: str) -> None:
+        expected = self._manifest.files[name].sha256
+        if found != expected:
+            raise DynarouteError(f"{self.path / name}: SHA-256 is {found}, not {expected}: {REMEDY}")
+        self._verified.add(name)
 
-def file_contents(config: DWRConfig, run: str) -> dict[str, tuple[dict[str, list[int]], dict[str, Any]]]:
-    """For every file: the shapes of its tensors in the order in which they are stored, and the state in its header."""
+
+def file_contents(
+    config: DWRConfig, run: str, precision: Precision
+) -> dict[str, tuple[dict[str, TensorEntry], dict[str, Any]]]:
+    """For every file: its tensors in the order in which they are stored, and the state in its header."""
     tensors = model_without_weights(config).state_dict()
-    backbone = {name: list(tensor.shape) for name, tensor in tensors.items() if ".moe.experts." not in name}
-    d, f = config.d_model, config.d_ff
-    expert = {"w1": [d, f], "w2": [f, d], "b1": [f], "b2": [d]}
-    contents: dict[str, tuple[dict[str, list[int]], dict[str, Any]]] = {
+    backbone = {
+        name: TensorEntry(shape=list(tensor.shape), dtype="F32")
+        for name, tensor in tensors.items()
+        if ".moe.experts." not in name
+    }
+    expert = stored_tensors(config, precision)
+    contents: dict[str, tuple[dict[str, TensorEntry], dict[str, Any]]] = {
         BACKBONE: (backbone, {"run": run, "config": config.model_dump()})
     }
     for layer in range(config.num_layers):
@@ -194,29 +256,38 @@ def file_contents(config: DWRConfig, run: str) -> dict[str, tuple[dict[str, list
     return contents
 
 
-def _entries(shapes: dict[str, list[int]]) -> dict[str, TensorEntry]:
-    return {name: TensorEntry(shape=shape, dtype="F32") for name, shape in shapes.items()}
-
-
-def safetensors_header(shapes: dict[str, list[int]], state: dict[str, Any]) -> bytes:
+def safetensors_header(entries: dict[str, TensorEntry], state: dict[str, Any]) -> bytes:
     """What precedes the data of a safetensors file: the length of a JSON text, and that text, padded with spaces.
 
     The state is under one key, as in our checkpoints, which makes each file of a store readable as one of those.
     """
-    entries: dict[str, Any] = {"__metadata__": {"state": json.dumps(state)}}
+    header: dict[str, Any] = {"__metadata__": {"state": json.dumps(state)}}
     end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + FLOAT * math.prod(shape)
-        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(entries).encode()
+    for name, entry in entries.items():
+        begin, end = end, end + entry.num_bytes()
+        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % PAGE)
     return len(text).to_bytes(8, "little") + text
 
 
-def _little_endian(tensor: Tensor) -> bytes:
-    if tensor.dtype != torch.float32:
-        raise ValueError(f"the store holds float32, not {tensor.dtype}")
-    return tensor.cpu().numpy().astype("<f4", copy=False).tobytes()
+def _places(entries: dict[str, TensorEntry]) -> list[tuple[str, slice, torch.dtype, Sequence[int]]]:
+    """Where an expert's tensors are in its file, whose header is one page; looked up at every read."""
+    places, end = [], PAGE
+    for name, entry in entries.items():
+        begin, end = end, end + entry.num_bytes()
+        places.append((name, slice(begin, end), DTYPES[entry.dtype], entry.shape))
+    return places
+
+
+def _views(memory: Tensor, places: list[tuple[str, slice, torch.dtype, Sequence[int]]]) -> dict[str, Tensor]:
+    return {name: memory[place].view(dtype).view(shape) for name, place, dtype, shape in places}
+
+
+def _content(tensor: Tensor, entry: TensorEntry) -> bytes:
+    if tensor.dtype != DTYPES[entry.dtype]:
+        raise ValueError(f"the store holds {entry.dtype} here, not {tensor.dtype}")
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -230,9 +301,9 @@ def _read_manifest(path: Path) -> Manifest:
         raise DynarouteError(f"{path}: {where}: {first['msg']}: {REMEDY}") from error
 
 
-def _check_file(path: Path, size: int, shapes: dict[str, list[int]], state: dict[str, Any]) -> None:
+def _check_file(path: Path, size: int, entries: dict[str, TensorEntry], state: dict[str, Any]) -> None:
     """Checks a file's size and header, which is known to the byte."""
-    expected = safetensors_header(shapes, state)
+    expected = safetensors_header(entries, state)
     try:
         with path.open("rb") as file:
             found, found_size = file.read(len(expected)), path.stat().st_size
@@ -240,9 +311,8 @@ def _check_file(path: Path, size: int, shapes: dict[str, list[int]], state: dict
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}: {REMEDY}") from error
     if found != expected:
         raise DynarouteError(f"{path}: {_difference(found, expected)}: {REMEDY}")
-    data_size = FLOAT * sum(map(math.prod, shapes.values()))
-    if not found_size == size == len(expected) + data_size:
-        needed = len(expected) + data_size
+    needed = len(expected) + sum(entry.num_bytes() for entry in entries.values())
+    if not found_size == size == needed:
         raise DynarouteError(f"{path}: has {found_size} bytes, the manifest says {size}, it needs {needed}: {REMEDY}")
 
 

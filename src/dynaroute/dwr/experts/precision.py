@@ -1,0 +1,64 @@
+"""How an expert is stored: as 32-bit floats, which are exact, or in fewer bits, which lose something.
+
+Whatever the precision on disk, experts compute in 32-bit floats: they are decoded when they are read.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dynaroute.config import Positive, Section
+from dynaroute.dwr.model import DWRConfig, ExpertWeights
+
+Precision = Literal["fp32", "bf16", "int8"]
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8}  # as safetensors names them
+
+
+class TensorEntry(Section):
+    """One tensor of a file."""
+
+    shape: list[Positive]
+    dtype: Literal["F32", "BF16", "I8"]
+
+    def num_bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def stored_tensors(config: DWRConfig, precision: Precision) -> dict[str, TensorEntry]:
+    """The tensors of an expert's file, in order: the large first, so that each starts at a multiple of 64 bytes."""
+    d, f = config.d_model, config.d_ff
+    weights: Literal["F32", "BF16", "I8"] = {"fp32": "F32", "bf16": "BF16", "int8": "I8"}[precision]
+    entries = {name: TensorEntry(shape=shape, dtype=weights) for name, shape in (("w1", [d, f]), ("w2", [f, d]))}
+    vectors = {"b1": [f], "b2": [d]}
+    if precision == "int8":
+        vectors |= {"scale1": [f], "scale2": [d]}
+    return entries | {name: TensorEntry(shape=shape, dtype="F32") for name, shape in vectors.items()}
+
+
+def encode(weights: ExpertWeights, precision: Precision) -> dict[str, Tensor]:
+    """An expert's tensors as they are stored; biases stay 32-bit floats.
+
+    int8 is symmetric, with a scale for each output channel: `w[:, o] = scale[o] * q[:, o]`, q in [-127, 127].
+    """
+    tensors = weights._asdict()
+    for name, scale in (("w1", "scale1"), ("w2", "scale2")):
+        if precision == "bf16":
+            tensors[name] = tensors[name].bfloat16()
+        elif precision == "int8":
+            tensors[scale] = tensors[name].abs().amax(0).clamp(min=torch.finfo(torch.float32).tiny) / 127
+            tensors[name] = (tensors[name] / tensors[scale]).round().to(torch.int8)
+    return tensors
+
+
+@torch.inference_mode()  # on a thread of its own, it would else not write to memory that was allocated in that mode
+def decode(stored: Mapping[str, Tensor], out: ExpertWeights) -> None:
+    """Writes stored tensors as 32-bit floats into `out`, which may be on a GPU: from pinned memory without waiting."""
+    for name, tensor in out._asdict().items():
+        tensor.copy_(stored[name], non_blocking=True)
+    for weights, scale in ((out.w1, "scale1"), (out.w2, "scale2")):
+        if scale in stored:
+            weights.mul_(stored[scale].to(weights.device, non_blocking=True))

@@ -1,0 +1,126 @@
+"""Generates text with a bounded number of experts in memory, the others on disk until they are needed.
+
+    python -m dynaroute.dwr.generate --store data/dwr/expert_store --prompt "The function returns" --cache 11
+
+The text goes to stdout as it comes, a summary of what the cache did to stderr. Greedy output (`--temperature 0`, the
+default) is the same at every cache size, with every policy and prefetcher, and equals that of the resident model.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import get_args
+
+import torch
+
+from dynaroute.data.tokenizers import Tokenizer, load_tokenizer
+from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, make_policy, make_prefetcher
+from dynaroute.dwr.experts.policies import PolicyName
+from dynaroute.dwr.experts.prefetch import PrefetchName
+from dynaroute.dwr.experts.store import TOKENIZER
+from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, sample
+from dynaroute.errors import DynarouteError
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", required=True, help="folder that stages/export_experts.py wrote")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to generate at most (default: %(default)s)")
+    parser.add_argument("--cache", type=int, metavar="N", help="experts in memory (default: all, resident)")
+    parser.add_argument("--per-layer", action="store_true", help="equal budgets for the layers, not one for all")
+    parser.add_argument("--policy", choices=get_args(PolicyName), default="lru", help="(default: %(default)s)")
+    parser.add_argument("--prefetch", choices=get_args(PrefetchName), default="none", help="(default: %(default)s)")
+    parser.add_argument("--lookahead", type=int, metavar="M", help="experts to prefetch (default: the model's top_k)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="that compute; reading has its own (default: 1)")
+    return parser.parse_args()
+
+
+def check(arguments: argparse.Namespace, store: ExpertStore) -> None:
+    """Refuses values that mean nothing.
+
+    Raises:
+        DynarouteError: naming the first of them.
+    """
+    experts = store.config.num_experts
+    for name, holds, allowed in (
+        ("tokens", arguments.tokens > 0, "must be positive"),
+        ("threads", arguments.threads > 0, "must be positive"),
+        ("temperature", 0 <= arguments.temperature < float("inf"), "must be 0 or more"),
+        ("top_p", 0 < arguments.top_p <= 1, "must be above 0 and at most 1"),
+        ("lookahead", arguments.lookahead is None or 0 < arguments.lookahead <= experts, f"must be 1 to {experts}"),
+        ("device", arguments.device == "cpu" or torch.cuda.is_available(), "there is no such device here"),
+    ):
+        if not holds:
+            raise DynarouteError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: {allowed}")
+
+
+def stream(tokenizer: Tokenizer, tokens: Iterator[int]) -> int:
+    """Prints text as its tokens come, up to the end of the text; returns the number of tokens."""
+    ids, printed = [], 0
+    for token in tokens:
+        if token == tokenizer.eot_id:
+            break
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may take several tokens
+            print(text[printed:], end="", flush=True)
+            printed = len(text)
+    print(tokenizer.decode(ids)[printed:])
+    return len(ids)
+
+
+def summary(tokens: int, seconds: float, statistics: CacheStatistics | None, file_bytes: int) -> str:
+    """What it took, in one line."""
+    line = f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s)"
+    if statistics is None:
+        return f"{line}; all experts resident"
+    prefetched = f", of which {statistics.prefetched * file_bytes / 2**20:.1f} ahead" if statistics.prefetched else ""
+    return (
+        f"{line}; hit rate {statistics.hit_rate:.3f} of {statistics.requests} requests; "
+        f"{statistics.reads * file_bytes / 2**20:.1f} MiB read{prefetched}; "
+        f"waited {statistics.wait_seconds:.3f} s for experts"
+    )
+
+
+def main() -> None:
+    """Generates; a mistake that the user can put right ends it with one line."""
+    arguments = parse_arguments()
+    try:
+        store = ExpertStore(arguments.store)
+        check(arguments, store)
+        tokenizer = load_tokenizer(store.path / TOKENIZER)
+        prompt = tokenizer.encode_batch([arguments.prompt])[0] or [tokenizer.eot_id]
+        if len(prompt) >= store.config.max_seq_len:
+            raise DynarouteError(f"--prompt: {len(prompt)} tokens; the model has {store.config.max_seq_len} positions")
+        torch.set_num_threads(arguments.threads)
+        cache = None
+        if arguments.cache is None:
+            model = load_resident(store, arguments.device)
+        else:
+            model = load_backbone(store, arguments.device)
+            policy = make_policy(arguments.policy, store.usage.load)
+            prefetcher = make_prefetcher(arguments.prefetch, store, model, arguments.lookahead or store.config.top_k)
+            cache = ExpertCache(store, arguments.cache, policy, arguments.per_layer, prefetcher, arguments.device)
+            bind_experts(model, cache)
+        generator = torch.Generator().manual_seed(arguments.seed)
+        with nullcontext() if cache is None else cache:
+            started = time.perf_counter()
+            tokens = sample(model, prompt, arguments.temperature, arguments.top_p, generator)
+            count = stream(tokenizer, itertools.islice(tokens, arguments.tokens))
+            seconds = time.perf_counter() - started
+        print(summary(count, seconds, None if cache is None else cache.statistics, store.file_bytes), file=sys.stderr)
+    except DynarouteError as error:
+        sys.exit(f"generate: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The generation command: what it prints, and what it refuses."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_store import make_model, uniform_usage
+
+from dynaroute.config import ByteBPE
+from dynaroute.data.tokenizers import save_tokenizer
+from dynaroute.dwr import generate
+from dynaroute.dwr.experts import export_store
+
+PROMPT = "the cat sat"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("generate")
+    words = "the cat sat on a mat and the dog ate it " * 30
+    tokenizer = save_tokenizer(ByteBPE(kind="bpe", vocab_size=270), [words], folder / "tokenizer")
+    model = make_model(vocab_size=tokenizer.vocab_size, max_seq_len=48)
+    with torch.no_grad():
+        model.output.weight[tokenizer.eot_id] = -10  # the text goes on
+    export_store(model, "run", uniform_usage(model), folder / "store", tokenizer=folder / "tokenizer")
+    return folder / "store"
+
+
+def run(monkeypatch, capsys, store, *arguments, prompt=PROMPT):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["generate", "--store", str(store), "--prompt", prompt, *arguments])
+    try:
+        generate.main()
+    finally:
+        torch.set_num_threads(threads)
+    return capsys.readouterr()
+
+
+def test_greedy_text_is_the_same_with_every_cache(monkeypatch, capsys, store):
+    resident = run(monkeypatch, capsys, store, "--tokens", "20")
+    assert len(resident.out) > 10
+    assert "all experts resident" in resident.err
+    for arguments in (
+        ["--cache", "1"],
+        ["--cache", "4", "--policy", "next_use", "--prefetch", "gate"],
+        ["--cache", "5", "--per-layer", "--policy", "lfu", "--prefetch", "transition", "--lookahead", "3"],
+        ["--cache", "10", "--policy", "pinned", "--prefetch", "frequency"],
+    ):
+        assert run(monkeypatch, capsys, store, "--tokens", "20", *arguments).out == resident.out
+
+
+def test_the_summary_says_what_the_cache_did(monkeypatch, capsys, store):
+    line = run(monkeypatch, capsys, store, "--tokens", "12", "--cache", "3", "--prefetch", "gate").err
+    assert re.fullmatch(
+        r"12 tokens in [\d.]+ s \([\d.]+ tokens/s\); hit rate 0\.\d{3} of \d+ requests; "
+        r"[\d.]+ MiB read, of which [\d.]+ ahead; waited [\d.]+ s for experts\n",
+        line,
+    )
+
+
+def test_sampling_follows_its_seed(monkeypatch, capsys, store):
+    arguments = ["--temperature", "1.5", "--top-p", "0.95", "--cache", "4"]
+    texts = [run(monkeypatch, capsys, store, *arguments, "--seed", seed).out for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_it_stops_where_the_positions_end(monkeypatch, capsys, store):
+    assert 30 < int(run(monkeypatch, capsys, store, "--tokens", "1000").err.split()[0]) < 48
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cache", "0"], "capacity = 0: an expert cache must hold at least 1 expert"),
+        (["--top-p", "1.5"], "--top-p 1.5: must be above 0 and at most 1"),
+        (["--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
+        (["--tokens", "0"], "--tokens 0: must be positive"),
+        (["--cache", "2", "--lookahead", "9"], "--lookahead 9: must be 1 to 5"),
+        (["--prompt", PROMPT * 30], r"--prompt: \d+ tokens; the model has 48 positions"),
+        (["--store", "nowhere"], "nowhere/manifest.json: cannot be read"),
+    ],
+)
+def test_a_mistake_ends_it_with_one_line(monkeypatch, capsys, store, arguments, message):
+    with pytest.raises(SystemExit, match=f"^generate: {message}") as caught:
+        run(monkeypatch, capsys, store, *arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_it_explains_itself():
+    done = subprocess.run([sys.executable, "-m", "dynaroute.dwr.generate", "--help"], capture_output=True, text=True)
+    assert "python -m dynaroute.dwr.generate --store data/dwr/expert_store" in done.stdout
