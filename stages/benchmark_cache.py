@@ -1,17 +1,18 @@
-"""Decodes held-out text with the experts in caches of several sizes, against all of them resident.
+"""Decodes held-out text with the experts in caches, against all of them resident.
 
     python stages/benchmark_cache.py
 
-Every logit of every cell is compared with the resident model's to the bit; one that differs stops the stage. On the
-CPU, whatever `device` says.
+Every capacity with every policy and prefetcher. Every logit of every cell is compared with the resident model's to the
+bit; one that differs stops the stage. On the CPU, whatever `device` says.
 
 Reads   data/dwr/expert_store, data/tokens/<dwr.corpus>
-Writes  reports/dwr/cache.csv          hit rates, evictions and bytes read for each capacity, cold and warm start
+Writes  reports/dwr/cache.csv          hit rates, evictions, reads and what became of prefetches, for each cell
         reports/dwr/cache.json         summary metrics and checks
-        reports/dwr/cache_timing.csv   what was measured: speed and memory, also of the resident model
+        reports/dwr/cache_timing.csv   what was measured: speed, waiting, late prefetches, memory
         reports/dwr/cache_timing.json  its summary and checks, and the machine
 """
 
+import itertools
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,8 +22,10 @@ import torch
 from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings
 from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.dwr.benchmark import Cell, Memory, Pass, peak_memory, sweep
-from dynaroute.dwr.experts import ExpertStore
+from dynaroute.dwr.benchmark import Cell, Memory, Pass, decode, peak_memory, sweep
+from dynaroute.dwr.experts import ExpertCache, ExpertStore
+from dynaroute.dwr.experts.prefetch import GatePrefetcher
+from dynaroute.dwr.inference import bind_experts, load_backbone
 from dynaroute.errors import DynarouteError
 from dynaroute.machine import describe_machine
 from dynaroute.stage import run
@@ -32,7 +35,7 @@ REPORTS = Path("reports/dwr")
 
 
 def main(settings: Settings) -> None:
-    """Runs the sweep and writes what is exact apart from what is measured."""
+    """Runs the grid and writes what is exact apart from what is measured."""
     torch.set_num_threads(settings.num_threads)
     benchmark = settings.benchmark_cache
     store = ExpertStore(STORE)
@@ -42,21 +45,25 @@ def main(settings: Settings) -> None:
             f"{store.num_experts} experts in all"
         )
     prompts = held_out_prompts(settings, store.config.vocab_size)
-    passes = sweep(store, prompts, benchmark.new_tokens, benchmark.capacities, benchmark.repeats)
+    third = min(benchmark.capacities, key=lambda capacity: abs(capacity - store.num_experts / 3))
+    grid = itertools.product(benchmark.capacities, benchmark.policies, benchmark.prefetchers)
+    cells = [Cell(*setting) for setting in grid]
+    cells += [Cell(third, benchmark.policies[0], prefetch, cold=True) for prefetch in benchmark.prefetchers]
+    store.verify()
+    passes = sweep(store, prompts, benchmark.new_tokens, cells, benchmark.lookahead, benchmark.repeats)
     memory = peak_memory(STORE, prompts, benchmark.new_tokens, benchmark.capacities)
 
-    rows = [exact_row(store, cell, results[0]) for cell, results in passes.items() if cell.capacity is not None]
-    third = min(benchmark.capacities, key=lambda capacity: abs(capacity - store.num_experts / 3))
-    cold_third = next(row for row in rows if row["capacity"] == third and not row["warm_start"])
+    rows = [exact_row(store, cell, passes[cell][0]) for cell in cells if not cell.cold]
     statistics = [part for results in passes.values() for one in results for part in (one.prefill, one.decode)]
     checks = {
-        "logits_are_equal_to_the_bit_at_every_capacity": True,  # or the sweep would have raised
+        "logits_are_equal_to_the_bit_in_every_cell": True,  # or the sweep would have raised
         "hits_and_misses_add_up_to_requests": all(s.hits + s.misses == s.requests for s in statistics),
         "every_repeat_has_the_same_hits_and_misses": all(
             (one.prefill, one.decode) == (results[0].prefill, results[0].decode)
             for results in passes.values()
             for one in results
         ),
+        "a_prediction_without_staleness_is_always_right": control_accuracy(store, prompts, benchmark.new_tokens) == 1,
     }
     write_csv(REPORTS / "cache.csv", rows)
     write_json(
@@ -67,9 +74,14 @@ def main(settings: Settings) -> None:
             "prompt_tokens": benchmark.prompt_tokens,
             "new_tokens": benchmark.new_tokens,
             "experts": store.num_experts,
-            "expert_bytes": store.expert_bytes,
+            "expert_file_bytes": store.file_bytes,
+            "lookahead": benchmark.lookahead,
             "capacity_nearest_a_third": third,
-            "decode_hit_rate_at_a_third": cold_third["decode_hit_rate"],
+            "decode_hit_rate_at_a_third": {
+                row["policy"]: row["decode_hit_rate"]
+                for row in rows
+                if row["capacity"] == third and row["prefetch"] == "none"
+            },
             "checks": checks,
         },
     )
@@ -79,6 +91,16 @@ def main(settings: Settings) -> None:
     ]
     write_csv(REPORTS / "cache_timing.csv", timing)
     write_json(REPORTS / "cache_timing.json", timing_summary(store, timing, third, benchmark.repeats))
+
+
+def control_accuracy(store: ExpertStore, prompts: torch.Tensor, steps: int) -> float:
+    """The accuracy of a prefetcher that foretells what a router has just said: whether accuracy is counted rightly."""
+    model = load_backbone(store)
+    control = GatePrefetcher([layer.moe.router for layer in model.layers], store.config.top_k, ahead=0)
+    with ExpertCache(store, store.num_experts, prefetcher=control) as cache:
+        bind_experts(model, cache)
+        result, _ = decode(model, prompts[:1], steps, cache)
+    return result.decode.accuracy
 
 
 def held_out_prompts(settings: Settings, vocab_size: int) -> torch.Tensor:
@@ -105,24 +127,30 @@ def held_out_prompts(settings: Settings, vocab_size: int) -> torch.Tensor:
 
 def exact_row(store: ExpertStore, cell: Cell, result: Pass) -> dict[str, Any]:
     """What a cache did over all prompts: the same on every run."""
+    both = result.prefill + result.decode
     return {
         "capacity": cell.capacity,
         "share_of_experts": cell.capacity / store.num_experts,  # also the hit rate of uniform, independent routing
-        "warm_start": cell.warm_start,
+        "policy": cell.policy,
+        "prefetch": cell.prefetch,
         "prefill_requests": result.prefill.requests,
         "prefill_hit_rate": result.prefill.hit_rate,
         "decode_requests": result.decode.requests,
         "decode_hit_rate": result.decode.hit_rate,
-        "evictions": result.prefill.evictions + result.decode.evictions,
-        "bytes_read": result.warm_start_bytes + result.prefill.bytes_read + result.decode.bytes_read,
-        "expert_bytes_held": cell.capacity * store.expert_bytes,
+        "evictions": both.evictions,
+        "bytes_read": both.reads * store.file_bytes,
+        "accuracy": result.decode.accuracy if result.decode.foretold else None,
+        "bytes_prefetched": both.prefetched * store.file_bytes,
+        "bytes_useful": both.useful * store.file_bytes,
+        "bytes_wasted": (both.prefetched - both.useful) * store.file_bytes,
+        "prefetch_evictions": both.prefetch_evictions,
     }
 
 
 def timing_row(
     cell: Cell, results: list[Pass], resident: list[Pass], new_tokens: int, memory: Memory | None
 ) -> dict[str, Any]:
-    """Decoding speed, and peak memory, which is measured with cold starts only; no capacity: all resident.
+    """Decoding speed, and peak memory, which is measured with LRU alone; no capacity: all resident.
 
     A repeat's speed is the median over its prompts, and so is its ratio to the resident model, of pairs that were
     decoded within seconds of one another. Rows give the median over repeats, and their range.
@@ -132,15 +160,20 @@ def timing_row(
         median(theirs / ours for ours, theirs in zip(one.decode_seconds, other.decode_seconds, strict=True))
         for one, other in zip(results, resident, strict=True)
     ]
+    cached = cell.capacity is not None
     return {
         "capacity": cell.capacity,
-        "warm_start": None if cell.capacity is None else cell.warm_start,
+        "policy": cell.policy if cached else None,
+        "prefetch": cell.prefetch if cached else None,
+        "page_cache": ("cold" if cell.cold else "warm") if cached else None,
         "tokens_per_second": median(speeds),
         "tokens_per_second_lowest": min(speeds),
         "tokens_per_second_highest": max(speeds),
         "ratio_to_resident": median(ratios),
         "ratio_lowest": min(ratios),
         "ratio_highest": max(ratios),
+        "wait_share": median(one.decode.wait_seconds / sum(one.decode_seconds) for one in results),
+        "late": median(one.prefill.late + one.decode.late for one in results),
         "prefill_seconds": median(seconds for one in results for seconds in one.prefill_seconds),
         "peak_memory_bytes": memory and memory.resident,
         "peak_anonymous_bytes": memory and memory.anonymous,
@@ -151,18 +184,17 @@ def timing_row(
 
 def timing_summary(store: ExpertStore, timing: list[dict[str, Any]], third: int, repeats: int) -> dict[str, Any]:
     """The resident model and a third of its experts side by side."""
-    resident = timing[0]
-    cached = next(row for row in timing if row["capacity"] == third and not row["warm_start"])
-    file_pages = -(-(STORE / "expert_layer0_id0.safetensors").stat().st_size // 4096) * 4096
-    mapped = {row["capacity"]: row["peak_mapped_expert_bytes"] for row in timing[1:] if not row["warm_start"]}
+    resident, *cells = timing
+    cached = next(row for row in cells if row["capacity"] == third)
+    file_pages = -(-store.file_bytes // 4096) * 4096
+    mapped = {row["capacity"]: row["peak_mapped_expert_bytes"] for row in cells if row["peak_memory_bytes"]}
     names = ("tokens_per_second", "peak_memory_bytes", "peak_anonymous_bytes", "peak_mapped_expert_bytes")
     summary: dict[str, Any] = {
         "run": store.run,
         "repeats": repeats,
         "resident": {name: resident[name] for name in names},
         "at_a_third_of_the_experts": {
-            "capacity": third,
-            "ratio_to_resident": cached["ratio_to_resident"],
+            **{name: cached[name] for name in ("capacity", "policy", "prefetch", "ratio_to_resident")},
             **{name: cached[name] for name in names},
         },
         "checks": {},

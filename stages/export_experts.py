@@ -2,23 +2,29 @@
 
     python stages/export_experts.py
 
-Reads   data/dwr/train, reports/dwr/router.csv, data/tokens/<dwr.corpus> (text for the check)
-Writes  data/dwr/expert_store/   backbone.safetensors, expert_layer{L}_id{E}.safetensors, manifest.json
-        reports/dwr/export.json  numbers and sizes of files, and checks
+Reads   data/dwr/train, reports/dwr/router.csv, data/tokens/<dwr.corpus> (its validation split)
+Writes  data/dwr/expert_store/   backbone.safetensors, expert_layer{L}_id{E}.safetensors, tokenizer, manifest.json
+        reports/dwr/export.json  numbers and sizes of files, what lower precision would cost, and checks
 """
 
+import copy
 import csv
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
+import torch.nn.functional as F
 from pydantic import ValidationError
 
 from dynaroute.artifacts import read_json, write_json
-from dynaroute.config import Settings
-from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.dwr.experts import ExpertCache, ExpertStore, export_store
-from dynaroute.dwr.inference import load_cached, load_resident
+from dynaroute.config import Precision, Settings
+from dynaroute.data.shards import IGNORED_TARGET, TokenShards, Windows
+from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store
+from dynaroute.dwr.experts.precision import round_experts, stored_tensors
+from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
+from dynaroute.dwr.trace import count_transitions, record_routing
 from dynaroute.errors import DynarouteError
 from dynaroute.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
@@ -31,16 +37,24 @@ REPORTS = Path("reports/dwr")
 def main(settings: Settings) -> None:
     """Writes the store, then reads it back."""
     torch.set_num_threads(settings.num_threads)
-    trained, identifier = load_trained()
-    export_store(trained, identifier, read_expert_load(REPORTS / "router.csv", trained.config), STORE)
+    export, (trained, identifier) = settings.export_experts, load_trained()
+    tokens_folder = Path("data/tokens") / settings.dwr.corpus
+    windows = Windows(TokenShards(tokens_folder, "validation"), trained.config.max_seq_len, keep_tail=True)
+    num_windows = min(export.calibration_windows, len(windows))
+    experts = record_routing(trained, windows, identifier, num_windows).experts
+    usage = Usage(
+        load=read_expert_load(REPORTS / "router.csv", trained.config),
+        transitions=count_transitions(experts, trained.config.num_experts),
+    )
+    precisions = compare_precisions(trained, windows, range(num_windows))
+    export_store(trained, identifier, usage, STORE, export.precision, tokens_folder / "tokenizer")
 
     store = ExpertStore(STORE)
     store.verify()
-    windows = Windows(
-        TokenShards(Path("data/tokens") / settings.dwr.corpus, "validation"), trained.config.max_seq_len, keep_tail=True
-    )
+    round_experts(trained, export.precision)  # what the store must hold
     tokens, _ = windows.batch(range(min(4, len(windows))))
-    reassembled, cached = load_resident(store), load_cached(ExpertCache(store, 1))
+    reassembled, cached = load_resident(store), load_backbone(store)
+    bind_experts(cached, ExpertCache(store, 1))
     with torch.inference_mode():
         logits = trained(tokens).logits
         checks = {
@@ -58,7 +72,10 @@ def main(settings: Settings) -> None:
             "expert_file_bytes": expert_files[0].stat().st_size,
             "expert_bytes": store.expert_bytes,
             "backbone_file_bytes": backbone.stat().st_size,
-            "total_bytes": sum(path.stat().st_size for path in STORE.iterdir()),
+            "total_bytes": sum(path.stat().st_size for path in STORE.rglob("*") if path.is_file()),
+            "precision": export.precision,
+            "precisions": precisions,
+            "calibration_windows": num_windows,
             "tokens_compared": tokens.numel(),
             "checks": checks,
         },
@@ -66,6 +83,29 @@ def main(settings: Settings) -> None:
     failed = [name for name, passed in checks.items() if not passed]
     if failed:
         raise DynarouteError(f"{STORE}: not the model that was exported: failed: {', '.join(failed)}")
+
+
+def compare_precisions(model: DWRTransformer, windows: Windows, indices: Sequence[int]) -> list[dict[str, object]]:
+    """For each precision, the bytes of an expert's weights and the NLL with experts of that precision."""
+    rows = []
+    for precision in get_args(Precision):
+        rounded = copy.deepcopy(model)
+        round_experts(rounded, precision)
+        size = sum(entry.num_bytes() for entry in stored_tensors(model.config, precision).values())
+        rows.append({"precision": precision, "expert_bytes": size, "nll": mean_nll(rounded, windows, indices)})
+    return rows
+
+
+@torch.inference_mode()
+def mean_nll(model: DWRTransformer, windows: Windows, indices: Sequence[int]) -> float:
+    """NLL in nats per token over some windows."""
+    total, count = 0.0, 0
+    for start in range(0, len(indices), 16):
+        tokens, targets = windows.batch(indices[start : start + 16])
+        logits = model(tokens).logits.flatten(0, 1)
+        total += float(F.cross_entropy(logits, targets.flatten(), reduction="sum"))
+        count += int((targets != IGNORED_TARGET).sum())
+    return total / count
 
 
 def load_trained() -> tuple[DWRTransformer, str]:

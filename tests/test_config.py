@@ -41,7 +41,11 @@ def keys_of(section):
 
 def keys_in(data):
     for name, value in data.items():
-        if isinstance(value, dict) and "kind" not in value and name not in ("corpora", "variants"):
+        if (
+            isinstance(value, dict)
+            and "kind" not in value
+            and name not in ("corpora", "machines", "models", "variants")
+        ):
             yield from (f"{name}.{key}" for key in keys_in(value))
         else:
             yield name
@@ -126,6 +130,10 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"analysis.oracle_windows": 1}, "analysis.oracle_windows = 1: input should be greater than or equal to 2"),
         ({"benchmark_cache.capacities": [3, 3]}, "benchmark_cache.capacities = [3, 3]: must not name a capacity twice"),
         ({"benchmark_cache.capacities": [99]}, "benchmark_cache.capacities = [99]: must be at most num_layers"),
+        ({"simulate_cache.capacities": [99]}, "simulate_cache.capacities = [99]: must be at most num_layers"),
+        ({"benchmark_cache.lookahead": 9}, "benchmark_cache.lookahead = 9: must be at most dwr.num_experts = 8"),
+        ({"benchmark_cache.policies": ["mru"]}, "benchmark_cache.policies.0 = 'mru': input should be 'lru', 'lfu'"),
+        ({"export_experts.precision": "fp8"}, "export_experts.precision = 'fp8': input should be 'fp32', 'bf16'"),
         ({"benchmark_cache.new_tokens": 10_000}, "benchmark_cache.new_tokens = 10000: with prompt_tokens must be"),
     ],
 )

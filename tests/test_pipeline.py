@@ -25,7 +25,9 @@ TINY = {
     },
     "dwr": {"d_model": 32, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "max_seq_len": 32},
     "dwr.training": {"epochs": 0.05, "warmup_steps": 5, "validate_every": 10, "checkpoint_every": 3},
-    "benchmark_cache": {"capacities": [1, 3, 8], "num_prompts": 2, "prompt_tokens": 8, "new_tokens": 8, "repeats": 1},
+    "benchmark_cache": {"capacities": [1, 3], "num_prompts": 2, "prompt_tokens": 8, "new_tokens": 8, "repeats": 1},
+    "simulate_cache": {"capacities": [1, 3, 8]},
+    "trace_routing": {"windows": 2},
     "dagformer": {
         "seq_len": 32, "train_windows": 64, "validation_windows": 8, "eval_windows": 12, "prefix_tokens": 12,
     },

@@ -8,7 +8,17 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML, YAMLError
 
@@ -255,20 +265,67 @@ class DWR(DWRArchitecture):
     training: EpochTraining
 
 
-class BenchmarkCache(Section):
-    """The sweep of expert-cache capacities."""
+Precision = Literal["fp32", "bf16", "int8"]  # of stored experts
+PolicyName = Literal["lru", "lfu", "weighted_lru", "pinned", "next_use"]
+PrefetchName = Literal["none", "frequency", "transition", "gate"]
 
-    capacities: Annotated[list[Positive], Field(min_length=1)]  # experts
+
+class ExportExperts(Section):
+    """How experts are stored, and what is found out about them meanwhile."""
+
+    precision: Precision  # of the experts' weights on disk; only fp32 is exact
+    calibration_windows: Positive  # of the validation split: for transitions, and the loss that precisions cost
+
+
+class TraceRouting(Section):
+    """The recording of routing."""
+
+    windows: Positive  # of the test split
+
+
+def _differ(capacities: list[int]) -> list[int]:
+    if len(set(capacities)) < len(capacities):
+        raise PydanticCustomError("twice", "must not name a capacity twice")
+    return capacities
+
+
+Capacities = Annotated[list[Positive], Field(min_length=1), AfterValidator(_differ)]  # experts
+
+
+class BenchmarkCache(Section):
+    """Decoding with caches: every capacity with every policy and prefetcher."""
+
+    capacities: Capacities
+    policies: Annotated[list[PolicyName], Field(min_length=1)]
+    prefetchers: Annotated[list[PrefetchName], Field(min_length=1)]
+    lookahead: Positive  # experts that a prefetcher foretells
     num_prompts: Positive
     prompt_tokens: Positive
     new_tokens: Positive
     repeats: Positive  # timed repetitions of every cell, interleaved
 
-    @model_validator(mode="after")
-    def _capacities_differ(self) -> Self:
-        if len(set(self.capacities)) < len(self.capacities):
-            raise invalid("capacities", self.capacities, "must not name a capacity twice")
-        return self
+
+class SimulatedMachine(Section):
+    """Where experts come from, and what computes with them; decoding is bound by bytes."""
+
+    read_gb_per_second: PositiveFloat
+    read_latency_us: NonNegativeFloat  # of each expert
+    compute_gb_per_second: PositiveFloat  # at which weights that are there are read
+
+
+class SimulatedModel(Section):
+    """The sizes of a model whose routing is that of the trace."""
+
+    expert_mib: PositiveFloat
+    dense_mib: PositiveFloat  # of a layer besides its experts, and its part of embedding and output
+
+
+class SimulateCache(Section):
+    """The replay of the trace."""
+
+    capacities: Capacities
+    machines: dict[Name, SimulatedMachine]
+    models: dict[Name, SimulatedModel]
 
 
 # --- DAGFormer ---------------------------------------------------------------------------------------------------
@@ -382,7 +439,10 @@ class Settings(Variant):
     num_threads: Positive
     corpora: dict[Name, Corpus]
     dwr: DWR
+    export_experts: ExportExperts
+    trace_routing: TraceRouting
     benchmark_cache: BenchmarkCache
+    simulate_cache: SimulateCache
     dagformer: DAGFormer
     variants: dict[Name, dict[str, Any]]  # `from`: what it starts from, base or another variant; the rest: overrides
     analysis: Analysis
@@ -399,9 +459,13 @@ class Settings(Variant):
             allowed = f"with prompt_tokens must be at most dwr.max_seq_len = {self.dwr.max_seq_len}"
             raise invalid("benchmark_cache.new_tokens", self.benchmark_cache.new_tokens, allowed)
         experts = self.dwr.num_layers * self.dwr.num_experts
-        if max(self.benchmark_cache.capacities) > experts:
-            allowed = f"must be at most num_layers * num_experts = {experts}"
-            raise invalid("benchmark_cache.capacities", self.benchmark_cache.capacities, allowed)
+        for name in ("benchmark_cache", "simulate_cache"):
+            capacities = getattr(self, name).capacities
+            if max(capacities) > experts:
+                raise invalid(f"{name}.capacities", capacities, f"must be at most num_layers * num_experts = {experts}")
+        if self.benchmark_cache.lookahead > self.dwr.num_experts:
+            allowed = f"must be at most dwr.num_experts = {self.dwr.num_experts}"
+            raise invalid("benchmark_cache.lookahead", self.benchmark_cache.lookahead, allowed)
         for name in self.variants:
             self._check_variant(name)
         for name in self.analysis.variants:

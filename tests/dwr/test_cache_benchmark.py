@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from small_store import RUN, export, make_model, uniform_load
+from small_store import RUN, export, make_model, uniform_usage
 
 from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings, load_settings
@@ -22,7 +22,15 @@ from dynaroute.errors import DynarouteError
 from dynaroute.training.checkpoints import save_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
-EXACT = ["reports/dwr/cache.csv", "reports/dwr/cache.json", "reports/dwr/export.json"]
+EXACT = [f"reports/dwr/{name}" for name in ("cache.csv", "cache.json", "export.json", "simulation.json")]
+EXACT += [f"reports/dwr/simulated_{name}.csv" for name in ("hits", "speed")]
+EXACT += ["data/dwr/trace/experts.npy", "data/dwr/expert_store/manifest.json"]
+CELLS = [
+    (capacity, policy, prefetch)
+    for capacity in (1, 3, 10)
+    for policy in ("lru", "lfu")
+    for prefetch in ("none", "gate")
+]
 
 
 def stage(name: str) -> ModuleType:
@@ -35,8 +43,14 @@ def stage(name: str) -> ModuleType:
 def tiny_settings(**benchmark_cache) -> Settings:
     settings = load_settings(REPOSITORY / "params.yaml")
     sizes = {"capacities": [1, 3, 10], "num_prompts": 2, "prompt_tokens": 6, "new_tokens": 5, "repeats": 2}
-    changed = settings.benchmark_cache.model_copy(update={**sizes, **benchmark_cache})
-    return settings.model_copy(update={"benchmark_cache": changed, "num_threads": torch.get_num_threads()})
+    names = {"policies": ["lru", "lfu"], "prefetchers": ["none", "gate"], "lookahead": 2}
+    changes = {
+        "benchmark_cache": settings.benchmark_cache.model_copy(update={**sizes, **names, **benchmark_cache}),
+        "simulate_cache": settings.simulate_cache.model_copy(update={"capacities": [2, 3, 10]}),
+        "trace_routing": settings.trace_routing.model_copy(update={"windows": 2}),
+        "num_threads": torch.get_num_threads(),
+    }
+    return settings.model_copy(update=changes)
 
 
 @pytest.fixture
@@ -63,7 +77,7 @@ def trained(tmp_path, monkeypatch):
     write_json("data/dwr/train/run.json", {"run": RUN, "config": model.config.model_dump()})
     rows = [
         {"layer": layer, "expert": expert, "load": load}
-        for layer, loads in enumerate(uniform_load(model))
+        for layer, loads in enumerate(uniform_usage(model).load)
         for expert, load in enumerate(loads)
     ]
     write_csv("reports/dwr/router.csv", rows)
@@ -90,8 +104,10 @@ def test_the_stages_write_the_same_results_on_every_run(trained, no_processes):
     contents = []
     for _ in range(2):
         stage("export_experts").main(tiny_settings())
+        for name in ("trace_routing", "simulate_cache"):
+            stage(name).main(tiny_settings())
         no_processes.main(tiny_settings())
-        contents.append([Path(name).read_bytes() for name in (*EXACT, "data/dwr/expert_store/manifest.json")])
+        contents.append([Path(name).read_bytes() for name in EXACT])
     assert contents[0] == contents[1]
 
     exported = json.loads(Path("reports/dwr/export.json").read_text())
@@ -106,16 +122,24 @@ def test_the_stages_write_the_same_results_on_every_run(trained, no_processes):
     assert timing["checks"] == {"no_more_experts_are_in_memory_than_the_capacity": True}
 
     rows = rows_of("reports/dwr/cache.csv")
-    assert [(row["capacity"], row["warm_start"]) for row in rows] == [
-        (capacity, warm) for capacity in ("1", "3", "10") for warm in ("False", "True")
-    ]
-    held = rows[-1]  # everything, from the start
-    assert (held["prefill_hit_rate"], held["decode_hit_rate"], held["evictions"]) == ("1.0", "1.0", "0")
+    assert [(int(row["capacity"]), row["policy"], row["prefetch"]) for row in rows] == CELLS
+    held = rows[-1]  # everything
+    assert (held["evictions"], held["prefetch_evictions"]) == ("0", "0")
+    assert int(held["bytes_read"]) <= 10 * 2 * exported["expert_file_bytes"]  # once for each prompt
     assert {row["decode_requests"] for row in rows} == {str(2 * 5 * 2 * 2)}  # prompts, steps, layers, top_k
+    assert all(int(row["bytes_useful"]) + int(row["bytes_wasted"]) == int(row["bytes_prefetched"]) for row in rows)
     timed = rows_of("reports/dwr/cache_timing.csv")
-    assert len(timed) == 1 + len(rows)
+    assert len(timed) == 1 + len(rows) + 2  # resident; with a cold page cache
     assert timed[0]["capacity"] == ""
     assert timed[0]["ratio_to_resident"] == "1.0"
+
+    simulation = json.loads(Path("reports/dwr/simulation.json").read_text())
+    assert simulation["checks"] == {"no_policy_beats_min": True}
+    assert set(simulation["hit_rate"]) == {"lru", "lfu", "min"}
+    hits = rows_of("reports/dwr/simulated_hits.csv")
+    assert [(row["capacity"], row["policy"]) for row in hits if row["per_layer"] == "False"] == [
+        (capacity, policy) for capacity in ("2", "3", "10") for policy in ("lru", "lfu", "min")
+    ]
 
 
 def test_a_logit_that_differs_stops_the_benchmark(trained, no_processes, monkeypatch):
@@ -137,8 +161,8 @@ def test_a_store_that_is_not_the_model_stops_the_export(trained, monkeypatch):
     module = stage("export_experts")
     write = module.export_store
 
-    def export_another(model, run, load, path):
-        write(make_model(seed=9, vocab_size=model.config.vocab_size), run, load, path)
+    def export_another(model, *arguments):
+        write(make_model(seed=9, vocab_size=model.config.vocab_size), *arguments)
 
     monkeypatch.setattr(module, "export_store", export_another)
     with pytest.raises(DynarouteError, match="failed: reassembled_weights"):
@@ -176,20 +200,27 @@ def test_a_damaged_training_is_refused_and_nothing_exported(trained, path, conte
     assert not Path("data/dwr/expert_store").exists()
 
 
+def test_a_trace_of_another_run_is_refused(trained):
+    stage("export_experts").main(tiny_settings())
+    stage("trace_routing").main(tiny_settings())
+    path = Path("data/dwr/trace/metadata.json")
+    path.write_text(path.read_text().replace(RUN, "fedcba"))
+    with pytest.raises(DynarouteError, match="data/dwr/trace: belongs to run fedcba"):
+        stage("simulate_cache").main(tiny_settings())
+
+
 def test_a_sweep_counts_prefill_and_decode_apart(tmp_path):
-    model = make_model()
-    store = export(tmp_path / "store", model)
-    prompts = torch.arange(14).view(2, 7)
-    passes = sweep(store, prompts, 4, [10], repeats=1)
-    assert list(passes) == [Cell(), Cell(10), Cell(10, True)]
-    (resident,), (cold,), (warm,) = passes.values()
+    store = export(tmp_path / "store")
+    cells = [Cell(10), Cell(3, "next_use", "gate", cold=True)]
+    passes = sweep(store, torch.arange(14).view(2, 7), 4, cells, lookahead=2, repeats=1)
+    assert list(passes) == [Cell(), *cells]
+    (resident,), (held,), (cold,) = passes.values()
     assert resident.prefill == resident.decode == CacheStatistics()
-    assert all(len(seconds) == 2 for seconds in (resident.prefill_seconds, cold.decode_seconds, warm.decode_seconds))
-    assert cold.prefill.hits == 0
-    assert cold.decode.requests == warm.decode.requests == 2 * 4 * 2 * 2
-    assert warm.prefill.misses == warm.decode.misses == 0
-    assert warm.warm_start_bytes == 2 * 10 * store.expert_bytes
-    assert cold.warm_start_bytes == 0
+    assert all(len(seconds) == 2 for seconds in (resident.prefill_seconds, held.decode_seconds, cold.decode_seconds))
+    assert held.prefill.hits == 0
+    assert held.decode.requests == cold.decode.requests == 2 * 4 * 2 * 2
+    assert held.decode.evictions == 0
+    assert cold.decode.foretold == 2 * 4 * 2  # of the second layer
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell the kinds of memory apart")

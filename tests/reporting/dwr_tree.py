@@ -24,6 +24,7 @@ def write_tree(root: Path) -> None:
     write_training(root)
     write_store(root)
     write_cache(root)
+    write_simulation(root)
 
 
 def write_corpus(root: Path) -> None:
@@ -96,42 +97,98 @@ def write_training(root: Path) -> None:
 def write_store(root: Path) -> None:
     checks = {"every_file_has_its_sha256": True, "reassembled_logits_are_equal": True}
     sizes = {"expert_files": LAYERS * EXPERTS, "expert_file_bytes": 16_707, "backbone_file_bytes": 123_456}
-    write_json(root / "reports/dwr/export.json", {"run": RUN, **sizes, "total_bytes": 323_940, "checks": checks})
+    precisions = [("fp32", 12_345, 4.0111), ("bf16", 6_345, 4.0115), ("int8", 3_345, 4.0177)]
+    columns = ("precision", "expert_bytes", "nll")
+    lower = {
+        "precision": "fp32",
+        "precisions": [dict(zip(columns, row, strict=True)) for row in precisions],
+        "calibration_windows": 19,
+    }
+    record = {"run": RUN, **sizes, **lower, "total_bytes": 323_940, "checks": checks}
+    write_json(root / "reports/dwr/export.json", record)
 
 
 def write_cache(root: Path) -> None:
-    cells = [(capacity, warm) for capacity in (1, 4, 12) for warm in (False, True)]
+    cells = [
+        (capacity, policy, prefetch)
+        for capacity in (1, 4, 12)
+        for policy in ("lru", "next_use")
+        for prefetch in ("none", "gate")
+    ]
     rows = [
         {
-            **{"capacity": capacity, "warm_start": warm, "prefill_hit_rate": 0.1, "decode_hit_rate": capacity / 13},
-            **{"evictions": 100 - capacity, "bytes_read": 1000 * (13 - capacity)},
+            **{"capacity": capacity, "policy": policy, "prefetch": prefetch, "prefill_hit_rate": 0.1},
+            **{"decode_hit_rate": capacity / 13 + (policy == "next_use") / 100, "evictions": 100 - capacity},
+            **{"bytes_read": 1000 * (13 - capacity), "accuracy": 0.765 if prefetch == "gate" else ""},
+            **{"bytes_prefetched": 500, "bytes_useful": 400, "bytes_wasted": 100, "prefetch_evictions": 17},
         }
-        for capacity, warm in cells
+        for capacity, policy, prefetch in cells
     ]
     write_csv(root / "reports/dwr/cache.csv", rows)
-    checks = {"logits_are_equal_at_every_capacity": True}
-    sizes = {"prompts": 5, "prompt_tokens": 9, "new_tokens": 13, "capacity_nearest_a_third": 4}
+    checks = {"logits_are_equal_in_every_cell": True}
+    sizes = {"prompts": 5, "prompt_tokens": 9, "new_tokens": 13, "capacity_nearest_a_third": 4, "lookahead": 2}
+    sizes |= {"experts": LAYERS * EXPERTS, "expert_file_bytes": 16_707}
     write_json(root / "reports/dwr/cache.json", {"run": RUN, **sizes, "checks": checks})
     timing = [
         {
-            **{"capacity": capacity, "warm_start": warm, "tokens_per_second": 400 + number},
-            **{
-                "tokens_per_second_lowest": 390,
-                "tokens_per_second_highest": 460,
-                "ratio_to_resident": 1 - number / 100,
-            },
-            **{"ratio_lowest": 0.61, "ratio_highest": 1.31, "prefill_seconds": 0.0456},
+            **{"capacity": cell[0], "policy": cell[1], "prefetch": cell[2], "page_cache": cell[0] and "warm"},
+            **{"tokens_per_second": 400 + number, "tokens_per_second_lowest": 390, "tokens_per_second_highest": 460},
+            **{"ratio_to_resident": 1 - number / 100, "ratio_lowest": 0.61, "ratio_highest": 1.31},
+            **{"wait_share": 0.125, "late": 3, "prefill_seconds": 0.0456},
             **{"peak_memory_bytes": 210 * 2**20, "peak_anonymous_bytes": 160 * 2**20},
             **{"peak_file_backed_bytes": 50 * 2**20, "peak_mapped_expert_bytes": number * 2**20},
         }
-        for number, (capacity, warm) in enumerate([("", ""), *cells])
+        for number, cell in enumerate([("", "", ""), *cells])
     ]
     write_csv(root / "reports/dwr/cache_timing.csv", timing)
+    third = {"capacity": 4, "policy": "lru", "prefetch": "none", "ratio_to_resident": 0.97}
     summary = {
-        **{"run": RUN, "repeats": 3, "at_a_third_of_the_experts": {"capacity": 4, "ratio_to_resident": 0.97}},
+        **{"run": RUN, "repeats": 3, "at_a_third_of_the_experts": third},
         **{"checks": {"memory_is_bounded": True}, "machine": {"processor": "Another Processor", "threads": 2}},
     }
     write_json(root / "reports/dwr/cache_timing.json", summary)
+
+
+def write_simulation(root: Path) -> None:
+    rates = {"lru": 0.3011, "next_use": 0.4222, "min": 0.6033}
+    hits = [
+        {"capacity": capacity, "policy": policy, "per_layer": per_layer, "hit_rate": rate * capacity / 4}
+        for per_layer, capacities in ((False, (2, 4, 6)), (True, (4,)))
+        for capacity in capacities
+        for policy, rate in rates.items()
+    ]
+    write_csv(root / "reports/dwr/simulated_hits.csv", hits)
+    speeds = [
+        {
+            **{"machine": machine, "model": "seed", "capacity": 4, "policy": policy, "prefetch": prefetch},
+            **{"hit_rate": 0.5, "ratio_to_resident": 0.1 * number + 0.0123},
+        }
+        for machine in ("disk", "pcie")
+        for number, (policy, prefetch) in enumerate(
+            [("lru", "none"), ("lru", "gate"), ("next_use", "gate"), ("next_use", "none")]
+        )
+    ]
+    write_csv(root / "reports/dwr/simulated_speed.csv", speeds)
+    record = {"run": RUN, "tokens": 2_345, "capacity_nearest_a_third": 4, "hit_rate": rates}
+    record |= {"share_of_gap_closed": {"lru": 0.0, "next_use": 0.4007, "min": 1.0}, "checks": {"min_is_best": True}}
+    write_json(root / "reports/dwr/simulation.json", record)
+
+
+def write_peers(root: Path) -> None:
+    """What the default pipeline does not run."""
+    row = {"name": "all resident", "page_cache": "warm", "tokens_per_second": 41.25, "ratio_to_resident": 1.0}
+    row |= {"ratio_lowest": 1.0, "ratio_highest": 1.0, "hit_rate": None}
+    other = {**row, "name": "lru, none", "page_cache": "cold", "tokens_per_second": 23.45, "hit_rate": 0.3456}
+    goals = [
+        {"name": "warm, to resident", "value": 0.976, "goal": 0.95},
+        {"name": "cold, to resident", "value": 0.3123, "goal": 0.35},
+    ]
+    record = {
+        **{"experts": 96, "expert_bytes": 8_398_848, "capacity": 32, "new_tokens": 21, "threads": 1, "repeats": 5},
+        **{"machine": {"processor": "A Third Processor"}, "rows": [row, other], "goals": goals},
+        **{"use_of_an_expert_ms": {"held": 0.61, "on disk": 9.87}, "mixtral_lru_hit_rate": 0.4321},
+    }
+    write_json(root / "reports/benchmarks/cached_inference.json", record)
 
 
 def edit_json(path: str | Path, change: Callable[[dict], None]) -> None:

@@ -10,7 +10,7 @@ FIGURES = {
     "reports/figures/dwr_training_curves.png": ("reports/dwr/training.csv", "validation_loss"),
     "reports/figures/dwr_gate_norms.png": ("reports/dwr/router.csv", "gate_norm"),
     "reports/figures/dwr_expert_load.png": ("reports/dwr/router.csv", "load"),
-    "reports/figures/dwr_cache_hit_rate.png": ("reports/dwr/cache.csv", "decode_hit_rate"),
+    "reports/figures/dwr_cache_hit_rate.png": ("reports/dwr/simulated_hits.csv", "hit_rate"),
     "reports/figures/measured/dwr_cache_speed.png": ("reports/dwr/cache_timing.csv", "ratio_to_resident"),
 }
 
@@ -41,10 +41,10 @@ def test_the_report_stage_writes_both_pages_the_same_every_time():
 
 @pytest.mark.parametrize("name", ["plot_dwr", "report_dwr"])
 def test_a_mistake_ends_a_stage_with_one_line(name):
-    Path("reports/dwr/cache.csv").unlink()
+    Path("reports/dwr/training.csv").unlink()
     result = run_stage(name)
     assert result.returncode == 1
-    assert result.stderr == f"{name}: reports/dwr/cache.csv: cannot be read: No such file or directory\n"
+    assert result.stderr == f"{name}: reports/dwr/training.csv: cannot be read: No such file or directory\n"
 
 
 def test_a_model_of_one_layer_and_a_single_validation_can_be_drawn(tree):

@@ -1,6 +1,8 @@
 """Cached against resident decoding: hit rates, speed and memory, with every logit checked on the way.
 
-Every prompt is decoded alone (batch 1), and meets a cache that is empty or, with a warm start, filled by frequency.
+Every prompt is decoded alone (batch 1), and meets an empty cache. Two states of the system's page cache are told apart:
+warm, where all files have been read before; and cold, where before every pass the system forgets what is not in use, so
+that every miss comes from disk, as on a machine with no memory to spare.
 """
 
 import multiprocessing
@@ -8,6 +10,7 @@ import operator
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +18,12 @@ from typing import NamedTuple
 import psutil
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore
-from dynaroute.dwr.inference import bind_experts, greedy_decode, load_cached, load_resident
+from dynaroute.config import PolicyName, PrefetchName
+from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, make_policy, make_prefetcher
+from dynaroute.dwr.experts.mapping import drop_from_page_cache
+from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, load_resident
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.errors import DynarouteError
 
@@ -26,7 +32,9 @@ class Cell(NamedTuple):
     """One setting of the benchmark."""
 
     capacity: int | None = None  # experts; None: all resident, no cache
-    warm_start: bool = False
+    policy: PolicyName = "lru"
+    prefetch: PrefetchName = "none"
+    cold: bool = False  # the page cache
 
 
 class Pass(NamedTuple):
@@ -34,7 +42,6 @@ class Pass(NamedTuple):
 
     prefill: CacheStatistics = CacheStatistics()
     decode: CacheStatistics = CacheStatistics()
-    warm_start_bytes: int = 0
     prefill_seconds: tuple[float, ...] = ()
     decode_seconds: tuple[float, ...] = ()
 
@@ -49,40 +56,79 @@ class Memory(NamedTuple):
 
 
 def sweep(
-    store: ExpertStore, prompts: Tensor, steps: int, capacities: list[int], repeats: int
+    store: ExpertStore, prompts: Tensor, steps: int, cells: Sequence[Cell], lookahead: int, repeats: int
 ) -> dict[Cell, list[Pass]]:
     """Decodes `steps` tokens after each prompt [P, T] in every cell, `repeats` times.
 
-    The first cell is the resident model; each capacity has a cold and a warm start. Cells take turns at every prompt,
-    so that a machine whose speed drifts is equally slow for all of them.
+    The resident model is put before the cells. All take turns at every prompt, so that a machine whose speed drifts is
+    equally slow for all of them.
 
     Raises:
         DynarouteError: logits that are not the resident model's to the last bit.
     """
-    resident, cached = load_resident(store), load_cached(ExpertCache(store, 1))
-    for model in (resident, cached):
-        _decode(model, prompts[:1], 2)  # what is slow for the first time only
-    cells = [Cell(), *(Cell(capacity, warm) for capacity in capacities for warm in (False, True))]
+    resident, cached = load_resident(store), load_backbone(store)
+    cells = [Cell(), *cells]
     passes: dict[Cell, list[Pass]] = {cell: [] for cell in cells}
+    decode(resident, prompts[:1], 2)  # what is slow for the first time only
+    progress = tqdm(total=repeats * len(prompts) * len(cells), desc="decoding", unit="cell", disable=None)
     for _ in range(repeats):
         total = dict.fromkeys(cells, Pass())
         for index, prompt in enumerate(prompts.split(1)):
             for cell in cells:
                 if cell.capacity is None:
-                    result, reference = _decode(resident, prompt, steps)
+                    result, reference = decode(resident, prompt, steps)
                 else:
-                    result, logits = _decode_cached(cached, ExpertCache(store, cell.capacity), cell, prompt, steps)
+                    prefetcher = make_prefetcher(cell.prefetch, store, cached, lookahead)
+                    policy = make_policy(cell.policy, store.usage.load)
+                    with ExpertCache(store, cell.capacity, policy, prefetcher=prefetcher) as cache:
+                        bind_experts(cached, cache)
+                        forget = store_forgetter(store.path) if cell.cold else None
+                        result, logits = decode(cached, prompt, steps, cache, forget)
                     if not torch.equal(logits, reference):
                         raise DynarouteError(f"{cell}: logits of prompt {index} are not those of the resident model")
                 total[cell] = Pass(*map(operator.add, total[cell], result))
+                progress.update()
         for cell in cells:
             passes[cell].append(total[cell])
+    progress.close()
     return passes
+
+
+def decode(
+    model: DWRTransformer,
+    prompt: Tensor,
+    steps: int,
+    cache: ExpertCache | None = None,
+    before_pass: Callable[[], None] | None = None,
+) -> tuple[Pass, Tensor]:
+    """What decoding a prompt [1, T] took, and all logits [1, T + steps, V]; `before_pass` is not timed."""
+    outputs = greedy_decode(model, prompt, steps)
+    logits, seconds, statistics = [], [], []
+    for _ in range(steps + 1):
+        if before_pass:
+            before_pass()
+        started = time.perf_counter()
+        logits.append(next(outputs))
+        seconds.append(time.perf_counter() - started)
+        statistics.append(cache.take_statistics() if cache else CacheStatistics())
+    decoding = sum(statistics[1:], CacheStatistics())
+    return Pass(statistics[0], decoding, (seconds[0],), (sum(seconds[1:]),)), torch.cat(logits, dim=1)
+
+
+def store_forgetter(folder: Path) -> Callable[[], None]:
+    """What lets the system forget a folder's files, but for the pages that are mapped."""
+    files = sorted(folder.glob("*.safetensors"))
+
+    def forget() -> None:
+        for path in files:
+            drop_from_page_cache(path)
+
+    return forget
 
 
 def peak_memory(store: Path, prompts: Tensor, steps: int, capacities: list[int]) -> dict[Cell, Memory]:
     """The peak memory of decoding the first prompt, after loading, each in a fresh process: with all experts resident,
-    and with caches of the given capacities that start cold."""
+    and with caches of the given capacities."""
     context = multiprocessing.get_context("forkserver")  # whose processes start with torch imported and nothing run
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes:
@@ -93,36 +139,15 @@ def peak_memory(store: Path, prompts: Tensor, steps: int, capacities: list[int])
         }
 
 
-def _decode_cached(
-    model: DWRTransformer, cache: ExpertCache, cell: Cell, prompt: Tensor, steps: int
-) -> tuple[Pass, Tensor]:
-    bind_experts(model, cache)
-    if cell.warm_start:
-        cache.warm_start(cache.store.expert_load)
-    warm_start_bytes = cache.take_statistics().bytes_read
-    result, logits = _decode(model, prompt, steps, cache)
-    return result._replace(warm_start_bytes=warm_start_bytes), logits
-
-
-def _decode(model: DWRTransformer, prompt: Tensor, steps: int, cache: ExpertCache | None = None) -> tuple[Pass, Tensor]:
-    """What it took, and all logits [1, T + steps, V]."""
-    started = time.perf_counter()
-    outputs = greedy_decode(model, prompt, steps)
-    logits = [next(outputs)]
-    prefilled = time.perf_counter()
-    prefill = cache.take_statistics() if cache else CacheStatistics()
-    logits.extend(outputs)
-    ended = time.perf_counter()
-    decode = cache.take_statistics() if cache else CacheStatistics()
-    result = Pass(prefill, decode, prefill_seconds=(prefilled - started,), decode_seconds=(ended - prefilled,))
-    return result, torch.cat(logits, dim=1)
-
-
 def _measure_memory(path: Path, prompt: list[list[int]], steps: int, num_threads: int, capacity: int | None) -> Memory:
     """Runs in a process of its own."""
     torch.set_num_threads(num_threads)
     store = ExpertStore(path)
-    model = load_resident(store) if capacity is None else load_cached(ExpertCache(store, capacity))
+    if capacity is None:
+        model = load_resident(store)
+    else:
+        model = load_backbone(store)
+        bind_experts(model, ExpertCache(store, capacity))
     process, samples, mapped = psutil.Process(), [], []
     for step, _ in enumerate(greedy_decode(model, torch.tensor(prompt), steps)):
         samples.append(process.memory_info())

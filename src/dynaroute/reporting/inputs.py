@@ -36,8 +36,8 @@ def read_record(path: str | Path) -> Record:
     return Record(data, path)
 
 
-def read_csv(path: str | Path, columns: list[str]) -> "pd.DataFrame":
-    """Reads CSV; every column named in `columns` holds a number in every row.
+def read_csv(path: str | Path, columns: list[str], names: list[str] | None = None) -> "pd.DataFrame":
+    """Reads CSV; every column in `columns` holds a number in every row, every column in `names` a text.
 
     Raises:
         DynarouteError: the file is missing or damaged, or one of the columns is.
@@ -57,6 +57,9 @@ def read_csv(path: str | Path, columns: list[str]) -> "pd.DataFrame":
             raise DynarouteError(f"{path}: lacks the column {name!r}: {REMEDY}")
         if not pd.api.types.is_numeric_dtype(table[name]) or table[name].isna().any():
             raise DynarouteError(f"{path}: column {name!r} must hold a number in every row: {REMEDY}")
+    for name in names or []:
+        if name not in table or table[name].isna().any():
+            raise DynarouteError(f"{path}: column {name!r} must be there and filled in every row: {REMEDY}")
     return table
 
 

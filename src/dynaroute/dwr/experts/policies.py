@@ -6,10 +6,11 @@ makes way. All but `Belady` are online: they know the past alone.
 
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
+
+from dynaroute.config import PolicyName
 
 Key = tuple[int, int]  # (layer, expert)
-PolicyName = Literal["lru", "lfu", "weighted_lru", "pinned", "next_use"]
 
 
 class Policy(Protocol):

@@ -10,10 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dynaroute.config import Positive, Section
-from dynaroute.dwr.model import DWRConfig, ExpertWeights
+from dynaroute.config import Positive, Precision, Section
+from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights
 
-Precision = Literal["fp32", "bf16", "int8"]
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8}  # as safetensors names them
 
 
@@ -62,3 +61,10 @@ def decode(stored: Mapping[str, Tensor], out: ExpertWeights) -> None:
     for weights, scale in ((out.w1, "scale1"), (out.w2, "scale2")):
         if scale in stored:
             weights.mul_(stored[scale].to(weights.device, non_blocking=True))
+
+
+def round_experts(model: DWRTransformer, precision: Precision) -> None:
+    """Gives the resident experts of a model the values that they have after being stored, in place."""
+    for layer in model.layers:
+        for _, weights in layer.moe.experts.fetch(list(range(model.config.num_experts))):
+            decode(encode(weights, precision), weights)

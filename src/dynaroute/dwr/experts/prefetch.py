@@ -1,14 +1,13 @@
 """Which experts the next layer will need: predictions, made while a layer is at work, for a cache to read ahead by."""
 
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dynaroute.config import PrefetchName
 from dynaroute.dwr.experts.store import ExpertStore
 from dynaroute.dwr.model import DWRTransformer
-
-PrefetchName = Literal["none", "frequency", "transition", "gate"]
 
 
 class Prediction(NamedTuple):

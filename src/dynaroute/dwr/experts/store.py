@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dynaroute.artifacts import output_directory, read_json, sha256, write_json
-from dynaroute.config import Positive, Section, invalid
-from dynaroute.dwr.experts.mapping import PAGE, map_file
-from dynaroute.dwr.experts.precision import DTYPES, Precision, TensorEntry, decode, encode, stored_tensors
+from dynaroute.config import Positive, Precision, Section, invalid
+from dynaroute.dwr.experts.mapping import PAGE, drop_from_page_cache, map_file
+from dynaroute.dwr.experts.precision import DTYPES, TensorEntry, decode, encode, stored_tensors
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights
 from dynaroute.errors import DynarouteError
 from dynaroute.training.checkpoints import load_checkpoint
@@ -135,6 +135,8 @@ def export_store(
             shutil.copytree(tokenizer, folder / TOKENIZER)
         manifest = Manifest(format=2, run=run, config=model.config, precision=precision, usage=usage, files=files)
         write_json(folder / MANIFEST, manifest.model_dump())
+    for name in files:  # what was written lies in small pages; it is read in huge ones
+        drop_from_page_cache(Path(path) / name)
 
 
 class ExpertStore:
@@ -176,11 +178,8 @@ class ExpertStore:
         Raises:
             DynarouteError: naming the first file that has changed.
         """
-        for name in self._manifest.files:
-            try:
-                self._check_sha256(name, sha256(self.path / name))
-            except OSError as error:
-                raise DynarouteError(f"{self.path / name}: cannot be read: {error.strerror}: {REMEDY}") from error
+        for name, entry in self._manifest.files.items():
+            self._check_sha256(name, self._map(name, entry.bytes))
 
     def new_weights(self, device: str = "cpu") -> ExpertWeights:
         """Uninitialised float32 weights of one expert, in one piece of memory and aligned as in a file."""
@@ -197,12 +196,9 @@ class ExpertStore:
                 first time, it is not the one that was exported.
         """
         name = expert_file(layer, expert)
-        try:
-            content = map_file(self.path / name, self.file_bytes)
-        except OSError as error:
-            raise DynarouteError(f"{self.path / name}: cannot be read: {error.strerror}: {REMEDY}") from error
+        content = self._map(name, self.file_bytes)
         if name not in self._verified:
-            self._check_sha256(name, hashlib.sha256(content.numpy()).hexdigest())
+            self._check_sha256(name, content)
         return content
 
     def views(self, content: Tensor) -> dict[str, Tensor]:
@@ -226,11 +222,17 @@ class ExpertStore:
         """
         path = self.path / BACKBONE
         tensors, _ = load_checkpoint(path)
-        self._check_sha256(BACKBONE, sha256(path))
+        self._check_sha256(BACKBONE, self._map(BACKBONE, self._manifest.files[BACKBONE].bytes))
         return {name: tensor.clone() for name, tensor in tensors.items()}  # what was loaded is a map of the file
 
-    def _check_sha256(self, name: str, found: str) -> None:
-        expected = self._manifest.files[name].sha256
+    def _map(self, name: str, size: int) -> Tensor:
+        try:
+            return map_file(self.path / name, size)
+        except OSError as error:
+            raise DynarouteError(f"{self.path / name}: cannot be read: {error.strerror}: {REMEDY}") from error
+
+    def _check_sha256(self, name: str, content: Tensor) -> None:
+        found, expected = hashlib.sha256(content.numpy()).hexdigest(), self._manifest.files[name].sha256
         if found != expected:
             raise DynarouteError(f"{self.path / name}: SHA-256 is {found}, not {expected}: {REMEDY}")
         self._verified.add(name)

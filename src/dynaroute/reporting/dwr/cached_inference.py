@@ -1,41 +1,42 @@
-"""Inference with a cache of experts: exactness and hit rates. Speed and memory are `measured.py`'s."""
+"""Inference with a cache of experts in the DWR report: exactness and hit rates. More is on a page of its own."""
 
 from dynaroute.reporting.dwr.results import Results, num_experts
 from dynaroute.reporting.tables import count, figure, size, table
 
 
 def cached_inference(results: Results) -> str:
-    """Hit rates by capacity, and whether logits are the resident model's."""
+    """Hit rates by capacity and policy without prefetching, and whether logits are the resident model's."""
     total, config, summary = num_experts(results.run), results.run["config"], results.cache_summary
+    plain = results.cache[results.cache["prefetch"] == "none"]
     rows = [
         [
             f"{row.capacity:,}",
             f"{row.capacity / total:.3f}",
-            _start(row.warm_start),
+            f"`{row.policy}`",
             f"{row.decode_hit_rate:.3f}",
             f"{row.prefill_hit_rate:.3f}",
             f"{row.evictions:,}",
             size(row.bytes_read),
         ]
-        for row in results.cache.itertuples()
+        for row in plain.itertuples()
     ]
-    header = ["capacity (experts)", "c/N", "start", "hit rate, decode", "hit rate, prefill", "evictions", "read"]
+    header = ["capacity (experts)", "c/N", "policy", "hit rate, decode", "hit rate, prefill", "evictions", "read"]
     return "\n\n".join(
         [
             f"The backbone is in memory, and at most as many of the {total} experts as the capacity says; one that is "
-            "needed and not there is read from its file, and takes the place of the least recently used.",
+            "needed and not there is read from its file, and takes the place of another by the policy.",
             f"{count(summary['prompts'], 'prompt')} of {summary['prompt_tokens']} tokens from the test split, each "
             f"continued by {count(summary['new_tokens'], 'token')}, greedily and alone. {exactness_sentence(results)}",
-            figure("figures/dwr_cache_hit_rate.png", "Hit rate by capacity, in decoding and in prefill."),
+            figure("figures/dwr_cache_hit_rate.png", "Hit rate by capacity, on a trace of held-out text."),
             table(header, rows),
             "A request is one expert that one forward pass of a layer needs, for any number of tokens. Prefill is the "
-            "pass over the prompt, decode the passes over one token each. A warm start fills the cache with the "
-            "experts used most on the validation split; it is counted in what was read, not as requests. c/N is the "
-            "share of experts held, and what any policy can expect to hit if routing is uniform and independent.",
+            "pass over the prompt, decode the passes over one token each. Every prompt meets an empty cache. c/N is "
+            "the share of experts held, and what any policy can expect to hit if routing is uniform and independent.",
             f"{hit_rate_sentence(results)} One token needs top_k experts in every layer, "
             f"{config['top_k'] * config['num_layers']} in all: a cache for fewer keeps next to nothing from one token "
-            "to the next, since it lets go of the least recently used.",
-            "Speed and memory: [what was measured](dwr_measured.md).",
+            "to the next if it lets go of the least recently used.",
+            "Policies, prefetching, precision, peers and other machines: [cached inference](cached_inference.md). "
+            "Speed and memory of this run: [what was measured](dwr_measured.md).",
         ]
     )
 
@@ -52,15 +53,9 @@ def exactness_sentence(results: Results) -> str:
 def hit_rate_sentence(results: Results) -> str:
     """Decoding's hit rate at the capacity nearest to a third of the experts, against c/N."""
     total, capacity = num_experts(results.run), results.cache_summary["capacity_nearest_a_third"]
-    rates = [
-        f"{row.decode_hit_rate:.3f} after a {_start(row.warm_start)} start"
-        for row in results.cache[results.cache["capacity"] == capacity].itertuples()
-    ]
+    rows = results.cache[(results.cache["capacity"] == capacity) & (results.cache["prefetch"] == "none")]
+    rates = [f"{row.decode_hit_rate:.3f} with `{row.policy}`" for row in rows.itertuples()]
     return (
         f"With {capacity} of {total} experts held (c/N = {capacity / total:.3f}), the hit rate of decoding is "
-        f"{' and '.join(rates)}."
+        f"{', '.join(rates)}."
     )
-
-
-def _start(warm: bool) -> str:
-    return "warm" if warm else "cold"

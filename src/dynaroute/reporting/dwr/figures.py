@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynaroute.reporting.dwr.findings import course, gate_norms_by_layer, relative_load
-from dynaroute.reporting.figures import BLACK, BLUE, GREY, SKY, VERMILION, saved_figure
+from dynaroute.reporting.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, saved_figure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,55 +89,51 @@ def plot_expert_load(router: "pd.DataFrame", path: str | Path) -> None:
         figure.colorbar(image, label="load / uniform share", extend="max", ticks=[0, 0.5, 1, 1.5, 2])
 
 
-def plot_hit_rates(cache: "pd.DataFrame", num_experts: int, path: str | Path) -> None:
-    """Hit rates of decoding and of prefill by capacity, cold and warm, against the share of experts held."""
-    with saved_figure(path, 6.2, 2.9) as figure:
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, phase in zip(panels, ("decode", "prefill"), strict=True):
-            _capacity_axis(axes, cache["capacity"], num_experts)
-            axes.plot([0, num_experts], [0, 1], color=GREY, linestyle=":", label="share of experts held (c/N)")
-            for warm, style in _STARTS:
-                rows = cache[cache["warm_start"] == warm]
-                axes.plot(rows["capacity"], rows[f"{phase}_hit_rate"], **style)
-            axes.set_title(phase)
-        panels[0].set_ylabel("hit rate")
-        panels[0].set_ylim(-0.03, 1.03)
-        panels[1].legend(loc="upper left")
+def plot_hit_rates(simulated: "pd.DataFrame", num_experts: int, path: str | Path) -> None:
+    """Hit rates of the replayed trace by capacity and policy under one budget, against MIN and the share held."""
+    rates = simulated[~simulated["per_layer"]]
+    with saved_figure(path, 5.4, 3.4) as figure:
+        axes = figure.subplots()
+        _capacity_axis(axes, num_experts)
+        axes.plot([0, num_experts], [0, 1], color=GREY, linestyle=":", label="share of experts held (c/N)")
+        for policy, rows in rates.groupby("policy", sort=False):
+            style = _POLICIES[policy]
+            axes.plot(rows["capacity"], rows["hit_rate"], **style, markerfacecolor="none")
+        axes.set_ylabel("hit rate")
+        axes.set_ylim(-0.03, 1.03)
+        axes.legend(loc="lower right")
 
 
 def plot_speed(timing: "pd.DataFrame", num_experts: int, path: str | Path) -> None:
-    """Tokens per second relative to the resident model by capacity, cold and warm, with the range of repetitions."""
+    """Tokens per second relative to the resident model by capacity, nothing prefetched, with their range."""
+    cells = timing[(timing["prefetch"] == "none") & (timing["page_cache"] == "warm")]
+    policies = [policy for policy in ("lru", "next_use") if policy in set(cells["policy"])]
     with saved_figure(path, 4.4, 3.0) as figure:
         axes = figure.subplots()
-        _capacity_axis(axes, timing["capacity"], num_experts)
+        _capacity_axis(axes, num_experts)
         axes.axhline(1, color=GREY, linestyle=":", label="all experts resident")
-        for warm, style in _STARTS:
-            rows = timing[timing["warm_start"] == warm]
+        for number, policy in enumerate(policies or [cells["policy"].iloc[0]]):
+            rows = cells[cells["policy"] == policy]
             ratio = rows["ratio_to_resident"]
             spread = [ratio - rows["ratio_lowest"], rows["ratio_highest"] - ratio]
-            beside = (0.006 if warm else -0.006) * num_experts  # or the ranges would hide each other
-            axes.errorbar(rows["capacity"] + beside, ratio, yerr=spread, capsize=2.5, elinewidth=0.9, **style)
+            beside = 0.012 * number * num_experts  # or the ranges would hide each other
+            style = {**_POLICIES[policy], "capsize": 2.5, "elinewidth": 0.9}
+            axes.errorbar(rows["capacity"] + beside, ratio, yerr=spread, **style)
         axes.set_ylabel("decoding speed / resident")
         axes.set_ylim(bottom=0)
         axes.legend()
 
 
-_STARTS = [
-    (False, {"color": BLUE, "linestyle": "-", "marker": "o", "label": "cold start"}),
-    (
-        True,
-        {
-            "color": VERMILION,
-            "linestyle": "--",
-            "marker": "s",
-            "markersize": 7,
-            "markerfacecolor": "none",
-            "label": "warm start",
-        },
-    ),
-]
+_POLICIES: dict[str, dict[str, Any]] = {
+    "min": {"color": BLACK, "linestyle": "--", "label": "MIN, which knows the future"},
+    "next_use": {"color": VERMILION, "linestyle": "-", "marker": "s", "label": "next use"},
+    "weighted_lru": {"color": GREEN, "linestyle": "-.", "marker": "^", "label": "frequency-weighted LRU"},
+    "lru": {"color": BLUE, "linestyle": "-", "marker": "o", "label": "LRU"},
+    "lfu": {"color": ORANGE, "linestyle": ":", "marker": "v", "label": "LFU"},
+    "pinned": {"color": PURPLE, "linestyle": ":", "marker": "D", "label": "pinned by frequency"},
+}
 
 
-def _capacity_axis(axes: "Axes", capacities: "pd.Series", num_experts: int) -> None:
+def _capacity_axis(axes: "Axes", num_experts: int) -> None:
     axes.set_xlabel(f"capacity of the cache (experts of {num_experts})")
     axes.set_xlim(0, num_experts * 1.03)

@@ -48,29 +48,34 @@ def _training(timing: Record, reference: Record) -> str:
 
 def _cached(measurements: Measurements, total: int) -> str:
     header = [
-        *("capacity (experts)", "c/N", "start", "tokens/s", "relative to resident (range)", "prefill"),
-        *("peak memory", "anonymous", "experts mapped"),
+        *("capacity (experts)", "c/N", "policy", "prefetching", "page cache", "tokens/s"),
+        *("relative to resident (range)", "waiting", "late", "prefill", "peak memory", "anonymous", "experts mapped"),
     ]
-    resident = ["all, resident", NONE, NONE, *_figures(measurements.resident)]
+    resident = ["all, resident", *[NONE] * 4, *_figures(measurements.resident)]
     cells = [
-        [f"{row.capacity:,}", f"{row.capacity / total:.3f}", "warm" if row.warm_start else "cold", *_figures(row)]
+        [
+            *(f"{row.capacity:,}", f"{row.capacity / total:.3f}", f"`{row.policy}`", row.prefetch, row.page_cache),
+            *_figures(row),
+        ]
         for row in measurements.cells.itertuples()
     ]
     third, checks = measurements.cache["at_a_third_of_the_experts"], measurements.cache["checks"]
     return "\n\n".join(
         [
-            f"With {third['capacity']} of {total} experts held and a cold start, decoding runs at "
-            f"{third['ratio_to_resident']:.2f} of the speed of the resident model. Hit rates are in "
-            "[the report](dwr.md#6-cached-inference).",
+            f"With {third['capacity']} of {total} experts held (`{third['policy']}`, prefetching "
+            f"{third['prefetch']}), decoding runs at {third['ratio_to_resident']:.2f} of the speed of the resident "
+            "model. Hit rates are in [the report](dwr.md#6-cached-inference). Experts of this size are read in "
+            "microseconds: what reading costs at the published size is in [cached inference](cached_inference.md).",
             figure("figures/measured/dwr_cache_speed.png", "Decoding speed relative to all experts resident."),
             table(header, [resident, *cells]),
             f"Decoding is batch 1; speeds are medians of {count(measurements.cache['repeats'], 'repetition')}, taken "
             "in turns with the resident model, and each ratio is to the resident run of the same repetition: the ratio "
-            "shown is a median of such pairs, not the quotient of two speeds shown. Prefill is the time for all "
-            "prompts. Files were read before, so that experts came from the page cache: a cold "
-            "start means an empty expert cache, not a cold disk. Peak memory is all that a fresh process held while "
-            "decoding one prompt, Python and libraries included; anonymous is what it allocated, and experts mapped "
-            "are the pages of expert files among the rest.",
+            "shown is a median of such pairs, not the quotient of two speeds shown. Waiting is the share of that time in which the caller waited for experts; late are prefetched experts that were "
+            "asked for while they were still being read. Prefill is the time for all prompts. Page cache: warm, all "
+            "files were read before; cold, the system forgot before every pass what was not in use. Peak memory is "
+            "all that a fresh process held while decoding one prompt, Python and libraries included, and is measured "
+            "with `lru` alone; anonymous is what it allocated, and experts mapped are the pages of expert files among "
+            "the rest.",
             *(
                 f"{'✓' if passed is True else '✗ **failed:**'} {name.replace('_', ' ')}."
                 for name, passed in checks.items()
@@ -84,6 +89,8 @@ def _figures(row: Any) -> list[str]:
     return [
         f"{row.tokens_per_second:,.0f}",
         f"{row.ratio_to_resident:.3f} ({row.ratio_lowest:.3f}–{row.ratio_highest:.3f})",
+        f"{row.wait_share:.1%}",
+        f"{row.late:.0f}",
         duration(row.prefill_seconds),
         *(NONE if math.isnan(kind) else size(kind) for kind in memory),
     ]

@@ -110,7 +110,7 @@ def limitations(results: Results) -> str:
         "there is one of each, however many epochs are run.",
         "**One run, one seed.** No finding here has an error bar over runs.",
         "**Windows.** Losses are over windows that do not overlap, so the first tokens of each have little context.",
-        "**Cached inference** is batch 1, evicts by least recent use, and fetches an expert only when it is needed.",
+        "**Cached inference** is measured at batch 1.",
     ]
     if "packages" in results.corpus.place:
         points.append("**Corpus.** It is what the installed packages say: another version of one is another text.")

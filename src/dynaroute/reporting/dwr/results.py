@@ -38,7 +38,7 @@ class Results(NamedTuple):
     training: Training
     corpus: Corpus
     export: Record  # export.json
-    cache: "pd.DataFrame"  # cache.csv: a row for each capacity, cold and warm
+    cache: "pd.DataFrame"  # cache.csv: a row for each cell
     cache_summary: Record  # cache.json
     reference: Record  # the published numbers
 
@@ -49,7 +49,7 @@ class Measurements(NamedTuple):
     training: Record  # training_timing.json
     cache: Record  # cache_timing.json
     resident: "pd.Series"  # the first row of cache_timing.csv: no cache
-    cells: "pd.DataFrame"  # the others: a row for each capacity, cold and warm
+    cells: "pd.DataFrame"  # the others: a row for each cell
 
 
 def num_experts(run: Record) -> int:
@@ -71,13 +71,23 @@ def read_results() -> Results:
 
 
 def read_cache() -> "pd.DataFrame":
-    """Reads the hit rates of every capacity.
+    """Reads what the cache did in every cell of the benchmark.
 
     Raises:
         DynarouteError: the file is missing or damaged.
     """
     rates = ["prefill_hit_rate", "decode_hit_rate"]
-    return read_csv(REPORTS / "cache.csv", ["capacity", "warm_start", *rates, "evictions", "bytes_read"])
+    counts = ["evictions", "bytes_read", "bytes_prefetched", "bytes_useful", "bytes_wasted", "prefetch_evictions"]
+    return read_csv(REPORTS / "cache.csv", ["capacity", *rates, *counts], names=["policy", "prefetch"])
+
+
+def read_simulated_hits() -> "pd.DataFrame":
+    """Reads the hit rates of the replayed trace.
+
+    Raises:
+        DynarouteError: the file is missing or damaged.
+    """
+    return read_csv(REPORTS / "simulated_hits.csv", ["capacity", "per_layer", "hit_rate"], names=["policy"])
 
 
 def read_measurements(run: str) -> Measurements:
@@ -99,11 +109,11 @@ def read_speeds() -> "tuple[pd.Series, pd.DataFrame]":
     """
     path = REPORTS / "cache_timing.csv"
     ratios = ["ratio_to_resident", "ratio_lowest", "ratio_highest"]
-    rows = read_csv(path, ["tokens_per_second", *ratios, "prefill_seconds"])
-    for name in ("capacity", "warm_start"):
+    rows = read_csv(path, ["tokens_per_second", *ratios, "prefill_seconds", "wait_share", "late"])
+    for name in ("capacity", "policy", "prefetch", "page_cache"):
         if name not in rows or rows[name].notna().tolist() != [False, *[True] * (len(rows) - 1)]:
             raise DynarouteError(f"{path}: {name!r} must be empty in the first row, of the resident model: {REMEDY}")
-    return rows.iloc[0], rows.iloc[1:].astype({"capacity": int, "warm_start": bool})
+    return rows.iloc[0], rows.iloc[1:].astype({"capacity": int})
 
 
 def read_training() -> Training:

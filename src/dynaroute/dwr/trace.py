@@ -1,0 +1,97 @@
+"""A trace of routing: which experts every token of held-out text uses, and which of them gate lookahead foretells."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynaroute.artifacts import output_directory, read_json, write_json
+from dynaroute.data.shards import Windows
+from dynaroute.dwr.model import DWRTransformer
+from dynaroute.errors import DynarouteError
+
+BATCH = 16  # windows
+
+
+class Trace(NamedTuple):
+    """Routing of text that is read token by token, window after window."""
+
+    run: str  # the training of the model
+    experts: np.ndarray  # uint16 [tokens, L, K]: a token's experts in each layer, the most probable first
+    lookahead: np.ndarray  # uint16 [tokens, L - 1, E]: experts of layer l + 1 as layer l foretells them, likewise
+
+    def calls(self) -> Iterator[tuple[int, list[int]]]:
+        """(layer, experts) in the order in which a cache is asked for them."""
+        for token in np.sort(self.experts).tolist():  # as a model asks for those of one token
+            yield from enumerate(token)
+
+
+@torch.inference_mode()
+def record_routing(model: DWRTransformer, windows: Windows, run: str, num_windows: int) -> Trace:
+    """Records `num_windows` windows, evenly spread; every window is a text of its own.
+
+    Raises:
+        DynarouteError: there are fewer.
+    """
+    if num_windows > len(windows):
+        raise DynarouteError(
+            f"params.yaml: trace_routing.windows = {num_windows}: {windows.shards.directory} has {len(windows)} "
+            f"windows of {windows.seq_len} tokens in its {windows.shards.split} split"
+        )
+    routers, states = [layer.moe.router for layer in model.layers], {}
+    hooks = [
+        router.register_forward_pre_hook(lambda _, inputs, layer=layer: states.__setitem__(layer, inputs[0]))
+        for layer, router in enumerate(routers)
+    ]
+    chosen, foretold = [], []
+    indices = [len(windows) * index // num_windows for index in range(num_windows)]
+    for start in range(0, num_windows, BATCH):
+        tokens, _ = windows.batch(indices[start : start + BATCH])
+        statistics = model(tokens).router
+        chosen.append(torch.stack([layer.chosen for layer in statistics], 2).flatten(0, 1))  # [B*T, L, K]
+        # Not by calling the module: its hook would note another layer's state as its own.
+        said = [router.forward(states[layer]) for layer, router in enumerate(routers[1:])]
+        foretold.append(torch.stack([scores.argsort(-1, descending=True) for scores in said], 1))  # [B*T, L-1, E]
+    for hook in hooks:
+        hook.remove()
+    return Trace(run, _as_uint16(chosen), _as_uint16(foretold))
+
+
+def count_transitions(experts: np.ndarray, num_experts: int) -> list[list[list[int]]]:
+    """[L-1][E][E]: how many tokens of [tokens, L, K] use expert i of layer l and expert j of layer l + 1."""
+    used = np.zeros((*experts.shape[:2], num_experts), np.int64)  # [tokens, L, E]
+    np.put_along_axis(used, experts.astype(np.int64), 1, -1)
+    return [(used[:, layer].T @ used[:, layer + 1]).tolist() for layer in range(experts.shape[1] - 1)]
+
+
+def save_trace(trace: Trace, path: str | Path) -> None:
+    """Writes a trace as a folder."""
+    with output_directory(path) as folder:
+        for name in ("experts", "lookahead"):
+            np.save(folder / f"{name}.npy", getattr(trace, name), allow_pickle=False)
+        write_json(folder / "metadata.json", {"run": trace.run})
+
+
+def load_trace(path: str | Path) -> Trace:
+    """Reads what `save_trace` wrote.
+
+    Raises:
+        DynarouteError: it is missing or damaged.
+    """
+    path = Path(path)
+    arrays = {}
+    for name in ("experts", "lookahead"):
+        file = path / f"{name}.npy"
+        try:
+            with file.open("rb") as content:
+                arrays[name] = np.lib.format.read_array(content, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DynarouteError(f"{file}: missing or damaged: {error}: run stages/trace_routing.py again") from error
+    return Trace(read_json(path / "metadata.json")["run"], **arrays)
+
+
+def _as_uint16(parts: list[Tensor]) -> np.ndarray:
+    return torch.cat(parts).numpy().astype(np.uint16)

@@ -1,0 +1,250 @@
+"""reports/cached_inference.md: what caching experts costs and gains, by policy, prefetcher, precision and machine.
+
+Every number is read from a file that a stage wrote, and every verdict follows from a rule that stands beside it.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dynaroute.reporting.dwr.results import REPORTS, read_cache, read_simulated_hits
+from dynaroute.reporting.inputs import Record, check_same_run, read_csv, read_record
+from dynaroute.reporting.tables import NONE, count, figure, size, table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PEERS = Path("reports/benchmarks/cached_inference.json")
+GOAL = 1 / 3  # of the gap between LRU and MIN
+
+
+class Results(NamedTuple):
+    """What the page is made from; all of one run but for the peers, who have random weights."""
+
+    export: Record
+    cells: "pd.DataFrame"  # cache.csv: real decoding
+    summary: Record  # cache.json
+    hits: "pd.DataFrame"  # simulated_hits.csv: the replayed trace
+    speeds: "pd.DataFrame"  # simulated_speed.csv
+    simulation: Record
+    peers: Record | None  # of a target that the default pipeline does not run
+
+
+def read_results() -> Results:
+    """Reads everything.
+
+    Raises:
+        DynarouteError: a file is missing, damaged or of another run.
+    """
+    export, summary = read_record(REPORTS / "export.json"), read_record(REPORTS / "cache.json")
+    simulation = read_record(REPORTS / "simulation.json")
+    check_same_run(export["run"], summary, simulation)
+    names = ["machine", "model", "policy", "prefetch"]
+    speeds = read_csv(REPORTS / "simulated_speed.csv", ["capacity", "hit_rate", "ratio_to_resident"], names=names)
+    peers = read_record(PEERS) if PEERS.exists() else None
+    return Results(export, read_cache(), summary, read_simulated_hits(), speeds, simulation, peers)
+
+
+def page(results: Results) -> str:
+    """The page as Markdown."""
+    total, third = results.summary["experts"], results.summary["capacity_nearest_a_third"]
+    parts = [
+        "# Cached inference",
+        f"Experts of the model of run `{results.export['run']}`, held in a bounded amount of memory and read from "
+        "their files when they are needed, or before. Made by `dvc repro report_cached_inference`; the peers by "
+        "`dvc repro benchmarks/dvc.yaml:benchmark_cached_inference`.",
+        *("## At a glance", _at_a_glance(results)),
+        *("## 1. Hit rates by budget", _budgets(results, total)),
+        *("## 2. Policies and prefetching in real decoding", _cells(results, third)),
+        *("## 3. Lower precision on disk", _precisions(results.export)),
+        *("## 4. Peers, and the cost of a miss", _peers(results.peers)),
+        *("## 5. Other machines and models", _machines(results.speeds)),
+        *("## 6. Which setting for which budget", _recommendation(results)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _at_a_glance(results: Results) -> str:
+    checks = [*results.summary["checks"].items(), *results.simulation["checks"].items()]
+    failed = [name.replace("_", " ") for name, passed in checks if passed is not True]
+    lines = [
+        f"**Failed**: {', '.join(failed)}." if failed else "Every check passed: " + _listed(name for name, _ in checks),
+        gap_sentence(results.simulation),
+        *(_goal(goal) for goal in (results.peers["goals"] if results.peers else [])),
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def gap_sentence(simulation: Record) -> str:
+    """How much of the gap between LRU and MIN the best online policy closes, and whether that is a third."""
+    closed = {name: share for name, share in simulation["share_of_gap_closed"].items() if name != "min"}
+    if not closed:
+        return "There is no gap between LRU and MIN to close, or LRU was not replayed."
+    best, rates = max(closed, key=closed.__getitem__), simulation["hit_rate"]
+    return (
+        f"At {simulation['capacity_nearest_a_third']} experts, without prefetching, `{best}` closes "
+        f"{closed[best]:.0%} of the gap between LRU ({rates['lru']:.3f}) and MIN ({rates['min']:.3f}): the goal of a "
+        f"third is {'reached' if closed[best] >= GOAL else 'not reached'}."
+    )
+
+
+def _goal(goal: Record) -> str:
+    outcome = "reached" if goal["value"] >= goal["goal"] else "**not reached**"
+    return f"{goal['name']}: {goal['value']:.2f}, goal {goal['goal']:g}: {outcome}."
+
+
+def _budgets(results: Results, total: int) -> str:
+    rates = results.hits[~results.hits["per_layer"]].pivot(index="capacity", columns="policy", values="hit_rate")
+    rates = rates[list(results.hits["policy"].unique())]  # in the order of the file
+    rows = [
+        [f"{capacity:,}", f"{capacity / total:.3f}", *(f"{rate:.3f}" for rate in row)]
+        for capacity, row in zip(rates.index, rates.to_numpy(), strict=True)
+    ]
+    third, shares = results.simulation["capacity_nearest_a_third"], results.simulation["share_of_gap_closed"]
+    layered = results.hits[results.hits["per_layer"]].set_index("policy")["hit_rate"]
+    at_a_third = [
+        [f"`{name}`", f"{rate:.3f}", _share(shares.get(name)), f"{layered[name]:.3f}" if name in layered else NONE]
+        for name, rate in results.simulation["hit_rate"].items()
+    ]
+    return "\n\n".join(
+        [
+            f"{count(results.simulation['tokens'], 'token')} of the test split, read one by one; every policy sees the "
+            "same requests, and nothing is prefetched. MIN is told the requests to come: no policy can do better. c/N "
+            "is what any online policy can expect if routing is uniform and independent.",
+            figure("figures/dwr_cache_hit_rate.png", "Hit rate by budget, one budget for all layers."),
+            table(["budget (experts)", "c/N", *(f"`{name}`" for name in rates)], rows),
+            f"At {third} experts, with the share of the gap between LRU and MIN that a policy closes, and with the "
+            "budget cut into equal shares of the layers:",
+            table(["policy", "hit rate", "gap closed", "hit rate, budget per layer"], at_a_third),
+            "LRU evicts what was used longest ago, which is just what the next layers will ask for. `next_use` ranks "
+            "experts by how often they were used of late and by how soon their layer comes again. Its two constants, "
+            "and the half-life of `weighted_lru`, were chosen on the validation split.",
+        ]
+    )
+
+
+def _cells(results: Results, third: int) -> str:
+    rows = [
+        [
+            *(f"`{row.policy}`", row.prefetch, f"{row.decode_hit_rate:.3f}", _share(row.accuracy)),
+            *(size(row.bytes_read), size(row.bytes_useful), size(row.bytes_wasted), f"{row.prefetch_evictions:,}"),
+        ]
+        for row in results.cells[results.cells["capacity"] == third].itertuples()
+    ]
+    m, summary = results.summary["lookahead"], results.summary
+    header = ["policy", "prefetching", "hit rate, decode", f"accuracy at {m}", "read", "useful", "wasted", "evictions"]
+    return "\n\n".join(
+        [
+            f"{count(summary['prompts'], 'prompt')} of {summary['prompt_tokens']} tokens and "
+            f"{count(summary['new_tokens'], 'token')} after each, at {third} of {summary['experts']} experts. In every "
+            "cell all logits were compared with those of the resident model.",
+            table(header, rows),
+            f"Accuracy at {m}: the share of the experts that a token needed in a layer that were among the {m} that "
+            "the layer before had foretold. Useful is what was prefetched and then asked for, wasted what made way or "
+            "was left over before it was; evictions are those that made way for a prefetch. A hit is an expert that "
+            "was there or on its way. How many came late is a matter of speed: [what was measured](dwr_measured.md).",
+        ]
+    )
+
+
+def _precisions(export: Record) -> str:
+    exact = export["precisions"][0]["nll"]
+    rows = [
+        [row["precision"], size(row["expert_bytes"]), f"{row['nll']:.5f}", f"{row['nll'] - exact:+.5f}"]
+        for row in export["precisions"]
+    ]
+    return (
+        f"NLL in nats per token over {count(export['calibration_windows'], 'window')} of the validation split, with "
+        f"the experts (not the backbone) stored in each precision. This store has {export['precision']}.\n\n"
+        f"{table(['precision', 'one expert', 'NLL', 'loss'], rows)}\n\n"
+        "bf16 and int8 (a scale for each output channel) are decoded to 32-bit floats when they are read: they save "
+        "disk and reading, not memory. Cached and resident model agree to the bit in every precision."
+    )
+
+
+def _peers(peers: Record | None) -> str:
+    if peers is None:
+        return f"Not measured: `make benchmarks` does it, and writes `{PEERS}`."
+    rows = [
+        [
+            *(row["name"], row["page_cache"], f"{row['tokens_per_second']:.1f}"),
+            f"{row['ratio_to_resident']:.3f} ({row['ratio_lowest']:.3f}–{row['ratio_highest']:.3f})",
+            NONE if row["hit_rate"] is None else f"{row['hit_rate']:.3f}",
+        ]
+        for row in peers["rows"]
+    ]
+    goals = [[goal["name"], f"{goal['value']:.2f}", f"{goal['goal']:g}"] for goal in peers["goals"]]
+    miss = [[name, f"{milliseconds:.2f} ms"] for name, milliseconds in peers["use_of_an_expert_ms"].items()]
+    machine = ", ".join(f"{key} {value}" for key, value in peers["machine"].items())
+    return "\n\n".join(
+        [
+            f"{peers['experts']} experts of {size(peers['expert_bytes'])} with random weights, {peers['capacity']} of "
+            f"them held, {count(peers['new_tokens'], 'token')} decoded at batch 1 by "
+            f"{count(peers['threads'], 'thread')}; medians of {count(peers['repeats'], 'repetition')} in which all "
+            "take turns, and ratios to the resident model of the same repetition. Warm: all files were read before. "
+            "Cold: before every token the system is made to forget all pages that are not in use. Random weights do "
+            f"not route uniformly, so the hit rate stands beside each speed. Measured on: {machine}.",
+            table(["", "page cache", "tokens/s", "relative to resident (range)", "hit rate"], rows),
+            f"Mixtral is transformers' with equal expert bytes and experts mapped to disk (`device_map`). By its own "
+            f"routing, LRU at the same capacity would hit {peers['mixtral_lru_hit_rate']:.3f}. Its resident form and "
+            "ours differ in norms and gates; compare tokens/s. `disk_offload` is accelerate's, on our module.",
+            table(["goal", "value", "at least"], goals),
+            "What it takes to use one expert once, which is a matrix-vector product and, where it is not held, "
+            "reading it:",
+            table(["the expert is", "median"], miss),
+        ]
+    )
+
+
+def _machines(speeds: "pd.DataFrame") -> str:
+    capacity = speeds["capacity"].iloc[0]
+    prefetchers = list(speeds["prefetch"].unique())
+    rows = [
+        [
+            machine,
+            model,
+            f"`{policy}`",
+            *(f"{rows.set_index('prefetch')['ratio_to_resident'][p]:.3f}" for p in prefetchers),
+        ]
+        for (machine, model, policy), rows in speeds.groupby(["machine", "model", "policy"], sort=False)
+    ]
+    return (
+        f"Simulated, not measured: the trace of this run at {capacity} experts, with the bandwidths and sizes that "
+        "`simulate_cache` in params.yaml gives to each machine and model. Speed relative to all experts resident, by "
+        "prefetcher:\n\n"
+        f"{table(['machine', 'model', 'policy', *prefetchers], rows)}\n\n"
+        "One channel brings one expert after another. Where it is the bottleneck, a prefetch that turns out wrong "
+        "delays what is needed: there, prefetching loses although hit rates rise."
+    )
+
+
+def _recommendation(results: Results) -> str:
+    online = results.hits[(results.hits["policy"] != "min")]
+    bytes_each = results.summary["expert_file_bytes"]
+    rows = []
+    for capacity, cells in online.groupby("capacity"):
+        best = cells.loc[cells["hit_rate"].idxmax()]
+        budget = "per layer" if best["per_layer"] else "for all layers"
+        cell = [f"{capacity:,}", size(capacity * bytes_each), f"`{best['policy']}`", budget, f"{best['hit_rate']:.3f}"]
+        rows.append(cell)
+    best = results.speeds.loc[results.speeds.groupby(["machine", "model"], sort=False)["ratio_to_resident"].idxmax()]
+    choices = [
+        [row.machine, row.model, f"`{row.policy}`", row.prefetch, f"{row.ratio_to_resident:.3f}"]
+        for row in best.itertuples()
+    ]
+    return "\n\n".join(
+        [
+            "For each budget, the online policy with the highest hit rate of section 1:",
+            table(["budget (experts)", "memory", "policy", "budget", "hit rate"], rows),
+            "For each machine, the policy and prefetcher with the highest simulated speed of section 5:",
+            table(["machine", "model", "policy", "prefetching", "relative to resident"], choices),
+        ]
+    )
+
+
+def _share(value: float | None) -> str:
+    return NONE if value is None or value != value else f"{value:.1%}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return "; ".join(name.replace("_", " ") for name in names) + "."

@@ -1,0 +1,102 @@
+"""Replays the trace of routing through caches of every size and policy, and through machines that are not here.
+
+    python stages/simulate_cache.py
+
+Reads   data/dwr/trace, data/dwr/expert_store (how experts are used)
+Writes  reports/dwr/simulated_hits.csv   hit rates by capacity, policy (MIN among them) and kind of budget
+        reports/dwr/simulated_speed.csv  at a third of the experts: speed relative to residency by machine and model
+        reports/dwr/simulation.json      at a third of the experts: the share of the gap to MIN that each policy closes
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dynaroute.artifacts import write_csv, write_json
+from dynaroute.config import PrefetchName, Settings
+from dynaroute.dwr.experts import CacheStatistics, ExpertStore, make_policy
+from dynaroute.dwr.experts.policies import Belady
+from dynaroute.dwr.experts.residency import Residency
+from dynaroute.dwr.simulate import Call, Seconds, make_foretell, ratio_to_resident, replay
+from dynaroute.dwr.trace import load_trace
+from dynaroute.errors import DynarouteError
+from dynaroute.stage import run
+
+STORE = Path("data/dwr/expert_store")
+TRACE = Path("data/dwr/trace")
+REPORTS = Path("reports/dwr")
+
+
+def main(settings: Settings) -> None:
+    """Replays, and writes what was found."""
+    store, trace, simulate = ExpertStore(STORE), load_trace(TRACE), settings.simulate_cache
+    if trace.run != store.run:
+        raise DynarouteError(f"{TRACE}: belongs to run {trace.run}, not {store.run}: run stages/trace_routing.py")
+    config, policies, experts = store.config, settings.benchmark_cache.policies, store.num_experts
+    third = min(simulate.capacities, key=lambda capacity: abs(capacity - experts / 3))
+
+    def run_one(
+        capacity: int, policy: str, per_layer: bool, prefetch: PrefetchName = "none"
+    ) -> tuple[CacheStatistics, list[Call]]:
+        chosen = Belady(trace.calls()) if policy == "min" else make_policy(policy, store.usage.load)
+        residency = Residency(capacity, chosen, config.num_layers, config.top_k, per_layer)
+        foretell = make_foretell(prefetch, trace, store.usage, settings.benchmark_cache.lookahead)
+        return residency.statistics, replay(trace, residency, foretell)
+
+    cells = [(capacity, policy, False) for capacity in simulate.capacities for policy in [*policies, "min"]]
+    cells += [(third, policy, True) for policy in [*policies, "min"] if third >= config.num_layers]
+    hits = [
+        {
+            "capacity": capacity,
+            "share_of_experts": capacity / experts,  # also the hit rate of uniform, independent routing
+            "policy": policy,
+            "per_layer": per_layer,
+            "requests": found.requests,
+            "hit_rate": found.hit_rate,
+        }
+        for capacity, policy, per_layer in tqdm(cells, desc="hit rates", unit="replay", disable=None)
+        for found, _ in [run_one(capacity, policy, per_layer)]
+    ]
+    replays = itertools.product(policies, settings.benchmark_cache.prefetchers)
+    speeds = [
+        {
+            "machine": machine,
+            "model": model,
+            "capacity": third,
+            "policy": policy,
+            "prefetch": prefetch,
+            "hit_rate": found.hit_rate,
+            "accuracy": found.accuracy if found.foretold else None,
+            "ratio_to_resident": ratio_to_resident(calls, Seconds.of(on, of)),
+        }
+        for policy, prefetch in tqdm(list(replays), desc="speeds", unit="replay", disable=None)
+        for found, calls in [run_one(third, policy, False, prefetch)]
+        for machine, on in simulate.machines.items()
+        for model, of in simulate.models.items()
+    ]
+    write_csv(REPORTS / "simulated_hits.csv", hits)
+    write_csv(REPORTS / "simulated_speed.csv", speeds)
+    write_json(REPORTS / "simulation.json", summary(hits, store.run, len(trace.experts), third))
+
+
+def summary(hits: list[dict[str, Any]], run_name: str, tokens: int, third: int) -> dict[str, Any]:
+    """Hit rates at a third of the experts under one budget, and the share of the gap from LRU to MIN they close."""
+    rates = {row["policy"]: row["hit_rate"] for row in hits if row["capacity"] == third and not row["per_layer"]}
+    gap = rates["min"] - rates["lru"] if "lru" in rates else 0.0
+    best = {(row["capacity"], row["per_layer"]): row["hit_rate"] for row in hits if row["policy"] == "min"}
+    return {
+        "run": run_name,
+        "tokens": tokens,
+        "capacity_nearest_a_third": third,
+        "hit_rate": rates,
+        "share_of_gap_closed": {name: (rate - rates["lru"]) / gap for name, rate in rates.items()} if gap else {},
+        "checks": {
+            "no_policy_beats_min": all(row["hit_rate"] <= best[row["capacity"], row["per_layer"]] for row in hits)
+        },
+    }
+
+
+if __name__ == "__main__":
+    run(main, __doc__)

@@ -1,0 +1,118 @@
+"""The simulator: it hits like the cache that it stands for, and its clock is that of a plain calculation."""
+
+import pytest
+import torch
+from small_store import make_model
+
+from dynaroute.config import SimulatedMachine, SimulatedModel
+from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store, make_policy, make_prefetcher
+from dynaroute.dwr.experts.policies import LRU
+from dynaroute.dwr.experts.residency import Residency
+from dynaroute.dwr.inference import bind_experts, load_backbone
+from dynaroute.dwr.model import KVCache
+from dynaroute.dwr.simulate import Seconds, make_foretell, ratio_to_resident, replay
+from dynaroute.dwr.trace import Trace, count_transitions, load_trace, record_routing, save_trace
+from dynaroute.errors import DynarouteError
+
+
+class Text:
+    """Windows [2, 16] of tokens, as `record_routing` reads them."""
+
+    seq_len = 16
+    tokens = torch.arange(32).view(2, 16) * 7 % 64
+
+    def __len__(self):
+        return 2
+
+    def batch(self, indices):
+        return self.tokens[list(indices)], None
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(num_layers=3)
+
+
+@pytest.fixture(scope="module")
+def trace(model) -> Trace:
+    return record_routing(model, Text(), "run", 2)
+
+
+@pytest.mark.parametrize("prefetch", ["none", "frequency", "transition", "gate"])
+@pytest.mark.parametrize(("policy", "capacity", "per_layer"), [("lru", 5, False), ("next_use", 7, True)])
+def test_a_replay_does_what_the_cache_does(tmp_path, model, trace, policy, capacity, per_layer, prefetch):
+    generator = torch.Generator().manual_seed(4)
+    load = torch.rand(3, 5, generator=generator, dtype=torch.float64).tolist()  # no two alike: ties may go either way
+    transitions = torch.randint(1, 1000, (2, 5, 5), generator=generator).tolist()
+    export_store(model, "run", Usage(load=load, transitions=transitions), tmp_path / "store")
+    store = ExpertStore(tmp_path / "store")
+    residency = Residency(capacity, make_policy(policy, store.usage.load), 3, 2, per_layer)
+    replay(trace, residency, make_foretell(prefetch, trace, store.usage, 2))
+
+    backbone = load_backbone(store)
+    prefetcher = make_prefetcher(prefetch, store, backbone, 2)
+    with ExpertCache(store, capacity, make_policy(policy, store.usage.load), per_layer, prefetcher) as cache:
+        bind_experts(backbone, cache)
+        for window in Text.tokens:
+            keys = KVCache(model.config, 1, like=model.norm.weight)
+            with torch.inference_mode():
+                for token in window:
+                    backbone(token.view(1, 1), keys)
+        assert cache.statistics == residency.statistics
+
+
+def test_a_trace_holds_what_routers_chose(model, trace):
+    with torch.inference_mode():
+        statistics = model(Text.tokens).router
+    for layer in range(3):
+        assert torch.equal(torch.tensor(trace.experts[:, layer].astype(int)), statistics[layer].chosen.flatten(0, 1))
+    assert trace.lookahead.shape == (32, 2, 5)
+    assert sorted(trace.lookahead[3, 1].tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_transitions_are_counted_by_token(trace):
+    counts = count_transitions(trace.experts, 5)
+    for layer in range(2):
+        for i in range(5):
+            for j in range(5):
+                both = [i in token[layer] and j in token[layer + 1] for token in trace.experts.tolist()]
+                assert counts[layer][i][j] == sum(both)
+
+
+def test_a_trace_comes_back_as_it_was_saved(tmp_path, trace):
+    save_trace(trace, tmp_path / "trace")
+    loaded = load_trace(tmp_path / "trace")
+    assert loaded.run == "run"
+    assert (loaded.experts == trace.experts).all()
+    assert (loaded.lookahead == trace.lookahead).all()
+    (tmp_path / "trace/experts.npy").write_bytes(b"junk")
+    with pytest.raises(DynarouteError, match=r"experts\.npy: missing or damaged"):
+        load_trace(tmp_path / "trace")
+
+
+def test_times_are_bytes_over_bandwidths():
+    machine = SimulatedMachine(read_gb_per_second=2.0, read_latency_us=100.0, compute_gb_per_second=8.0)
+    found = Seconds.of(machine, SimulatedModel(expert_mib=8.0, dense_mib=16.0))
+    expected = (100e-6 + 8 * 2**20 / 2e9, 8 * 2**20 / 8e9, 16 * 2**20 / 8e9)
+    assert found == pytest.approx(expected)
+
+
+def test_the_clock_of_misses_one_after_another(trace):
+    calls = replay(trace, Residency(1, LRU(), 3, 2))
+    tokens, hits = len(trace.experts), sum(2 - len(call.missing) for call in calls)
+    seconds = Seconds(read=10.0, expert=1.0, dense=3.0)
+    # Of two that are missing, the second is read while the first computes.
+    busy = sum(3 + (1 + 10 * len(call.missing) if call.missing else 2) for call in calls)
+    assert ratio_to_resident(calls, seconds) == pytest.approx(tokens * 3 * 5 / busy, rel=0.02 + hits / tokens)
+    assert ratio_to_resident(calls, Seconds(read=0.0, expert=1.0, dense=3.0)) == 1.0
+
+
+def test_what_is_foretold_is_read_while_the_layer_computes():
+    import numpy as np
+
+    trace = Trace("run", np.array([[[0], [1]]], np.uint16), np.array([[[1, 0]]], np.uint16))
+    seconds = Seconds(read=4.0, expert=1.0, dense=2.0)
+    foretold = replay(trace, Residency(4, LRU(), 2, 1), lambda token, layer: [1])
+    # 2 dense, 4 read, 1 compute; meanwhile the next is read from 6 to 10; 2 dense to 9, wait to 10, 1 compute
+    assert ratio_to_resident(foretold, seconds) == pytest.approx(6 / 11)
+    assert ratio_to_resident(replay(trace, Residency(4, LRU(), 2, 1)), seconds) == pytest.approx(6 / 14)

@@ -1,0 +1,101 @@
+"""The report on cached inference says what its inputs say, and judges by the rules that it states."""
+
+import re
+from pathlib import Path
+
+import pytest
+from dwr_tree import RUN, edit_csv, edit_json, write_peers
+
+from dynaroute.errors import DynarouteError
+from dynaroute.reporting.cached_inference import page, read_results
+
+EXPORT, SUMMARY, SIMULATION = (Path(f"reports/dwr/{name}.json") for name in ("export", "cache", "simulation"))
+CELLS, HITS, SPEEDS = (Path(f"reports/dwr/{name}.csv") for name in ("cache", "simulated_hits", "simulated_speed"))
+PEERS = Path("reports/benchmarks/cached_inference.json")
+
+
+@pytest.fixture(autouse=True)
+def peers(tree):
+    write_peers(tree)
+
+
+def report() -> str:
+    return page(read_results())
+
+
+def test_it_names_its_run_and_holds_no_placeholder():
+    text = report()
+    assert RUN in text
+    assert not re.search(r"\bnan\b|None|\{|\}|<class|\bTrue\b|\bFalse\b", text)
+    assert text == report()
+
+
+def test_the_gap_closed_is_judged_against_a_third():
+    assert (
+        "`next_use` closes 40% of the gap between LRU (0.301) and MIN (0.603): the goal of a third is reached"
+        in report()
+    )
+    edit_json(SIMULATION, lambda data: data["share_of_gap_closed"].__setitem__("next_use", 0.3332))
+    assert "the goal of a third is not reached" in report()
+
+
+def test_goals_are_judged_by_their_values():
+    text = report()
+    assert "warm, to resident: 0.98, goal 0.95: reached." in text
+    assert "cold, to resident: 0.31, goal 0.35: **not reached**." in text
+
+
+def test_a_failed_check_is_said_first():
+    edit_json(SUMMARY, lambda data: data["checks"].__setitem__("logits_are_equal_in_every_cell", False))
+    assert "**Failed**: logits are equal in every cell." in report()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "| 4 | 0.333 | 0.301 | 0.422 | 0.603 |",
+        "| `next_use` | 0.422 | 40.1% | 0.422 |",
+        "| `lru` | gate | 0.308 | 76.5% | 8.79 KiB | 400 B | 100 B | 17 |",
+        "| `lru` | none | 0.308 | – | 8.79 KiB | 400 B | 100 B | 17 |",
+        "| int8 | 3.27 KiB | 4.01770 | +0.00660 |",
+        "| lru, none | cold | 23.4 | 1.000 (1.000–1.000) | 0.346 |",
+        "| on disk | 9.87 ms |",
+        "| disk | seed | `lru` | 0.012 | 0.112 |",
+        "| 6 | 97.89 KiB | `next_use` | for all layers | 0.633 |",
+        "| pcie | seed | `next_use` | none | 0.312 |",
+    ],
+)
+def test_tables_hold_the_numbers_of_the_files(row):
+    assert row in report()
+
+
+@pytest.mark.parametrize(
+    ("path", "column"),
+    [(CELLS, "bytes_useful"), (CELLS, "accuracy"), (HITS, "hit_rate"), (SPEEDS, "ratio_to_resident")],
+)
+def test_every_number_follows_its_file(path, column):
+    before = report()
+    edit_csv(path, lambda table: table.__setitem__(column, table[column] * 0.5))
+    assert report() != before
+
+
+def test_without_peers_it_says_how_to_measure_them():
+    PEERS.unlink()
+    text = report()
+    assert f"Not measured: `make benchmarks` does it, and writes `{PEERS}`." in text
+    assert "goal 0.95" not in text
+
+
+@pytest.mark.parametrize("path", [SUMMARY, SIMULATION], ids=str)
+def test_results_of_another_run_are_refused(path):
+    edit_json(path, lambda data: data.__setitem__("run", "fedcba"))
+    with pytest.raises(DynarouteError, match="belongs to run fedcba"):
+        report()
+
+
+@pytest.mark.parametrize("path", [EXPORT, SUMMARY, SIMULATION, CELLS, HITS, SPEEDS], ids=str)
+@pytest.mark.parametrize("content", [None, b"["])
+def test_a_missing_or_damaged_input_is_named(path, content):
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(DynarouteError, match=re.escape(str(path))):
+        report()
