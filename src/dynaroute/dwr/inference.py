@@ -51,7 +51,7 @@ def greedy_decode(model: DWRTransformer, prompt: Tensor, steps: int) -> Iterator
     Yields the logits of every forward pass: [B, T, V] for the prompt, then `steps` times [B, 1, V]. The token that
     each of them adds is `logits[:, -1].argmax(-1)`.
     """
-    cache = KVCache(model.config, prompt.shape[0], like=model.token_embedding.weight)
+    cache = KVCache(model.config, prompt.shape[0], like=prompt.new_empty(0, dtype=torch.float32))
     logits = model(prompt, cache).logits
     yield logits
     for _ in range(steps):

@@ -1,0 +1,68 @@
+"""The benchmark of peers, small: that every candidate decodes, and what its goals compare."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_cache_benchmark import stage, tiny_settings
+
+from dynaroute.errors import DynarouteError
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = stage("benchmark_cached_inference")
+    sizes = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 6, "vocab_size": 64}
+    monkeypatch.setattr(module, "CONFIG", module.CONFIG.model_copy(update=sizes))
+    monkeypatch.setattr(module, "GATED_WIDTH", 32)
+    monkeypatch.setattr(module, "NEW_TOKENS", 4)
+    monkeypatch.setattr(module, "REPEATS", 2)
+    return module
+
+
+def test_all_candidates_take_their_turns(module):
+    module.main(tiny_settings())
+    report = json.loads(Path("reports/benchmarks/cached_inference.json").read_text())
+    states = {}
+    for row in report["rows"]:
+        states.setdefault(row["name"], []).append(row["page_cache"])
+        assert row["tokens_per_second"] > 0
+        assert row["ratio_lowest"] <= row["ratio_to_resident"] <= row["ratio_highest"]
+    assert report["rows"][0]["name"] == "ours, all resident"
+    assert report["rows"][0]["ratio_to_resident"] == 1
+    assert states["ours, 4 experts, next_use, gate"] == states["Mixtral, experts on disk"] == ["warm", "cold"]
+    assert states["ours under accelerate's disk_offload"] == ["warm", "cold"]
+    assert {row["hit_rate"] is not None for row in report["rows"] if "experts, " in row["name"]} == {True}
+    assert len(report["goals"]) == 6
+    assert 0 <= report["mixtral_lru_hit_rate"] <= 1
+    assert not module.SCRATCH.exists()
+
+
+def test_goals_compare_the_fastest_setting_of_each_state(module):
+    def row(name, state, ratio):
+        return {"name": name, "page_cache": state, "ratio_to_resident": ratio}
+
+    rows = [row("ours, all resident", "warm", 1.0), row("ours, 8 experts, lru, none", "warm", 1.1)]
+    for state, ratios in (("warm", (0.8, 0.9, 0.3, 0.06)), ("cold", (0.4, 0.2, 0.1, 0.02))):
+        names = ("ours, 4 experts, lru, none", "ours, 4 experts, next_use, gate", "Mixtral, experts on disk")
+        names += ("ours under accelerate's disk_offload",)
+        rows += [row(name, state, ratio) for name, ratio in zip(names, ratios, strict=True)]
+    found = [(goal["value"], goal["goal"]) for goal in module.compare(rows)]
+    expected = [(0.9, 0.95), (3.0, 1.5), (15.0, 15.0), (0.4, 0.35), (4.0, 6.0), (20.0, 15.0)]
+    assert found == [(pytest.approx(value), goal) for value, goal in expected]
+
+
+def test_logits_that_differ_stop_it_and_leave_nothing(module, monkeypatch):
+    load_resident = module.load_resident
+
+    def another(store):
+        model = load_resident(store)
+        model.output.weight[7] *= 1.0001
+        return model
+
+    monkeypatch.setattr(module, "load_resident", another)
+    with pytest.raises(DynarouteError, match="logits are not those of the resident model"):
+        module.main(tiny_settings())
+    assert not Path("reports/benchmarks").exists()
+    assert not module.SCRATCH.exists()
