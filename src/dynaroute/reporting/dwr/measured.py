@@ -70,12 +70,12 @@ def _cached(measurements: Measurements, total: int) -> str:
             table(header, [resident, *cells]),
             f"Decoding is batch 1; speeds are medians of {count(measurements.cache['repeats'], 'repetition')}, taken "
             "in turns with the resident model, and each ratio is to the resident run of the same repetition: the ratio "
-            "shown is a median of such pairs, not the quotient of two speeds shown. Waiting is the share of that time in "
-            "which the caller waited for experts; late are prefetched experts that were asked for while they were still being read. Prefill is the time for all prompts. Page cache: warm, all "
-            "files were read before; cold, the system forgot before every pass what was not in use. Peak memory is "
-            "all that a fresh process held while decoding one prompt, Python and libraries included, and is measured "
-            "with `lru` alone; anonymous is what it allocated, and experts mapped are the pages of expert files among "
-            "the rest.",
+            "shown is a median of such pairs, not the quotient of two speeds shown. Waiting is the share of that time "
+            "in which the caller waited for experts; late are prefetched experts that were asked for while they were "
+            "still being read. Prefill is the time for all prompts. Page cache: warm, all files were read before; "
+            "cold, the system forgot before every pass what was not in use. Peak memory is all that a fresh process "
+            "held while decoding one prompt, Python and libraries included, and is measured with `lru` alone; "
+            "anonymous is what it allocated, and experts mapped are the pages of expert files among the rest.",
             *(
                 f"{'✓' if passed is True else '✗ **failed:**'} {name.replace('_', ' ')}."
                 for name, passed in checks.items()
