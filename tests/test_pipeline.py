@@ -38,11 +38,16 @@ TINY = {
     "steps": 12,
     "validate_every": 6,
     "checkpoint_every": 3,
+    "analysis": {
+        "variants": ["P1"], "permutations": 99, "swaps": 1, "domain_windows": 8, "gradient_windows": 8,
+        "removal_windows": 4, "removal_fractions": [0.5], "random_removals": 1, "oracle_windows": 2, "oracle_steps": 2,
+    },
 }  # fmt: skip
 VARIANTS = {"P1": {"from": "base"}, "P2": {"from": "P1"}, "A6": {"from": "base", "tau_final": 0.05}}
+VARIANTS |= {"J1": {"from": "base", "base_lr": 1e-3, "tau_final": 0.2}}  # its base is trained as well
 # What the scripts that work on one corpus or one variant are told.
 ARGUMENTS = {name: ["docs"] for name in ("locate", "collect", "tokenize_corpus")}
-ARGUMENTS |= {name: ["P1"] for name in ("train_dagformer", "evaluate_nll")}
+ARGUMENTS |= {name: ["P1"] for name in ("train_dagformer", "evaluate_nll", "analyze_topology")}
 # What is measured differs from run to run, and lives in files of its own.
 MEASURED = ("timing", "measured")
 
@@ -150,6 +155,7 @@ def test_the_pipeline_writes_every_output_and_its_checks_hold(finished):
     learned = {"validation_loss_is_below_unigram_entropy", "removing_all_head_connections_raises_nll"}
     names = ["dwr/training", "dwr/export", "dwr/cache", "dagformer/base"]
     names += [f"dagformer/{variant}/{name}" for variant in VARIANTS for name in ("training", "nll")]
+    names += ["dagformer/P1/topology", "dagformer/sensitivity"]
     for name in names:
         checks = json.loads((finished.root / f"reports/{name}.json").read_text())["checks"]
         assert {check for check, holds in checks.items() if not holds} <= learned, name
@@ -173,8 +179,8 @@ def test_a_knob_retrains_the_variants_that_inherit_it_and_a_new_variant_trains_a
     workspace = finished.copy(tmp_path / "experiment")
     output = workspace.run("dvc", "exp", "run", "-S", "tau_final=0.5").stdout
     inherits = {f"{stage}@{name}" for stage in ("train_dagformer", "evaluate_nll") for name in ("P1", "P2")}
-    collected = {"locate@docs", "resolve_variants", "plot_dagformer", "report_dagformer"}
-    assert ran(output) == inherits | collected
+    collected = {"locate@docs", "resolve_variants", "compare_variants", "plot_dagformer", "report_dagformer"}
+    assert ran(output) == inherits | collected | {"analyze_topology@P1"}
     shown = workspace.run("dvc", "params", "diff", "--targets", "data/dagformer/variants/P1.yaml", "HEAD").stdout
     assert "0.5" in shown
     path = workspace.root / "params.yaml"
