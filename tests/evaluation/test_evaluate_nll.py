@@ -189,6 +189,33 @@ def test_a_predictor_that_opens_everything_shows_no_difference(tree, stage):
         assert found["mean_A"] == pytest.approx(1.0, abs=1e-4)  # sigmoid(5 * 2) of the cascade
 
 
+def test_a_joint_variant_is_scored_on_its_own_base_but_for_the_baseline(tree, stage):
+    own = make_base(seed=5)
+    write_variant("A1", make_predictor())
+    write_variant("J1", make_predictor(base_lr=1e-3))
+    own.save_pretrained("data/dagformer/J1/base")
+    for name in ("A1", "J1"):
+        stage.main(tiny_settings(), name)
+    check_same_baseline([Path(OUTPUTS[0].format(name)) for name in ("A1", "J1")])
+    windows = stage.Subset(
+        stage.Windows(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN, keep_tail=False), WINDOWS
+    )
+    tokens, targets = windows.batch(range(WINDOWS))
+    with torch.no_grad():
+        logits = own(tokens).logits
+    for protocol, first in (("window", 0), ("prefix", PREFIX - 1)):
+        expected = [plain_nll(row, target, first) for row, target in zip(logits, targets.tolist(), strict=True)]
+        assert report_of("J1")[protocol]["nll_own_base"] == pytest.approx(np.mean(expected), abs=1e-5)
+        assert "nll_own_base" not in report_of("A1")[protocol]
+        frozen, joint = (nll_of(rows_of(name), protocol, "soft") for name in ("A1", "J1"))
+        assert (frozen != joint).all()
+    vectors = torch.from_numpy(np.load("data/dagformer/embeddings/test.npy"))
+    with torch.no_grad():
+        logits = DagForward(own)(tokens, make_predictor()(vectors, 0.5, "soft"))
+    expected = [plain_nll(row, target, 0) for row, target in zip(logits, targets.tolist(), strict=True)]
+    assert nll_of(rows_of("J1"), "window", "soft") == pytest.approx(expected, abs=1e-5)
+
+
 def test_another_base_than_the_one_trained_on_fails_its_check(tree, stage):
     make_base(seed=5).save_pretrained("data/dagformer/base")
     stage.main(tiny_settings(), "P1")
