@@ -60,7 +60,7 @@ def main(settings: Settings, name: str) -> None:
     shards = TokenShards(Path("data/tokens") / dagformer.corpus, "test")
     windows = Windows(shards, dagformer.seq_len, keep_tail=False)
     held_out = Subset(windows, dagformer.eval_windows)
-    embeddings = load_embeddings(DATA / "embeddings")
+    embeddings = load_embeddings(DATA / "embeddings/evaluation")
     tau = predictor.variant.tau_final
     wirings = {
         protocol: wire(predictor, torch.from_numpy(embeddings[split]), tau, BATCH) for protocol, split in SPLITS.items()

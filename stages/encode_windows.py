@@ -3,11 +3,11 @@
     python stages/encode_windows.py
 
 The encoder is frozen, so a text's vector never changes. For the prefix protocol it reads the first
-`dagformer.prefix_tokens` tokens of the validation and test windows only.
+`dagformer.prefix_tokens` tokens of the test windows only.
 
 Reads   data/tokens/<dagformer.corpus>; data/dagformer/base where dagformer.encoder.kind is base
-Writes  data/dagformer/embeddings/   train.npy, validation.npy, test.npy, validation_prefix.npy, test_prefix.npy
-                                     (float32 [windows, E]), metadata.json
+Writes  data/dagformer/embeddings/   training/train.npy, validation.npy; evaluation/test.npy, test_prefix.npy
+                                     (float32 [windows, E]); metadata.json beside them
 """
 
 from pathlib import Path
@@ -34,7 +34,10 @@ def main(settings: Settings) -> None:
         for split, own in shards.items()
     }
     encoder = load_encoder(dagformer.encoder, DATA / "base", shards["train"].tokenizer(), settings.device)
-    write_embeddings(encoder, dagformer.encoder, windows, dagformer.prefix_tokens, DATA / "embeddings")
+    # Apart, so that other windows to evaluate on do not retrain anything.
+    held_out = {"test": windows.pop("test")}
+    write_embeddings(encoder, dagformer.encoder, windows, None, DATA / "embeddings/training")
+    write_embeddings(encoder, dagformer.encoder, held_out, dagformer.prefix_tokens, DATA / "embeddings/evaluation")
 
 
 if __name__ == "__main__":

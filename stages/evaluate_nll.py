@@ -60,7 +60,7 @@ def main(settings: Settings, name: str) -> None:
     record, predictor = load_predictor(DATA / name, settings.device)
     shards = TokenShards(Path("data/tokens") / settings.dagformer.corpus, "test")
     windows = Subset(Windows(shards, settings.dagformer.seq_len, keep_tail=False), settings.dagformer.eval_windows)
-    embeddings = load_embeddings(DATA / "embeddings")
+    embeddings = load_embeddings(DATA / "embeddings/evaluation")
     base = load_base(DATA / "base", settings.device)
     before = [parameter.clone() for parameter in base.parameters()]
     dense = DagForward(base)
@@ -75,11 +75,12 @@ def main(settings: Settings, name: str) -> None:
     _, targets = windows.batch(range(len(windows)))  # [n, T]
     # Position prefix_tokens - 1, the last one of the prefix, predicts the first token that the encoder has not read.
     protocols = {"window": ("test", 0), "prefix": ("test_prefix", settings.dagformer.prefix_tokens - 1)}
+    trained_k = None if predictor.variant.cascade == "off" else float(predictor.cascade_k)
     rows, metrics, gates, repeats = [], {}, {}, []
     for protocol, (split, first) in protocols.items():
         if len(embeddings[split]) != len(windows):
             found = f"{len(embeddings[split])} texts of {split}, not dagformer.eval_windows = {len(windows)}"
-            raise DynarouteError(f"{DATA / 'embeddings'}: {found}: run stages/encode_windows.py again")
+            raise DynarouteError(f"{DATA / 'embeddings/evaluation'}: {found}: run stages/encode_windows.py again")
         wiring = wire(predictor, torch.from_numpy(embeddings[split]), predictor.variant.tau_final, BATCH)
         soft = wired_nll(graph, windows, wiring.soft, BATCH)  # [n, T]
         hard = wired_nll(graph, windows, wiring.hard, BATCH)
@@ -90,6 +91,7 @@ def main(settings: Settings, name: str) -> None:
             nll[mode] = (sums / counts).numpy()
         rows += window_rows(protocol, windows, counts, nll)
         metrics[protocol] = summary(counts, nll) | measure(wiring.soft, wiring.hard, graph.num_heads)
+        metrics[protocol]["cascade_k"] = trained_k
         if joint:
             metrics[protocol]["nll_own_base"] = open_nll(graph, windows, targets, first)
         gates[f"{protocol}.logits"] = wiring.logits[:, dag_mask(graph.num_layers, graph.num_heads)]

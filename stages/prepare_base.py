@@ -6,7 +6,7 @@ Reads   data/tokens/<dagformer.corpus>
 Writes  data/dagformer/base/             config.json, model.safetensors, the tokenizer
         reports/dagformer/base.json      NLL with all gates at one and at zero, checks
         reports/dagformer/base.csv       a row for each validation of the pretraining; empty for a loaded base
-        reports/dagformer/base_timing.json
+        reports/dagformer_measured/base.json
 
 A pretraining that was stopped goes on from its last checkpoint in .scratch/prepare_base/.
 """
@@ -73,7 +73,7 @@ def main(settings: Settings) -> None:
     write_json(REPORTS / "base.json", report | wiring_matters(settings, shards["validation"]))
     machine = describe_machine(settings.device)
     write_json(
-        REPORTS / "base_timing.json",
+        Path("reports/dagformer_measured/base.json"),
         timing | {"peak_memory_bytes": peak_memory(settings.device), "machine": machine},
     )
 

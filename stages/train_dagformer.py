@@ -7,7 +7,7 @@ Reads   data/dagformer/variants/<id>.yaml, data/dagformer/base, data/dagformer/e
 Writes  data/dagformer/<id>/            predictor.safetensors (final weights), last.safetensors (all that a run goes on
                                         from), run.json; base/, a transformers directory, if it was trained jointly
         reports/dagformer/<id>/         training.csv (a row for each validation), training.json (summary, checks)
-        reports/dagformer/<id>/training_timing.json  what was measured
+        reports/dagformer_measured/<id>.json  what was measured
 
 A run that was stopped goes on from its last checkpoint in .scratch/train_dagformer/.
 """
@@ -15,6 +15,7 @@ A run that was stopped goes on from its last checkpoint in .scratch/train_dagfor
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -38,6 +39,8 @@ from dynaroute.training.scratch import run_id, scratch_folder
 
 DATA = Path("data/dagformer")
 REPORTS = Path("reports/dagformer")
+MEASURED = Path("reports/dagformer_measured")
+TRAINED_ON = ("corpus", "seq_len", "train_windows", "validation_windows")  # of what variants share
 
 
 def main(settings: Settings, name: str) -> None:
@@ -50,7 +53,7 @@ def main(settings: Settings, name: str) -> None:
     windows = {split: Windows(own, dagformer.seq_len, keep_tail=False) for split, own in shards.items()}
     training = Subset(windows["train"], dagformer.train_windows)
     validation = Subset(windows["validation"], dagformer.validation_windows)
-    embeddings = load_embeddings(DATA / "embeddings")
+    embeddings = load_embeddings(DATA / "embeddings/training")
     joint = variant.base_lr > 0
     frozen = load_base(DATA / "base", settings.device)
     base_before = fingerprint(frozen)
@@ -61,11 +64,11 @@ def main(settings: Settings, name: str) -> None:
 
     identity = {
         "variant": variant.model_dump(),
-        "dagformer": dagformer.model_dump(),
+        "dagformer": dagformer.model_dump(include=set(TRAINED_ON)),
         "device": settings.device,
         "num_threads": settings.num_threads,
         "base": sha256(DATA / "base" / "model.safetensors"),
-        "embeddings": sha256(DATA / "embeddings" / "metadata.json"),
+        "embeddings": sha256(DATA / "embeddings/training/metadata.json"),
         "start": None if start == "base" else sha256(DATA / start / "last.safetensors"),
     }
     identifier = run_id(identity)
@@ -99,13 +102,14 @@ def main(settings: Settings, name: str) -> None:
         scratch=scratch_folder("train_dagformer", identifier),
         start=None if start == "base" else DATA / start / "last.safetensors",
         parameter_groups=model.parameter_groups(variant) if joint else None,
+        remark=lambda history: alarm(history, variant.alarm_steps),
     )
     loading_seconds = time.perf_counter() - started
     with trainer:
         state = trainer.run()
         if not accelerator.is_main_process:
             return
-        health, reason = verdict(state.history)
+        health, reason = verdict(state.history, variant.alarm_steps)
         first, last = state.history[0], state.history[-1]
         checks = {
             "base_is_unchanged_to_the_bit": fingerprint(frozen) == base_before,
@@ -152,7 +156,7 @@ def main(settings: Settings, name: str) -> None:
             },
         )
         write_json(
-            REPORTS / name / "training_timing.json",
+            MEASURED / f"{name}.json",
             {
                 "seconds": trainer.seconds,
                 "seconds_per_step": trainer.seconds / state.step,
@@ -162,8 +166,6 @@ def main(settings: Settings, name: str) -> None:
                 "machine": describe_machine(settings.device),
             },
         )
-        if health != "healthy":
-            print(f"{name}: {health}: {reason}")
         trainer.discard_scratch()
 
 
@@ -180,6 +182,12 @@ def read_variant(name: str) -> tuple[str, Variant]:
         return start, Variant.model_validate(knobs)
     except (AttributeError, KeyError, TypeError, ValidationError) as error:
         raise DynarouteError(f"{path}: not the knobs of a variant: run resolve_variants again") from error
+
+
+def alarm(history: list[dict[str, Any]], alarm_steps: int) -> str:
+    """What is wrong with a run so far; empty if nothing is."""
+    health, reason = verdict(history, alarm_steps)
+    return f"alarm: {health}: {reason}" if health in ("collapsed", "saturated") else ""
 
 
 def fingerprint(model: torch.nn.Module) -> list[int]:

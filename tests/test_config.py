@@ -121,6 +121,12 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"variants.A5.micro_batch_size": 3}, "variants.A5.micro_batch_size = 3: must divide batch_size"),
         ({"variants.A5.from": "B1"}, "variants.A5.from = 'B1': must be one of base, A1"),
         ({"variants.A5": {}}, "variants.A5.from = None: must be one of base, A1"),
+        ({"variants.P2": {"from": "P1", "rank": 16}}, "variants.P2.rank = 16: must be 8, as in P1"),
+        ({"variants.P2": {"from": "P1", "cascade": "off"}}, "variants.P2.cascade = 'off': must be fixed, as in P1"),
+        (
+            {"variants.embeddings": {"from": "base"}},
+            "variants.embeddings = {'from': 'base'}: this is the name of a fol",
+        ),
         ({"variants.P1.from": "P2"}, "variants.P2.from = 'P1': must be one of base, A1"),
         ({"variants.a/b": {"from": "base"}}, "a/b"),
         ({"dagformer.prefix_tokens": 128}, "dagformer.prefix_tokens = 128: must be below seq_len = 128"),

@@ -404,6 +404,7 @@ class Variant(Training):
     exempt_first_layer: bool  # false only to show what the cascade does to layer 0 without it
     input_norm: Literal["none", "gate_mean", "rms_post", "ln_post", "rms_pre"]
     base_lr: NonNegativeFloat  # of the base, trained jointly with the predictor; 0: it is frozen
+    alarm_steps: Positive  # that gates may be collapsed or saturated before it is said
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> Self:
@@ -429,6 +430,11 @@ class Analysis(Section):
 
 
 # --- the whole file ----------------------------------------------------------------------------------------------
+
+
+RESERVED = ("base", "embeddings", "variants")  # folders beside those of the variants
+# The knobs that decide which weights there are.
+SHAPES = ("predictor_input", "predictor_hidden", "rank", "cascade", "base_lr")
 
 
 class Settings(Variant):
@@ -474,6 +480,8 @@ class Settings(Variant):
         return self
 
     def _check_variant(self, name: str) -> None:
+        if name in RESERVED:
+            raise invalid(f"variants.{name}", self.variants[name], "this is the name of a folder beside the variants'")
         start, seen = name, []
         while start != "base":  # follows `from` to the base
             seen.append(start)
@@ -488,6 +496,13 @@ class Settings(Variant):
             context = problem.get("ctx", {})
             key, value = context.get("key", problem["loc"][-1] if problem["loc"] else ""), problem["input"]
             raise invalid(f"variants.{name}.{key}", context.get("value", value), problem["msg"]) from error
+        if (start := self.variants[name]["from"]) != "base":
+            own, theirs = self.variant(name), self.variant(start)
+            for key in SHAPES:
+                value, expected = getattr(own, key), getattr(theirs, key)
+                if value != expected:
+                    allowed = f"must be {expected}, as in {start}, whose weights it goes on from"
+                    raise invalid(f"variants.{name}.{key}", value, allowed)
 
     def variant(self, name: str) -> Variant:
         """All knobs of a variant: those at the top level, or of the variant that it continues, with its overrides.

@@ -269,7 +269,7 @@ def test_written_embeddings_are_those_of_the_windows_and_their_prefixes(
     encoder = load_encoder(settings, base, load_tokenizer(tokens / "tokenizer"), "cpu")
     write_embeddings(encoder, settings, windows, PREFIX, tmp_path / "embeddings")
     found = load_embeddings(tmp_path / "embeddings")
-    assert set(found) == {"train", "validation", "test", "validation_prefix", "test_prefix"}
+    assert set(found) == {"train", "validation", "test", "train_prefix", "validation_prefix", "test_prefix"}
     for name, vectors in found.items():
         own = windows[name.removesuffix("_prefix")]
         read = PREFIX if name.endswith("_prefix") else SEQ_LEN
@@ -282,7 +282,7 @@ def test_written_embeddings_are_those_of_the_windows_and_their_prefixes(
     assert sizes == (WIDTH, SEQ_LEN, PREFIX)
     assert {name: (own["windows"], own["tokens_read"]) for name, own in metadata["files"].items()} == {
         "train": (7, SEQ_LEN), "validation": (2, SEQ_LEN), "test": (5, SEQ_LEN),
-        "validation_prefix": (2, PREFIX), "test_prefix": (5, PREFIX),
+        "train_prefix": (7, PREFIX), "validation_prefix": (2, PREFIX), "test_prefix": (5, PREFIX),
     }  # fmt: skip
 
 
@@ -292,7 +292,7 @@ def test_the_encoder_reads_nothing_of_a_window_beyond_its_prefix(base, windows, 
     encode = encoder.encode
     encoder.encode = lambda tokens: seen.append(tuple(tokens.shape)) or encode(tokens)
     write_embeddings(encoder, BASE, windows, PREFIX, tmp_path / "embeddings")
-    assert seen == [(7, SEQ_LEN), (2, SEQ_LEN), (5, SEQ_LEN), (2, PREFIX), (5, PREFIX)]
+    assert seen == [(7, SEQ_LEN), (2, SEQ_LEN), (5, SEQ_LEN), (7, PREFIX), (2, PREFIX), (5, PREFIX)]
 
 
 def test_two_runs_write_the_same_bytes_and_small_batches_the_same_vectors(base, windows, tmp_path, monkeypatch):
@@ -372,10 +372,10 @@ def test_the_stage_encodes_the_windows_that_the_settings_ask_for(base, tokens, t
     Path("data/tokens", dagformer.corpus).symlink_to(tokens)
     Path("data/dagformer/base").symlink_to(base)
     encode_windows.main(settings)
-    found = load_embeddings("data/dagformer/embeddings")
-    assert {name: len(vectors) for name, vectors in found.items()} == {
-        "train": 4, "validation": 1, "test": 2, "validation_prefix": 1, "test_prefix": 2,
-    }  # fmt: skip
+    found = load_embeddings("data/dagformer/embeddings/training")
+    assert {name: len(vectors) for name, vectors in found.items()} == {"train": 4, "validation": 1}
+    held_out = load_embeddings("data/dagformer/embeddings/evaluation")
+    assert {name: len(vectors) for name, vectors in held_out.items()} == {"test": 2, "test_prefix": 2}
     train = Subset(Windows(TokenShards(tokens, "train"), SEQ_LEN, keep_tail=False), 4)
     expected = load_encoder(BASE, base, None, "cpu").encode(train.batch(range(4))[0])
     assert torch.equal(torch.from_numpy(found["train"]), expected)

@@ -102,12 +102,13 @@ def test_the_gradient_at_the_gates_is_recorded_by_the_backward_pass():
     predictor, objective = make(lambda_final=0.0)
     batch = batch_of(RandomWindows(0), [0, 5])
     loss, metrics = objective.loss(predictor, batch, 2)
-    loss.backward()
+    (loss / 2).backward()  # as the loop does with two micro-batches of a batch of four
     noise = sequence_noise(objective.noise_seed, 2, batch.windows, LAYERS * HEADS)
     tau = tau_at(2, STEPS, objective.variant)
     adjacency = predictor(objective.training_embeddings[batch.windows], tau, "train", noise).detach().requires_grad_()
     F.cross_entropy(objective.graph(batch.tokens, adjacency).flatten(0, 1), batch.targets.flatten()).backward()
-    torch.testing.assert_close(metrics["gate_gradient"], adjacency.grad.norm())
+    of_windows = 2 * adjacency.grad.flatten(1).norm(dim=1)  # the loss is a mean over two windows
+    torch.testing.assert_close(metrics["gate_gradient"], of_windows.square().mean().sqrt())
 
 
 @pytest.mark.parametrize("input_norm", ["none", "rms_post"])
@@ -179,6 +180,17 @@ def test_what_continues_a_run_starts_at_its_final_weights(tmp_path):
     assert [start[name] for name in names] == [end[name] for name in names]
 
 
+@pytest.mark.parametrize("exempt", [True, False])
+def test_the_slope_is_that_of_the_gates_before_the_cascade(exempt):
+    predictor, objective = make(exempt_first_layer=exempt)
+    batch = batch_of(RandomWindows(0), [0, 5])
+    noise = sequence_noise(objective.noise_seed, 1, batch.windows, LAYERS * HEADS)
+    logits = predictor.logits(objective.training_embeddings[batch.windows]).detach().requires_grad_()
+    torch.sigmoid((logits + noise) / tau_at(1, STEPS, objective.variant)).sum().backward()
+    expected = logits.grad[:, dag_mask(LAYERS, HEADS)].mean()
+    torch.testing.assert_close(objective.loss(predictor, batch, 1)[1]["gate_slope"], expected)
+
+
 def row(step, density=0.9, slope=0.01):
     return {"step": step, "validation_density_hard": density, "train_gate_slope": slope}
 
@@ -190,8 +202,18 @@ def row(step, density=0.9, slope=0.01):
         ([row(0), row(50, slope=1e-5), row(100, slope=1e-5)], "saturated"),
         ([row(0), row(50, slope=1e-5), row(100), row(150, slope=1e-5)], "healthy"),
         ([row(0), row(50), row(100, density=0.0), row(150, density=0.001)], "collapsed"),
-        ([row(0), row(50, density=0.0)], "healthy"),  # too short to tell
+        ([row(0), row(50, density=0.0)], "too short to tell"),
     ],
 )
 def test_an_alarm_needs_100_steps_in_a_row(rows, expected):
-    assert verdict(rows)[0] == expected
+    assert verdict(rows, 100)[0] == expected
+
+
+def test_the_reason_says_what_was_seen():
+    rows = [row(0), row(50, slope=1e-5), row(100), row(150)]
+    assert (
+        verdict(rows, 100)[1] == "the mean slope dA/dZ of the gates was below 0.001 for 50 steps in a row, and an "
+        "alarm takes 100"
+    )
+    assert "stayed above" in verdict([row(0), row(150)], 100)[1]
+    assert verdict(rows, 50)[0] == "saturated"

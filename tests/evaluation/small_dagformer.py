@@ -72,4 +72,4 @@ def write_all(settings: Settings) -> None:
     """Everything that the evaluation of a variant reads but the variant, in the working directory."""
     make_windows(Path("data/tokens") / settings.dagformer.corpus)
     make_base().save_pretrained("data/dagformer/base")
-    write_embeddings(Path("data/dagformer/embeddings"))
+    write_embeddings(Path("data/dagformer/embeddings/evaluation"))

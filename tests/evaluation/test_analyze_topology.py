@@ -115,7 +115,7 @@ def test_texts_are_scored_under_the_wirings_of_others(analyze, tmp_path):
     with Path(FILES[1]).open(newline="") as file:
         rows = list(csv.DictReader(file))
     for protocol, first in (("window", 0), ("prefix", PREFIX - 1)):
-        vectors = np.load(f"data/dagformer/embeddings/test{'_prefix' if first else ''}.npy")
+        vectors = np.load(f"data/dagformer/embeddings/evaluation/test{'_prefix' if first else ''}.npy")
         wirings = predictor(torch.from_numpy(vectors), 0.5, "soft").detach()
         shifts = [WINDOWS // 3, 2 * WINDOWS // 3]
         others = np.mean([nll_of(graph, tokens, targets, wirings.roll(shift, 0), first) for shift in shifts], axis=0)
@@ -136,7 +136,7 @@ def test_what_reading_the_answer_is_worth_is_measured_on_the_same_tokens(analyze
     for mode in ("soft", "hard"):
         nll = {}
         for name, split in (("read", "test"), ("not_read", "test_prefix")):
-            vectors = torch.from_numpy(np.load(f"data/dagformer/embeddings/{split}.npy"))
+            vectors = torch.from_numpy(np.load(f"data/dagformer/embeddings/evaluation/{split}.npy"))
             nll[name] = nll_of(graph, tokens, targets, predictor(vectors, 0.5, mode).detach(), PREFIX - 1)
             expected = (nll[name] - baseline).mean()
             assert found[mode][name]["mean"] == pytest.approx(expected, abs=1e-5)

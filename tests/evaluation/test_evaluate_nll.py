@@ -85,7 +85,7 @@ def test_every_number_of_a_row_is_what_the_protocols_say(tree, stage, input_norm
         assert row["source"] == ("bees" if of_bees > 0.5 else "ants")
         first = PREFIX - 1 if prefix else 0  # what it predicts is token PREFIX, the first one not read
         assert int(row["tokens"]) == (SEQ_LEN + 1 - PREFIX if prefix else SEQ_LEN)
-        embedding = np.load(f"data/dagformer/embeddings/{'test_prefix' if prefix else 'test'}.npy")[index]
+        embedding = np.load(f"data/dagformer/embeddings/evaluation/{'test_prefix' if prefix else 'test'}.npy")[index]
         tokens = torch.tensor([stream[:-1]])
         with torch.no_grad():
             logits = {"baseline": base(tokens).logits}
@@ -98,7 +98,7 @@ def test_every_number_of_a_row_is_what_the_protocols_say(tree, stage, input_norm
 def test_the_prefix_protocol_does_not_see_the_vectors_of_whole_windows(tree, stage):
     stage.main(tiny_settings(), "P1")
     before, report = rows_of("P1"), report_of("P1")
-    path = Path("data/dagformer/embeddings/test.npy")
+    path = Path("data/dagformer/embeddings/evaluation/test.npy")
     np.save(path, np.load(path)[::-1].copy())
     record = json.loads(path.with_name("metadata.json").read_text())
     record["files"]["test"]["sha256"] = stage.sha256(path)
@@ -209,7 +209,7 @@ def test_a_joint_variant_is_scored_on_its_own_base_but_for_the_baseline(tree, st
         assert "nll_own_base" not in report_of("A1")[protocol]
         frozen, joint = (nll_of(rows_of(name), protocol, "soft") for name in ("A1", "J1"))
         assert (frozen != joint).all()
-    vectors = torch.from_numpy(np.load("data/dagformer/embeddings/test.npy"))
+    vectors = torch.from_numpy(np.load("data/dagformer/embeddings/evaluation/test.npy"))
     with torch.no_grad():
         logits = DagForward(own)(tokens, make_predictor()(vectors, 0.5, "soft"))
     expected = [plain_nll(row, target, 0) for row, target in zip(logits, targets.tolist(), strict=True)]
@@ -224,7 +224,9 @@ def test_another_base_than_the_one_trained_on_fails_its_check(tree, stage):
 
 
 def test_input_that_does_not_fit_is_an_error_in_one_line(tree, stage):
-    with pytest.raises(DynarouteError, match=r"data/dagformer/embeddings: 11 texts of test, not .*eval_windows = 4"):
+    with pytest.raises(
+        DynarouteError, match=r"data/dagformer/embeddings/evaluation: 11 texts of test, not .*eval_windows = 4"
+    ):
         stage.main(tiny_settings(eval_windows=4), "P1")
     path = Path("data/dagformer/P1/predictor.safetensors")
     save_checkpoint(path, load_file(path), {"run": "another", "step": 7})

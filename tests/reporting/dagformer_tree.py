@@ -46,7 +46,7 @@ def write_base(root: Path, layers: int, heads: int) -> None:
     checks = {"removing_all_head_connections_raises_nll": True}
     write_json(root / "reports/dagformer/base.json", {**base, **nll, "checks": checks})
     timing = {"training_seconds": 123.0, "peak_memory_bytes": 600 * 2**20, "machine": MACHINE}
-    write_json(root / "reports/dagformer/base_timing.json", timing)
+    write_json(root / "reports/dagformer_measured/base.json", timing)
 
 
 def write_variant(
@@ -64,7 +64,9 @@ def write_variant(
     reports = root / "reports/dagformer" / name
     identity = {
         "variant": knobs.model_dump(),
-        "dagformer": settings.dagformer.model_dump(),
+        "dagformer": settings.dagformer.model_dump(
+            include={"corpus", "seq_len", "train_windows", "validation_windows"}
+        ),
         "device": "cpu",
         "num_threads": 2,
         "base": "b" * 64,
@@ -86,7 +88,7 @@ def write_variant(
     write_json(reports / "training.json", {**summary, "predictor_parameters": 45_678 + index, "checks": checks})
     timing = {"seconds": 40.0 + index, "seconds_per_step": 0.25, "validation_seconds": 2.5, "loading_seconds": 3.5}
     timing |= {"peak_memory_bytes": (700 + index) * 2**20, "machine": MACHINE}
-    write_json(reports / "training_timing.json", timing)
+    write_json(root / f"reports/dagformer_measured/{name}.json", timing)
     write_evaluation(root, name, run, index, soft, hard, windows)
     write_gates(root / "data/eval" / name, index, layers, heads)
 
@@ -123,7 +125,13 @@ def write_evaluation(root: Path, name: str, run: str, index: int, soft: float, h
             rows.append({**row, **nll, "nll_baseline": baseline})
     write_csv(root / "reports/dagformer" / name / "nll.csv", rows)
     topology = {"mean_A": 0.75, "density_hard": 0.71, "seq_gate_frac": 0.91, "hyp_gate_frac": 0.66}
-    topology |= {"entropy_bits": 0.1234 + index / 1000, "dead_heads": index, "mute_heads": index, "deaf_heads": 0}
+    topology |= {
+        "cascade_k": 5.0 + index,
+        "entropy_bits": 0.1234 + index / 1000,
+        "dead_heads": index,
+        "mute_heads": index,
+        "deaf_heads": 0,
+    }
     if name in ("J1", "J0"):
         topology["nll_own_base"] = 3.3 + index / 1000
     protocols = {}

@@ -13,8 +13,8 @@ from dynaroute.reporting.dagformer.results import read_measurements, read_result
 
 pytestmark = pytest.mark.usefixtures("dagformer_tree")
 
-TIMING = Path("reports/dagformer/P1/training_timing.json")
-BASE = Path("reports/dagformer/base_timing.json")
+TIMING = Path("reports/dagformer_measured/P1.json")
+BASE = Path("reports/dagformer_measured/base.json")
 BENCHMARK = Path("reports/benchmarks/dag.json")
 
 
@@ -46,7 +46,7 @@ def test_the_published_speed_table_is_filled_and_what_was_not_measured_is_marked
 
 
 def test_every_variant_and_the_base():
-    edit_json("reports/dagformer/A7/training_timing.json", lambda data: data.update(seconds=99.9))
+    edit_json("reports/dagformer_measured/A7.json", lambda data: data.update(seconds=99.9))
     text = measured()
     assert "| A7 | 99.9 s | 250 ms | 2.5 s | 3.5 s | 710.00 MiB |" in text
     assert "Pretraining the base: 2.0 min." in text

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from dynaroute.config import PretrainedBase
 from dynaroute.dagformer.pretrained import load_model
 from dynaroute.data.shards import IGNORED_TARGET
-from dynaroute.training.loop import Batch
+from dynaroute.errors import DynarouteError
 
 if TYPE_CHECKING:
     from transformers import Olmo2ForCausalLM  # at run time where a base is made or loaded: slow to import
+
+    from dynaroute.training.loop import Batch
 
 
 def new_base(settings: PretrainedBase, vocab_size: int, max_seq_len: int, eot_id: int) -> "Olmo2ForCausalLM":
@@ -41,23 +43,30 @@ def new_base(settings: PretrainedBase, vocab_size: int, max_seq_len: int, eot_id
 def load_base(path: str | Path, device: str, revision: str | None = None) -> "Olmo2ForCausalLM":
     """A base from a directory or the hub, for inference: fp32 on a CPU, bf16 on a GPU; no parameter takes gradients.
 
+    Args:
+        path: a `Path` is a directory that a stage wrote; a string may be a hub id as well.
+        device: cpu or cuda.
+        revision: a commit on the hub.
+
     Raises:
-        DynarouteError: what `load_model` raises.
+        DynarouteError: there is no such directory, or what `load_model` raises.
     """
     from transformers import AutoModelForCausalLM
 
+    if isinstance(path, Path) and not (path / "config.json").is_file():
+        raise DynarouteError(f"{path}: no base model: run stages/prepare_base.py")
     return load_model(str(path), AutoModelForCausalLM, path, device, revision)
 
 
 class LanguageModelObjective:
     """Next-token NLL of a transformers language model, in nats per token."""
 
-    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: "Batch", step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean NLL of a batch."""
         nll = F.cross_entropy(model(batch.tokens).logits.flatten(0, 1), batch.targets.flatten())
         return nll, {"loss": nll}
 
-    def validation_sums(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+    def validation_sums(self, model: nn.Module, batch: "Batch", step: int) -> dict[str, Tensor]:
         """NLL and predicted tokens, summed."""
         logits = model(batch.tokens).logits
         nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")

@@ -1,7 +1,7 @@
 """Frozen encoders, which turn windows of tokens into the vectors that predictors read: once, for all variants.
 
-A folder of embeddings holds `train.npy`, `validation.npy` and `test.npy`, float32 [windows, E]; `validation_prefix.npy`
-and `test_prefix.npy`, of the same windows but from their first tokens only; and metadata.json.
+A folder of embeddings holds a file for each split in it, such as `test.npy`, float32 [windows, E]; where the prefix
+protocol needs it `test_prefix.npy`, of the same windows but from their first tokens only; and metadata.json.
 
     B batch   t tokens read of a window   E embedding
 """
@@ -134,24 +134,25 @@ def write_embeddings(
     encoder: Encoder,
     settings: BaseEncoder | HubEncoder,
     windows: dict[str, Subset],
-    prefix_tokens: int,
+    prefix_tokens: int | None,
     directory: str | Path,
 ) -> None:
-    """Encodes the windows of train, validation and test into a folder of embeddings, atomically.
+    """Encodes the windows of splits into a folder of embeddings, atomically.
 
     Args:
         encoder: the loaded encoder.
         settings: what it was loaded by, for the record.
         windows: by split.
-        prefix_tokens: what the encoder reads of a window for the `_prefix` files.
+        prefix_tokens: what the encoder reads of a window for the `_prefix` files; None: there are none.
         directory: the folder, which is replaced.
 
     Raises:
         DynarouteError: the encoder cannot read a window, or gives a number that is not finite.
     """
-    seq_len = windows["train"].seq_len
+    seq_len = next(iter(windows.values())).seq_len
     parts = {split: (own, seq_len) for split, own in windows.items()}
-    parts |= {f"{split}_prefix": (windows[split], prefix_tokens) for split in ("validation", "test")}
+    if prefix_tokens is not None:
+        parts |= {f"{split}_prefix": (own, prefix_tokens) for split, own in windows.items()}
     total, files = sum(len(own) for own, _ in parts.values()), {}
     # A progress bar is shown on a terminal only.
     with output_directory(directory) as folder, tqdm(total=total, desc="encode", unit="win", disable=None) as progress:
@@ -181,7 +182,7 @@ def _write_vectors(path: Path, encoder: Encoder, windows: Subset, tokens_read: i
 
 
 def load_embeddings(directory: str | Path) -> dict[str, np.ndarray]:
-    """Embeddings by the names of their files: train, validation, test, validation_prefix and test_prefix.
+    """Embeddings by the names of their files.
 
     Returns:
         float32 [windows, E] each, mapped copy on write: torch takes them as they are, and no file can change.

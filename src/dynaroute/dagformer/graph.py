@@ -197,7 +197,7 @@ class DagForward(nn.Module):
             mask = dag_mask(L, H, adjacency.device)
             valid = adjacency.where(mask, 0)
             mean = valid.sum(-2, keepdim=True) / mask.sum(0).clamp(min=1)
-            adjacency = valid / mean.clamp(min=torch.finfo(mean.dtype).tiny)  # all gates shut: 0, not 0 / 0
+            adjacency = valid / mean.where(mean > 0, 1)  # all gates shut: 0, not 0 / 0, and a finite gradient
         heads = adjacency.unflatten(1, (L, H))[:, :-1, :, H:]  # [B, L-1, H, (L-1)*H]
         ungated = torch.zeros_like if self.input_norm in ("rms_post", "ln_post") else torch.ones_like
         if self._complement:

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from dynaroute.config import Variant
 from dynaroute.dagformer.gates import dag_mask, density, gate_fraction, layer_distance
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.dagformer.predictor import sequence_noise
+from dynaroute.dagformer.predictor import StructurePredictor, sequence_noise
 from dynaroute.data.shards import IGNORED_TARGET
 from dynaroute.training.loop import Batch
 
 RAMP = 0.2  # the share of the steps over which lambda rises
 COLLAPSED_DENSITY = 0.01  # hard gates left
 SATURATED_SLOPE = 1e-3  # mean dA/dZ; at Z = 15 it is about 9e-3 at tau 5, 4e-4 at tau 2, 4e-6 at tau 1
-ALARM_STEPS = 100
 
 
 def tau_at(step: int, total_steps: int, variant: Variant) -> float:
@@ -62,9 +61,10 @@ class DagObjective:
         self._baseline: dict[int, Tensor] = {}  # NLL sums at A = 1: the same at every validation
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The training loss; for the record NLL, mean_A, the mean slope dA/dZ and the gradient's norm at the gates.
+        """The training loss; for the record NLL, mean_A, and what reaches the predictor through its gates.
 
-        The gradient's norm is filled in by the backward pass.
+        gate_slope is the mean of dA/dZ, before the cascade. gate_gradient, filled in by the backward pass, is the norm
+        of the gradient of a window's loss at its A, a root mean square over windows: no matter how many are a batch.
         """
         tau, weight = tau_at(step, self.variant.steps, self.variant), lambda_at(step, self.variant.steps, self.variant)
         device = batch.tokens.device
@@ -74,12 +74,16 @@ class DagObjective:
         nll = F.cross_entropy(self.graph(batch.tokens, adjacency).float().flatten(0, 1), batch.targets.flatten())
         mean_a = density(adjacency, self.valid).mean()
         gradient = torch.zeros((), device=device)
+        processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        share = processes / self.variant.batch_size  # of a window in the loss that is differentiated
 
         def note(at_gates: Tensor) -> None:
-            gradient.copy_(at_gates.norm())
+            gradient.copy_(at_gates.norm() / share / math.sqrt(len(at_gates)))
 
         adjacency.register_hook(note)
-        slope = density(adjacency.detach() * (1 - adjacency.detach()) / tau, self.valid).mean()
+        with torch.no_grad():
+            gates = _bare(model).gates(embeddings, tau, "train", noise)
+            slope = density(gates * (1 - gates) / tau, self.valid).mean()
         return nll + weight * mean_a, {
             "loss": nll,
             "mean_A": mean_a,
@@ -131,23 +135,37 @@ class DagObjective:
         return nll.double().sum(1)
 
 
-def verdict(history: list[dict[str, Any]]) -> tuple[str, str]:
+def _bare(model: nn.Module) -> StructurePredictor:
+    """The predictor, without what several processes or a trained base wrap around it."""
+    model = getattr(model, "module", model)
+    return getattr(model, "predictor", model)
+
+
+def verdict(history: list[dict[str, Any]], alarm_steps: int) -> tuple[str, str]:
     """Whether a run stayed healthy, from the rows of its validations, and the reason in one sentence.
 
     collapsed: hard density below COLLAPSED_DENSITY; saturated: mean gate slope below SATURATED_SLOPE; either in every
-    row of a stretch of at least ALARM_STEPS steps.
+    row of a stretch of at least `alarm_steps` steps. Of a shorter run it is "too short to tell".
     """
     rules = (
         ("collapsed", "validation_density_hard", COLLAPSED_DENSITY, "hard density"),
         ("saturated", "train_gate_slope", SATURATED_SLOPE, "the mean slope dA/dZ of the gates"),
     )
+    seen = []
     for name, key, threshold, words in rules:
-        start = None
+        start, longest = None, 0
         for before, row in itertools.pairwise(history):
             if row[key] >= threshold:
                 start = None
                 continue
             start = before["step"] if start is None else start
-            if row["step"] - start >= ALARM_STEPS:
+            longest = max(longest, row["step"] - start)
+            if longest >= alarm_steps:
                 return name, f"{words} was below {threshold:g} from step {start} to {row['step']} or longer"
+        if longest:
+            seen.append(f"{words} was below {threshold:g} for {longest} steps in a row")
+    if history[-1]["step"] - history[0]["step"] < alarm_steps:
+        return "too short to tell", f"an alarm takes {alarm_steps} steps"
+    if seen:
+        return "healthy", f"{' and '.join(seen)}, and an alarm takes {alarm_steps}"
     return "healthy", "hard density and the slope of the gates stayed above their alarm thresholds"

@@ -106,6 +106,10 @@ class StructurePredictor(nn.Module):
         x = (embeddings.to(self.embedding_mean) - self.embedding_mean) * self.embedding_inverse_std
         return F.rms_norm(x, x.shape[-1:])
 
+    def gates(self, embeddings: Tensor, tau: float | Tensor, mode: Mode, noise: Tensor | None = None) -> Tensor:
+        """The gates before the cascade, [B, N, N]; arguments and errors are those of `forward`."""
+        return gumbel_sigmoid(self.logits(embeddings), tau, mode, noise)
+
     def forward(self, embeddings: Tensor, tau: float | Tensor, mode: Mode, noise: Tensor | None = None) -> Tensor:
         """The adjacency A, [B, N, N], 0 where an entry is not valid.
 
@@ -118,7 +122,7 @@ class StructurePredictor(nn.Module):
         Raises:
             DynarouteError: what `gumbel_sigmoid` raises.
         """
-        adjacency = gumbel_sigmoid(self.logits(embeddings), tau, mode, noise)
+        adjacency = self.gates(embeddings, tau, mode, noise)
         if self.variant.cascade == "off":
             return adjacency
         exempt = self.variant.exempt_first_layer

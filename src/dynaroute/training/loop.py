@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -129,10 +129,12 @@ class Trainer:
         scratch: Path,
         start: Path | None = None,
         parameter_groups: list[dict[str, Any]] | None = None,
+        remark: Callable[[list[dict[str, Any]]], str] | None = None,
     ) -> None:
         """Prepares a run in the folder `scratch`, which begins with weights and moments of the checkpoint `start`.
 
         Parameter groups are those of `decay_groups` unless given; a group's `lr_factor` multiplies its learning rate.
+        `remark` says of the rows of all validations so far what a user should know at once; nothing: an empty string.
 
         Raises:
             DynarouteError: batches do not divide among the processes, there is not one whole batch, or the run would
@@ -150,7 +152,7 @@ class Trainer:
             )
         self.objective, self.settings, self.accelerator = objective, settings, accelerator
         self.training, self.validation = training, validation
-        self.seed, self.scratch, self.start = seed, scratch, start
+        self.seed, self.scratch, self.start, self.remark = seed, scratch, start, remark
         self.steps_per_epoch = steps_per_epoch(len(training), settings.batch_size)
         self.total_steps = total_steps
         self.validate_every = self.steps_per_epoch if settings.validate_every == "epoch" else settings.validate_every
@@ -336,6 +338,8 @@ class Trainer:
             shown = {name: row[name] for name in ("train_loss", "validation_loss") if name in row}
             text = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
             progress.write(f"step {state.step} of {self.total_steps}: {text}", file=sys.stderr)
+            if self.remark and (remark := self.remark(state.history)):
+                progress.write(f"step {state.step} of {self.total_steps}: {remark}", file=sys.stderr)
         self._save(self._agree(stop))
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from dynaroute.reporting.dagformer.wording import (
     steps,
 )
 from dynaroute.reporting.inputs import Record
-from dynaroute.reporting.tables import count, published, table
+from dynaroute.reporting.tables import NONE, count, published, table
 
 
 class Group(NamedTuple):
@@ -52,7 +52,10 @@ GROUPS = (
         "A10–A11: cascading gate",
         ("A10", REFERENCE_VARIANT, "A11"),
         {"gate": lambda knobs: "off" if knobs["cascade"] == "off" else f"k={knobs['cascade_k']:g} {knobs['cascade']}"},
-        {"dead heads": lambda found: f"{found['dead_heads']}"},
+        {
+            "trained k": lambda found: NONE if found["cascade_k"] is None else f"{found['cascade_k']:.3f}",
+            "dead heads": lambda found: f"{found['dead_heads']}",
+        },
     ),
 )
 SECTIONS = ("S1", "S2", "P1", "P2", "L0", "C1", *JOINT)  # variants with a section of their own

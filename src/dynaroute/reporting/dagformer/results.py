@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DATA = Path("data/dagformer")
 REPORTS = Path("reports/dagformer")
+MEASURED = Path("reports/dagformer_measured")
 EVALUATIONS = Path("data/eval")
 REFERENCE = Path("reports/reference.yaml")
 BENCHMARK = Path("reports/benchmarks/dag.json")
@@ -81,16 +82,12 @@ class Results(NamedTuple):
     base: Record  # base.json
     tokens: Record  # metadata.json of the token shards
     reference: Record  # the published numbers
+    setup: Record  # what all variants share: `dagformer` of params.yaml
 
     @property
     def main(self) -> Variant:
         """The variant that the others are compared with."""
         return self.variants[REFERENCE_VARIANT]
-
-    @property
-    def setup(self) -> Record:
-        """What all variants share: `dagformer` of params.yaml, as it was trained with."""
-        return self.main.run["identity"]["dagformer"]
 
     @property
     def num_windows(self) -> int:
@@ -132,8 +129,8 @@ class Results(NamedTuple):
 class Measurements(NamedTuple):
     """What was measured, on which machine."""
 
-    base: Record  # base_timing.json
-    variants: dict[str, Record]  # training_timing.json of each
+    base: Record  # base.json of what was measured
+    variants: dict[str, Record]  # by name
     benchmark: Record | None  # of the DAG forward, by a target of its own; None if it was not run
 
 
@@ -143,9 +140,9 @@ def read_measurements(results: Results) -> Measurements:
     Raises:
         DynarouteError: a file is missing or damaged.
     """
-    timings = {name: read_record(REPORTS / name / "training_timing.json") for name in results.variants}
+    timings = {name: read_record(MEASURED / f"{name}.json") for name in results.variants}
     benchmark = read_record(BENCHMARK) if BENCHMARK.exists() else None
-    return Measurements(read_record(REPORTS / "base_timing.json"), timings, benchmark)
+    return Measurements(read_record(MEASURED / "base.json"), timings, benchmark)
 
 
 def read_results(settings: Settings) -> Results:
@@ -157,10 +154,15 @@ def read_results(settings: Settings) -> Results:
     check_has_main(settings)
     variants = {name: read_variant(name) for name in settings.variants}
     check_comparable(list(variants.values()))
-    identity = variants[REFERENCE_VARIANT].run["identity"]
-    corpus = identity["dagformer"]["corpus"]
-    tokens = read_record(Path("data/tokens") / corpus / "metadata.json")
-    return Results(variants, read_record(REPORTS / "base.json"), tokens, read_record(REFERENCE)["dagformer"])
+    setup = Record(settings.dagformer.model_dump(), "params.yaml")
+    main = variants[REFERENCE_VARIANT].run
+    for key, value in main["identity"]["dagformer"].items():
+        if value != setup[key]:
+            raise DynarouteError(
+                f"{main.path}: trained with dagformer.{key} = {value}, not {setup[key]}: run dvc repro"
+            )
+    tokens = read_record(Path("data/tokens") / setup["corpus"] / "metadata.json")
+    return Results(variants, read_record(REPORTS / "base.json"), tokens, read_record(REFERENCE)["dagformer"], setup)
 
 
 def check_has_main(settings: Settings) -> None:
