@@ -73,6 +73,36 @@ def test_one_wiring_for_all_texts_has_no_domains():
     assert (explained.p == 1).all()
 
 
+# As many windows of each of two sources, from documents of very different sizes: 3 of one source and 6 of the other.
+UNEVEN = np.repeat(np.arange(9), [1, 3, 20, 1, 2, 3, 2, 2, 14])
+UNEVEN_LABELS = np.repeat(np.arange(2), [3, 6])
+
+
+@pytest.mark.parametrize("vary", [0.0, 1e-9])
+def test_a_probe_of_nothing_tells_one_in_c_however_large_the_documents(vary):
+    gates = 0.7 + vary * np.random.default_rng(0).normal(size=(len(UNEVEN), 5))
+    probe = Domains(UNEVEN, UNEVEN_LABELS, 99, seed=0).probe(gates)
+    assert probe == (pytest.approx(0.5), pytest.approx(0.5), 1.0)
+
+
+def test_documents_of_different_sizes_are_not_taken_for_domains():
+    """With the true labels alone, sources have as many windows each: that must not make them stand out."""
+    documents = np.repeat(np.arange(21), [1, 3, 20, 4, 2, 10, *[1] * 4, 12, 24, *[2] * 5, 15, 4, 3, 8])
+    labels = np.repeat(np.arange(3), [6, 6, 9])
+    assert len(set(np.bincount(labels[documents]))) == 1
+    p, planted = [], []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        gates = rng.normal(0, 0.3, (len(documents), 20)) + rng.normal(size=(len(labels), 20))[documents]
+        p.append(Domains(documents, labels, 39, seed).probe(gates).p)
+        if seed < 5:
+            gates += 0.8 * rng.normal(size=(3, 20))[labels[documents]]
+            planted.append(Domains(documents, labels, 39, seed).probe(gates).p)
+    assert 0.4 < np.mean(p) < 0.62  # of 100; 0.51 if each p of 1/40 .. 1 is as likely
+    assert np.mean(np.array(p) <= 0.05) < 0.12
+    assert max(planted) <= 0.05
+
+
 def test_separation_and_mean_distances_are_means_over_pairs_of_different_documents():
     apart = distances(wirings(1.0, 0.5))
     sums, counts = np.zeros((SOURCES, SOURCES)), np.zeros((SOURCES, SOURCES))
@@ -97,16 +127,19 @@ def test_the_share_explained_is_one_less_what_is_left_within_sources():
 
 
 def test_the_probe_answers_as_if_fitted_anew_without_each_document():
-    features = wirings(0.7, 0.5)
-    targets = np.eye(SOURCES)[SOURCE_OF[DOCUMENT_OF]]
-    centred = features - features.mean(0)
-    ridge = 0.1 * np.square(centred).sum() / len(features)
-    answers = leave_one_group_out(features, DOCUMENT_OF) @ targets
-    for document in range(len(SOURCE_OF)):
-        own = document == DOCUMENT_OF
-        x, y = centred[~own], targets[~own]
-        weights = np.linalg.solve(x.T @ x + ridge * np.eye(GATES), x.T @ y)
-        assert answers[own] == pytest.approx(centred[own] @ weights, abs=1e-9)
+    kept = np.random.default_rng(0).permutation(len(DOCUMENT_OF))[:60]  # documents of different sizes, in any order
+    features, documents = wirings(0.7, 0.5)[kept], DOCUMENT_OF[kept]
+    targets = np.eye(SOURCES)[SOURCE_OF[documents]]
+    weights = 1 / np.bincount(documents)[documents]
+    assert len(set(weights)) > 1
+    centred = features - np.average(features, axis=0, weights=weights)
+    ridge = 0.1 * weights @ np.square(centred).sum(1) / len(set(documents))
+    answers = leave_one_group_out(features, documents) @ targets
+    for document in set(documents):
+        own = document == documents
+        x, y, w = centred[~own], targets[~own], weights[~own, None]
+        coefficients = np.linalg.solve(x.T @ (w * x) + ridge * np.eye(GATES), x.T @ (w * y))
+        assert answers[own] == pytest.approx(centred[own] @ coefficients, abs=1e-9)
 
 
 # --- which windows are of which document ---------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def test_every_measure_of_variation_is_shown():
 
 def test_domains_are_told_or_not():
     assert "differ more between sources than within (p = 0.0004) and tell the source (p = 0.0004)" in glance("X2: P1")
-    assert "a linear probe is right for 90.0% of windows, 49.0% by chance" in glance("X2: P1")
+    assert "a linear probe's balanced accuracy is 90.0%, 49.0% by chance" in glance("X2: P1")
     assert "are not shown to differ more between sources than within (p = 0.31)" in glance("X2: A9")
     text = section(report(), "X2")
     assert "**P1**: mean distance from source to source" in text

@@ -15,7 +15,7 @@ import numpy as np
 from dynaroute.data.shards import TokenShards
 from dynaroute.evaluation.statistics import PermutationTest, permutation_test
 
-RIDGE = 0.1  # of the linear probe, relative to the mean square of a window's features
+RIDGE = 0.1  # of the linear probe, relative to the mean square of a window's centred features
 ROUNDING = 1e-14  # relative: features that vary less, by their squares, do not vary
 
 
@@ -67,20 +67,27 @@ class Domains:
         return means
 
     def probe(self, features: np.ndarray) -> PermutationTest:
-        """The share of windows whose source a linear probe tells, fitted on all documents but the window's own.
+        """The balanced accuracy of a linear probe of the source, fitted on all documents but the window's own.
 
-        Ridge regression of the sources' indicators on centred features; the largest answer wins. With as many windows
-        of every source, a probe that learns nothing is right for one in C of them.
+        Ridge regression of the sources' indicators on centred features; the largest answer wins, and of k equal ones
+        each is right for 1/k. Accuracy is the mean over sources of the mean over their documents, so a probe that
+        answers the same for every window is right for exactly one in C. In the fit, too, documents of a source weigh
+        the same, however many windows they have, and so do sources: permutations change the number of windows of a
+        source, but not that of its documents, and only what they leave as it is may count.
 
         Args:
             features: [n, E].
         """
         answer = leave_one_group_out(features, self.documents)  # [n, n]
+        member = np.eye(len(self.labels))[self.documents]  # [n, m]
+        mean = member.T / member.sum(0)[:, None]  # [m, n], over the windows of a document
 
         def statistic(labels: np.ndarray) -> float:
-            source = labels[self.documents]
-            scores = answer @ np.eye(self.num_sources)[source]  # [n, C]
-            return float((scores.argmax(1) == source).mean())
+            share = np.eye(self.num_sources)[labels] / np.bincount(labels)  # [m, C], of a document in its source
+            scores = answer @ share[self.documents]  # [n, C]
+            largest = scores == scores.max(1, keepdims=True)
+            right = mean @ (largest / largest.sum(1, keepdims=True))  # [m, C]
+            return float((right * share).sum() / self.num_sources)
 
         return self._test(statistic)
 
@@ -106,27 +113,32 @@ class Domains:
 def leave_one_group_out(features: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """The matrix [n, n] by which targets [n, C] become what ridge regression says of each row without its own group.
 
+    All groups weigh the same: a row counts for one over the rows of its group, in the mean and in the squared error.
     Exactly what fitting anew without each group gives, by the identity for left-out residuals: with the hat matrix
-    S = K (K + ridge I)^-1 of all rows, a group's answers without itself are (I - S_gg)^-1 (S_g. y - S_gg y_g).
+    S = K (K + ridge I)^-1 of all rows, times the roots of their weights, a group's answers without itself are
+    (I - S_gg)^-1 (S_g. y - S_gg y_g).
 
     Args:
         features: [n, E], centred here; all zero where they do not vary.
         groups: [n] int64.
     """
     features = np.asarray(features, np.float64)
-    centred = features - features.mean(0)
+    _, group_of, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    weights = 1 / sizes[group_of]
+    roots = np.sqrt(weights)[:, None]
+    centred = roots * (features - np.average(features, axis=0, weights=weights))
     kernel = centred @ centred.T
-    scale = np.trace(kernel) / len(kernel)
-    if scale <= ROUNDING * np.square(features).sum() / len(kernel):
+    scale = np.trace(kernel) / len(sizes)
+    if scale <= ROUNDING * np.square(roots * features).sum() / len(sizes):
         return np.zeros_like(kernel)
     hat = np.linalg.solve(kernel + RIDGE * scale * np.eye(len(kernel)), kernel).T
     answer = np.zeros_like(kernel)
-    for group in np.unique(groups):
-        own = groups == group
+    for group in range(len(sizes)):
+        own = group_of == group
         others = hat[own].copy()
         others[:, own] = 0
         answer[own] = np.linalg.solve(np.eye(own.sum()) - hat[np.ix_(own, own)], others)
-    return answer
+    return answer * roots.T / roots
 
 
 def domain_windows(shards: TokenShards, seq_len: int, most: int) -> DomainWindows | None:

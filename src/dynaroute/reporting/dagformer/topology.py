@@ -125,7 +125,9 @@ def domains(analyses: Analyses) -> str:
         f"{sizes}. Windows of one document are alike, so pairs of them do not count, a probe is tested on documents "
         "that it was not fitted on, and permutations exchange the sources of whole documents. Separation is the mean "
         "distance of windows of different sources less that of the same one. The probe is ridge regression on soft "
-        "gates; the same probe on the text vectors, from which the wirings are made, shows what there was to find.",
+        "gates, by its balanced accuracy: the mean over sources of the mean over their documents of the share of "
+        "windows told. The same probe on the text vectors, from which the wirings are made, shows what there was to "
+        "find.",
         table(
             ["ID", "test", "observed", "by chance", "permutation test"],
             [
@@ -151,7 +153,7 @@ def domain_sentence(name: str, found: Record) -> str:
     outcomes = []
     for test, words in ((separation, "differ more between sources than within"), (probe, "tell the source")):
         outcomes.append(f"{'' if test['p'] < SIGNIFICANT else 'are not shown to '}{words} ({p_value(test['p'])})")
-    accuracy = f"a linear probe is right for {probe['observed']:.1%} of windows, {probe['chance']:.1%} by chance"
+    accuracy = f"a linear probe's balanced accuracy is {probe['observed']:.1%}, {probe['chance']:.1%} by chance"
     return f"{name}'s wirings {' and '.join(outcomes)}: {accuracy}."
 
 
