@@ -4,7 +4,8 @@
 
 Reads   data/tokens/<dagformer.corpus>
 Writes  data/dagformer/base/             config.json, model.safetensors, the tokenizer
-        reports/dagformer/base.json      NLL with all gates at one and at zero, checks
+        reports/dagformer/base.json      NLL of validation windows with all gates at one and at zero, zero_minus_one
+            their paired difference (mean, low, high, n, verdict), checks
         reports/dagformer/base.csv       a row for each validation of the pretraining; empty for a loaded base
         reports/dagformer_measured/base.json
 
@@ -25,6 +26,7 @@ from dynaroute.dagformer.pretrained import load_tokenizer
 from dynaroute.dagformer.windows import Subset
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
+from dynaroute.evaluation.statistics import paired_difference, verdict
 from dynaroute.machine import describe_machine, peak_memory
 from dynaroute.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
@@ -142,7 +144,7 @@ def wiring_matters(settings: Settings, shards: TokenShards) -> dict[str, Any]:
     graph = DagForward(base)
     windows = Subset(Windows(shards, dagformer.seq_len, keep_tail=False), dagformer.validation_windows)
     nodes = graph.num_layers * graph.num_heads
-    sums = dict.fromkeys(("transformers", "one", "zero"), 0.0)
+    losses: dict[str, list[float]] = {"transformers": [], "one": [], "zero": []}  # of each window
     difference = 0.0
     for index in range(len(windows)):
         tokens, targets = (part.to(settings.device) for part in windows.batch([index]))
@@ -151,17 +153,19 @@ def wiring_matters(settings: Settings, shards: TokenShards) -> dict[str, Any]:
             logits[name] = graph(tokens, make(1, nodes, nodes, device=settings.device, dtype=base.dtype))
         difference = max(difference, float((logits["one"] - logits["transformers"]).abs().max()))
         for name, values in logits.items():
-            sums[name] += float(torch.nn.functional.cross_entropy(values.float()[0], targets[0]))
-    means = {name: value / len(windows) for name, value in sums.items()}
+            losses[name].append(float(torch.nn.functional.cross_entropy(values.float()[0], targets[0])))
+    means = {name: sum(values) / len(windows) for name, values in losses.items()}
+    rise = paired_difference(losses["zero"], losses["one"])
     tolerance = 1e-5 if base.dtype == torch.float32 else 1e-2
     return {
         "nll_all_gates_one": means["one"],
         "nll_all_gates_zero": means["zero"],
+        "zero_minus_one": {**rise._asdict(), "verdict": verdict(rise)},
         "n": len(windows),
         "largest_logit_difference_to_transformers": difference,
         "checks": {
             "all_gates_at_one_reproduce_the_base": abs(means["one"] - means["transformers"]) < tolerance,
-            "removing_all_head_connections_raises_nll": means["zero"] > means["one"],
+            "removing_all_head_connections_raises_nll": verdict(rise) == "worse",
         },
     }
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from repository import REPOSITORY
+from scipy.stats import ttest_rel
 from small_tokens import write_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, Olmo2ForCausalLM
 
 from dynaroute.config import ByteBPE, LoadedBase, load_settings
+from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.data.tokenizers import save_tokenizer
 from dynaroute.errors import DynarouteError
@@ -71,6 +73,31 @@ def test_a_local_base_is_saved_whole_with_its_tokenizer_and_measured(tree):
     assert abs(report["nll_all_gates_zero"] - report["nll_all_gates_one"]) > 1e-3
     assert report["checks"]["all_gates_at_one_reproduce_the_base"]
     assert report["parameters"] == sum(parameter.numel() for parameter in saved.parameters())
+
+    graph = DagForward(saved.float())
+    closed = torch.zeros(5, *(graph.num_layers * graph.num_heads,) * 2)
+    losses = [
+        F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1).numpy()
+        for logits in (graph(tokens, closed), saved(tokens).logits)
+    ]
+    rise, expected = report["zero_minus_one"], ttest_rel(*losses).confidence_interval(0.95)
+    assert rise["mean"] == pytest.approx(report["nll_all_gates_zero"] - report["nll_all_gates_one"])
+    assert (rise["low"], rise["high"], rise["n"]) == pytest.approx((*expected, 5), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rises", "verdict"),
+    [([3.0, -1.0, 2.0, -1.5, 0.5], "no difference shown"), ([3.0, 2.0, 2.5, 2.2, 2.8], "worse")],
+)
+def test_nll_is_raised_only_if_the_whole_interval_lies_above_zero(tree, monkeypatch, rises, verdict):
+    # Of each window: transformers, all gates at one, all gates at zero.
+    losses = iter([loss for rise in rises for loss in (4.0, 4.0, 4.0 + rise)])
+    monkeypatch.setattr(F, "cross_entropy", lambda *_: next(losses))
+    prepare(save_existing(tree / "published"))
+    report = json.loads(Path("reports/dagformer/base.json").read_text())
+    assert report["nll_all_gates_zero"] > report["nll_all_gates_one"] == 4.0
+    assert report["zero_minus_one"]["verdict"] == verdict
+    assert report["checks"]["removing_all_head_connections_raises_nll"] == (verdict == "worse")
 
 
 @pytest.mark.parametrize(
