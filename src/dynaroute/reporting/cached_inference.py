@@ -181,9 +181,10 @@ def _peers(peers: Record | None) -> str:
             f"{peers['experts']} experts of {size(peers['expert_bytes'])} with random weights, {peers['capacity']} of "
             f"them held, {count(peers['new_tokens'], 'token')} decoded at batch 1 by "
             f"{count(peers['threads'], 'thread')}; medians of {count(peers['repeats'], 'repetition')} in which all "
-            "take turns, and ratios to the resident model of the same repetition. Warm: all files were read before. "
-            "Cold: before every token the system is made to forget all pages that are not in use. Random weights do "
-            f"not route uniformly, so the hit rate stands beside each speed. Measured on: {machine}.",
+            "take turns, and ratios to the resident model of the same repetition. Warm: just after the "
+            "same decoding. Cold: before every token the system is made to forget all pages that are not in use. "
+            "Random weights do not route uniformly, so the hit rate stands beside each speed. Measured on: "
+            f"{machine}.",
             table(["", "page cache", "tokens/s", "relative to resident (range)", "hit rate"], rows),
             f"Mixtral is transformers' with equal expert bytes and experts mapped to disk (`device_map`). By its own "
             f"routing, LRU at the same capacity would hit {peers['mixtral_lru_hit_rate']:.3f}. Its resident form and "
