@@ -43,6 +43,7 @@ def write_base(root: Path, layers: int, heads: int) -> None:
     sizes = {"num_layers": layers, "num_heads": heads, "hidden_size": 32, "vocab_size": 320, "parameters": 60_123}
     base = {"run": "ba5e", "kind": "pretrain", **sizes, "validation_loss": 3.3131, "unigram_entropy": 6.1717, "n": 32}
     nll = {"nll_all_gates_one": 3.3232, "nll_all_gates_zero": 4.1234}
+    nll["zero_minus_one"] = {"mean": 0.8002, "low": 0.7001, "high": 0.9003, "n": 32, "verdict": "worse"}
     checks = {"removing_all_head_connections_raises_nll": True}
     write_json(root / "reports/dagformer/base.json", {**base, **nll, "checks": checks})
     timing = {"training_seconds": 123.0, "peak_memory_bytes": 600 * 2**20, "machine": MACHINE}

@@ -113,11 +113,29 @@ def test_the_base_is_that_of_its_file(key, shown):
     assert shown in section(report(), "S0")
 
 
-def test_the_rise_without_any_connection():
-    edit_json(BASE, lambda data: data.update(nll_all_gates_one=4.0, nll_all_gates_zero=5.0))
-    assert "matter to this base: without any, NLL is 5.0000 in place of 4.0000 (+1.0000, +25.0%)" in report()
-    edit_json(BASE, lambda data: data.update(nll_all_gates_zero=3.0))
-    assert "do not matter to this base: without any, NLL is 3.0000" in report()
+@pytest.mark.parametrize(
+    ("low", "high", "words", "verdict"),
+    [
+        (0.8, 1.2, "matter", "worse"),
+        (-0.1, 2.1, "are not shown to matter", "no difference shown"),
+        (-1.2, -0.8, "do harm", "better"),
+    ],
+)
+def test_the_rise_without_any_connection(low, high, words, verdict):
+    mean = (low + high) / 2
+
+    def change(data):
+        data.update(nll_all_gates_one=4.0, nll_all_gates_zero=4.0 + mean)
+        data["zero_minus_one"].update(mean=mean, low=low, high=high)
+
+    edit_json(BASE, change)
+    text = report()
+    sentence = (
+        f"{words} to this base: without any, NLL of validation windows is {4 + mean:.4f} in place of 4.0000 "
+        f"({mean / 4:+.1%}; {mean:+.4f} [{low:+.4f}, {high:+.4f}], n = 32: {verdict})."
+    )
+    assert sentence in section(text, "S0")
+    assert sentence in section(text, "At a glance")
 
 
 @pytest.mark.parametrize("protocol", ["window", "prefix"])

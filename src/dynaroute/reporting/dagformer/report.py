@@ -76,9 +76,9 @@ def introduction(results: Results) -> str:
         "How to reproduce: `make repro`, or `dvc repro report_dagformer`. On the same kind of CPU, the same settings "
         "and packages give the same bytes. Times and memory are on [a page of their own](dagformer_measured.md).\n\n"
         "Modes: **soft** gates lie between 0 and 1; **hard** gates are 0 or 1; the **baseline** has all gates at 1. "
-        f"Every difference is paired over the same {count(results.num_windows, 'window')} and comes with its 95 % "
-        "interval (Student's t). Verdicts are made by rule: better if the whole interval lies below 0, worse if it "
-        "lies above, else no difference shown."
+        f"Every difference is paired over the same windows, {results.num_windows:,} held-out ones unless another n is "
+        "given, and comes with its 95 % interval (Student's t). Verdicts are made by rule: better if the whole "
+        "interval lies below 0, worse if it lies above, else no difference shown."
     )
 
 

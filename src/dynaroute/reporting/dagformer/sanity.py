@@ -1,16 +1,18 @@
 """The sanity checks: S0, the dense baseline; S1, the start of training; S2, whether a gradient reaches the gates."""
 
+from dynaroute.evaluation.statistics import verdict
 from dynaroute.reporting.dagformer import findings
 from dynaroute.reporting.dagformer.findings import MOVED, WITHIN
 from dynaroute.reporting.dagformer.results import MODES, Results, Variant
 from dynaroute.reporting.dagformer.setup import base_name, health
+from dynaroute.reporting.dagformer.topology import to_interval
 from dynaroute.reporting.dagformer.wording import (
     budget,
     course,
+    difference,
     knobs,
     metrics,
     published_steps,
-    signed,
     steps,
     to_baseline,
 )
@@ -52,12 +54,12 @@ def dense_baseline(results: Results) -> str:
 def wiring_sentence(results: Results) -> str:
     """How much the connections that the predictor gates matter to the base."""
     base = results.base
-    rise = base["nll_all_gates_zero"] - base["nll_all_gates_one"]
-    words = "matter" if rise > 0 else "do not matter"
+    rise = to_interval(base["zero_minus_one"])
+    words = {"worse": "matter", "better": "do harm", "no difference shown": "are not shown to matter"}[verdict(rise)]
     return (
-        f"Connections between heads of different layers {words} to this base: without any, NLL is "
-        f"{base['nll_all_gates_zero']:.4f} in place of {base['nll_all_gates_one']:.4f} ({signed(rise)}, "
-        f"{rise / base['nll_all_gates_one']:+.1%})."
+        f"Connections between heads of different layers {words} to this base: without any, NLL of validation windows "
+        f"is {base['nll_all_gates_zero']:.4f} in place of {base['nll_all_gates_one']:.4f} "
+        f"({rise.mean / base['nll_all_gates_one']:+.1%}; {difference(rise)})."
     )
 
 
