@@ -31,7 +31,7 @@ def default(results: Results) -> str:
             figure("figures/dagformer_density_by_layer_pair.png", "Mean gate of P1 from layer to layer."),
             figure(
                 "figures/dagformer_gate_gradients.png",
-                "Norm of the loss's gradient at the gates A, and mean slope dA/dZ, by which it reaches their logits.",
+                "Norm of the gradient of a window's loss at its gates A, and mean slope dA/dZ before the cascade.",
             ),
             published("P1 and P2 were not started there."),
         ]
