@@ -131,9 +131,9 @@ def gradient_flow(results: Results, variant: Variant) -> str:
             f"mean_A or hard density changed by more than {MOVED:g}.",
             f"Training was {variant.training['verdict']}: {variant.training['verdict_reason']}.",
             metrics(variant),
-            "By step, on validation windows. Gradient is the norm of the gradient of a window's loss at its gates A (root "
-            "mean square over windows), and slope the mean dA/dZ by which it goes on to their logits Z; both are means "
-            "over the steps since the previous row.",
+            "By step, on validation windows. Gradient is the norm of the gradient of a window's loss at its gates A "
+            "(root mean square over windows), and slope the mean dA/dZ by which it goes on to their logits Z; both are "
+            "means over the steps since the previous row.",
             steps(variant, *columns),
             published(f"By step ({theirs['source']}):\n\n{published_steps(theirs['rows'])}"),
         ]
