@@ -4,7 +4,7 @@ A rule has an answer for each outcome. Whether a difference is one is `dynaroute
 """
 
 from dynaroute.evaluation.statistics import verdict
-from dynaroute.reporting.dagformer.results import MODES, Results, Variant
+from dynaroute.reporting.dagformer.results import MODES, Variant
 
 WITHIN = 0.01  # S1's criterion, as published: NLL within 1 % of the baseline
 MOVED = 0.01  # gates have left their initialisation if mean_A or hard density changed by more than this
@@ -29,8 +29,3 @@ def gates_moved(variant: Variant) -> bool:
     """Whether training took the gates away from where they started."""
     first, last = variant.curve.iloc[0], variant.curve.iloc[-1]
     return any(abs(last[key] - first[key]) > MOVED for key in ("validation_mean_A", "validation_density_hard"))
-
-
-def winners(results: Results, mode: str, protocol: str) -> list[Variant]:
-    """The variants that beat the baseline in a mode."""
-    return [one for one in results.variants.values() if mode in better_modes(one, protocol)]

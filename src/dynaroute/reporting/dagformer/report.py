@@ -5,11 +5,12 @@ the page of `measured.py`. Numbers of the reference appear in columns headed "pu
 with "Published", and nowhere else.
 """
 
-from dynaroute.reporting.dagformer import ablations, comparisons, findings, phase1, sanity, sensitivity, topology
+from dynaroute.evaluation.statistics import verdict
+from dynaroute.reporting.dagformer import ablations, comparisons, phase1, sanity, sensitivity, topology
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results
 from dynaroute.reporting.dagformer.setup import health_sentence, setup, variants
-from dynaroute.reporting.dagformer.wording import names
+from dynaroute.reporting.dagformer.wording import by_verdict
 from dynaroute.reporting.tables import count, figure, published, table
 
 
@@ -93,7 +94,7 @@ def at_a_glance(results: Results, analyses: Analyses) -> str:
         lines.append(f"S1 {sanity.identity_sentence(runs['S1'])}")
     if "S2" in runs:
         lines.append(f"S2: {sanity.flow_sentence(runs['S2'])}")
-    lines += [phase1.default_sentence(results.main), *winner_sentences(results)]
+    lines += [phase1.default_sentence(results.main), *baseline_sentences(results)]
     if "P2" in runs and runs["P2"].run["from"] in runs:
         lines.append(f"P2: {phase1.extended_sentence(runs['P2'], runs[runs['P2'].run['from']])}")
     lines.append(ablations.ablation_sentence(results))
@@ -117,17 +118,16 @@ def at_a_glance(results: Results, analyses: Analyses) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def winner_sentences(results: Results) -> list[str]:
-    """Which variants beat the baseline, for each mode and protocol."""
+def baseline_sentences(results: Results) -> list[str]:
+    """Which variants are better than the baseline, worse or neither, for each mode and protocol."""
     total = count(len(results.variants), "variant")
     lines = []
     for protocol in PROTOCOLS:
-        won = {mode: names(findings.winners(results, mode, protocol)) for mode in MODES}
-        if any(won.values()):
-            found = "; ".join(f"{mode} {members or 'none'}" for mode, members in won.items())
-            lines.append(f"Of {total}, better than the baseline by the {protocol} protocol: {found}.")
-        else:
-            lines.append(f"None of {total} is better than the baseline by the {protocol} protocol, soft or hard.")
+        for mode in MODES:
+            found = {name: one.to_baseline(mode, protocol) for name, one in results.variants.items()}
+            none = "" if any(verdict(one) == "better" for one in found.values()) else "better: none; "
+            words = f"{total} against the baseline in {mode} mode ({protocol} protocol)"
+            lines.append(f"{words}: {none}{by_verdict(found)}.")
     return lines
 
 

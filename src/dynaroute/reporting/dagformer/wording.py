@@ -1,7 +1,5 @@
 """Cells, sentences and tables that several sections of the report share."""
 
-from collections.abc import Iterable
-
 from dynaroute.evaluation.statistics import Interval, verdict
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant
 from dynaroute.reporting.inputs import Record
@@ -53,11 +51,6 @@ def budget(results: Results, variant: Variant) -> str:
     """Tokens and steps that a variant was trained for."""
     batch = f"{variant.knobs['batch_size']} x {results.setup['seq_len']}"
     return f"{variant.training['tokens']:,} ({count(variant.training['steps'], 'step')} of {batch})"
-
-
-def names(variants: Iterable[Variant]) -> str:
-    """Names in a sentence."""
-    return ", ".join(variant.name for variant in variants)
 
 
 def by_verdict(found: dict[str, Interval]) -> str:
