@@ -1,10 +1,10 @@
 """Phase 1: P1, the default configuration, and P2, which goes on from its end."""
 
-from dynaroute.evaluation.statistics import verdict
+from dynaroute.evaluation.statistics import Interval, verdict
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant
 from dynaroute.reporting.dagformer.setup import health
-from dynaroute.reporting.dagformer.wording import budget, interval, knobs, metrics, steps, to_baseline
-from dynaroute.reporting.tables import figure, published, table
+from dynaroute.reporting.dagformer.wording import budget, interval, knobs, metrics, numbers, steps, to_baseline
+from dynaroute.reporting.tables import count, figure, published, table
 
 COURSE = ("validation_density_hard", "validation_tau", "validation_lambda")
 
@@ -58,12 +58,22 @@ def extended(results: Results, variant: Variant) -> str:
 
 
 def extended_sentence(variant: Variant, start: Variant) -> str:
-    """Whether going on improved what it started from."""
-    better = [mode for mode in MODES if verdict(variant.minus(start, mode, "window")) == "better"]
-    outcome = f"improved {' and '.join(better)} NLL" if better else "improved NLL in neither mode"
+    """Whether going on improved what it started from, and at which learning rate it did."""
+    outcomes: dict[str, list[tuple[str, Interval]]] = {}  # by verdict
+    for mode in MODES:
+        found = variant.minus(start, mode, "window")
+        outcomes.setdefault(verdict(found), []).append((mode, found))
+    outcome = "; ".join(
+        f"{words} in {' and '.join(mode for mode, _ in members)} mode: "
+        + ", ".join(numbers(found) for _, found in members)
+        for words, members in outcomes.items()
+    )
+    lr, warm_up = variant.knobs["lr"], variant.knobs["warmup_steps"]
+    begins = f"rises to {lr:g} over {count(warm_up, 'step')}" if warm_up else f"begins at {lr:g}, without warm-up"
     return (
-        f"Going on from {start.name}, at its final temperature and lambda, {outcome} (window protocol; rule: the whole "
-        "95 % interval of the paired difference lies below 0)."
+        f"Going on from {start.name}, at its final temperature and lambda, NLL against that of {start.name} (window "
+        f"protocol): {outcome}. The learning-rate schedule starts anew at its full rate: it {begins}, where "
+        f"{start.name}'s was to end at {start.knobs['min_lr']:g}."
     )
 
 
