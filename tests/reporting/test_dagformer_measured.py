@@ -66,7 +66,7 @@ def test_a_benchmark_that_was_not_run_is_said_to():
     assert "Not measured" in measured()
 
 
-def write_benchmark() -> None:
+def write_benchmark(dtype: str = "float32", by_flops: float = 1.04, by_bytes: float = 1.076) -> None:
     def timing(ratio: float) -> dict:
         return {"milliseconds": 123 * ratio, "ratio_to_dense": ratio, "ratio_to_dense_quartiles": [ratio - 0.01, 9.87]}
 
@@ -77,11 +77,11 @@ def write_benchmark() -> None:
     result = {
         "size": {"L": 8, "H": 4, "D": 512, "B": 1, "T": 1256},
         "candidates": {"dense": candidate(1.0), "ours": candidate(1.11), "reference": candidate(3.21)},
-        "bounds": {"flop_bound": 1.04, "squares_byte_bound": 1.076},
+        "bounds": {"flop_bound": by_flops, "squares_byte_bound": by_bytes},
         "fraction_of_byte_bound": 0.654,
         "largest_difference_to_reference": 2.5e-6,
     }
-    write_json(BENCHMARK, {"dtype": "float32", "rounds": 9, "results": [result], "machine": {"processor": "Bench 1"}})
+    write_json(BENCHMARK, {"dtype": dtype, "rounds": 9, "results": [result], "machine": {"processor": "Bench 1"}})
 
 
 def test_a_benchmark_that_was_run_is_shown_with_its_machine_and_bounds():
@@ -90,7 +90,18 @@ def test_a_benchmark_that_was_run_is_shown_with_its_machine_and_bounds():
     assert "processor Bench 1." in text
     assert "**8 layers, 4 heads, width 512, batch 1, 1,256 tokens**" in text
     assert "| ours | 198 ms | 1.61 (1.60–9.87) | 137 ms | 1.11 (1.10–9.87) | 345.60 MiB |" in text
-    assert "by FLOPs 1.04, by bytes 1.08; ours reaches 65% of the byte bound" in text
+    assert "by FLOPs 1.040, by bytes 1.076. The larger one is the floor: 1.076; ours is at 1.110." in text
+    assert "65%" not in text
+    write_benchmark(by_flops=1.09)
+    assert "by FLOPs 1.090, by bytes 1.076. The larger one is the floor: 1.090; ours is at 1.110." in measured()
+
+
+@pytest.mark.parametrize(("dtype", "device", "other"), [("float32", "CPU", "GPU"), ("bfloat16", "GPU", "CPU")])
+def test_a_benchmark_says_on_which_device_it_was_run_and_where_it_was_not(dtype, device, other):
+    write_benchmark(dtype)
+    text = measured()
+    assert f"Measured on a {device}: processor Bench 1. {other} sizes: not measured." in text
+    assert f"{device} sizes: not measured" not in text
 
 
 def test_measurements_do_not_change_the_report():

@@ -100,13 +100,15 @@ def _benchmark(benchmark: Record | None) -> str:
     if benchmark is None:
         return f"Not measured: `make benchmarks` does it, and writes `{BENCHMARK}`."
     machine = ", ".join(f"{key} {value}" for key, value in benchmark["machine"].items())
+    # benchmark_dag computes in bfloat16 on CUDA and nowhere else, at sizes of its own.
+    device, other = ("a GPU", "CPU") if benchmark["dtype"] == "bfloat16" else ("a CPU", "GPU")
     introduction = (
         "Outcome of `benchmark_dag`, which the default pipeline does not run, as it stands in "
         f"`{BENCHMARK}`. Dense is transformers' own forward, with backward to its embeddings; ours and the reference "
         "formulation, which concatenates all earlier head outputs at every layer, go backward to the adjacency. Random "
         f"weights, {benchmark['dtype']}; candidates take turns, and a ratio is the median over {benchmark['rounds']} "
-        "rounds of the time to that of dense in the same round, with quartiles. Measured on: "
-        f"{machine}."
+        "rounds of the time to that of dense in the same round, with quartiles. Measured on "
+        f"{device}: {machine}. {other} sizes: not measured."
     )
     return "\n\n".join([introduction, *(_benchmark_of_size(result) for result in benchmark["results"])])
 
@@ -122,11 +124,13 @@ def _benchmark_of_size(result: Record) -> str:
     ]
     header = ["", "forward", "ratio to dense", "forward + backward", "ratio to dense", "peak memory above weights"]
     sizes, bounds = result["size"], result["bounds"]
+    by_flops, by_bytes = bounds["flop_bound"], bounds["squares_byte_bound"]
+    ours = result["candidates"]["ours"]["forward_backward"]["ratio_to_dense"]
     shape = f"{sizes['L']} layers, {sizes['H']} heads, width {sizes['D']:,}, batch {sizes['B']}, {sizes['T']:,} tokens"
     return (
         f"**{shape}**\n\n{table(header, rows)}\n\n"
-        f"Bounds on the ratio of forward and backward: by FLOPs {bounds['flop_bound']:.2f}, by bytes "
-        f"{bounds['squares_byte_bound']:.2f}; ours reaches {result['fraction_of_byte_bound']:.0%} of the byte bound. "
+        f"Bounds on the ratio of forward and backward: by FLOPs {by_flops:.3f}, by bytes {by_bytes:.3f}. The larger one is "
+        f"the floor: {max(by_flops, by_bytes):.3f}; ours is at {ours:.3f}. "
         f"Largest difference of its logits to the reference: {result['largest_difference_to_reference']:.1e}."
     )
 
