@@ -129,8 +129,8 @@ def _benchmark_of_size(result: Record) -> str:
     shape = f"{sizes['L']} layers, {sizes['H']} heads, width {sizes['D']:,}, batch {sizes['B']}, {sizes['T']:,} tokens"
     return (
         f"**{shape}**\n\n{table(header, rows)}\n\n"
-        f"Bounds on the ratio of forward and backward: by FLOPs {by_flops:.3f}, by bytes {by_bytes:.3f}. The larger one is "
-        f"the floor: {max(by_flops, by_bytes):.3f}; ours is at {ours:.3f}. "
+        f"Bounds on the ratio of forward and backward: by FLOPs {by_flops:.3f}, by bytes {by_bytes:.3f}. The larger "
+        f"one is the floor: {max(by_flops, by_bytes):.3f}; ours is at {ours:.3f}. "
         f"Largest difference of its logits to the reference: {result['largest_difference_to_reference']:.1e}."
     )
 
