@@ -373,7 +373,7 @@ class DAGFormer(Section):
     corpus: str
     seq_len: Annotated[int, Field(ge=2)]  # tokens of a window
     train_windows: Positive | None  # evenly spaced over the training split; null: all
-    validation_windows: Positive  # scored during training
+    validation_windows: TwoOrMore  # scored during training; an interval needs two
     eval_windows: Positive  # of the test split, scored once
     prefix_tokens: Positive  # what the encoder reads of a window in the prefix protocol; NLL counts the rest
     base: chosen_by_kind(PretrainedBase | LoadedBase)
