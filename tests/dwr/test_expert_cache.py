@@ -1,5 +1,6 @@
 """The expert cache: that it hands out the right weights whatever its threads do, and what it keeps in memory."""
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -32,6 +33,13 @@ def stores(tmp_path_factory, model):
 @pytest.fixture
 def store(stores):
     return stores["fp32"]
+
+
+@pytest.fixture
+def open_cache():
+    """Makes caches whose threads, and the experts that these may still read, are gone when the next test begins."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *arguments, **options: stack.enter_context(ExpertCache(*arguments, **options))
 
 
 class Says:
@@ -89,16 +97,16 @@ def test_weights_are_the_stores_in_any_sequence_of_calls_and_prefetches(stores, 
         assert found.hits + found.misses == found.requests == sum(len(needed) for _, needed, _, _ in calls)
 
 
-def test_experts_in_the_cache_come_first(store):
-    cache = ExpertCache(store, 2)
+def test_experts_in_the_cache_come_first(store, open_cache):
+    cache = open_cache(store, 2)
     fetched(cache, 0, [3, 4])
     cache.take_statistics()
     assert fetched(cache, 0, [0, 1, 3, 4]) == [3, 4, 0, 1]
     assert cache.statistics == CacheStatistics(requests=4, hits=2, misses=2, evictions=2)
 
 
-def test_a_cache_for_one_expert_maps_one_at_a_time(store):
-    cache = ExpertCache(store, 1)
+def test_a_cache_for_one_expert_maps_one_at_a_time(store, open_cache):
+    cache = open_cache(store, 1)
     for expert, weights in cache.fetch(0, [0, 1, 2]):
         assert mapped_files(store.path) == {expert_file(0, expert)}
         assert weights.w1.isfinite().all()
@@ -106,8 +114,8 @@ def test_a_cache_for_one_expert_maps_one_at_a_time(store):
     assert mapped_files(store.path) == {expert_file(0, 2)}
 
 
-def test_an_evicted_expert_is_unmapped_when_its_last_user_lets_go(store):
-    cache = ExpertCache(store, 1)
+def test_an_evicted_expert_is_unmapped_when_its_last_user_lets_go(store, open_cache):
+    cache = open_cache(store, 1)
     ((_, weights),) = cache.fetch(0, [0])
     before = weights.w1.clone()
     fetched(cache, 0, [1])
@@ -115,12 +123,12 @@ def test_an_evicted_expert_is_unmapped_when_its_last_user_lets_go(store):
     assert torch.equal(weights.w1, before)
     del weights
     assert mapped_files(store.path) == {expert_file(0, 1)}
-    del cache
+    cache.close()
     assert mapped_files(store.path) == set()
 
 
-def test_what_is_decoded_leaves_nothing_mapped(stores):
-    cache = ExpertCache(stores["int8"], 2)
+def test_what_is_decoded_leaves_nothing_mapped(stores, open_cache):
+    cache = open_cache(stores["int8"], 2)
     fetched(cache, 0, [0, 1, 2])
     assert mapped_files(stores["int8"].path) == set()
 
@@ -234,8 +242,8 @@ def test_an_expert_that_cannot_be_read_is_named_and_the_cache_goes_on(tmp_path):
         assert len(cache) == 2
 
 
-def test_statistics_start_again_when_taken(store):
-    cache = ExpertCache(store, 4)
+def test_statistics_start_again_when_taken(store, open_cache):
+    cache = open_cache(store, 4)
     fetched(cache, 0, [0, 1])
     fetched(cache, 0, [0])
     assert cache.take_statistics() == CacheStatistics(requests=3, hits=1, misses=2)

@@ -91,9 +91,10 @@ class ExpertCache:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads: what they are reading is read to its end, nothing else is begun."""
+        """Ends the threads and lets go of the experts. What is being read is read to its end, nothing else is begun."""
         for pool in (self._prefetchers, self._readers):
             pool.shutdown(cancel_futures=True)
+        self._slots.clear()
 
     def __len__(self) -> int:
         """The number of experts held."""
