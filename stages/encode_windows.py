@@ -8,17 +8,21 @@ The encoder is frozen, so a text's vector never changes. For the prefix protocol
 Reads   data/tokens/<dagformer.corpus>; data/dagformer/base where dagformer.encoder.kind is base
 Writes  data/dagformer/embeddings/   train.npy, validation.npy, test.npy, validation_prefix.npy, test_prefix.npy
                                      (float32 [windows, E]), metadata.json
+
+A run that was stopped goes on from where it was, in .scratch/encode_windows/.
 """
 
 from pathlib import Path
 
 import torch
 
-from dynaroute.config import Settings
+from dynaroute.artifacts import sha256
+from dynaroute.config import BaseEncoder, Settings
 from dynaroute.dagformer.encoders import load_encoder, write_embeddings
 from dynaroute.dagformer.windows import KEYS, Subset
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.stage import run
+from dynaroute.training.scratch import exclusive, run_id, scratch_folder
 
 DATA = Path("data/dagformer")
 
@@ -34,7 +38,16 @@ def main(settings: Settings) -> None:
         for split, own in shards.items()
     }
     encoder = load_encoder(dagformer.encoder, DATA / "base", shards["train"].tokenizer(), settings.device)
-    write_embeddings(encoder, dagformer.encoder, windows, dagformer.prefix_tokens, DATA / "embeddings")
+    identity = {
+        "dagformer": dagformer.model_dump(),
+        "device": settings.device,
+        "num_threads": settings.num_threads,
+        "tokens": sha256(tokens / "metadata.json"),
+        "base": sha256(DATA / "base" / "model.safetensors") if isinstance(dagformer.encoder, BaseEncoder) else None,
+    }
+    scratch = scratch_folder("encode_windows", run_id(identity))
+    with exclusive(scratch):
+        write_embeddings(encoder, dagformer.encoder, windows, dagformer.prefix_tokens, DATA / "embeddings", scratch)
 
 
 if __name__ == "__main__":
