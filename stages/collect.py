@@ -2,20 +2,27 @@
 
     python stages/collect.py docs
 
+Of a corpus of kind dolma_stream, which is read when it is tokenized, it lists the addresses instead.
+
 Reads   params.yaml (corpora.NAME.source, corpora.NAME.split), data/raw/NAME.source.json (by DVC alone)
-Writes  data/raw/NAME/{train,validation,test}.jsonl, metadata.json
+Writes  data/raw/NAME/{train,validation,test}.jsonl, metadata.json; or metadata.json alone, with the addresses
 """
 
 from pathlib import Path
 
-from dynaroute.config import Settings
+from dynaroute.config import DolmaStream, Settings
 from dynaroute.data.collection import collect
+from dynaroute.data.streaming import list_addresses
 from dynaroute.stage import run
 
 
 def main(settings: Settings, name: str) -> None:
-    """Writes the splits and prints their sizes."""
-    metadata = collect(name, settings.corpus(name), Path("data/raw") / name)
+    """Writes the splits and prints their sizes, or lists what is to be read."""
+    corpus, folder = settings.corpus(name), Path("data/raw") / name
+    if isinstance(corpus.source, DolmaStream):
+        print(f"{name}: {len(list_addresses(name, corpus, folder)['addresses']):,} files to read")
+        return
+    metadata = collect(name, corpus, folder)
     for split, size in metadata["splits"].items():
         print(f"{name} {split}: {size['documents']:,} documents, {size['characters']:,} characters")
 

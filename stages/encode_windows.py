@@ -8,17 +8,21 @@ The encoder is frozen, so a text's vector never changes. For the prefix protocol
 Reads   data/tokens/<dagformer.corpus>; data/dagformer/base where dagformer.encoder.kind is base
 Writes  data/dagformer/embeddings/   training/train.npy, validation.npy; evaluation/test.npy, test_prefix.npy
                                      (float32 [windows, E]); metadata.json beside them
+
+A run that was stopped goes on from where it was, in .scratch/encode_windows/.
 """
 
 from pathlib import Path
 
 import torch
 
-from dynaroute.config import Settings
+from dynaroute.artifacts import sha256
+from dynaroute.config import BaseEncoder, Settings
 from dynaroute.dagformer.encoders import load_encoder, write_embeddings
 from dynaroute.dagformer.windows import KEYS, Subset
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.stage import run
+from dynaroute.training.scratch import exclusive, run_id, scratch_folder
 
 DATA = Path("data/dagformer")
 
@@ -35,9 +39,24 @@ def main(settings: Settings) -> None:
     }
     encoder = load_encoder(dagformer.encoder, DATA / "base", shards["train"].tokenizer(), settings.device)
     # Apart, so that other windows to evaluate on do not retrain anything.
-    held_out = {"test": windows.pop("test")}
-    write_embeddings(encoder, dagformer.encoder, windows, None, DATA / "embeddings/training")
-    write_embeddings(encoder, dagformer.encoder, held_out, dagformer.prefix_tokens, DATA / "embeddings/evaluation")
+    folders = {
+        "training": ({split: windows[split] for split in ("train", "validation")}, None),
+        "evaluation": ({"test": windows["test"]}, dagformer.prefix_tokens),
+    }
+    for name, (own, prefix_tokens) in folders.items():
+        identity = {
+            "windows": {split: len(part) for split, part in own.items()},
+            "seq_len": dagformer.seq_len,
+            "prefix_tokens": prefix_tokens,
+            "encoder": dagformer.encoder.model_dump(),
+            "device": settings.device,
+            "num_threads": settings.num_threads,
+            "tokens": sha256(tokens / "metadata.json"),
+            "base": sha256(DATA / "base" / "model.safetensors") if isinstance(dagformer.encoder, BaseEncoder) else None,
+        }
+        scratch = scratch_folder("encode_windows", run_id(identity))
+        with exclusive(scratch):
+            write_embeddings(encoder, dagformer.encoder, own, prefix_tokens, DATA / "embeddings" / name, scratch)
 
 
 if __name__ == "__main__":

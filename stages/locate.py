@@ -4,21 +4,28 @@
 
 It runs on every `dvc repro` in a fraction of a second, and `collect` runs again when what it records has changed.
 
-Reads   params.yaml (corpora.NAME.source)
+Reads   params.yaml (corpora.NAME; dagformer.base and dagformer.encoder where dagformer.corpus is NAME)
 Writes  data/raw/NAME.source.json
 """
 
 from pathlib import Path
 
 from dynaroute.artifacts import write_json
-from dynaroute.config import Settings
+from dynaroute.config import Hosted, Settings
 from dynaroute.data.corpora import locate
 from dynaroute.stage import run
 
 
 def main(settings: Settings, name: str) -> None:
-    """Writes the state of the corpus's source."""
-    write_json(Path("data/raw") / f"{name}.source.json", locate(settings.corpus(name).source))
+    """Writes the state of the corpus's source, unless what is on the hub has no revision."""
+    corpus = settings.corpus(name)
+    used = {f"corpora.{name}.source": corpus.source, f"corpora.{name}.tokenizer": corpus.tokenizer}
+    if name == settings.dagformer.corpus:  # now, and not after days of downloads
+        used |= {"dagformer.base": settings.dagformer.base, "dagformer.encoder": settings.dagformer.encoder}
+    for key, section in used.items():
+        if isinstance(section, Hosted):
+            section.refuse_unpinned(key)
+    write_json(Path("data/raw") / f"{name}.source.json", locate(corpus.source))
 
 
 if __name__ == "__main__":

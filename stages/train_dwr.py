@@ -53,7 +53,7 @@ def main(settings: Settings) -> None:
         "tokens": sha256(tokens / "metadata.json"),
     }
     accelerator = make_accelerator(settings.device, dwr.training.precision)
-    identity["num_processes"] = accelerator.num_processes  # dropout is drawn by process
+    identity["num_processes"] = accelerator.num_processes  # floats are added in another order
     identifier = run_id(identity)
     torch.manual_seed(settings.seed)
     model = DWRTransformer(config)

@@ -3,12 +3,17 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 from repository import SHARED_DATA
 
 # The models here are tiny: more threads only wait for one another, which on a busy machine takes ten times as long.
 # Set before torch is imported, and inherited by every process that a test starts. Stages set `num_threads` themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No time limit: on a busy machine any test may take long.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture

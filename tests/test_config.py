@@ -11,6 +11,7 @@ from dynaroute.errors import DynarouteError
 
 DEFAULT = REPOSITORY / "params.yaml"
 PAPER = REPOSITORY / "params.paper.yaml"
+STREAM = {"kind": "dolma_stream", "path": "somebody/texts", "revision": "abc", "addresses": "urls/v1.txt"}
 
 
 def load_with(tmp_path, changes):
@@ -114,6 +115,20 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"variants.A5.steps": 1, "warmup_steps": 2}, "variants.A5.warmup_steps = 2: must be at most steps = 1"),
         ({"variants.A5.from": []}, "variants.A5.from = []: must be one of base, A1"),
         ({"corpora.docs.split": "official"}, "corpora.docs.split = 'official': installed_docs has no official splits"),
+        ({"corpora.docs.split": {"skip": 3, "test": 1}}, "corpora.docs.split.validation is missing"),
+        (
+            {"corpora.docs.split": {"skip": -1, "validation": 1, "test": 1}},
+            "split.skip = -1: input should",
+        ),
+        (
+            {"corpora.docs.split": {"skip": 1, "validation": 0.1, "test": 1}},
+            "split.validation = 0.1: input",
+        ),
+        (
+            {"corpora.docs.source": {**STREAM, "files": 3}},
+            "corpora.docs.tokenizer.kind = 'bpe': must be gpt2 or hub with dolma_stream",
+        ),
+        ({"corpora.docs.source": {**STREAM, "files": 0}}, "corpora.docs.source.files = 0: input should be greater"),
         ({"corpora.docs.split.test": 0.97}, "corpora.docs.split.test = 0.97: validation + test must be below 1"),
         ({"tau_final": 0.0}, "tau_final = 0.0: input should be greater than 0"),
         ({"variants.A5.tau_init": -1.0}, "variants.A5.tau_init = -1.0: input should be greater than 0"),

@@ -190,6 +190,60 @@ def test_a_knob_retrains_the_variants_that_inherit_it_and_a_new_variant_trains_a
     assert ran(workspace.run("dvc", "repro").stdout) == collected | {"train_dagformer@A8", "evaluate_nll@A8"}
 
 
+def test_a_slurm_job_is_requeued_at_its_time_limit_and_ends_as_one_without_a_limit(finished, tmp_path):
+    longer = {"dwr.training": {**TINY["dwr.training"], "epochs": 0.4}}
+    undisturbed, limited = (finished.copy(tmp_path / name) for name in ("undisturbed", "limited"))
+    for workspace in (undisturbed, limited):
+        workspace.set_params(longer)
+    undisturbed.run("dvc", "repro", "train_dwr")
+    requeued = tmp_path / "requeued"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {requeued}\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    limited.environment["PATH"] = f"{tmp_path / 'bin'}:{limited.environment['PATH']}"
+    limited.environment["SLURM_JOB_ID"] = "17"
+    # Left by a process that is gone: its number, which is another one's by now, must not be sent a signal.
+    stale = limited.root / ".scratch/train_dwr/other/lock"
+    stale.parent.mkdir(parents=True)
+    bystander = subprocess.Popen(["sleep", "600"])
+    stale.write_text(str(bystander.pid))
+    job = limited.start("bash", "slurm/repro.sbatch", "train_dwr")
+    limited.wait_for_checkpoint(3)
+    job.send_signal(signal.SIGUSR1)  # as `--signal=B:USR1@900` does: to the batch script alone
+    assert job.wait(timeout=60) == 0
+    assert requeued.read_text() == "requeue 17\n"
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+    assert not (limited.root / "data/dwr/train").exists()
+    limited.run("bash", "slurm/repro.sbatch", "train_dwr")  # what Slurm does next
+    assert requeued.read_text() == "requeue 17\n"
+    one, other = undisturbed.lock()["train_dwr"]["outs"], limited.lock()["train_dwr"]["outs"]
+    assert [o for o in one if "timing" not in o["path"]] == [o for o in other if "timing" not in o["path"]]
+
+
+def test_a_clone_pulls_the_results_that_were_pushed(finished, tmp_path):
+    workspace = finished.copy(tmp_path / "workspace")
+    workspace.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "remote"))
+    workspace.commit("remote")
+    workspace.run("dvc", "push")
+    workspace.run("git", "clone", "-q", str(workspace.root), str(tmp_path / "clone"))
+    clone = Workspace(tmp_path / "clone")
+    assert not (clone.root / "data").exists()
+    clone.run("dvc", "pull")
+    stored = [out["path"] for stage in clone.lock().values() for out in stage.get("outs", [])]
+    assert "data/dwr/expert_store" in stored
+    for path in stored:
+        one, other = (folder / path for folder in (workspace.root, clone.root))
+        if path.endswith(".source.json"):
+            continue  # not stored: it is looked up on every run
+        files = sorted(one.rglob("*")) if one.is_dir() else [one]
+        for file in files:
+            if file.is_file():
+                assert (other / file.relative_to(one)).read_bytes() == file.read_bytes(), file
+    assert ran(clone.run("dvc", "repro").stdout) == {"locate@docs"}
+
+
 def ran(output: str) -> set[str]:
     """The stages that DVC says it ran."""
     return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running")}

@@ -47,14 +47,28 @@ def output_directory(path: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            _flush(file)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
-        _flush(path.parent)
+        _take_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_directory(folder: str | Path, path: str | Path) -> None:
+    """Moves a finished folder to `path`, whose old content goes; it may lie on another file system."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.move(folder, temporary)
+    _take_place(temporary, path)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    for file in temporary.rglob("*"):
+        _flush(file)
+    if path.exists():
+        shutil.rmtree(path)
+    temporary.replace(path)
+    _flush(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:

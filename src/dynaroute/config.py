@@ -85,6 +85,19 @@ class Hosted(Section):
             raise invalid("revision", self.revision, f"must be null, since path = {self.path!r} is a local directory")
         return self
 
+    def refuse_unpinned(self, key: str) -> None:
+        """Raises DynarouteError if this is on the hub at no given revision; `key` is what the line begins with."""
+        if self.revision is None and not Path(self.path).is_dir():
+            kind = "datasets/" if isinstance(self, HostedData) else ""
+            raise DynarouteError(
+                f"{key}.revision = None: {self.path!r} is no folder here, and of the hub a commit must be named: "
+                f"`git ls-remote https://huggingface.co/{kind}{self.path} HEAD` prints the newest"
+            )
+
+
+class HostedData(Hosted):
+    """A dataset among what is hosted; the rest are models and their tokenizers."""
+
 
 # --- corpora -----------------------------------------------------------------------------------------------------
 
@@ -96,7 +109,7 @@ class InstalledDocs(Section):
     packages: Annotated[list[str], Field(min_length=1)]  # importable names; "python" is the standard library
 
 
-class Hub(Hosted):
+class Hub(HostedData):
     """A text dataset that `datasets.load_dataset` finds: a hub id or a local directory."""
 
     kind: Literal["hub"]
@@ -115,6 +128,17 @@ class Dolma(Section):
     paths: Annotated[list[str], Field(min_length=1)]
 
 
+class DolmaStream(HostedData):
+    """Files in Dolma's format at the addresses that Dolma publishes: downloaded, tokenized and not kept.
+
+    The list of addresses is a file of the dataset: Dolma's are `urls/<version>.txt`.
+    """
+
+    kind: Literal["dolma_stream"]
+    addresses: Annotated[str, Field(min_length=1)]  # the list, an address a line, from the dataset's root
+    files: Positive | None  # how many of the list, from its start; null: all
+
+
 class Files(Section):
     """Local UTF-8 text files found by glob patterns, a document each; `source` is the name of its folder.
 
@@ -126,7 +150,7 @@ class Files(Section):
     paths: Annotated[list[str], Field(min_length=1)]
 
 
-Source = chosen_by_kind(InstalledDocs | Hub | Dolma | Files)
+Source = chosen_by_kind(InstalledDocs | Hub | Dolma | DolmaStream | Files)
 
 
 class Split(Section):
@@ -142,17 +166,37 @@ class Split(Section):
         return self
 
 
-# official: the train, validation and test splits of a hub dataset. Told apart by type, so that a mistake in the
-# shares is reported as such.
+class Region(Section):
+    """Documents held out by their place in the corpus: `skip` for training, then these, then the rest for training.
+
+    They are the same ones however many documents follow, so that a longer corpus never trains on what
+    a shorter one held out.
+    """
+
+    skip: Annotated[int, Field(ge=0)]  # documents before the region
+    validation: Annotated[int, Field(ge=0)]  # documents
+    test: Annotated[int, Field(ge=0)]  # documents, after those for validation
+
+
+# official: the train, validation and test splits of a hub dataset. Told apart by type and key, so that a mistake in
+# the shares is reported as such.
 def _official_or_a_mapping(data: Any) -> Any:
-    if data != "official" and not isinstance(data, dict | Split):
+    if data != "official" and not isinstance(data, dict | Split | Region):
         raise PydanticCustomError("not_a_split", "must be official, or a mapping with the keys validation, test")
     return data
 
 
-OfficialOrShares = Annotated[
-    Annotated[Literal["official"], Tag("official")] | Annotated[Split, Tag("shares")],
-    Discriminator(lambda value: "official" if isinstance(value, str) else "shares"),
+def _kind_of_split(value: Any) -> str:
+    if isinstance(value, str):
+        return "official"
+    return "region" if isinstance(value, Region) or (isinstance(value, dict) and "skip" in value) else "shares"
+
+
+HeldOut = Annotated[
+    Annotated[Literal["official"], Tag("official")]
+    | Annotated[Split, Tag("shares")]
+    | Annotated[Region, Tag("region")],
+    Discriminator(_kind_of_split),
     BeforeValidator(_official_or_a_mapping),
 ]
 
@@ -183,13 +227,16 @@ class Corpus(Section):
     """One named corpus: where it comes from, how it is split, how it is tokenized."""
 
     source: Source
-    split: OfficialOrShares
+    split: HeldOut
     tokenizer: Tokenizer
 
     @model_validator(mode="after")
     def _official_splits_need_a_hub(self) -> Self:
         if self.split == "official" and self.source.kind != "hub":
             raise invalid("split", self.split, f"{self.source.kind} has no official splits: give the shares held out")
+        if self.source.kind == "dolma_stream" and self.tokenizer.kind == "bpe":
+            allowed = "must be gpt2 or hub with dolma_stream: a BPE is trained on text at hand"
+            raise invalid("tokenizer.kind", self.tokenizer.kind, allowed)
         return self
 
 

@@ -73,6 +73,13 @@ def windows(tokens: Path) -> dict[str, Subset]:
     return {split: Subset(own, numbers[split]) for split, own in splits.items()}
 
 
+def write(encoder, settings, windows: dict[str, Subset], directory: Path) -> None:
+    """`write_embeddings` with a scratch folder beside the result."""
+    scratch = directory.parent / "scratch"
+    scratch.mkdir(exist_ok=True)
+    write_embeddings(encoder, settings, windows, PREFIX, directory, scratch)
+
+
 def hub(path: Path) -> HubEncoder:
     return HubEncoder(kind="hub", path=str(path), revision=None)
 
@@ -141,7 +148,7 @@ def test_padding_never_counts_whichever_side_a_tokenizer_puts_it(source, tokens,
 def test_a_text_encoder_reads_the_text_of_the_window_with_its_own_tokenizer(text_encoder, tokens):
     encoder, corpus = load_hub(text_encoder, tokens), load_tokenizer(tokens / "tokenizer")
     text = TEXTS[0]
-    (ids,) = corpus.encode_batch([text])
+    ids = corpus.encode_batch([text])[0].tolist()
     assert len(ids) != len(encoder.tokenizer(text)["input_ids"])
     assert torch.equal(encoder.encode(torch.tensor([ids])), encoder.encode_texts([text]))
     assert encoder.embedding_size == WIDTH
@@ -267,7 +274,7 @@ def test_written_embeddings_are_those_of_the_windows_and_their_prefixes(
 ):
     settings = BASE if kind == "base" else hub(text_encoder)
     encoder = load_encoder(settings, base, load_tokenizer(tokens / "tokenizer"), "cpu")
-    write_embeddings(encoder, settings, windows, PREFIX, tmp_path / "embeddings")
+    write(encoder, settings, windows, tmp_path / "embeddings")
     found = load_embeddings(tmp_path / "embeddings")
     assert set(found) == {"train", "validation", "test", "train_prefix", "validation_prefix", "test_prefix"}
     for name, vectors in found.items():
@@ -291,18 +298,18 @@ def test_the_encoder_reads_nothing_of_a_window_beyond_its_prefix(base, windows, 
     encoder, seen = load_encoder(BASE, base, None, "cpu"), []
     encode = encoder.encode
     encoder.encode = lambda tokens: seen.append(tuple(tokens.shape)) or encode(tokens)
-    write_embeddings(encoder, BASE, windows, PREFIX, tmp_path / "embeddings")
+    write(encoder, BASE, windows, tmp_path / "embeddings")
     assert seen == [(7, SEQ_LEN), (2, SEQ_LEN), (5, SEQ_LEN), (7, PREFIX), (2, PREFIX), (5, PREFIX)]
 
 
 def test_two_runs_write_the_same_bytes_and_small_batches_the_same_vectors(base, windows, tmp_path, monkeypatch):
     for name in ("one", "two"):
         encoder = load_encoder(BASE, base, None, "cpu")
-        write_embeddings(encoder, BASE, windows, PREFIX, tmp_path / name)
+        write(encoder, BASE, windows, tmp_path / name)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
     monkeypatch.setattr(encoders, "BATCH_TOKENS", 2 * SEQ_LEN)
-    write_embeddings(encoder, BASE, windows, PREFIX, tmp_path / "small")
+    write(encoder, BASE, windows, tmp_path / "small")
     one, small = load_embeddings(tmp_path / "one"), load_embeddings(tmp_path / "small")
     for name in one:
         np.testing.assert_allclose(small[name], one[name], rtol=1e-4, atol=1e-5)
@@ -312,13 +319,43 @@ def test_numbers_that_are_not_finite_stop_the_stage_and_leave_nothing(base, wind
     encoder = load_encoder(BASE, base, None, "cpu")
     encoder.model.norm.weight.fill_(torch.inf)
     with pytest.raises(DynarouteError, match="not finite for windows 0 to 6"):
-        write_embeddings(encoder, BASE, windows, PREFIX, tmp_path / "embeddings")
-    assert list(tmp_path.iterdir()) == []
+        write(encoder, BASE, windows, tmp_path / "embeddings")
+    assert not (tmp_path / "embeddings").exists()
+
+
+@pytest.mark.parametrize("crash_at", [0, 1, 2, 3, 5, 7, 8, 9])
+def test_a_run_that_died_anywhere_ends_as_one_that_did_not_and_does_little_twice(
+    base, windows, tmp_path, monkeypatch, crash_at
+):
+    monkeypatch.setattr(encoders, "BATCH_TOKENS", 2 * SEQ_LEN)
+    monkeypatch.setattr(encoders, "NOTE_WINDOWS", 4)
+    encoder, encoded, batches = load_encoder(BASE, base, None, "cpu"), 0, []
+    encode = encoder.encode
+    encoder.encode = lambda tokens: batches.append(tokens) or encode(tokens)
+    write(encoder, BASE, windows, tmp_path / "whole")
+
+    def crash(tokens):
+        nonlocal encoded
+        if encoded == crash_at:
+            raise KeyboardInterrupt
+        encoded += 1
+        return encode(tokens)
+
+    encoder.encode = crash
+    with pytest.raises(KeyboardInterrupt):
+        write(encoder, BASE, windows, tmp_path / "resumed")
+    assert not (tmp_path / "resumed").exists()
+    crash_at = -1
+    write(encoder, BASE, windows, tmp_path / "resumed")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes(), path.name
+    assert encoded <= len(batches) + 1  # of what was not noted yet
+    assert not (tmp_path / "scratch").exists()
 
 
 @pytest.fixture
 def written(base, windows, tmp_path) -> Path:
-    write_embeddings(load_encoder(BASE, base, None, "cpu"), BASE, windows, PREFIX, tmp_path / "embeddings")
+    write(load_encoder(BASE, base, None, "cpu"), BASE, windows, tmp_path / "embeddings")
     return tmp_path / "embeddings"
 
 

@@ -83,18 +83,18 @@ def test_collecting_twice_gives_the_same_bytes(tmp_path):
 
 def test_the_hash_of_an_id_never_changes():
     assert stable_hash("numpy/linalg/_linalg.py") == 12_800_766_600_599_749_509
-    assert split_of(0, Split(validation=0.1, test=0.1)) == "test"
-    assert split_of(2**64 - 1, Split(validation=0.1, test=0.1)) == "train"
+    assert split_of(0, 5, Split(validation=0.1, test=0.1)) == "test"
+    assert split_of(2**64 - 1, 5, Split(validation=0.1, test=0.1)) == "train"
 
 
 @given(st.text(), st.floats(0, 0.45), st.floats(0, 0.45), st.floats(0, 0.45))
 def test_another_validation_share_never_moves_a_document_into_or_out_of_test(name, test, one, other):
-    splits = [split_of(stable_hash(name), Split(validation=share, test=test)) for share in (one, other)]
+    splits = [split_of(stable_hash(name), 0, Split(validation=share, test=test)) for share in (one, other)]
     assert (splits[0] == "test") == (splits[1] == "test")
 
 
 def test_shares_are_what_was_asked_for():
-    drawn = [split_of(stable_hash(f"document {i}"), Split(validation=0.1, test=0.3)) for i in range(20_000)]
+    drawn = [split_of(stable_hash(f"document {i}"), i, Split(validation=0.1, test=0.3)) for i in range(20_000)]
     assert drawn.count("validation") / 20_000 == pytest.approx(0.1, abs=0.01)
     assert drawn.count("test") / 20_000 == pytest.approx(0.3, abs=0.01)
 
@@ -126,6 +126,18 @@ def test_ids_of_equal_hash_are_not_taken_for_duplicates(tmp_path, monkeypatch):
 def test_an_empty_split_is_refused(tmp_path, ids, split, problem):
     with pytest.raises(DynarouteError, match=problem):
         collect("c", dolma_corpus(tmp_path / "a.gz", ids, split), tmp_path / "out")
+
+
+def test_a_region_is_held_out_by_place_whatever_follows(tmp_path):
+    region = {"skip": 4, "validation": 2, "test": 3}
+    for number in (9, 30):
+        collect("c", dolma_corpus(tmp_path / "a.gz", [f"d{i}" for i in range(number)], region), tmp_path / "out")
+        found = split_by_id(tmp_path / "out")
+        assert [name for name, split in found.items() if split == "validation"] == ["d4", "d5"]
+        assert [name for name, split in found.items() if split == "test"] == ["d6", "d7", "d8"]
+        assert len(found) == number
+    with pytest.raises(DynarouteError, match=r"c: 2 of the 8 documents fell to test at split\.test = 3"):
+        collect("c", dolma_corpus(tmp_path / "a.gz", [f"d{i}" for i in range(8)], region), tmp_path / "out")
 
 
 def test_a_split_without_a_share_is_an_empty_file(tmp_path):

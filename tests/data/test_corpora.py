@@ -7,8 +7,10 @@ from pathlib import Path
 import pyarrow
 import pytest
 from pyarrow import parquet
+from repository import REPOSITORY
+from ruamel.yaml import YAML
 
-from dynaroute.config import Dolma, Files, Hub, InstalledDocs
+from dynaroute.config import Dolma, Files, Hub, InstalledDocs, read_yaml
 from dynaroute.data.corpora import Document, documents, locate
 from dynaroute.errors import DynarouteError
 
@@ -215,6 +217,16 @@ def test_hub_rows_become_documents_with_their_official_split(hub_folder):
     ]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_json_lines_and_text_are_datasets_too(hub_folder, kind):
+    for split, text in (("train", "One.\nTwo.\n"), ("test", "Three.\n")):
+        lines = text.splitlines()
+        content = "".join(json.dumps({"text": line, "stars": 3}) + "\n" for line in lines) if kind == "jsonl" else text
+        (hub_folder / f"{split}.{kind}").write_text(content)
+    found = [(document.id, document.text, document.split) for document in documents(hub(hub_folder))]
+    assert found == [("train-0", "One.", "train"), ("train-1", "Two.", "train"), ("test-0", "Three.", "test")]
+
+
 def test_joined_rows_are_one_document_a_split(hub_folder):
     write_split(hub_folder, "train", ["", " = Title = \n", "", "Body.\n"])
     write_split(hub_folder, "validation", ["Held out."])
@@ -279,3 +291,43 @@ def test_heavy_libraries_are_imported_only_where_they_are_used():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\nset()\n"
+
+
+# --- revisions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("corpora.docs.source", {"kind": "hub", "name": None, "text_column": "text", "rows": "joined"}),
+        ("corpora.docs.source", {"kind": "dolma_stream", "addresses": "urls/v1.txt", "files": None}),
+        ("corpora.docs.tokenizer", {"kind": "hub"}),
+        ("dagformer.base", {"kind": "load"}),
+        ("dagformer.encoder", {"kind": "hub"}),
+    ],
+)
+def test_nothing_starts_before_all_that_the_hub_holds_has_a_revision(tmp_path, key, changes):
+    params = read_yaml(REPOSITORY / "params.yaml")
+    params["corpora"]["docs"]["tokenizer"] = {"kind": "gpt2"}
+    *path, last = key.split(".")
+    section = params
+    for part in path:
+        section = section[part]
+    section[last] = {**changes, "path": "Somebody/something", "revision": None}
+
+    def run() -> subprocess.CompletedProcess:
+        YAML(typ="safe").dump(params, tmp_path / "params.yaml")
+        command = [sys.executable, str(REPOSITORY / "stages" / "locate.py"), "docs"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    done = run()
+    kind = "datasets/" if "source" in key else ""
+    assert done.stderr == (
+        f"locate: {key}.revision = None: 'Somebody/something' is no folder here, and of the hub a commit must be "
+        f"named: `git ls-remote https://huggingface.co/{kind}Somebody/something HEAD` prints the newest\n"
+    )
+    section[last]["revision"] = "abc"
+    assert run().returncode == 0
+    section[last] |= {"revision": None, "path": "somebody"}
+    (tmp_path / "somebody").mkdir()
+    assert run().returncode == 0

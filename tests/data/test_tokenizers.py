@@ -11,12 +11,16 @@ from tokenizers.processors import TemplateProcessing
 
 from dynaroute.config import GPT2, ByteBPE, Hub, HubTokenizer
 from dynaroute.data.corpora import documents
-from dynaroute.data.tokenizers import load_tokenizer, save_tokenizer
+from dynaroute.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
 
 BPE = ByteBPE(kind="bpe", vocab_size=280)
 TEXTS = ["the cat sat on the mat, and the other cat sat on the other mat.\n", "def cat(the):\n    return the\n"] * 3
 HOSTILE = "a<|endoftext|>b <|endoftext|>"
+
+
+def encode(tokenizer: Tokenizer, *texts: str) -> list[list[int]]:
+    return [ids.tolist() for ids in tokenizer.encode_batch(list(texts))]
 
 
 @pytest.fixture(scope="module")
@@ -34,19 +38,19 @@ def gpt2_files(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @given(st.text())
 def test_any_text_survives_encoding_and_decoding(bpe_folder, text):
     tokenizer = load_tokenizer(bpe_folder)
-    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+    assert tokenizer.decode(encode(tokenizer, text)[0]) == text
 
 
 def test_a_trained_bpe_has_the_size_asked_for_and_merges_what_is_frequent(bpe_folder):
     tokenizer = load_tokenizer(bpe_folder)
     assert tokenizer.vocab_size == 280
-    assert len(tokenizer.encode_batch([" the"])[0]) == 1
+    assert len(encode(tokenizer, " the")[0]) == 1
     assert tokenizer.decode([tokenizer.eot_id]) == "<|endoftext|>"
 
 
 def test_special_tokens_inside_a_text_are_ordinary_text(bpe_folder):
     tokenizer = load_tokenizer(bpe_folder)
-    (ids,) = tokenizer.encode_batch([HOSTILE])
+    (ids,) = encode(tokenizer, HOSTILE)
     assert tokenizer.eot_id not in ids
     assert tokenizer.decode(ids) == HOSTILE
 
@@ -73,8 +77,8 @@ def test_transformers_loads_a_trained_bpe_and_encodes_alike(bpe_folder):
 
     theirs, ours = AutoTokenizer.from_pretrained(bpe_folder), load_tokenizer(bpe_folder)
     text = "The cat's mat ,  Zwölf \U0001f600 .\n"
-    assert theirs(text)["input_ids"] == ours.encode_batch([text])[0]
-    assert theirs.decode(ours.encode_batch([text])[0]) == text
+    assert theirs(text)["input_ids"] == encode(ours, text)[0]
+    assert theirs.decode(encode(ours, text)[0]) == text
     assert (theirs.eos_token, theirs.eos_token_id, len(theirs)) == ("<|endoftext|>", ours.eot_id, ours.vocab_size)
 
 
@@ -92,9 +96,9 @@ def test_a_hub_tokenizer_is_saved_whole_and_adds_nothing(tmp_path, bpe_folder):
     assert (tokenizer.vocab_size, tokenizer.decode([tokenizer.eot_id])) == (282, "</s>")
     text = "the cat</s> sat on the mat"
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")(text)["input_ids"][0] == begin[1]  # ours must not
-    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
-    assert tokenizer.encode_batch([text]) == load_tokenizer(tmp_path / "saved").encode_batch([text])
-    assert tokenizer.eot_id not in tokenizer.encode_batch([text])[0]
+    assert tokenizer.decode(encode(tokenizer, text)[0]) == text
+    assert encode(tokenizer, text) == encode(load_tokenizer(tmp_path / "saved"), text)
+    assert tokenizer.eot_id not in encode(tokenizer, text)[0]
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token == "</s>"
 
 
@@ -120,7 +124,7 @@ def test_gpt2_from_its_folder_is_gpt2(tmp_path, gpt2_files, shared_data, monkeyp
     reference = tiktoken.get_encoding("gpt2")
     texts = [HOSTILE, "  \n\n  spaces   \t\n", "it's 1234 Zwölf \U0001f600", ""]
     texts += [(shared_data / "wikitext" / "wiki.valid.tokens").read_text("utf-8")[:100_000]]
-    encoded = tokenizer.encode_batch(texts)
+    encoded = encode(tokenizer, *texts)
     assert encoded == [reference.encode_ordinary(text) for text in texts]
     assert [tokenizer.decode(ids) for ids in encoded] == texts
     assert (tokenizer.vocab_size, tokenizer.eot_id) == (50257, 50256)
@@ -140,7 +144,7 @@ def test_the_wikitext2_test_split_is_287644_gpt2_tokens(tmp_path, gpt2_files, sh
     place = {"path": str(tmp_path / "dataset"), "name": None, "revision": None}
     (document,) = documents(Hub(kind="hub", **place, text_column="text", rows="joined"))
     tokenizer = save_tokenizer(GPT2(kind="gpt2"), iter(()), tmp_path / "tokenizer")
-    assert len(tokenizer.encode_batch([document.text])[0]) == 287_644
+    assert len(encode(tokenizer, document.text)[0]) == 287_644
 
 
 @pytest.mark.parametrize("damage", ["", "!!!", "AAA= x", "AAAA 1 2"])

@@ -166,7 +166,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_a_second_trainer_on_the_same_run_is_refused(tmp_path):
-    with make_trainer(tmp_path), pytest.raises(DynarouteError, match=f"process {os.getpid()} is already training"):
+    with make_trainer(tmp_path), pytest.raises(DynarouteError, match=f"process {os.getpid()} is already at work"):
         make_trainer(tmp_path).__enter__()
     train(tmp_path)
 

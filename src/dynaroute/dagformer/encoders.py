@@ -6,6 +6,8 @@ protocol needs it `test_prefix.npy`, of the same windows but from their first to
     B batch   t tokens read of a window   E embedding
 """
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dynaroute.artifacts import output_directory, read_json, sha256, write_json
+from dynaroute.artifacts import move_directory, read_json, sha256, write_json
 from dynaroute.config import BaseEncoder, HubEncoder
 from dynaroute.dagformer.pretrained import load_model, load_tokenizer
 from dynaroute.dagformer.windows import Subset
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 BATCH_TOKENS = 8192
+NOTE_WINDOWS = 2**14  # between two notes of how far a run is: what a kill can cost, minutes on a GPU
 
 
 class Encoder(Protocol):
@@ -136,8 +139,11 @@ def write_embeddings(
     windows: dict[str, Subset],
     prefix_tokens: int | None,
     directory: str | Path,
+    scratch: str | Path,
 ) -> None:
     """Encodes the windows of splits into a folder of embeddings, atomically.
+
+    A run that was stopped goes on from its last note.
 
     Args:
         encoder: the loaded encoder.
@@ -145,32 +151,46 @@ def write_embeddings(
         windows: by split.
         prefix_tokens: what the encoder reads of a window for the `_prefix` files; None: there are none.
         directory: the folder, which is replaced.
+        scratch: where the run lives until then; its own while it runs, and gone after it.
 
     Raises:
         DynarouteError: the encoder cannot read a window, or gives a number that is not finite.
     """
+    scratch = Path(scratch)
+    folder, note = scratch / "embeddings", scratch / "progress.json"
+    done: dict[str, int] = read_json(note) if note.exists() and folder.is_dir() else {}  # windows by file
+    folder.mkdir(exist_ok=True)
     seq_len = next(iter(windows.values())).seq_len
     parts = {split: (own, seq_len) for split, own in windows.items()}
     if prefix_tokens is not None:
         parts |= {f"{split}_prefix": (own, prefix_tokens) for split, own in windows.items()}
     total, files = sum(len(own) for own, _ in parts.values()), {}
     # A progress bar is shown on a terminal only.
-    with output_directory(directory) as folder, tqdm(total=total, desc="encode", unit="win", disable=None) as progress:
+    with tqdm(total=total, initial=sum(done.values()), desc="encode", unit="win", disable=None) as progress:
         for name, (own, tokens_read) in parts.items():
             path = folder / f"{name}.npy"
-            _write_vectors(path, encoder, own, tokens_read, progress)
+            for stop in _write_vectors(path, encoder, own, tokens_read, done.get(name, 0), progress):
+                done[name] = stop
+                write_json(note, done)
             files[name] = {
                 "file": path.name, "windows": len(own), "tokens_read": tokens_read, "sha256": sha256(path),
             }  # fmt: skip
-        metadata = {"encoder": settings.model_dump(), "embedding_size": encoder.embedding_size, "seq_len": seq_len}
-        write_json(folder / "metadata.json", metadata | {"prefix_tokens": prefix_tokens, "files": files})
+    metadata = {"encoder": settings.model_dump(), "embedding_size": encoder.embedding_size, "seq_len": seq_len}
+    write_json(folder / "metadata.json", metadata | {"prefix_tokens": prefix_tokens, "files": files})
+    move_directory(folder, directory)
+    shutil.rmtree(scratch)
 
 
-def _write_vectors(path: Path, encoder: Encoder, windows: Subset, tokens_read: int, progress: tqdm) -> None:
+def _write_vectors(
+    path: Path, encoder: Encoder, windows: Subset, tokens_read: int, done: int, progress: tqdm
+) -> Iterator[int]:
+    """Writes the vectors of the windows from `done` on; yields, now and then and at the end, how many are on disk."""
     shape = len(windows), encoder.embedding_size
-    vectors = np.lib.format.open_memmap(path, "w+", "<f4", shape)  # millions of windows need not fit into memory
+    # Millions of windows need not fit into memory.
+    vectors = np.lib.format.open_memmap(path, "r+" if done else "w+", "<f4", shape)
     size = max(1, BATCH_TOKENS // tokens_read)
-    for start in range(0, len(windows), size):
+    noted = done
+    for start in range(done, len(windows), size):
         indices = range(start, min(start + size, len(windows)))
         tokens, _ = windows.batch(indices)
         encoded = encoder.encode(tokens[:, :tokens_read]).numpy()  # [B, E]
@@ -178,7 +198,10 @@ def _write_vectors(path: Path, encoder: Encoder, windows: Subset, tokens_read: i
             raise DynarouteError(f"the encoder gives numbers that are not finite for windows {start} to {indices[-1]}")
         vectors[start : indices[-1] + 1] = encoded
         progress.update(len(indices))
-    vectors.flush()
+        if indices[-1] + 1 >= min(noted + NOTE_WINDOWS, len(windows)):
+            vectors.flush()
+            noted = indices[-1] + 1
+            yield noted
 
 
 def load_embeddings(directory: str | Path) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dynaroute.artifacts import output_directory, write_json
-from dynaroute.config import Corpus, Split
+from dynaroute.config import Corpus, HeldOut, Region, Split
 from dynaroute.data.corpora import Document, documents, parse_document
 from dynaroute.errors import DynarouteError
 
@@ -44,7 +44,9 @@ def collect(name: str, corpus: Corpus, directory: str | Path) -> dict[str, Any]:
             for document in tqdm(documents(corpus.source), desc=f"collect {name}", unit=" documents", disable=None):
                 hashes.append(stable_hash(document.id))
                 seen_splits[document.split] += 1
-                split = document.split if corpus.split == "official" else split_of(hashes[-1], corpus.split)
+                split = document.split
+                if corpus.split != "official":
+                    split = split_of(hashes[-1], len(hashes) - 1, corpus.split)
                 if split not in files:
                     continue  # an official split of some other name, such as "unsupervised"
                 line = {"id": document.id, "text": document.text, "source": document.source}
@@ -52,7 +54,8 @@ def collect(name: str, corpus: Corpus, directory: str | Path) -> dict[str, Any]:
                 counts[split]["documents"][document.source] += 1
                 counts[split]["characters"][document.source] += len(document.text)
         _refuse_duplicates(name, corpus, hashes)
-        _refuse_empty_splits(name, corpus, counts, seen_splits)
+        found = {split: counts[split]["documents"].total() for split in SPLITS}
+        refuse_unfilled_splits(name, corpus.split, found, seen_splits)
         metadata = {"corpus": name, "splits": {split: _summary(counts[split]) for split in SPLITS}}
         write_json(folder / "metadata.json", metadata)
     return metadata
@@ -77,12 +80,22 @@ def stable_hash(document_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "big")
 
 
-def split_of(id_hash: int, shares: Split) -> str:
-    """The split of a document by the stable hash of its id: [0, 1) is test, then validation, then train."""
+def split_of(id_hash: int, number: int, split: Split | Region) -> str:
+    """The split of a document.
+
+    Args:
+        id_hash: `stable_hash` of its id. It decides with shares: [0, 1) is test, then validation, then train.
+        number: its place in the corpus, from 0. It decides with a region.
+        split: what is held out.
+    """
+    if isinstance(split, Region):
+        if not split.skip <= number < split.skip + split.validation + split.test:
+            return "train"
+        return "validation" if number < split.skip + split.validation else "test"
     position = (id_hash >> 11) / 2**53  # the 53 bits that a float holds exactly, so never 1.0
-    if position < shares.test:
+    if position < split.test:
         return "test"
-    return "validation" if position < shares.test + shares.validation else "train"
+    return "validation" if position < split.test + split.validation else "train"
 
 
 def _refuse_duplicates(name: str, corpus: Corpus, hashes: array) -> None:
@@ -99,17 +112,28 @@ def _refuse_duplicates(name: str, corpus: Corpus, hashes: array) -> None:
             seen.add(document.id)
 
 
-def _refuse_empty_splits(name: str, corpus: Corpus, counts: dict[str, Any], seen_splits: Counter) -> None:
-    for split in SPLITS:
-        share = None if corpus.split == "official" or split == "train" else getattr(corpus.split, split)
-        if counts[split]["documents"] or share == 0:
+def refuse_unfilled_splits(name: str, split: HeldOut, found: dict[str, int], names: Iterable[str] = ()) -> None:
+    """Refuses a corpus without a document in a split that should hold some, or that ends within its region.
+
+    Args:
+        name: of the corpus.
+        split: what should be held out.
+        found: documents by split.
+        names: of its official splits.
+
+    Raises:
+        DynarouteError: naming the split.
+    """
+    for part in SPLITS:
+        wanted = None if split == "official" or part == "train" else getattr(split, part)
+        if wanted == 0 or found[part] >= (wanted if wanted is not None and isinstance(split, Region) else 1):
             continue
-        if corpus.split == "official":
-            has = ", ".join(seen_splits) or "nothing"
-            raise DynarouteError(f"corpora.{name}: no official split {split!r} with text in it; there is: {has}")
-        drawn = "" if share is None else f" at split.{split} = {share}"
+        if split == "official":
+            has = ", ".join(names) or "nothing"
+            raise DynarouteError(f"corpora.{name}: no official split {part!r} with text in it; there is: {has}")
+        drawn = "" if wanted is None else f" at split.{part} = {wanted}"
         raise DynarouteError(
-            f"corpora.{name}: none of the {seen_splits.total()} documents fell to {split}{drawn}: "
+            f"corpora.{name}: {found[part] or 'none'} of the {sum(found.values())} documents fell to {part}{drawn}: "
             "the corpus needs more documents or other shares"
         )
 

@@ -6,11 +6,11 @@ What becomes of the stream, splits and files, is `collection.py`'s part.
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from dynaroute.config import Dolma, Files, Hub, InstalledDocs, Source
+from dynaroute.config import Dolma, DolmaStream, Files, Hub, InstalledDocs, Source
 from dynaroute.data import installed_docs
 from dynaroute.errors import DynarouteError
 
@@ -27,6 +27,8 @@ class Document(NamedTuple):
 def documents(source: Source) -> Iterator[Document]:
     """Streams the documents of a source, in an order that only its content decides; blank documents are left out.
 
+    Not those of a `dolma_stream`, which is tokenized as it comes, by `streaming.py`.
+
     Raises:
         DynarouteError: with the file and line, the column or the package that is missing or damaged.
     """
@@ -39,6 +41,11 @@ def documents(source: Source) -> Iterator[Document]:
             found = _dolma_documents(source)
         case Files():
             found = _file_documents(source)
+    yield from usable(found)
+
+
+def usable(found: Iterable[Document]) -> Iterator[Document]:
+    """Those documents that are not blank, without what UTF-8 cannot hold."""
     for document in found:
         if document.text and not document.text.isspace():
             yield document._replace(id=_valid_unicode(document.id), text=_valid_unicode(document.text))
@@ -59,6 +66,9 @@ def locate(source: Source) -> dict[str, Any]:
             place = Path(source.path)
             files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
             return {"path": source.path, "name": source.name, "revision": source.revision, **_file_states(files)}
+        case DolmaStream():
+            found = [listed] if (listed := Path(source.path) / source.addresses).is_file() else []
+            return {"path": source.path, "revision": source.revision, **_file_states(found)}
         case Dolma() | Files():
             return _file_states(list(matched_files(source.paths)))
 
@@ -144,14 +154,28 @@ def _load_hub_dataset(source: Hub) -> Any:
 
 def _dolma_documents(source: Dolma) -> Iterator[Document]:
     for path in matched_files(source.paths):
-        number = 0
         try:
-            with gzip.open(path) as lines:
-                for number, line in enumerate(lines, start=1):
-                    if not line.isspace():
-                        yield parse_document(line, f"{path}, line {number}")
-        except (OSError, EOFError, zlib.error) as error:
-            raise DynarouteError(f"{path}: damaged gzip after line {number}: {error}: fetch the file again") from error
+            file = path.open("rb")
+        except OSError as error:
+            raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
+        with file:
+            yield from read_dolma(file, str(path))
+
+
+def read_dolma(file: BinaryIO, name: str) -> Iterator[Document]:
+    """Streams the documents of one gzip of JSON lines; blank lines are skipped.
+
+    Raises:
+        DynarouteError: beginning with `name`; a line or the gzip is damaged.
+    """
+    number = 0
+    try:
+        with gzip.open(file) as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.isspace():
+                    yield parse_document(line, f"{name}, line {number}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DynarouteError(f"{name}: damaged gzip after line {number}: {error}: fetch the file again") from error
 
 
 def parse_document(line: str | bytes, place: str) -> Document:

@@ -5,10 +5,11 @@ token follows each document; where each document starts and which source it has;
 """
 
 import math
-from array import array
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,66 +34,153 @@ def token_dtype(vocab_size: int) -> str:
     return "uint16" if padded(vocab_size) <= 2**16 else "uint32"
 
 
+class GrowingArray:
+    """A one-dimensional .npy file that is written from front to back; its header gets its length at the end.
+
+    What was appended and flushed stays after a kill, and the file can be taken up again at any earlier length.
+    """
+
+    def __init__(self, path: Path, dtype: str, length: int = 0) -> None:
+        """Starts a file, or goes on with the first `length` values of one that exists."""
+        self.path, self.dtype, self.length = path, np.dtype(dtype), length
+        self._file = path.open("r+b" if length else "w+b")
+        self._write_header()
+        self._file.truncate(self._file.tell() + length * self.dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, values: np.ndarray) -> None:
+        """Adds values, which must fit into the array's type."""
+        self._file.write(values.astype(self.dtype).tobytes())
+        self.length += len(values)
+
+    def flush(self) -> None:
+        """Forces what was appended to disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Completes the file; the same bytes as `np.save` of all values at once."""
+        self._file.seek(0)
+        self._write_header()
+        self.flush()
+        self._file.close()
+
+    def _write_header(self) -> None:
+        """Of the same size whatever the length: numpy leaves room for it to grow."""
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+class SplitState(NamedTuple):
+    """How much of a split is on disk, and what of it the files do not tell."""
+
+    num_tokens: int
+    num_documents: int
+    num_characters: int
+    tokens_by_source: dict[str, int]
+
+
 class ShardWriter:
-    """Writes one split as a stream of documents; memory is bounded by one shard, and 12 bytes a document."""
+    """Writes one split as a stream of documents; memory does not grow with it, and a kill loses only what came last."""
 
     def __init__(
-        self, folder: Path, split: str, sources: list[str], vocab_size: int, shard_tokens: int = SHARD_TOKENS
+        self,
+        folder: Path,
+        split: str,
+        sources: list[str],
+        vocab_size: int,
+        shard_tokens: int = SHARD_TOKENS,
+        state: SplitState | None = None,
     ) -> None:
-        """Starts a split of at most `shard_tokens` tokens a file in an existing folder."""
-        self.folder, self.split, self.sources = folder, split, sources
-        self._buffer = np.empty(shard_tokens, token_dtype(vocab_size))  # the system gives it memory only as it fills
-        self._filled = 0
-        self._shards: list[dict[str, Any]] = []
-        self._offsets, self._document_sources = array("q", [0]), array("i")
-        self._num_characters = 0
-        self._tokens_by_source = [0] * len(sources)
-        self._counts = np.zeros(vocab_size, np.int64)
+        """Starts a split of at most `shard_tokens` tokens a file in an existing folder, or goes on with one.
 
-    def write(self, ids: list[int], source: str, num_characters: int) -> None:
+        Args:
+            folder: where the files are.
+            split: its name.
+            sources: of documents; new ones are added to the list as they come.
+            vocab_size: of the tokenizer.
+            shard_tokens: tokens of a file.
+            state: what `flush` returned; all that was written later is dropped.
+        """
+        self.folder, self.split, self.sources = folder, split, sources
+        self.vocab_size, self.shard_tokens = vocab_size, shard_tokens
+        state = state or SplitState(0, 0, 0, {})
+        self.num_tokens, self._num_characters = state.num_tokens, state.num_characters
+        self._tokens_by_source = Counter(state.tokens_by_source)
+        documents = state.num_documents
+        self._offsets = GrowingArray(self._path("offsets"), "<i8", documents + 1 if documents else 0)
+        if not documents:
+            self._offsets.append(np.zeros(1))
+        self._document_sources = GrowingArray(self._path("sources"), "<i4", documents)
+        self._shard: GrowingArray | None = None
+        full, rest = divmod(self.num_tokens, shard_tokens)
+        if rest:
+            self._shard = self._open_shard(full, rest)
+        for late in folder.glob(f"{split}-[0-9]*.npy"):
+            if int(late.stem.rpartition("-")[2]) >= full + bool(rest):
+                late.unlink()
+
+    def write(self, ids: Sequence[int] | np.ndarray, source: str, num_characters: int) -> None:
         """Appends a document: its tokens, end-of-text included."""
-        tokens = np.array(ids, self._buffer.dtype)
-        index = self.sources.index(source)
-        self._offsets.append(self._offsets[-1] + len(tokens))
-        self._document_sources.append(index)
+        tokens = np.asarray(ids)
+        if source not in self.sources:
+            self.sources.append(source)
+        self.num_tokens += len(tokens)
+        self._offsets.append(np.array([self.num_tokens]))
+        self._document_sources.append(np.array([self.sources.index(source)]))
         self._num_characters += num_characters
-        self._tokens_by_source[index] += len(tokens)
+        self._tokens_by_source[source] += len(tokens)
         while len(tokens):
-            part = tokens[: len(self._buffer) - self._filled]
+            if self._shard is None:
+                self._shard = self._open_shard((self.num_tokens - len(tokens)) // self.shard_tokens)
+            part = tokens[: self.shard_tokens - self._shard.length]
             tokens = tokens[len(part) :]
-            self._buffer[self._filled : self._filled + len(part)] = part
-            self._filled += len(part)
-            if self._filled == len(self._buffer):
-                self._flush()
+            self._shard.append(part)
+            if self._shard.length == self.shard_tokens:
+                self._shard.close()
+                self._shard = None
+
+    def flush(self) -> SplitState:
+        """Forces all to disk, and returns what goes on from here."""
+        for array in (self._offsets, self._document_sources, self._shard):
+            if array is not None:
+                array.flush()
+        return SplitState(
+            self.num_tokens, self._document_sources.length, self._num_characters, dict(self._tokens_by_source)
+        )
 
     def close(self) -> dict[str, Any]:
-        """Writes what is left and returns the split's metadata."""
-        self._flush()
-        shares = self._counts[self._counts > 0] / self._counts.sum()
+        """Completes the files and returns the split's metadata."""
+        for array in (self._offsets, self._document_sources, self._shard):
+            if array is not None:
+                array.close()
+        counts, shards = np.zeros(self.vocab_size, np.int64), []
+        for number in range(math.ceil(self.num_tokens / self.shard_tokens)):
+            path = self._path(f"{number:05d}")
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            for part in np.split(tokens, range(2**20, len(tokens), 2**20)):  # bincount takes 8 bytes a token
+                counts += np.bincount(part, minlength=len(counts))
+            shards.append({"file": path.name, "num_tokens": len(tokens), "sha256": sha256(path)})
+        shares = counts[counts > 0] / counts.sum()
         return {
-            "num_tokens": self._offsets[-1],
-            "num_documents": len(self._document_sources),
+            "num_tokens": self.num_tokens,
+            "num_documents": self._document_sources.length,
             "num_characters": self._num_characters,
-            "tokens_by_source": dict(zip(self.sources, self._tokens_by_source, strict=True)),
+            "tokens_by_source": {source: self._tokens_by_source[source] for source in self.sources},
             "unigram_entropy": float((shares * -np.log(shares)).sum()),  # in nats
-            "shards": self._shards,
-            "offsets": self._save("offsets", np.frombuffer(self._offsets, np.int64)),
-            "document_sources": self._save("sources", np.asarray(self._document_sources, np.int32)),
+            "shards": shards,
+            "offsets": self._file("offsets"),
+            "document_sources": self._file("sources"),
         }
 
-    def _flush(self) -> None:
-        if self._filled:
-            tokens = self._buffer[: self._filled]
-            for part in np.split(tokens, range(2**20, len(tokens), 2**20)):  # bincount takes 8 bytes a token
-                self._counts += np.bincount(part, minlength=len(self._counts))
-            shard = self._save(f"{len(self._shards):05d}", tokens)
-            self._shards.append({"file": shard["file"], "num_tokens": self._filled, "sha256": shard["sha256"]})
-            self._filled = 0
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{self.split}-{name}.npy"
 
-    def _save(self, name: str, values: np.ndarray) -> dict[str, str]:
-        path = self.folder / f"{self.split}-{name}.npy"
-        np.save(path, values, allow_pickle=False)
-        return {"file": path.name, "sha256": sha256(path)}
+    def _file(self, name: str) -> dict[str, str]:
+        return {"file": self._path(name).name, "sha256": sha256(self._path(name))}
+
+    def _open_shard(self, number: int, length: int = 0) -> GrowingArray:
+        return GrowingArray(self._path(f"{number:05d}"), token_dtype(self.vocab_size), length)
 
 
 class TokenShards:

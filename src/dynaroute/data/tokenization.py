@@ -1,20 +1,24 @@
 """A collected corpus to a folder of tokens: makes its tokenizer and encodes every split."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from dynaroute.artifacts import output_directory, read_json, write_json
 from dynaroute.config import GPT2, ByteBPE, HubTokenizer
 from dynaroute.data.collection import SPLITS, read_documents
 from dynaroute.data.corpora import Document
+from dynaroute.data.parallel import in_order
 from dynaroute.data.shards import SHARD_TOKENS, ShardWriter, padded, token_dtype
-from dynaroute.data.tokenizers import save_tokenizer
+from dynaroute.data.tokenizers import Tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
 
 BATCH_CHARACTERS = 2**21  # enough to keep all cores busy, and some 100 MB while the tokens are Python objects
+BATCHES_AHEAD = 3  # so that no core waits for the last document of a batch
 
 
 def tokenize(
@@ -40,26 +44,14 @@ def tokenize(
     with output_directory(directory) as folder:
         training_texts = (document.text for document in read_documents(collected / "train.jsonl"))
         tokenizer = save_tokenizer(settings, training_texts, folder / "tokenizer")
-        metadata = {
-            "corpus": name,
-            "tokenizer": settings.model_dump(),
-            "vocab_size": tokenizer.vocab_size,
-            "padded_vocab_size": padded(tokenizer.vocab_size),
-            "eot_id": tokenizer.eot_id,
-            "dtype": token_dtype(tokenizer.vocab_size),
-            "sources": sources,
-            "splits": {},
-        }
+        metadata = describe(name, settings, tokenizer) | {"sources": sources, "splits": {}}
         total = sum(raw[split]["characters"] for split in SPLITS)
         with tqdm(total=total, desc=f"tokenize {name}", unit="char", unit_scale=True, disable=None) as progress:
             for split in SPLITS:
                 writer = ShardWriter(folder, split, sources, tokenizer.vocab_size, shard_tokens)
-                for batch in _batches(read_documents(collected / f"{split}.jsonl")):
-                    encoded = tokenizer.encode_batch([document.text for document in batch])
-                    for document, ids in zip(batch, encoded, strict=True):
-                        ids.append(tokenizer.eot_id)
-                        writer.write(ids, document.source, len(document.text))
-                        progress.update(len(document.text))
+                for document, ids in encoded(tokenizer, read_documents(collected / f"{split}.jsonl")):
+                    writer.write(ids, document.source, len(document.text))
+                    progress.update(len(document.text))
                 own = metadata["splits"][split] = writer.close()
                 if own["num_documents"] != raw[split]["documents"]:
                     raise DynarouteError(
@@ -68,6 +60,30 @@ def tokenize(
                     )
         write_json(folder / "metadata.json", metadata)
     return metadata
+
+
+def describe(name: str, settings: ByteBPE | GPT2 | HubTokenizer, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the metadata of a folder of tokens says of its tokenizer."""
+    return {
+        "corpus": name,
+        "tokenizer": settings.model_dump(),
+        "vocab_size": tokenizer.vocab_size,
+        "padded_vocab_size": padded(tokenizer.vocab_size),
+        "eot_id": tokenizer.eot_id,
+        "dtype": token_dtype(tokenizer.vocab_size),
+    }
+
+
+def encoded(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+    """Documents with their tokens, end-of-text included, in order; some are encoded on all cores as others are read."""
+
+    def encode(batch: list[Document]) -> list[tuple[Document, np.ndarray]]:
+        ids = tokenizer.encode_batch([document.text for document in batch])
+        return [(document, np.append(own, tokenizer.eot_id)) for document, own in zip(batch, ids, strict=True)]
+
+    with contextlib.closing(in_order(encode, _batches(documents), BATCHES_AHEAD)) as batches:
+        for batch in batches:
+            yield from batch
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

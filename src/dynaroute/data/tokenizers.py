@@ -6,11 +6,15 @@ can only ever come from the end of a document.
 """
 
 import base64
+import functools
+import os
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -25,14 +29,19 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 GPT2_FILE = "gpt2.tiktoken"  # a line "base64 of the token's bytes, its id" each, as tiktoken's own files have it
 
 
+def available_cores() -> int:
+    """The cores that this process may use, which a batch system can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Tokenizer(Protocol):
     """What every tokenizer offers, whichever library does the work."""
 
     vocab_size: int  # the largest id + 1
     eot_id: int  # the end-of-text token
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, on all cores; nothing is put before or after them."""
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each text, uint32, on all cores; nothing is put before or after them. Threads may call it."""
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens included; bytes that are not UTF-8 become U+FFFD."""
@@ -54,10 +63,13 @@ class TiktokenTokenizer:
             raise DynarouteError(f"{path}: not a readable token file: {error}: tokenize the corpus again") from error
         self.vocab_size = self._encoding.n_vocab
         self.eot_id = self._encoding.eot_token
+        self._threads = ThreadPoolExecutor(available_cores())
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """See `Tokenizer`."""
-        return self._encoding.encode_ordinary_batch(texts)
+        # No Python list of ids, which `encode_ordinary_batch` makes and which holds up all threads.
+        encode = functools.partial(self._encoding.encode_to_numpy, disallowed_special=())
+        return list(self._threads.map(encode, texts))
 
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer`."""
@@ -85,9 +97,10 @@ class HuggingFaceTokenizer:
             raise DynarouteError(f"{folder / 'tokenizer_config.json'}: eos_token = {eos!r}: must be a token")
         self.eot_id = eot_id
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """See `Tokenizer`."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer`."""

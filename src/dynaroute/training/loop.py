@@ -1,6 +1,6 @@
 """The one training loop. What is trained, and on what loss, is an `Objective`'s business.
 
-Every random draw is a function of (seed, step, process), and data order of (seed, epoch), so a run that was killed
+Every random draw is a function of (seed, step, micro-batch), and data order of (seed, epoch), so a run that was killed
 and resumed from its last checkpoint takes the very steps that an uninterrupted one takes. Devices, mixed precision
 and several processes are accelerate's.
 """
@@ -243,20 +243,20 @@ class Trainer:
         step, settings, accelerator = self.state.step, self.settings, self.accelerator
         epoch, position = divmod(step, self.steps_per_epoch)
         indices = self._order(epoch)[position * settings.batch_size : (position + 1) * settings.batch_size]
-        own = indices[accelerator.process_index :: accelerator.num_processes]
-        parts = np.array_split(own, len(own) // settings.micro_batch_size)
+        # The same micro-batches, with the same draws, whatever the number of processes that share them out.
+        micro_batches = indices.reshape(-1, settings.micro_batch_size)
+        own = range(accelerator.process_index, len(micro_batches), accelerator.num_processes)
         self.model.train()
         total = 0.0
-        for number, part in enumerate(parts):
-            draw = np.random.SeedSequence([self.seed, step, accelerator.process_index, number])
+        for number in own:
+            draw = np.random.SeedSequence([self.seed, step, 0, number])
             torch.manual_seed(int(draw.generate_state(1, np.uint64)[0] >> 1))
-            is_last = number == len(parts) - 1
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
-                loss, metrics = self.objective.loss(self.model, self._batch(self.training, part), step)
-                accelerator.backward(loss / len(parts))
-            total += loss.item() / len(parts)
+            with contextlib.nullcontext() if number == own[-1] else accelerator.no_sync(self.model):
+                loss, metrics = self.objective.loss(self.model, self._batch(self.training, micro_batches[number]), step)
+                accelerator.backward(loss / len(own))
+            total += loss.item() / len(own)
             for name, value in metrics.items():
-                self._add(name, value.detach() / len(parts))
+                self._add(name, value.detach() / len(own))
         norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
         if not (math.isfinite(total) and math.isfinite(norm)):
             self._diverged(f"step {step + 1}: loss {total}, gradient norm {float(norm)}")

@@ -39,7 +39,7 @@ def exclusive(folder: Path) -> Iterator[None]:
             lock.seek(0)
             holder = lock.read().strip() or "unknown"
             raise DynarouteError(
-                f"{folder}: process {holder} is already training with these settings; wait for it, or stop it"
+                f"{folder}: process {holder} is already at work with these settings; wait for it, or stop it"
             ) from error
         lock.truncate(0)
         lock.write(str(os.getpid()))

@@ -1,0 +1,102 @@
+"""Gzip files over HTTP that arrive whole, whatever the server does in between."""
+
+import gzip
+import threading
+import zlib
+from pathlib import Path
+
+import requests
+import urllib3
+
+from dynaroute.errors import DynarouteError
+
+CONNECT_SECONDS, READ_SECONDS = 20.0, 60.0  # without a byte for that long, a read has stalled
+FAILURES = 15  # in a row, none of which brought a byte that was not there before: then it is given up, after 20 minutes
+FIRST_DELAY, LONGEST_DELAY = 1.0, 120.0  # seconds between failures, doubling
+FINAL_STATUSES = {400, 401, 403, 404, 405, 406, 410, 451}  # what asking again does not change
+CHUNK_BYTES = 2**20
+
+
+class _FailureError(Exception):
+    """One that may pass."""
+
+
+def fetch_gzip(address: str, path: Path, stop: threading.Event) -> None:
+    """Downloads a gzip file unless it is there, and checks it: its length, and its own checksums over all its content.
+
+    Connections that fail, drop or stall, server errors, and content that turns out truncated or altered are tried
+    again, with growing delays; a download that broke off goes on where it stopped, also in a later process.
+
+    Args:
+        address: http or https.
+        path: where the file appears once it is whole.
+        stop: set to leave.
+
+    Raises:
+        DynarouteError: the server refuses the file, or goes on failing, or `stop` was set.
+    """
+    if path.exists():
+        return
+    part = path.with_name(f"{path.name}.part")
+    failures, furthest = 0, 0
+    while True:
+        try:
+            _go_on(address, part, stop)
+            _check(part)
+        except (_FailureError, requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            size = part.stat().st_size if part.exists() else 0
+            failures = 0 if size > furthest else failures + 1
+            furthest = max(furthest, size)
+            if isinstance(error, _FailureError):
+                part.unlink(missing_ok=True)  # what is there is not the file's beginning
+            if failures >= FAILURES:
+                reason = " ".join(str(error).split())[:200]
+                raise DynarouteError(
+                    f"{address}: {failures} failures without progress, the last one: {reason}: "
+                    "the same command goes on from here"
+                ) from error
+            if stop.wait(min(LONGEST_DELAY, FIRST_DELAY * 2**failures)):
+                raise DynarouteError(f"{address}: left") from error
+        else:
+            part.replace(path)
+            return
+
+
+def _go_on(address: str, part: Path, stop: threading.Event) -> None:
+    """Asks once for what `part` lacks, and appends it.
+
+    Raises:
+        _FailureError: what has been there before is of no use.
+        requests.RequestException, urllib3.exceptions.HTTPError: what is there now may be gone on with.
+    """
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}  # the gzip as it is
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    timeout = CONNECT_SECONDS, READ_SECONDS
+    with requests.get(address, headers=headers, stream=True, timeout=timeout) as response:
+        if response.status_code in FINAL_STATUSES:
+            raise DynarouteError(f"{address}: the server answers {response.status_code} {response.reason}")
+        if response.status_code == 416:
+            raise _FailureError("the server has nothing after what was read")
+        response.raise_for_status()
+        resumed = response.status_code == 206
+        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise _FailureError("the server answers with another range than was asked for")
+        with part.open("ab" if resumed else "wb") as file:
+            for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
+                file.write(chunk)
+                if stop.is_set():
+                    raise DynarouteError(f"{address}: left")
+
+
+def _check(path: Path) -> None:
+    """Raises _FailureError if a gzip is not whole: its end says how long its content is, and the content's CRC."""
+    try:
+        with gzip.open(path) as content:
+            if not content.peek(1):  # also where there is no gzip at all, but no byte
+                raise EOFError("it holds nothing")
+            while content.read(CHUNK_BYTES):
+                pass
+    except (EOFError, OSError, zlib.error) as error:
+        raise _FailureError(f"not a whole gzip: {error}") from error

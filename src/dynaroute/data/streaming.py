@@ -1,0 +1,198 @@
+"""A corpus at published addresses, tokenized as it is downloaded: its text is never kept.
+
+Files come in the order of their list and documents in the order of their lines, whatever arrives first, so that the
+tokens depend on the files alone. A run that was killed goes on from its last note of where it stood: what it wrote
+after that is dropped, and a file that it had begun is read again up to there.
+"""
+
+import contextlib
+import itertools
+import shutil
+import sys
+import threading
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from dynaroute.artifacts import move_directory, output_directory, read_json, sha256, write_json
+from dynaroute.config import Corpus, DolmaStream
+from dynaroute.data.collection import SPLITS, refuse_unfilled_splits, split_of, stable_hash
+from dynaroute.data.corpora import read_dolma, usable
+from dynaroute.data.download import fetch_gzip
+from dynaroute.data.parallel import in_order
+from dynaroute.data.shards import SHARD_TOKENS, ShardWriter, SplitState
+from dynaroute.data.tokenization import describe, encoded
+from dynaroute.data.tokenizers import load_tokenizer, save_tokenizer
+from dynaroute.errors import DynarouteError
+
+DOWNLOADS = 5  # files on their way or waiting, so this many of them are on disk at most, compressed
+NOTE_CHARACTERS = 2**28  # of text between two notes of where a run stands: what a kill can cost, seconds on many cores
+
+
+def list_addresses(name: str, corpus: Corpus, directory: str | Path) -> dict[str, Any]:
+    """Writes metadata.json: the addresses that a corpus consists of, in order, and what is to be held out of it.
+
+    Returns:
+        The metadata.
+
+    Raises:
+        DynarouteError: the list cannot be had, is too short, or has a line that is no address or occurs twice.
+    """
+    source: DolmaStream = corpus.source
+    place = f"corpora.{name}.source.addresses: {source.addresses} of {source.path}"
+    try:
+        lines = _list_file(source).read_text("utf-8").split("\n")
+    except (OSError, ValueError) as error:  # what huggingface_hub raises is one of them
+        raise DynarouteError(f"{place} cannot be read: {str(error).strip().partition(chr(10))[0]}") from error
+    addresses = [line.strip() for line in lines if line.strip()]
+    if len(addresses) < (source.files or 1):
+        raise DynarouteError(f"{place} has {len(addresses)} lines, fewer than files = {source.files or 1}")
+    addresses = addresses[: source.files]
+    for number, address in enumerate(addresses):
+        if urlsplit(address).scheme not in ("http", "https"):
+            raise DynarouteError(f"{place}: {address!r} is no http or https address")
+        if address in addresses[:number]:
+            raise DynarouteError(f"{place}: {address} occurs twice: its text would count twice")
+    metadata = {"corpus": name, "split": corpus.split.model_dump(), "addresses": addresses}
+    with output_directory(directory) as folder:
+        write_json(folder / "metadata.json", metadata)
+    return metadata
+
+
+def _list_file(source: DolmaStream) -> Path:
+    if Path(source.path).is_dir():
+        return Path(source.path, source.addresses)
+    from huggingface_hub import hf_hub_download  # takes a second
+
+    return Path(hf_hub_download(source.path, source.addresses, repo_type="dataset", revision=source.revision))
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that is kept beside the tokens themselves."""
+
+    files: list[dict[str, Any]] = field(default_factory=list)  # address, bytes, sha256 and documents of each one done
+    begun: str | None = None  # SHA-256 of the file after them
+    taken: int = 0  # documents of that file
+    documents: int = 0  # in all
+    sources: list[str] = field(default_factory=list)
+    splits: dict[str, SplitState | None] = field(default_factory=lambda: dict.fromkeys(SPLITS))
+
+    @classmethod
+    def read(cls, path: Path) -> "Progress":
+        """What was noted last, or the beginning."""
+        if not path.exists():
+            return cls()
+        data = read_json(path)
+        data["splits"] = {split: SplitState(*state) for split, state in data["splits"].items()}
+        return cls(**data)
+
+
+def tokenize_stream(
+    name: str,
+    corpus: Corpus,
+    collected: str | Path,
+    directory: str | Path,
+    scratch: str | Path,
+    shard_tokens: int = SHARD_TOKENS,
+) -> dict[str, Any]:
+    """Writes the tokens of the files that `list_addresses` listed in `collected` as a folder for `TokenShards`.
+
+    Neither memory nor what lies on disk beside the tokens grows with the corpus.
+
+    Args:
+        name: of the corpus.
+        corpus: its settings.
+        collected: the folder of the list.
+        directory: the folder of tokens, which appears at the end.
+        scratch: where the run lives until then, and goes on after a stop; its own while it runs.
+        shard_tokens: tokens of one file.
+
+    Returns:
+        The metadata of the folder: as `tokenize` writes it, and what was read from every address.
+
+    Raises:
+        DynarouteError: a file cannot be had, is damaged or has changed; or the corpus ends before its held-out region.
+    """
+    addresses = read_json(Path(collected) / "metadata.json")["addresses"]
+    scratch = Path(scratch)
+    folder, downloads, note = scratch / "tokens", scratch / "downloads", scratch / "progress.json"
+    if not folder.is_dir():
+        note.unlink(missing_ok=True)
+    run = Progress.read(note)
+    if not note.exists():
+        save_tokenizer(corpus.tokenizer, iter(()), folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    writers = {
+        split: ShardWriter(folder, split, run.sources, tokenizer.vocab_size, shard_tokens, run.splits[split])
+        for split in SPLITS
+    }
+    downloads.mkdir(exist_ok=True)
+    stop = threading.Event()
+
+    def fetch(number: int) -> Path:
+        path = downloads / f"{number:06d}.gz"
+        fetch_gzip(addresses[number], path, stop)
+        return path
+
+    def save() -> None:
+        run.splits = {split: writer.flush() for split, writer in writers.items()}
+        write_json(note, asdict(run))
+
+    bar = tqdm(total=len(addresses), initial=len(run.files), desc=f"tokenize {name}", unit="file", unit_scale=True,
+               disable=None)  # fmt: skip
+    left = range(len(run.files), len(addresses))
+    with bar, contextlib.closing(in_order(fetch, left, DOWNLOADS)) as paths:
+        try:
+            for number, path in zip(left, paths, strict=True):
+                address = addresses[number]
+                _begin(run, address, path, scratch)
+                with path.open("rb") as file:
+                    since_note = 0
+                    documents = itertools.islice(usable(read_dolma(file, address)), run.taken, None)
+                    for document, ids in encoded(tokenizer, documents):
+                        split = split_of(stable_hash(document.id), run.documents, corpus.split)
+                        writers[split].write(ids, document.source, len(document.text))
+                        run.taken += 1
+                        run.documents += 1
+                        since_note += len(document.text)
+                        if since_note >= NOTE_CHARACTERS:
+                            save()
+                            since_note = 0
+                        bar.update(number + file.tell() / path.stat().st_size - bar.n)
+                size = path.stat().st_size
+                run.files.append({"address": address, "bytes": size, "sha256": run.begun, "documents": run.taken})
+                run.begun, run.taken = None, 0
+                save()
+                path.unlink()
+                sizes = f"{run.documents:,} documents, {sum(w.num_tokens for w in writers.values()):,} tokens"
+                bar.write(f"{name}: {number + 1} of {len(addresses)} files, {sizes}", file=sys.stderr)
+        finally:
+            stop.set()
+
+    metadata = describe(name, corpus.tokenizer, tokenizer)
+    splits = {split: writer.close() for split, writer in writers.items()}
+    refuse_unfilled_splits(name, corpus.split, {split: own["num_documents"] for split, own in splits.items()})
+    metadata |= {"sources": run.sources, "splits": splits, "files": run.files}
+    write_json(folder / "metadata.json", metadata)
+    move_directory(folder, directory)
+    shutil.rmtree(scratch)
+    return metadata
+
+
+def _begin(run: Progress, address: str, path: Path, scratch: Path) -> None:
+    """Notes which file is being read.
+
+    Raises:
+        DynarouteError: a run that was stopped within it read another one.
+    """
+    found = sha256(path)
+    if run.taken and run.begun != found:
+        raise DynarouteError(
+            f"{address}: SHA-256 is {found}, but {run.begun} when its first {run.taken} documents were read: the file "
+            f"has changed: remove {scratch} to begin anew"
+        )
+    run.begun = found

@@ -1,0 +1,403 @@
+"""A streamed corpus: the same tokens as from local files, whatever the server does and whenever the process dies."""
+
+import contextlib
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from faulty_server import FaultyServer
+from repository import REPOSITORY
+from ruamel.yaml import YAML
+
+from dynaroute.config import ByteBPE, Corpus, read_yaml
+from dynaroute.data import download, streaming, tokenization
+from dynaroute.data.collection import collect
+from dynaroute.data.shards import ShardWriter, TokenShards
+from dynaroute.data.streaming import list_addresses, tokenize_stream
+from dynaroute.data.tokenization import tokenize
+from dynaroute.data.tokenizers import save_tokenizer
+from dynaroute.errors import DynarouteError
+
+REGION = {"skip": 13, "validation": 6, "test": 9}
+SHARD_TOKENS = 700
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "some", "cats", "Zwölf", "<|endoftext|>", "1234"]
+
+
+def make_files(number: int = 4, documents: int = 20) -> dict[str, bytes]:
+    """Files in Dolma's format, which hardly shrink, so that a third of one breaks off within a document."""
+    draw = random.Random(7)
+    files = {}
+    for file in range(number):
+        rows = [
+            {"id": f"{file}-{index}", "text": " ".join(draw.choices(WORDS, k=draw.randrange(1, 90))),
+             "source": draw.choice(["web", "books"]), "added": "2024-01-01", "metadata": {"key": draw.random()}}
+            for index in range(documents)
+        ]  # fmt: skip
+        rows[3]["text"] = " \n"  # blank: not a document
+        files[f"{file}.json.gz"] = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0)
+    return files
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
+    save_tokenizer(ByteBPE(kind="bpe", vocab_size=290), [" ".join(WORDS)] * 50, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # what only a power cut needs takes most of the time here
+    monkeypatch.setattr(download, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(download, "FIRST_DELAY", 0.001)
+    monkeypatch.setattr(download, "LONGEST_DELAY", 0.01)
+    monkeypatch.setattr(streaming, "NOTE_CHARACTERS", 1500)  # some notes in each file
+    monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", 400)
+
+
+def make_corpus(tokenizer: Path, source: dict, split: dict | None = None) -> Corpus:
+    own = {"kind": "hub", "path": str(tokenizer), "revision": None}
+    return Corpus.model_validate({"source": source, "split": split or REGION, "tokenizer": own})
+
+
+class Stream:
+    """A corpus at a server, with the folders that its stages use."""
+
+    def __init__(self, root: Path, address: str, server: FaultyServer, tokenizer: Path, **settings: object) -> None:
+        root.mkdir()
+        (root / "list.txt").write_text("".join(f"{address}/{name}\n" for name in server.files))
+        source = {"kind": "dolma_stream", "path": str(root), "revision": None, "addresses": "list.txt", "files": None}
+        self.corpus = make_corpus(tokenizer, source, **settings)
+        self.root, self.tokens, self.scratch = root, root / "tokens", root / "scratch"
+        list_addresses("c", self.corpus, root / "raw")
+
+    def run(self) -> dict:
+        self.scratch.mkdir(exist_ok=True)
+        return tokenize_stream("c", self.corpus, self.root / "raw", self.tokens, self.scratch, SHARD_TOKENS)
+
+    def content(self) -> dict[str, bytes]:
+        """The arrays, and of the metadata what does not name the server."""
+        found = {path.name: path.read_bytes() for path in self.tokens.glob("*.npy")}
+        metadata = json.loads((self.tokens / "metadata.json").read_text())
+        for file in metadata["files"]:
+            file["address"] = file["address"].rpartition("/")[2]
+        return found | {"metadata": json.dumps(metadata).encode()}
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, bytes]:
+    return make_files()
+
+
+@pytest.fixture
+def server(files) -> FaultyServer:
+    return FaultyServer(dict(files))
+
+
+@pytest.fixture
+def address(server) -> str:
+    with server.running() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, files, tokenizer) -> dict[str, bytes]:
+    server = FaultyServer(files)
+    with server.running() as address:
+        stream = Stream(tmp_path_factory.mktemp("undisturbed") / "stream", address, server, tokenizer)
+        stream.run()
+    return stream.content()
+
+
+@pytest.mark.parametrize("split", [REGION, {"validation": 0.2, "test": 0.3}], ids=["region", "shares"])
+def test_a_stream_gives_the_tokens_that_local_files_give(tmp_path, server, address, tokenizer, files, split):
+    stream = Stream(tmp_path / "stream", address, server, tokenizer, split=split)
+    metadata = stream.run()
+    (tmp_path / "files").mkdir()
+    for name, data in files.items():
+        (tmp_path / "files" / name).write_bytes(data)
+    local = make_corpus(tokenizer, {"kind": "dolma", "paths": [str(tmp_path / "files" / "*.gz")]}, split)
+    collect("c", local, tmp_path / "raw")
+    expected = tokenize("c", local.tokenizer, tmp_path / "raw", tmp_path / "tokens", SHARD_TOKENS)
+    arrays = sorted(path.name for path in (tmp_path / "tokens").glob("*.npy"))
+    assert len(arrays) > 12
+    if split == REGION:  # else sources are numbered in another order
+        assert sorted(path.name for path in stream.tokens.glob("*.npy")) == arrays
+        for name in arrays:
+            if not name.endswith("-sources.npy"):
+                assert (stream.tokens / name).read_bytes() == (tmp_path / "tokens" / name).read_bytes(), name
+    for part in ("train", "validation", "test"):
+        ours, theirs = TokenShards(stream.tokens, part), TokenShards(tmp_path / "tokens", part)
+        ours.verify()
+        assert ours.read(0, 10**6).tolist() == theirs.read(0, 10**6).tolist()
+        assert [ours.sources[i] for i in ours.document_sources] == [theirs.sources[i] for i in theirs.document_sources]
+        one, other = metadata["splits"][part], expected["splits"][part]
+        for key in ("num_tokens", "num_documents", "num_characters", "unigram_entropy", "tokens_by_source"):
+            assert one[key] == other[key], key
+    assert not stream.scratch.exists()
+
+
+def test_the_region_is_held_out_and_stays_the_same_when_more_files_follow(tmp_path, files, tokenizer):
+    held_out = []
+    for number in (2, 4):
+        server = FaultyServer(dict(list(files.items())[:number]))
+        with server.running() as address:
+            stream = Stream(tmp_path / str(number), address, server, tokenizer)
+            stream.run()
+        held_out.append([TokenShards(stream.tokens, split).read(0, 10**6).tolist() for split in ("validation", "test")])
+        assert [TokenShards(stream.tokens, split).num_documents for split in ("validation", "test")] == [6, 9]
+    assert held_out[0] == held_out[1]
+
+
+FAULTS = ["drop", "stall", "truncate", "garble", "empty", "page", "reset", "labelled", 416, 429, 500, 503]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, fault):
+    server.faults = {"0.json.gz": [fault], "2.json.gz": [fault, fault]}
+    stream = Stream(tmp_path / "faulty", address, server, tokenizer)
+    stream.run()
+    assert stream.content() == undisturbed
+    asked = [name for name, _ in server.requests].count("2.json.gz")
+    assert asked == (1 if fault == "labelled" else 3)
+
+
+@pytest.mark.parametrize("fault", ["ignore_range", "wrong_range", "garble", "truncate", "page", 416])
+def test_a_fault_within_a_resumed_download_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, fault):
+    server.faults = {name: ["drop", fault] for name in server.files}
+    stream = Stream(tmp_path / "faulty", address, server, tokenizer)
+    stream.run()
+    assert stream.content() == undisturbed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_mixture_of_faults_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, seed):
+    draw = random.Random(seed)
+    faults = [fault for fault in FAULTS if fault != "stall"]  # which takes long
+    server.faults = {name: draw.choices([*faults, "ignore_range", "wrong_range"], k=5) for name in server.files}
+    stream = Stream(tmp_path / "faulty", address, server, tokenizer)
+    stream.run()
+    assert stream.content() == undisturbed
+
+
+def test_a_download_that_broke_off_goes_on_where_it_stopped(tmp_path, server, address, tokenizer, undisturbed, files):
+    server.faults = {"1.json.gz": ["drop", "drop"]}
+    stream = Stream(tmp_path / "faulty", address, server, tokenizer)
+    stream.run()
+    size = len(files["1.json.gz"])
+    starts = [start for name, start in server.requests if name == "1.json.gz"]
+    assert starts == [0, size // 3, size // 3 + (size - size // 3) // 3]
+
+
+@pytest.mark.parametrize("crash_at", [0, 1, 12, 19, 20, 37, 57, 75])
+def test_a_run_that_died_anywhere_ends_as_one_that_did_not(
+    tmp_path, server, address, tokenizer, undisturbed, monkeypatch, crash_at
+):
+    """Documents are written after the last note and files are left behind: all that must be dropped."""
+    stream = Stream(tmp_path / "killed", address, server, tokenizer)
+    write, written = ShardWriter.write, 0
+
+    def crash(*args: object) -> None:
+        nonlocal written
+        if written == crash_at:
+            raise KeyboardInterrupt
+        written += 1
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", crash)
+        with pytest.raises(KeyboardInterrupt):
+            stream.run()
+    assert not stream.tokens.exists()
+    stream.run()
+    assert stream.content() == undisturbed
+
+
+def test_a_process_killed_time_and_again_ends_as_one_that_was_not(tmp_path, server, address, tokenizer, undisturbed):
+    stream = Stream(tmp_path / "killed", address, server, tokenizer)
+    code = (
+        "import sys, time; sys.path[:0] = sys.argv[1:3]; import test_streaming as t; from pathlib import Path;"
+        "from dynaroute.data import streaming, tokenization;"
+        "streaming.NOTE_CHARACTERS, tokenization.BATCH_CHARACTERS = 1500, 400;"
+        "write = t.ShardWriter.write;"
+        "t.ShardWriter.write = lambda *args: (time.sleep(0.01), write(*args));"
+        "stream = t.Stream.__new__(t.Stream); root = Path(sys.argv[3]);"
+        "stream.root, stream.tokens, stream.scratch = root, root / 'tokens', root / 'scratch';"
+        "source = dict(kind='dolma_stream', path=sys.argv[3], revision=None, addresses='list.txt', files=None);"
+        "stream.corpus = t.make_corpus(Path(sys.argv[4]), source); stream.run()"
+    )
+    tests = REPOSITORY / "tests"
+    command = [sys.executable, "-c", code, str(tests), str(tests / "data"), str(stream.root), str(tokenizer)]
+    for enough in (15, 45):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while documents_noted(stream) < enough and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert 45 <= documents_noted(stream) < 76
+    stream.run()
+    assert stream.content() == undisturbed
+
+
+def documents_noted(stream: Stream) -> int:
+    with contextlib.suppress(OSError):
+        return json.loads((stream.scratch / "progress.json").read_text())["documents"]
+    return 0
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(download, "CHUNK_BYTES", 2**12)
+    peaks, sizes = [], []
+    for documents in (40, 800):
+        server = FaultyServer(make_files(2, documents))
+        with server.running() as address:
+            stream = Stream(tmp_path / str(documents), address, server, tokenizer)
+            stream.scratch.mkdir()
+            folders = (stream.root / "raw", stream.tokens, stream.scratch)
+            tracemalloc.start()
+            metadata = tokenize_stream("c", stream.corpus, *folders, shard_tokens=2**12)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+            sizes.append(sum(len(gzip.decompress(data)) for data in server.files.values()))
+    assert metadata["splits"]["train"]["num_documents"] == 2 * 799 - 15
+    assert sizes[1] > 15 * sizes[0] > 0
+    assert peaks[1] < 1.3 * peaks[0]
+    assert sizes[1] > 0.5 * peaks[1]  # or all of it could be held without notice
+
+
+def test_few_files_lie_on_disk_at_once(tmp_path, tokenizer, monkeypatch):
+    most, fetch = 0, streaming.fetch_gzip
+
+    def watched(address: str, path: Path, stop: object) -> None:
+        nonlocal most
+        fetch(address, path, stop)
+        most = max(most, len(list(path.parent.iterdir())))
+
+    monkeypatch.setattr(streaming, "fetch_gzip", watched)
+    server = FaultyServer(make_files(15, 20))
+    with server.running() as address:
+        Stream(tmp_path / "stream", address, server, tokenizer).run()
+    assert 1 < most <= streaming.DOWNLOADS
+
+
+def test_what_was_read_from_each_address_is_in_the_metadata(tmp_path, server, address, tokenizer, files):
+    import hashlib
+
+    found = Stream(tmp_path / "stream", address, server, tokenizer).run()["files"]
+    assert found == [
+        {"address": f"{address}/{name}", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
+         "documents": 19}
+        for name, data in files.items()
+    ]  # fmt: skip
+
+
+def test_a_file_that_is_not_there_stops_the_run_at_once(tmp_path, server, address, tokenizer):
+    stream = Stream(tmp_path / "stream", address, server, tokenizer)
+    del server.files["1.json.gz"]
+    with pytest.raises(DynarouteError, match=r"/1\.json\.gz: the server answers 404 Not Found$"):
+        stream.run()
+    assert [name for name, _ in server.requests].count("1.json.gz") == 1
+
+
+def test_a_server_that_never_recovers_is_given_up_and_the_run_goes_on_when_it_has(
+    tmp_path, server, address, tokenizer, undisturbed, monkeypatch
+):
+    monkeypatch.setattr(download, "FAILURES", 4)
+    stream = Stream(tmp_path / "stream", address, server, tokenizer)
+    server.faults = {"2.json.gz": ["truncate"] * 30}
+    with pytest.raises(DynarouteError) as caught:
+        stream.run()
+    message = str(caught.value)
+    assert message.startswith(f"{address}/2.json.gz: 4 failures without progress, the last one: not a whole gzip: ")
+    assert "\n" not in message
+    assert len(server.faults["2.json.gz"]) == 25  # the first try brought something, then four brought nothing more
+    server.faults = {}
+    stream.run()
+    assert stream.content() == undisturbed
+
+
+def test_a_damaged_line_is_named_by_address(tmp_path, server, address, tokenizer):
+    lines = gzip.decompress(server.files["1.json.gz"]).split(b"\n")
+    server.files["1.json.gz"] = gzip.compress(b"\n".join([*lines[:5], b"{", *lines[5:]]))
+    with pytest.raises(DynarouteError, match=rf"^{address}/1\.json\.gz, line 6: not valid JSON"):
+        Stream(tmp_path / "stream", address, server, tokenizer).run()
+
+
+def test_a_file_that_changed_after_a_part_of_it_was_taken_is_refused(tmp_path, server, address, tokenizer, monkeypatch):
+    stream = Stream(tmp_path / "stream", address, server, tokenizer)
+    write, written = ShardWriter.write, 0
+
+    def crash(*args: object) -> None:
+        nonlocal written
+        written += 1
+        if written > 30:
+            raise KeyboardInterrupt
+        write(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", crash)
+        with pytest.raises(KeyboardInterrupt):
+            stream.run()
+    for path in (stream.scratch / "downloads").iterdir():
+        path.unlink()
+    server.files["1.json.gz"] = gzip.compress(gzip.decompress(server.files["1.json.gz"]), compresslevel=1)
+    with pytest.raises(DynarouteError, match=r"1\.json\.gz: SHA-256 is .* the file has changed: remove .*scratch to"):
+        stream.run()
+
+
+def test_a_corpus_that_ends_within_its_region_is_refused(tmp_path, server, address, tokenizer):
+    stream = Stream(tmp_path / "stream", address, server, tokenizer, split={"skip": 60, "validation": 10, "test": 9})
+    with pytest.raises(DynarouteError, match=r"c: 6 of the 76 documents fell to test at split\.test = 9"):
+        stream.run()
+
+
+@pytest.mark.parametrize(
+    ("text", "files", "problem"),
+    [
+        ("http://a/1.gz\nhttp://a/1.gz\n", None, "http://a/1.gz occurs twice: its text would count twice"),
+        ("http://a/1.gz\nftp://a/2.gz\n", None, "'ftp://a/2.gz' is no http or https address"),
+        ("http://a/1.gz\n\n", 2, "has 1 lines, fewer than files = 2"),
+        ("\n", None, "has 0 lines, fewer than files = 1"),
+        (None, None, "cannot be read: "),
+    ],
+)
+def test_a_list_that_is_none_is_named(tmp_path, tokenizer, text, files, problem):
+    if text is not None:
+        (tmp_path / "list.txt").write_text(text)
+    source = {"kind": "dolma_stream", "path": str(tmp_path), "revision": None, "addresses": "list.txt", "files": files}
+    with pytest.raises(DynarouteError) as caught:
+        list_addresses("c", make_corpus(tokenizer, source), tmp_path / "raw")
+    assert str(caught.value).startswith(f"corpora.c.source.addresses: list.txt of {tmp_path}")
+    assert problem in str(caught.value)
+    assert not (tmp_path / "raw").exists()
+
+
+def test_the_stages_stream_a_corpus(tmp_path, server, address, tokenizer, undisturbed):
+    """As `dvc repro tokenize@mine` runs them; only the first file is asked for."""
+    (tmp_path / "urls").mkdir()
+    (tmp_path / "urls" / "v1.txt").write_text("".join(f"{address}/{name}\n" for name in server.files))
+    params = read_yaml(REPOSITORY / "params.yaml")
+    params["corpora"]["mine"] = {
+        "source": {"kind": "dolma_stream", "path": ".", "revision": None, "addresses": "urls/v1.txt", "files": 1},
+        "split": {"skip": 2, "validation": 3, "test": 4},
+        "tokenizer": {"kind": "hub", "path": str(tokenizer), "revision": None},
+    }
+    YAML(typ="safe").dump(params, tmp_path / "params.yaml")
+    environment = {key: value for key, value in os.environ.items() if key != "DVC_ROOT"}
+    for stage in ("locate", "collect", "tokenize_corpus"):
+        command = [sys.executable, str(REPOSITORY / "stages" / f"{stage}.py"), "mine"]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("mine: 1 of 1 files, 19 documents, ")  # where nobody watches, a line for each file
+    tokens = tmp_path / "data/tokens/mine"
+    assert [TokenShards(tokens, split).num_documents for split in ("train", "validation", "test")] == [12, 3, 4]
+    assert not list((tmp_path / ".scratch/tokenize_corpus").iterdir())

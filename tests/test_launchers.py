@@ -1,0 +1,94 @@
+"""A training stage under the launcher of the paper settings, on two processes of this machine."""
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from repository import REPOSITORY
+from ruamel.yaml import YAML
+from small_tokens import write_tokens
+
+from dynaroute.config import read_yaml
+
+PYTHON = [sys.executable]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+STAGE = str(REPOSITORY / "stages/train_dwr.py")
+
+
+def make_tree(root: Path, **training: object) -> Path:
+    """A working directory with settings and tokens of a small DWR model, with dropout."""
+    params = read_yaml(REPOSITORY / "params.yaml")
+    params["num_threads"] = 1
+    params["dwr"] |= {
+        "d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "max_seq_len": 16,
+    }  # fmt: skip
+    params["benchmark_cache"] |= {"capacities": [1], "prompt_tokens": 4, "new_tokens": 4}
+    params["simulate_cache"]["capacities"] = [1]
+    params["dwr"]["training"] |= {
+        "batch_size": 8, "micro_batch_size": 4, "warmup_steps": 2, "validate_every": 6, "checkpoint_every": 2,
+        "early_stopping_patience": None, **training,
+    }  # fmt: skip
+    root.mkdir()
+    YAML(typ="safe").dump(params, root / "params.yaml")
+    draw = random.Random(0)
+    splits = {"train": 1700, "validation": 333, "test": 200}
+    tokens = {name: [draw.choices(range(1, 60), range(1, 60), k=size)] for name, size in splits.items()}
+    write_tokens(root / "data/tokens/docs", 60, **tokens)
+    return root
+
+
+def environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "DVC_ROOT"} | {"OMP_NUM_THREADS": "1"}
+
+
+def train(root: Path, launcher: list[str]) -> None:
+    done = subprocess.run([*launcher, STAGE], cwd=root, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    with path.open(newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    for name, launcher in (("one", PYTHON), ("two", TORCHRUN)):
+        train(make_tree(tmp_path / name, epochs=1), launcher)
+    one, two = tmp_path / "one/reports/dwr", tmp_path / "two/reports/dwr"
+    assert len(rows(one / "training.csv")) > 2
+    for table in ("training.csv", "router.csv"):  # losses; gate norms, load and probability of every expert
+        for ours, theirs in zip(rows(two / table), rows(one / table), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4, nan_ok=True)
+    runs = [json.loads((tmp_path / name / "data/dwr/train/run.json").read_text()) for name in ("one", "two")]
+    assert [run["identity"]["num_processes"] for run in runs] == [1, 2]
+    report = json.loads((two / "training.json").read_text())
+    assert all(holds for name, holds in report["checks"].items() if name != "validation_loss_is_below_unigram_entropy")
+    assert not list((tmp_path / "two/.scratch/train_dwr").iterdir())
+
+
+def test_the_loss_of_one_process_ends_the_job_with_an_error_and_without_results(tmp_path):
+    root = make_tree(tmp_path / "tree", epochs=10_000)
+    job = subprocess.Popen([*TORCHRUN, STAGE], cwd=root, env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(root.glob(".scratch/train_dwr/*/last.safetensors")):
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.05)
+        ranks = {int(process.environ()["RANK"]): process for process in psutil.Process(job.pid).children()}
+        assert sorted(ranks) == [0, 1]
+        ranks[1].kill()
+        _, said = job.communicate(timeout=120)
+        assert job.returncode != 0
+        assert "SIGKILL" in said
+        assert not any(process.is_running() for process in ranks.values())
+        assert not (root / "data/dwr").exists()
+    finally:
+        job.kill()
+        job.wait()
