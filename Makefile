@@ -21,7 +21,9 @@ benchmarks: env  ## layer benchmarks at the paper's sizes, into reports/benchmar
 	dvc repro benchmarks/dvc.yaml
 
 recover:  ## mend what a killed DVC can leave: an empty dvc.lock (which goes where git has none), a stale lock file
-	test -s dvc.lock || git checkout --quiet -- dvc.lock 2>/dev/null || rm -f dvc.lock
+	for lock in dvc.lock corpora/dvc.lock; do \
+		test -s $$lock || git checkout --quiet -- $$lock 2>/dev/null || rm -f $$lock; \
+	done
 	rm -f .dvc/tmp/rwlock .dvc/tmp/lock
 
 env: $(READY)

@@ -56,7 +56,7 @@ def main(settings: Settings) -> None:
         }
         scratch = scratch_folder("encode_windows", run_id(identity))
         with exclusive(scratch):
-            write_embeddings(encoder, dagformer.encoder, own, prefix_tokens, DATA / "embeddings" / name, scratch)
+            write_embeddings(encoder, identity, own, prefix_tokens, DATA / "embeddings" / name, scratch)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def write(encoder, settings, windows: dict[str, Subset], directory: Path) -> Non
     """`write_embeddings` with a scratch folder beside the result."""
     scratch = directory.parent / "scratch"
     scratch.mkdir(exist_ok=True)
-    write_embeddings(encoder, settings, windows, PREFIX, directory, scratch)
+    write_embeddings(encoder, {"encoder": settings.model_dump()}, windows, PREFIX, directory, scratch)
 
 
 def hub(path: Path) -> HubEncoder:
@@ -285,8 +285,7 @@ def test_written_embeddings_are_those_of_the_windows_and_their_prefixes(
         torch.testing.assert_close(torch.from_numpy(vectors), expected, rtol=1e-4, atol=1e-5)
     metadata = json.loads((tmp_path / "embeddings" / "metadata.json").read_text())
     assert metadata["encoder"] == settings.model_dump()
-    sizes = metadata["embedding_size"], metadata["seq_len"], metadata["prefix_tokens"]
-    assert sizes == (WIDTH, SEQ_LEN, PREFIX)
+    assert metadata["embedding_size"] == WIDTH
     assert {name: (own["windows"], own["tokens_read"]) for name, own in metadata["files"].items()} == {
         "train": (7, SEQ_LEN), "validation": (2, SEQ_LEN), "test": (5, SEQ_LEN),
         "train_prefix": (7, PREFIX), "validation_prefix": (2, PREFIX), "test_prefix": (5, PREFIX),

@@ -9,7 +9,7 @@ protocol needs it `test_prefix.npy`, of the same windows but from their first to
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ def load_encoder(settings: BaseEncoder | HubEncoder, base: str | Path, corpus: T
 
 def write_embeddings(
     encoder: Encoder,
-    settings: BaseEncoder | HubEncoder,
+    identity: dict[str, Any],
     windows: dict[str, Subset],
     prefix_tokens: int | None,
     directory: str | Path,
@@ -147,7 +147,7 @@ def write_embeddings(
 
     Args:
         encoder: the loaded encoder.
-        settings: what it was loaded by, for the record.
+        identity: everything that the vectors depend on, for metadata.json.
         windows: by split.
         prefix_tokens: what the encoder reads of a window for the `_prefix` files; None: there are none.
         directory: the folder, which is replaced.
@@ -175,8 +175,8 @@ def write_embeddings(
             files[name] = {
                 "file": path.name, "windows": len(own), "tokens_read": tokens_read, "sha256": sha256(path),
             }  # fmt: skip
-    metadata = {"encoder": settings.model_dump(), "embedding_size": encoder.embedding_size, "seq_len": seq_len}
-    write_json(folder / "metadata.json", metadata | {"prefix_tokens": prefix_tokens, "files": files})
+    metadata = identity | {"embedding_size": encoder.embedding_size, "files": files}
+    write_json(folder / "metadata.json", metadata)
     move_directory(folder, directory)
     shutil.rmtree(scratch)
 
