@@ -8,6 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,7 +50,7 @@ VARIANTS = {"P1": {"from": "base"}, "P2": {"from": "P1"}, "A6": {"from": "base",
 VARIANTS |= {"J1": {"from": "base", "base_lr": 1e-3, "tau_final": 0.2}}  # its base is trained as well
 LOCATE = "corpora/dvc.yaml:locate@docs"  # runs every time
 # What the scripts that work on one corpus or one variant are told.
-ARGUMENTS = {name: ["docs"] for name in ("locate", "collect", "tokenize_corpus")}
+ARGUMENTS = defaultdict(list, {name: ["docs"] for name in ("locate", "collect", "tokenize_corpus")})
 ARGUMENTS |= {name: ["P1"] for name in ("train_dagformer", "evaluate_nll", "analyze_topology")}
 # What is measured differs from run to run, and lives in files of its own.
 MEASURED = ("timing", "measured")
@@ -107,6 +110,13 @@ class Workspace:
         if check and done.returncode:
             raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
         return done
+
+    def run_scripts(self, arguments: Mapping[str, list[str]]) -> list[tuple[Path, subprocess.CompletedProcess]]:
+        """Runs the script of every stage, with arguments by its name."""
+        scripts = sorted((self.root / "stages").glob("*.py"))
+        commands = [["python", str(script), *arguments[script.stem]] for script in scripts]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(zip(scripts, pool.map(lambda command: self.run(*command, check=False), commands), strict=True))
 
     def start(self, *command: str) -> subprocess.Popen:
         """Starts a command in a process group of its own, so that all of it can be killed."""
@@ -270,8 +280,7 @@ def test_nothing_runs_when_nothing_changed_and_only_what_depends_on_a_change_doe
 def test_a_mistake_in_params_stops_every_stage_with_one_line(finished, tmp_path):
     workspace = finished.copy(tmp_path / "mistake")
     workspace.set_params({"dwr": {**TINY["dwr"], "top_k": 99}})
-    for script in sorted((workspace.root / "stages").glob("*.py")):
-        done = workspace.run("python", str(script), *ARGUMENTS.get(script.stem, []), check=False)
+    for script, done in workspace.run_scripts(ARGUMENTS):
         assert done.returncode == 1, script
         assert done.stderr.splitlines() == [
             f"{script.stem}: params.yaml: dwr.top_k = 99: must be at most num_experts = 4"
@@ -279,8 +288,8 @@ def test_a_mistake_in_params_stops_every_stage_with_one_line(finished, tmp_path)
 
 
 def test_every_script_explains_itself(finished):
-    for script in sorted((finished.root / "stages").glob("*.py")):
-        assert f"stages/{script.name}" in finished.run("python", str(script), "--help").stdout, script
+    for script, done in finished.run_scripts(defaultdict(lambda: ["--help"])):
+        assert f"stages/{script.name}" in done.stdout, script
 
 
 @pytest.mark.parametrize("committed", [True, False])
