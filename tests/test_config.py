@@ -151,7 +151,10 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"dwr_runs.reference.train_windows": ...}, "dwr_runs.reference.train_windows is missing"),
         ({"dwr_runs.reference.d_ff": 30}, "dwr_runs.reference.d_ff = 30: must be a multiple of 16"),
         ({"dwr_runs.fewer_experts.num_experts": 1}, "dwr_runs.fewer_experts.top_k = 2: must be at most num_experts"),
-        ({"dwr_runs.fewer_experts.experts": 1}, "dwr_runs.fewer_experts.experts = 1: unknown key; did you mean num_exp"),
+        (
+            {"dwr_runs.fewer_experts.experts": 1},
+            "dwr_runs.fewer_experts.experts = 1: unknown key; did you mean num_exp",
+        ),
         ({"dwr_runs.more_text.training.lr": 0}, "dwr_runs.more_text.training.lr = 0: input should be greater than 0"),
         ({"dwr_runs.more_text.training": 3}, "dwr_runs.more_text.training = 3: must be a mapping with the keys batch"),
         (
