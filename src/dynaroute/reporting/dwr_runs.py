@@ -47,8 +47,8 @@ def page(runs: list[Record]) -> str:
         "# DWR runs",
         f"DWR models trained for this comparison. `reference` has {size} and reads {text} of "
         f"`{reference['settings']['corpus']}` {reference['epochs']:.3g} times; every other run is `reference` with the "
-        "changes that stand beside it. None of them is the model of the [DWR report](dwr.md), and with a budget of "
-        "their own they compare with each other alone. One seed each: a small difference means nothing. Made by "
+        "changes that stand beside it. The model of the [DWR report](dwr.md) is not among them: with a budget of "
+        "their own, they compare with each other alone. One seed each: a small difference means nothing. Made by "
         "`dvc repro report_dwr_runs`.",
         *("## 1. The balance loss and the cache", _balance(swept)),
         *("## 2. Remedies for overfitting", _remedies(others)),
@@ -130,7 +130,7 @@ def _remedies(runs: list[Record]) -> str:
     narrower = [f"`{run['name']}`" for run in runs[1:] if _gap(run) < _gap(reference)]
     return "\n\n".join(
         [
-            "Losses in nats per token, of the training text without dropout. The gap is validation less training; test "
+            "Losses in nats per token, without dropout, also of the training text. The gap is validation less training; test "
             "perplexity and hit rate are of the weights with the best validation loss, the hit rate at a third of the "
             "run's own experts. Perplexities of different tokenizers do not compare.",
             table(header, rows),
