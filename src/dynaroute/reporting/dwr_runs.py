@@ -130,9 +130,9 @@ def _remedies(runs: list[Record]) -> str:
     narrower = [f"`{run['name']}`" for run in runs[1:] if _gap(run) < _gap(reference)]
     return "\n\n".join(
         [
-            "Losses in nats per token, without dropout, also of the training text. The gap is validation less training; test "
-            "perplexity and hit rate are of the weights with the best validation loss, the hit rate at a third of the "
-            "run's own experts. Perplexities of different tokenizers do not compare.",
+            "Losses in nats per token, of the training text without dropout, too. The gap is validation less training; "
+            "test perplexity and hit rate are of the weights with the best validation loss, the hit rate at a third of "
+            "the run's own experts. Perplexities of different tokenizers do not compare.",
             table(header, rows),
             f"A lower test perplexity than the reference: {', '.join(better) or 'none'}. "
             f"A smaller gap at the end: {', '.join(narrower) or 'none'}.",
