@@ -117,8 +117,9 @@ def _budgets(results: Results, total: int) -> str:
             "budget cut into equal shares of the layers:",
             table(["policy", "hit rate", "gap closed", "hit rate, budget per layer"], at_a_third),
             "LRU evicts what was used longest ago, which is just what the next layers will ask for. `next_use` ranks "
-            "experts by how often they were used of late and by how soon their layer comes again. Its two constants, "
-            "and the half-life of `weighted_lru`, were chosen on the validation split.",
+            "experts by how soon their layer comes again and by how likely it is to use them then: by their share of "
+            "recent calls, and by how often they followed what the layer used last. Its discount, and the half-life "
+            "that it shares with `weighted_lru`, were chosen on the validation split.",
         ]
     )
 
