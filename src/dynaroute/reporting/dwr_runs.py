@@ -63,13 +63,20 @@ def plot_runs(swept: list[Record], path: str | Path) -> None:
         axes = figure.subplots()
         share = swept[0]["capacity"] / swept[0]["experts"]
         axes.axvline(share, color=GREY, linestyle=":", label="share of experts held (c/N)")
-        for policy, label, color, marker in (("lru", "LRU", BLUE, "o-"), ("next_use", "next use", VERMILION, "s--")):
+        styles = (("lru", "LRU", BLUE, "o-", 6), ("next_use", "next use", VERMILION, "s--", 16))
+        for policy, label, color, marker, away in styles:
             rates = [run["hit_rate"][policy] for run in swept]
             axes.plot(rates, losses, marker, color=color, linewidth=0.8, label=label)
-            for rate, loss, run in zip(rates, losses, swept, strict=True):
+            for number, (rate, loss, run) in enumerate(zip(rates, losses, swept, strict=True)):
                 text = f"λ = {run['settings']['balance_coefficient']:g}"
-                axes.annotate(text, (rate, loss), xytext=(5, 4), textcoords="offset points", fontsize=7, color=color)
-        axes.margins(0.12)
+                beside = {
+                    "xytext": (0, -away - 7 if number % 2 else away),
+                    "textcoords": "offset points",
+                    "ha": "center",
+                }
+                axes.annotate(text, (rate, loss), **beside, fontsize=7, color=color)
+        axes.margins(x=0.12)
+        axes.set_ylim(0.95 * min(losses), 1.08 * max(losses))  # what differs by less than a few percent looks alike
         axes.set_xlabel(f"hit rate at {swept[0]['capacity']} of {swept[0]['experts']} experts")
         axes.set_ylabel("perplexity of the test text")
         axes.legend()
