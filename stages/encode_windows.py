@@ -19,8 +19,8 @@ import torch
 from dynaroute.artifacts import sha256
 from dynaroute.config import BaseEncoder, Settings
 from dynaroute.dagformer.encoders import load_encoder, write_embeddings
-from dynaroute.dagformer.windows import KEYS, Subset
 from dynaroute.data.shards import TokenShards, Windows
+from dynaroute.data.windows import KEYS, Subset
 from dynaroute.stage import run
 from dynaroute.training.scratch import exclusive, run_id, scratch_folder
 

@@ -23,8 +23,8 @@ from dynaroute.config import LoadedBase, Settings
 from dynaroute.dagformer.base import LanguageModelObjective, load_base, new_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.pretrained import load_tokenizer
-from dynaroute.dagformer.windows import Subset
 from dynaroute.data.shards import TokenShards, Windows
+from dynaroute.data.windows import Subset
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.statistics import paired_difference, verdict
 from dynaroute.machine import describe_machine, peak_memory

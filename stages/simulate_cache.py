@@ -4,7 +4,8 @@
 
 Reads   data/dwr/trace, data/dwr/expert_store (how experts are used)
 Writes  reports/dwr/simulated_hits.csv   hit rates by capacity, policy (MIN among them) and kind of budget
-        reports/dwr/simulated_speed.csv  at a third of the experts: speed relative to residency by machine and model
+        reports/dwr/simulated_speed.csv  speed relative to residency by machine, model and prefetcher: at a third of the
+                                         experts with every policy, at other capacities with that which hits most
         reports/dwr/simulation.json      at a third of the experts: the share of the gap to MIN that each policy closes
 """
 
@@ -59,20 +60,25 @@ def main(settings: Settings) -> None:
         for capacity, policy, per_layer in tqdm(cells, desc="hit rates", unit="replay", disable=None)
         for found, _ in [run_one(capacity, policy, per_layer)]
     ]
-    replays = itertools.product(policies, settings.benchmark_cache.prefetchers)
+    online = [row for row in hits if row["policy"] != "min" and not row["per_layer"]]
+    pairs = [(third, policy) for policy in policies]
+    for capacity in sorted({*simulate.capacities} - {third}):
+        best = max((row for row in online if row["capacity"] == capacity), key=lambda row: row["hit_rate"])
+        pairs.append((capacity, best["policy"]))
+    replays = itertools.product(pairs, settings.benchmark_cache.prefetchers)
     speeds = [
         {
             "machine": machine,
             "model": model,
-            "capacity": third,
+            "capacity": capacity,
             "policy": policy,
             "prefetch": prefetch,
             "hit_rate": found.hit_rate,
             "accuracy": found.accuracy if found.foretold else None,
             "ratio_to_resident": ratio_to_resident(calls, Seconds.of(on, of)),
         }
-        for policy, prefetch in tqdm(list(replays), desc="speeds", unit="replay", disable=None)
-        for found, calls in [run_one(third, policy, False, prefetch)]
+        for (capacity, policy), prefetch in tqdm(list(replays), desc="speeds", unit="replay", disable=None)
+        for found, calls in [run_one(capacity, policy, False, prefetch)]
         for machine, on in simulate.machines.items()
         for model, of in simulate.models.items()
     ]

@@ -28,8 +28,8 @@ from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.joint import JointModel
 from dynaroute.dagformer.objective import DagObjective, verdict
 from dynaroute.dagformer.predictor import StructurePredictor
-from dynaroute.dagformer.windows import Subset
 from dynaroute.data.shards import TokenShards, Windows
+from dynaroute.data.windows import Subset
 from dynaroute.errors import DynarouteError
 from dynaroute.machine import describe_machine, peak_memory
 from dynaroute.stage import run

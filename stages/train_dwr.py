@@ -18,16 +18,16 @@ from pathlib import Path
 
 import torch
 
-from dynaroute.artifacts import output_directory, sha256, write_csv, write_json
+from dynaroute.artifacts import output_directory, write_csv, write_json
 from dynaroute.config import Settings
-from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.dwr.model import DWRConfig, DWRTransformer
-from dynaroute.dwr.objective import DWRObjective
+from dynaroute.data.shards import Windows
+from dynaroute.dwr.model import DWRTransformer
+from dynaroute.dwr.training import make_trainer, open_tokens
 from dynaroute.machine import describe_machine, peak_memory
 from dynaroute.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
-from dynaroute.training.loop import Trainer, make_accelerator, steps_in_epochs, with_all_columns
-from dynaroute.training.scratch import run_id, scratch_folder
+from dynaroute.training.loop import Trainer, with_all_columns
+from dynaroute.training.scratch import run_id
 
 REPORTS = Path("reports/dwr")
 
@@ -36,39 +36,12 @@ def main(settings: Settings) -> None:
     """Trains, then publishes the checkpoints and what was found."""
     dwr = settings.dwr
     torch.set_num_threads(settings.num_threads)
-    tokens = Path("data/tokens") / dwr.corpus
-    shards = {split: TokenShards(tokens, split) for split in ("train", "validation", "test")}
-    for split in shards.values():
-        split.verify()
+    shards = open_tokens(dwr.corpus)
     training = Windows(shards["train"], dwr.max_seq_len, keep_tail=False)
     validation, test = (Windows(shards[split], dwr.max_seq_len, keep_tail=True) for split in ("validation", "test"))
-
-    vocab_size = shards["train"].padded_vocab_size
-    config = DWRConfig(vocab_size=vocab_size, **dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"}))
-    identity = {
-        "dwr": dwr.model_dump(),
-        "seed": settings.seed,
-        "device": settings.device,
-        "num_threads": settings.num_threads,
-        "tokens": sha256(tokens / "metadata.json"),
-    }
-    accelerator = make_accelerator(settings.device, dwr.training.precision)
-    identity["num_processes"] = accelerator.num_processes  # floats are added in another order
-    identifier = run_id(identity)
-    torch.manual_seed(settings.seed)
-    model = DWRTransformer(config)
-    objective = DWRObjective(config, dwr.balance_coefficient)
-    trainer = Trainer(
-        model,
-        objective,
-        training,
-        validation,
-        dwr.training,
-        total_steps=steps_in_epochs(dwr.training, len(training)),
-        accelerator=accelerator,
-        seed=settings.seed,
-        scratch=scratch_folder("train_dwr", identifier),
-    )
+    trainer, identity = make_trainer(settings, dwr, shards["train"], training, validation, "train_dwr")
+    identifier, accelerator, objective = run_id(identity), trainer.accelerator, trainer.objective
+    model, config = accelerator.unwrap_model(trainer.model), objective.config
     with trainer:
         state = trainer.run()
         gradients = router_gradients(trainer, training)

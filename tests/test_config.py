@@ -45,7 +45,7 @@ def keys_in(data):
         if (
             isinstance(value, dict)
             and "kind" not in value
-            and name not in ("corpora", "machines", "models", "variants")
+            and name not in ("corpora", "dwr_runs", "machines", "models", "variants")
         ):
             yield from (f"{name}.{key}" for key in keys_in(value))
         else:
@@ -144,6 +144,23 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ),
         ({"variants.P1.from": "P2"}, "variants.P2.from = 'P1': must be one of base, A1"),
         ({"variants.a/b": {"from": "base"}}, "a/b"),
+        ({"dwr_runs": {}}, "dwr_runs = []: must have a reference, which the others override"),
+        ({"dwr_runs.reference": 3}, "dwr_runs.reference = 3: must be a mapping"),
+        ({"dwr_runs.smaller_d_ff": {"d_ff": 32}}, "dwr_runs.smaller_d_ff.corpus = None: must be one of corpora: docs"),
+        ({"dwr_runs.reference.corpus": []}, "dwr_runs.reference.corpus = []: must be one of corpora: docs"),
+        ({"dwr_runs.reference.train_windows": ...}, "dwr_runs.reference.train_windows is missing"),
+        ({"dwr_runs.reference.d_ff": 30}, "dwr_runs.reference.d_ff = 30: must be a multiple of 16"),
+        ({"dwr_runs.fewer_experts.num_experts": 1}, "dwr_runs.fewer_experts.top_k = 2: must be at most num_experts"),
+        (
+            {"dwr_runs.fewer_experts.experts": 1},
+            "dwr_runs.fewer_experts.experts = 1: unknown key; did you mean num_exp",
+        ),
+        ({"dwr_runs.more_text.training.lr": 0}, "dwr_runs.more_text.training.lr = 0: input should be greater than 0"),
+        ({"dwr_runs.more_text.training": 3}, "dwr_runs.more_text.training = 3: must be a mapping with the keys batch"),
+        (
+            {"dwr_runs.more_text.training.validate_every": "x"},
+            "dwr_runs.more_text.training.validate_every = 'x': input should be 'epoch' or",
+        ),
         ({"dagformer.prefix_tokens": 128}, "dagformer.prefix_tokens = 128: must be below seq_len = 128"),
         ({"dagformer.base.num_heads": 3}, "dagformer.base.hidden_size = 128: must be a multiple of 2 * num_heads = 6"),
         ({"analysis.variants": ["P1", "B7"]}, "analysis.variants = 'B7': must be among variants: A1, A10"),
@@ -201,6 +218,24 @@ def test_a_variant_that_continues_another_stays_at_its_final_tau_and_lambda(tmp_
 def test_an_unknown_variant_is_named(tmp_path):
     with pytest.raises(DynarouteError, match=r"variants\.B7: no such variant; known: A1"):
         load_with(tmp_path, {}).variant("B7")
+
+
+def test_a_dwr_run_is_the_reference_with_its_overrides_and_that_is_dwr_with_its_own(tmp_path):
+    runs = {
+        "reference": {
+            **{"corpus": "docs", "train_windows": 8, "validation_windows": None, "eval_windows": 4},
+            **{"d_ff": 64, "training": {"epochs": 3.0, "lr": 0.5}},
+        },
+        "other": {"corpus": "docs", "dropout": 0.3, "training": {"lr": 0.25}},
+    }
+    settings = load_with(tmp_path, {"dwr_runs": runs, "dwr.training.clip_norm": 7.0})
+    reference, other = settings.dwr_run("reference"), settings.dwr_run("other")
+    assert (reference.d_ff, reference.dropout, reference.d_model) == (64, settings.dwr.dropout, settings.dwr.d_model)
+    assert (other.d_ff, other.dropout, other.train_windows) == (64, 0.3, 8)
+    assert (reference.training.lr, other.training.lr) == (0.5, 0.25)
+    assert (other.training.epochs, other.training.clip_norm) == (3.0, 7.0)
+    with pytest.raises(DynarouteError, match=r"dwr_runs\.more: no such run; known: other, reference"):
+        settings.dwr_run("more")
 
 
 def test_a_corpus_name_cannot_be_a_path(tmp_path):

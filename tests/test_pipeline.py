@@ -48,9 +48,13 @@ TINY = {
 }  # fmt: skip
 VARIANTS = {"P1": {"from": "base"}, "P2": {"from": "P1"}, "A6": {"from": "base", "tau_final": 0.05}}
 VARIANTS |= {"J1": {"from": "base", "base_lr": 1e-3, "tau_final": 0.2}}  # its base is trained as well
+RUNS = {"reference": {"corpus": "docs", "train_windows": 32, "validation_windows": 4, "eval_windows": 4}}
+RUNS["reference"]["training"] = {"epochs": 2, "validate_every": 2, "warmup_steps": 1}
+RUNS |= {"lambda_0": {"corpus": "docs", "balance_coefficient": 0.0}}
 LOCATE = "corpora/dvc.yaml:locate@docs"  # runs every time
-# What the scripts that work on one corpus or one variant are told.
+# What the scripts that work on one corpus, run or variant are told.
 ARGUMENTS = defaultdict(list, {name: ["docs"] for name in ("locate", "collect", "tokenize_corpus")})
+ARGUMENTS |= {"train_dwr_run": ["reference"]}
 ARGUMENTS |= {name: ["P1"] for name in ("train_dagformer", "evaluate_nll", "analyze_topology")}
 # What is measured differs from run to run, and lives in files of its own.
 MEASURED = ("timing", "measured")
@@ -93,7 +97,8 @@ class Workspace:
 
     def set_params(self, changes: dict) -> None:
         path = self.root / "params.yaml"
-        params = YAML(typ="safe").load((REPOSITORY / "params.yaml").read_text()) | {"variants": dict(VARIANTS)}
+        params = YAML(typ="safe").load((REPOSITORY / "params.yaml").read_text())
+        params |= {"variants": dict(VARIANTS), "dwr_runs": dict(RUNS)}
         for section, values in (
             {"": {k: v for k, v in TINY.items() if k in params and not isinstance(v, dict)}}
             | {section: values for section, values in TINY.items() if isinstance(values, dict)}

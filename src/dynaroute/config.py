@@ -312,6 +312,14 @@ class DWR(DWRArchitecture):
     training: EpochTraining
 
 
+class DWRRun(DWR):
+    """A DWR model that is trained for comparison with others like it: on some of the text, scored on some of it."""
+
+    train_windows: Positive | None  # evenly spaced over the training split; null: all
+    validation_windows: Positive | None  # likewise; also of the training text, for its loss
+    eval_windows: Positive | None  # of the test split
+
+
 Precision = Literal["fp32", "bf16", "int8"]  # of stored experts
 PolicyName = Literal["lru", "lfu", "weighted_lru", "pinned", "next_use"]
 PrefetchName = Literal["none", "frequency", "transition", "gate"]
@@ -492,6 +500,7 @@ class Settings(Variant):
     num_threads: Positive
     corpora: dict[Name, Corpus]
     dwr: DWR
+    dwr_runs: dict[Name, dict[str, Any]]  # overrides: of the reference on `dwr`, of every other run on the reference
     export_experts: ExportExperts
     trace_routing: TraceRouting
     benchmark_cache: BenchmarkCache
@@ -519,12 +528,27 @@ class Settings(Variant):
         if self.benchmark_cache.lookahead > self.dwr.num_experts:
             allowed = f"must be at most dwr.num_experts = {self.dwr.num_experts}"
             raise invalid("benchmark_cache.lookahead", self.benchmark_cache.lookahead, allowed)
+        self._check_dwr_runs()
         for name in self.variants:
             self._check_variant(name)
         for name in self.analysis.variants:
             if name not in self.variants:
                 raise invalid("analysis.variants", name, f"must be among variants: {', '.join(self.variants)}")
         return self
+
+    def _check_dwr_runs(self) -> None:
+        if "reference" not in self.dwr_runs:
+            raise invalid("dwr_runs", list(self.dwr_runs), "must have a reference, which the others override")
+        for name in sorted(self.dwr_runs, key=lambda name: name != "reference"):  # whose mistakes are those of all
+            # Also where it is the reference's: a run's stage depends on the tokens of the corpus that it names.
+            if (corpus := self.dwr_runs[name].get("corpus")) not in list(self.corpora):
+                allowed = f"must be one of corpora: {', '.join(self.corpora)}"
+                raise invalid(f"dwr_runs.{name}.corpus", corpus, allowed)
+            try:
+                self.dwr_run(name)
+            except ValidationError as error:
+                problem = _one_line(error, self._dwr_run_knobs(name))
+                raise DynarouteError(f"dwr_runs.{name}.{problem}") from error
 
     def _check_variant(self, name: str) -> None:
         if name in RESERVED:
@@ -539,10 +563,8 @@ class Settings(Variant):
         try:
             self.variant(name)
         except ValidationError as error:
-            problem = error.errors()[0]
-            context = problem.get("ctx", {})
-            key, value = context.get("key", problem["loc"][-1] if problem["loc"] else ""), problem["input"]
-            raise invalid(f"variants.{name}.{key}", context.get("value", value), problem["msg"]) from error
+            problem = _one_line(error, dict.fromkeys([*Variant.model_fields, *self.variants[name]]))
+            raise DynarouteError(f"variants.{name}.{problem}") from error
         if (start := self.variants[name]["from"]) != "base":
             own, theirs = self.variant(name), self.variant(start)
             for key in SHAPES:
@@ -570,6 +592,19 @@ class Settings(Variant):
             knobs |= {"tau_init": knobs["tau_final"], "lambda_init": knobs["lambda_final"]}
         return Variant.model_validate(knobs | overrides)
 
+    def dwr_run(self, name: str) -> DWRRun:
+        """All knobs of a DWR run: those of `dwr`, with the overrides of the reference and then its own.
+
+        Raises:
+            DynarouteError: there is no run of that name.
+        """
+        if name not in self.dwr_runs:
+            raise DynarouteError(f"dwr_runs.{name}: no such run; known: {', '.join(self.dwr_runs)}")
+        return DWRRun.model_validate(self._dwr_run_knobs(name))
+
+    def _dwr_run_knobs(self, name: str) -> dict[str, Any]:
+        return _overridden(_overridden(self.dwr.model_dump(), self.dwr_runs["reference"]), self.dwr_runs[name])
+
     def corpus(self, name: str) -> Corpus:
         """The corpus of that name.
 
@@ -579,6 +614,16 @@ class Settings(Variant):
         if name not in self.corpora:
             raise DynarouteError(f"corpora.{name}: no such corpus; known: {', '.join(self.corpora)}")
         return self.corpora[name]
+
+
+def _overridden(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Values with overrides; of a mapping in both, key by key."""
+    nested = {
+        key: _overridden(values[key], own)
+        for key, own in overrides.items()
+        if isinstance(own, dict) and isinstance(values.get(key), dict)
+    }
+    return values | overrides | nested
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -610,6 +655,8 @@ def load_settings(path: str | Path = "params.yaml") -> Settings:
         raise DynarouteError(f"{path}: must be a mapping of settings, not {type(data).__name__}")
     try:
         return Settings.model_validate(data)
+    except DynarouteError as error:  # of overrides
+        raise DynarouteError(f"{path}: {error}") from error
     except ValidationError as error:
         raise DynarouteError(f"{path}: {_one_line(error, data)}") from error
 

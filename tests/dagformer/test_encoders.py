@@ -15,9 +15,9 @@ from small_tokens import write_tokens
 from dynaroute.config import BaseEncoder, ByteBPE, HubEncoder, load_settings
 from dynaroute.dagformer import encoders
 from dynaroute.dagformer.encoders import load_embeddings, load_encoder, write_embeddings
-from dynaroute.dagformer.windows import KEYS, Subset
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.data.tokenizers import load_tokenizer, save_tokenizer
+from dynaroute.data.windows import KEYS, Subset
 from dynaroute.errors import DynarouteError
 
 BASE = BaseEncoder(kind="base")

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -154,19 +155,35 @@ def test_weighted_lru_is_the_sum_of_decayed_uses():
 
 
 def test_next_use_is_the_mean_discount_of_the_time_to_the_next_use():
-    policy = NextUse(LAYERS, EXPERTS)
-    for needed in ([0, 1], [0, 2], [0, 3]):
-        for layer in range(LAYERS):
+    generator = random.Random(1)
+    tokens = [[generator.sample(range(EXPERTS), 2) for _ in range(LAYERS)] for _ in range(9)]
+    policy, weighted = NextUse(LAYERS, EXPERTS), WeightedLRU(LAYERS, EXPERTS)
+    for token in tokens[:-1]:
+        for layer, needed in enumerate(token):
             policy.record(layer, needed)
-    policy.record(0, [0, 1])  # layer 1 comes next, after a third of a token
-    weighted = WeightedLRU(LAYERS, EXPERTS)
-    weighted.half_life = policy.half_life
-    for layer, distance in ((1, 1 / 3), (2, 2 / 3), (0, 1)):
+            weighted.record(layer, needed)
+    policy.record(0, tokens[-1][0])
+    weighted.record(0, tokens[-1][0])
+    ranks = []
+    for layer, distance in ((1, 1 / 3), (2, 2 / 3), (0, 1)):  # layer 1 comes next, after a third of a token
+        used = [token[layer] for token in tokens[: 9 if layer == 0 else 8]]
+        after = [then for expert in used[-1] for now, then in itertools.pairwise(used) if expert in now]
         for expert in range(EXPERTS):
-            p = policy._weight[layer][expert]
+            recent = weighted.rank((layer, expert))
+            following = (recent + sum(expert in then for then in after)) / (1 + len(after))
+            p = (recent + following) / 2
             series = sum(p * (1 - p) ** k * policy.discount ** (distance + k) for k in range(200))
             assert policy.rank((layer, expert)) == pytest.approx(series)
-    assert policy.rank((1, 0)) > policy.rank((2, 0)) > policy.rank((0, 3))
+            ranks.append(series)
+    assert len(set(ranks)) > EXPERTS
+
+
+def test_next_use_learns_which_expert_follows_which():
+    policy = NextUse(1, EXPERTS)
+    for needed in [[0], [1], [2]] * 20:  # round and round
+        policy.record(0, needed)
+    policy.record(0, [0])
+    assert policy.rank((0, 1)) > max(policy.rank((0, expert)) for expert in range(EXPERTS) if expert != 1)
 
 
 def test_what_is_held_is_used_before_anything_makes_way():

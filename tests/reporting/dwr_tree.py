@@ -160,12 +160,15 @@ def write_simulation(root: Path) -> None:
     write_csv(root / "reports/dwr/simulated_hits.csv", hits)
     speeds = [
         {
-            **{"machine": machine, "model": "seed", "capacity": 4, "policy": policy, "prefetch": prefetch},
-            **{"hit_rate": 0.5, "ratio_to_resident": 0.1 * number + 0.0123},
+            **{"machine": machine, "model": "seed", "capacity": capacity, "policy": policy, "prefetch": prefetch},
+            **{"hit_rate": 0.5, "ratio_to_resident": 0.1 * number + 0.0123 + (0.3 if machine == "disk" else 0)},
         }
         for machine in ("disk", "pcie")
-        for number, (policy, prefetch) in enumerate(
-            [("lru", "none"), ("lru", "gate"), ("next_use", "gate"), ("next_use", "none")]
+        for number, (capacity, policy, prefetch) in enumerate(
+            [
+                *((4, "lru", "none"), (4, "lru", "gate"), (4, "next_use", "gate"), (4, "next_use", "none")),
+                *((2, "next_use", "none"), (2, "next_use", "gate"), (6, "next_use", "gate"), (6, "next_use", "none")),
+            ]
         )
     ]
     write_csv(root / "reports/dwr/simulated_speed.csv", speeds)

@@ -60,9 +60,11 @@ def test_a_failed_check_is_said_first():
         "| int8 | 3.27 KiB | 4.01770 | +0.00660 |",
         "| lru, none | cold | 23.4 | 1.000 (1.000–1.000) | 0.346 |",
         "| on disk | 9.87 ms |",
-        "| disk | seed | `lru` | 0.012 | 0.112 |",
-        "| 6 | 97.89 KiB | `next_use` | for all layers | 0.633 |",
-        "| pcie | seed | `next_use` | none | 0.312 |",
+        "| pcie | seed | `lru` | 0.012 | 0.112 |",
+        "| 2 | 32.63 KiB | `next_use` | 0.211 | 0.812 (gate) | 0.512 (gate) |",
+        "| 4 | 65.26 KiB | `next_use` | 0.422 | 0.612 (none) | 0.312 (none) |",
+        "| 6 | 97.89 KiB | `next_use` | 0.633 | 1.012 (none) | 0.712 (none) |",
+        "The smallest of these budgets with 0.9 of the resident speed: disk, seed: 6; pcie, seed: none.",
     ],
 )
 def test_tables_hold_the_numbers_of_the_files(row):

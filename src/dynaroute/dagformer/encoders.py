@@ -19,8 +19,8 @@ from tqdm import tqdm
 from dynaroute.artifacts import move_directory, read_json, sha256, write_json
 from dynaroute.config import BaseEncoder, HubEncoder
 from dynaroute.dagformer.pretrained import load_model, load_tokenizer
-from dynaroute.dagformer.windows import Subset
 from dynaroute.data.tokenizers import Tokenizer
+from dynaroute.data.windows import Subset
 from dynaroute.errors import DynarouteError
 
 if TYPE_CHECKING:

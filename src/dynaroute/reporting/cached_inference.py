@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PEERS = Path("reports/benchmarks/cached_inference.json")
 GOAL = 1 / 3  # of the gap between LRU and MIN
+NEAR = 0.9  # of the resident speed
 
 
 class Results(NamedTuple):
@@ -58,8 +59,9 @@ def page(results: Results) -> str:
         *("## 2. Policies and prefetching in real decoding", _cells(results, third)),
         *("## 3. Lower precision on disk", _precisions(results.export)),
         *("## 4. Peers, and the cost of a miss", _peers(results.peers)),
-        *("## 5. Other machines and models", _machines(results.speeds)),
+        *("## 5. Other machines and models", _machines(results.speeds, results.simulation["capacity_nearest_a_third"])),
         *("## 6. Which setting for which budget", _recommendation(results)),
+        "How hit rates depend on the balance loss that a model was trained with: [DWR runs](dwr_runs.md).",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -117,8 +119,9 @@ def _budgets(results: Results, total: int) -> str:
             "budget cut into equal shares of the layers:",
             table(["policy", "hit rate", "gap closed", "hit rate, budget per layer"], at_a_third),
             "LRU evicts what was used longest ago, which is just what the next layers will ask for. `next_use` ranks "
-            "experts by how often they were used of late and by how soon their layer comes again. Its two constants, "
-            "and the half-life of `weighted_lru`, were chosen on the validation split.",
+            "experts by how soon their layer comes again and by how likely it is to use them then: by their share of "
+            "recent calls, and by how often they followed what the layer used last. Its discount, and the half-life "
+            "that it shares with `weighted_lru`, were chosen on the validation split.",
         ]
     )
 
@@ -197,8 +200,8 @@ def _peers(peers: Record | None) -> str:
     )
 
 
-def _machines(speeds: "pd.DataFrame") -> str:
-    capacity = speeds["capacity"].iloc[0]
+def _machines(speeds: "pd.DataFrame", third: int) -> str:
+    speeds = speeds[speeds["capacity"] == third]
     prefetchers = list(speeds["prefetch"].unique())
     rows = [
         [
@@ -210,7 +213,7 @@ def _machines(speeds: "pd.DataFrame") -> str:
         for (machine, model, policy), rows in speeds.groupby(["machine", "model", "policy"], sort=False)
     ]
     return (
-        f"Simulated, not measured: the trace of this run at {capacity} experts, with the bandwidths and sizes that "
+        f"Simulated, not measured: the trace of this run at {third} experts, with the bandwidths and sizes that "
         "`simulate_cache` in params.yaml gives to each machine and model. Speed relative to all experts resident, by "
         "prefetcher:\n\n"
         f"{table(['machine', 'model', 'policy', *prefetchers], rows)}\n\n"
@@ -220,25 +223,32 @@ def _machines(speeds: "pd.DataFrame") -> str:
 
 
 def _recommendation(results: Results) -> str:
-    online = results.hits[(results.hits["policy"] != "min")]
-    bytes_each = results.summary["expert_file_bytes"]
+    online = results.hits[(results.hits["policy"] != "min") & ~results.hits["per_layer"]]
+    places = list(results.speeds.groupby(["machine", "model"], sort=False).groups)
+    fast: dict[tuple[str, str], list[int]] = {place: [] for place in places}  # budgets
     rows = []
     for capacity, cells in online.groupby("capacity"):
-        best = cells.loc[cells["hit_rate"].idxmax()]
-        budget = "per layer" if best["per_layer"] else "for all layers"
-        cell = [f"{capacity:,}", size(capacity * bytes_each), f"`{best['policy']}`", budget, f"{best['hit_rate']:.3f}"]
-        rows.append(cell)
-    best = results.speeds.loc[results.speeds.groupby(["machine", "model"], sort=False)["ratio_to_resident"].idxmax()]
-    choices = [
-        [row.machine, row.model, f"`{row.policy}`", row.prefetch, f"{row.ratio_to_resident:.3f}"]
-        for row in best.itertuples()
-    ]
+        most = cells.loc[cells["hit_rate"].idxmax()]
+        row = [f"{capacity:,}", size(capacity * results.summary["expert_file_bytes"]), f"`{most['policy']}`"]
+        row.append(f"{most['hit_rate']:.3f}")
+        speeds = results.speeds
+        speeds = speeds[(speeds["capacity"] == capacity) & (speeds["policy"] == most["policy"])]
+        for machine, model in places:
+            choices = speeds[(speeds["machine"] == machine) & (speeds["model"] == model)]
+            best = choices.loc[choices["ratio_to_resident"].idxmax()]
+            row.append(f"{best['ratio_to_resident']:.3f} ({best['prefetch']})")
+            if best["ratio_to_resident"] >= NEAR:
+                fast[machine, model].append(capacity)
+        rows.append(row)
+    header = ["budget (experts)", "memory", "policy", "hit rate", *(", ".join(place) for place in places)]
+    enough = [f"{', '.join(place)}: {min(budgets) if budgets else 'none'}" for place, budgets in fast.items()]
     return "\n\n".join(
         [
-            "For each budget, the online policy with the highest hit rate of section 1:",
-            table(["budget (experts)", "memory", "policy", "budget", "hit rate"], rows),
-            "For each machine, the policy and prefetcher with the highest simulated speed of section 5:",
-            table(["machine", "model", "policy", "prefetching", "relative to resident"], choices),
+            "For each budget, the online policy with the highest hit rate of section 1 with one budget for all layers, "
+            "and with it, for each machine and model of section 5, the prefetcher with the highest simulated speed, "
+            "relative to all experts resident. Memory is that of this run's experts.",
+            table(header, rows),
+            f"The smallest of these budgets with {NEAR:g} of the resident speed: {'; '.join(enough)}.",
         ]
     )
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokens import write_tokens
 
-from dynaroute.dagformer.windows import KEYS, Subset
 from dynaroute.data.shards import TokenShards, Windows
+from dynaroute.data.windows import KEYS, Subset
 from dynaroute.errors import DynarouteError
 
 SEQ_LEN, TOTAL = 4, 23
@@ -59,6 +59,8 @@ def test_all_windows_are_the_whole(tokens, number):
 def test_asking_for_more_windows_than_there_are_names_the_setting_and_both_numbers(tokens, split, key):
     with pytest.raises(DynarouteError, match=rf"^dagformer.{key} = 24: must be at most 23, .* {split} split$"):
         Subset(make_windows(tokens, split), TOTAL + 1)
+    with pytest.raises(DynarouteError, match=rf"^dwr_runs.short.{key} = 24: must be at most 23"):
+        Subset(make_windows(tokens, split), TOTAL + 1, "dwr_runs.short")
 
 
 @pytest.mark.parametrize("index", [-1, 5])

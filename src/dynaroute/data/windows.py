@@ -1,4 +1,4 @@
-"""A part of a split's windows: the same ones for the encoder, for every variant and for every evaluation."""
+"""A part of a split's windows: the same ones for every run and every evaluation."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -37,15 +37,15 @@ class Selection:
 class Subset(Selection):
     """Evenly spaced windows of a split, as many as the settings ask for."""
 
-    def __init__(self, windows: Windows, number: int | None) -> None:
+    def __init__(self, windows: Windows, number: int | None, section: str = "dagformer") -> None:
         """Takes `number` windows, or all for None.
 
         Raises:
-            DynarouteError: there are fewer; it names the setting that asks for that many of this split.
+            DynarouteError: there are fewer; it names the setting, one of a section, that asks for that many.
         """
         total = len(windows)
         if number is not None and number > total:
             split, seq_len = windows.shards.split, windows.seq_len
             allowed = f"must be at most {total}, the number of windows of {seq_len} tokens in the {split} split"
-            raise DynarouteError(f"dagformer.{KEYS[split]} = {number}: {allowed}")
+            raise DynarouteError(f"{section}.{KEYS[split]} = {number}: {allowed}")
         super().__init__(windows, range(total) if number is None else [i * total // number for i in range(number)])

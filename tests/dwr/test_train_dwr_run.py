@@ -1,0 +1,102 @@
+"""A DWR run from tokens to its result, against plain computations of what it says."""
+
+import random
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+import train_dwr_run
+from repository import REPOSITORY
+from small_tokens import write_tokens
+
+from dynaroute.artifacts import read_json
+from dynaroute.config import Settings, read_yaml
+from dynaroute.dwr.model import DWRConfig, DWRTransformer
+from dynaroute.errors import DynarouteError
+
+T = 16
+SPLITS = {"train": 70 * T + 1, "validation": 9 * T + 5, "test": 7 * T + 3}
+TRAINING = {
+    "epochs": 3.0, "batch_size": 4, "micro_batch_size": 2, "lr": 1e-2, "min_lr": 0.0, "warmup_steps": 1,
+    "validate_every": 4, "checkpoint_every": 100, "early_stopping_patience": None,
+}  # fmt: skip
+SIZES = {"d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "top_k": 2, "max_seq_len": T}
+
+
+@pytest.fixture
+def tokens(tmp_path, monkeypatch):
+    """The working directory, with tokens of which some follow others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    draw = random.Random(0)
+    splits = {name: [draw.choices(range(1, 60), range(1, 60), k=size)] for name, size in SPLITS.items()}
+    write_tokens(tmp_path / "data/tokens/docs", 60, **splits)
+    return splits
+
+
+def run_one(name: str, **overrides) -> dict:
+    """Trains one of two runs and returns what it wrote; `overrides` are the other's."""
+    params = read_yaml(REPOSITORY / "params.yaml")
+    windows = {"train_windows": 20, "validation_windows": 5, "eval_windows": None}
+    reference = {"corpus": "docs", **windows, **SIZES, "training": TRAINING}
+    params |= {"num_threads": 1, "dwr_runs": {"reference": reference, "other": {"corpus": "docs", **overrides}}}
+    params["trace_routing"]["windows"] = 3
+    train_dwr_run.main(Settings.model_validate(params), name)
+    return read_json(f"reports/dwr_runs/{name}.json")
+
+
+def test_what_it_says_of_weights_that_did_not_move_is_what_plain_loops_say_of_new_ones(tokens):
+    found = run_one("other", training={"lr": 1e-12})
+    torch.manual_seed(0)
+    model = DWRTransformer(DWRConfig(vocab_size=64, dropout=0.1, capacity_factor=None, **SIZES)).eval()
+    streams = {split: torch.tensor(documents[0]) for split, documents in tokens.items()}
+
+    def nll(split, starts):
+        parts = []
+        for start in starts:
+            window = streams[split][start : start + T + 1]
+            parts.append(F.cross_entropy(model(window[None, :-1]).logits[0], window[1:], reduction="none"))
+        return float(torch.cat(parts).mean())
+
+    with torch.inference_mode():
+        assert found["test_loss"] == pytest.approx(nll("test", range(0, SPLITS["test"] - 1, T)), rel=1e-5)
+        spread = [T * (index * 10 // 5) for index in range(5)]  # 5 of 10 windows
+        assert found["validation_loss"] == pytest.approx(nll("validation", spread), rel=1e-5)
+        # 20 of 70 windows are trained on, and 5 of these are scored
+        seen = [T * ((index * 20 // 5) * 70 // 20) for index in range(5)]
+        assert found["train_loss"] == found["final_train_loss"] == pytest.approx(nll("train", seen), rel=1e-5)
+
+        held, hits, requests = OrderedDict(), 0, 0
+        for window in (index * 7 // 3 for index in range(3)):
+            layers = model(streams["test"][None, window * T : window * T + T]).router
+            for position in range(T):
+                for layer, statistics in enumerate(layers):
+                    needed = [(layer, expert) for expert in sorted(statistics.chosen[0, position].tolist())]
+                    hit = [key for key in needed if key in held]
+                    for key in needed:
+                        held[key] = held.pop(key, None)
+                    while len(held) > 3:  # a third of 8
+                        held.popitem(last=False)
+                    hits, requests = hits + len(hit), requests + len(needed)
+    assert (found["capacity"], found["experts"], found["trace_tokens"]) == (3, 8, 3 * T)
+    assert found["hit_rate"]["lru"] == hits / requests
+    assert found["hit_rate"]["lru"] <= found["hit_rate"]["min"]
+    assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_it_trains_on_as_many_windows_as_it_is_told_for_as_many_epochs(tokens):
+    found = run_one("reference")
+    assert (found["steps"], found["epochs"], found["training_tokens"]) == (15, 3.0, 20 * T)
+    assert found["final_train_loss"] < 0.98 * run_one("other", training={"lr": 1e-12})["final_train_loss"]
+    assert found["best_step"] in (0, 4, 8, 12, 15)
+    assert found["best_epoch"] == found["best_step"] / 5
+    assert found["validation_loss"] <= found["final_validation_loss"]
+    assert run_one("reference") == found  # from the start: what it needed to go on is gone
+
+
+def test_a_run_may_differ_in_shape_and_is_told_when_windows_are_too_few(tokens):
+    found = run_one("other", num_experts=3, balance_coefficient=0.0)
+    assert (found["settings"]["num_experts"], found["experts"], found["capacity"]) == (3, 6, 2)
+    with pytest.raises(DynarouteError, match=r"dwr_runs\.other\.train_windows = 71: must be at most 70"):
+        run_one("other", train_windows=71)
