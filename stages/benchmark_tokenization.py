@@ -13,7 +13,8 @@ The text is the training split, cut into pieces that keep all cores busy. The to
 it can be had, GPT-2's: without a network, TIKTOKEN_CACHE_DIR has to name a folder with its files.
 
 Every number of cores has a process of its own, which is kept to them. All take turns, so that what else the machine
-does falls on all alike; ratios are medians over rounds of two times in the same round.
+does falls on all alike; ratios are medians over rounds of two times in the same round. Where it does much else, trust
+CPU time: that of all threads, and the part of it that is the main thread's, which no number of cores makes shorter.
 """
 
 import itertools
@@ -22,6 +23,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -41,7 +43,7 @@ from dynaroute.stage import run
 
 CHARACTERS = 2**24  # of text at most; the library holds its tokens as Python objects
 PIECE = 2**14  # characters of a document at most
-ROUNDS, WARM_UP = 9, 1
+ROUNDS, WARM_UP = 5, 1
 
 
 def write_pieces(documents: Path, pieces: Path) -> None:
@@ -76,8 +78,8 @@ def keep_to(cores: int) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 
 
-def seconds(tokenizer_folder: Path, pieces: Path) -> dict[str, float]:
-    """Of both, one after the other."""
+def seconds(tokenizer_folder: Path, pieces: Path) -> dict[str, tuple[float, float, float]]:
+    """Of both, one after the other: by the clock, of all threads' CPU time, and of this thread's."""
     tokenizer = load_tokenizer(tokenizer_folder)
     texts = [document.text for document in read_documents(pieces)]
     with tempfile.TemporaryDirectory() as folder:
@@ -87,13 +89,14 @@ def seconds(tokenizer_folder: Path, pieces: Path) -> dict[str, float]:
         }
         found = {}
         for name, call in calls.items():
-            started = time.perf_counter()
+            clocks = time.perf_counter, time.process_time, time.thread_time
+            started = [clock() for clock in clocks]
             call()
-            found[name] = time.perf_counter() - started
+            found[name] = tuple(clock() - start for clock, start in zip(clocks, started, strict=True))
     return found
 
 
-def quartiles(ones: list[float], others: list[float]) -> tuple[float, list[float]]:
+def quartiles(ones: Sequence[float], others: Sequence[float]) -> tuple[float, list[float]]:
     """Of the ratio of two times of the same round: its median, and the quartiles beside it."""
     low, median, high = statistics.quantiles([one / other for one, other in zip(ones, others, strict=True)], n=4)
     return median, [low, high]
@@ -104,7 +107,7 @@ def measure(tokenizers: dict[str, Path], pieces: Path, core_counts: list[int]) -
     spawn = get_context("spawn")
     pools = {cores: ProcessPoolExecutor(1, spawn, keep_to, (cores,)) for cores in core_counts}
     cells = list(itertools.product(tokenizers, core_counts))
-    times: dict[tuple[str, int], list[dict[str, float]]] = {cell: [] for cell in cells}
+    times: dict[tuple[str, int], list[dict[str, tuple[float, float, float]]]] = {cell: [] for cell in cells}
     try:
         for _ in tqdm(range(WARM_UP + ROUNDS), desc="benchmark_tokenization", unit="round", disable=None):
             for name, cores in cells:
@@ -115,23 +118,27 @@ def measure(tokenizers: dict[str, Path], pieces: Path, core_counts: list[int]) -
     megabytes = sum(len(document.text.encode()) for document in read_documents(pieces)) / 1e6
     rows = []
     for name, cores in cells:
-        own, one = (
-            {who: [found[who] for found in times[name, number][WARM_UP:]] for who in ("library", "dynaroute")}
-            for number in (cores, 1)
+        (ours, cpu, main), (library, library_cpu, _) = (
+            zip(*(found[who] for found in times[name, cores][WARM_UP:]), strict=True)
+            for who in ("dynaroute", "library")
         )
-        ratio, ratio_quartiles = quartiles(own["library"], own["dynaroute"])
-        library = "tiktoken" if isinstance(load_tokenizer(tokenizers[name]), TiktokenTokenizer) else "tokenizers"
+        one, library_one = ([found[who][0] for found in times[name, 1][WARM_UP:]] for who in ("dynaroute", "library"))
+        ratio, ratio_quartiles = quartiles(library, ours)
+        package = "tiktoken" if isinstance(load_tokenizer(tokenizers[name]), TiktokenTokenizer) else "tokenizers"
         rows.append(
             {
                 "tokenizer": name,
-                "library": f"{library} {version(library)}",
+                "library": f"{package} {version(package)}",
                 "cores": cores,
-                "megabytes_per_second": megabytes / statistics.median(own["dynaroute"]),
-                "library_megabytes_per_second": megabytes / statistics.median(own["library"]),
+                "megabytes_per_second": megabytes / statistics.median(ours),
+                "library_megabytes_per_second": megabytes / statistics.median(library),
                 "throughput_against_library": ratio,
                 "throughput_against_library_quartiles": ratio_quartiles,
-                "speedup_over_one_core": quartiles(one["dynaroute"], own["dynaroute"])[0],
-                "library_speedup_over_one_core": quartiles(one["library"], own["library"])[0],
+                "throughput_against_library_by_cpu_time": quartiles(library_cpu, cpu)[0],
+                "main_thread_share_of_cpu_time": quartiles(main, cpu)[0],
+                "megabytes_per_cpu_second": megabytes / statistics.median(cpu),
+                "speedup_over_one_core": quartiles(one, ours)[0],
+                "library_speedup_over_one_core": quartiles(library_one, library)[0],
             }
         )
     return rows
@@ -162,7 +169,8 @@ def main(settings: Settings) -> None:
     for row in rows:
         print(
             f"{row['tokenizer']}, {row['cores']} cores: {row['megabytes_per_second']:.1f} MB/s, "
-            f"{row['throughput_against_library']:.2f} times {row['library']}; "
+            f"{row['throughput_against_library']:.2f} times {row['library']} "
+            f"(by CPU time {row['throughput_against_library_by_cpu_time']:.2f}); "
             f"{row['speedup_over_one_core']:.2f} times one core ({row['library_speedup_over_one_core']:.2f} there)"
         )
     report = size | {"rounds": ROUNDS, "results": rows, "not_measured": skipped}

@@ -72,6 +72,7 @@ def test_it_writes_a_row_for_every_tokenizer_and_says_which_it_could_not_have(tr
     report = json.loads((tmp_path / "reports/benchmarks/tokenization.json").read_text())
     assert [(row["tokenizer"], row["cores"]) for row in report["results"]] == [("docs", 1)]
     assert report["results"][0]["speedup_over_one_core"] == 1
+    assert 0 < report["results"][0]["main_thread_share_of_cpu_time"] <= 1
     assert report["not_measured"] == {"gpt2": "tiktoken cannot fetch its files"}
     assert report["characters"] == sum(map(len, TEXTS))
     assert "gpt2 is not measured: tiktoken cannot fetch its files" in capsys.readouterr().out
