@@ -17,6 +17,7 @@ does falls on all alike; ratios are medians over rounds of two times in the same
 CPU time: that of all threads, and the part of it that is the main thread's, which no number of cores makes shorter.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -78,14 +79,19 @@ def keep_to(cores: int) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
 
 
+@functools.cache
+def warm_tokenizer(folder: Path, _user: str) -> Tokenizer:
+    """One for each user, kept over all rounds in a process: tokenizers remember what they have met."""
+    return load_tokenizer(folder)
+
+
 def seconds(tokenizer_folder: Path, pieces: Path) -> dict[str, tuple[float, float, float]]:
     """Of both, one after the other: by the clock, of all threads' CPU time, and of this thread's."""
-    tokenizer = load_tokenizer(tokenizer_folder)
     texts = [document.text for document in read_documents(pieces)]
     with tempfile.TemporaryDirectory() as folder:
         calls = {
-            "library": lambda: by_library(tokenizer, texts),
-            "dynaroute": lambda: by_dynaroute(tokenizer, pieces, Path(folder)),
+            "library": lambda: by_library(warm_tokenizer(tokenizer_folder, "library"), texts),
+            "dynaroute": lambda: by_dynaroute(warm_tokenizer(tokenizer_folder, "dynaroute"), pieces, Path(folder)),
         }
         found = {}
         for name, call in calls.items():
