@@ -117,6 +117,8 @@ def load_existing(
     settings: Settings, shards: TokenShards
 ) -> tuple[torch.nn.Module | None, list[dict[str, Any]], dict[str, float]]:
     """Loads a base that exists, checks that it reads this corpus's tokens, and writes it; model, history, timing."""
+    if not make_accelerator(settings.device, "fp32").is_main_process:
+        return None, [], {}
     wanted = settings.dagformer.base
     model = load_base(wanted.path, "cpu", wanted.revision)
     if model.config.vocab_size < shards.vocab_size:

@@ -49,6 +49,7 @@ def main(settings: Settings, name: str) -> None:
     torch.set_num_threads(settings.num_threads)
     dagformer = settings.dagformer
     start, variant = read_variant(name)
+    accelerator = make_accelerator(settings.device, variant.precision)  # first: it gives each process its own GPU
     shards = {split: TokenShards(Path("data/tokens") / dagformer.corpus, split) for split in ("train", "validation")}
     windows = {split: Windows(own, dagformer.seq_len, keep_tail=False) for split, own in shards.items()}
     training = Subset(windows["train"], dagformer.train_windows)
@@ -72,7 +73,6 @@ def main(settings: Settings, name: str) -> None:
         "start": None if start == "base" else sha256(DATA / start / "last.safetensors"),
     }
     identifier = run_id(identity)
-    accelerator = make_accelerator(settings.device, variant.precision)
     if joint and accelerator.num_processes > 1:  # gradients of a base outside the wrapped model are not shared
         found = f"{accelerator.num_processes} processes: a joint variant is trained by one: launch it with python"
         raise DynarouteError(f"variants.{name}.base_lr = {variant.base_lr:g}: {found}")

@@ -1,4 +1,4 @@
-"""A training stage under the launcher of the paper settings, on two processes of this machine."""
+"""Training stages under the launcher of the paper settings, on two processes of this machine."""
 
 import csv
 import json
@@ -9,17 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from repository import REPOSITORY
 from ruamel.yaml import YAML
+from small_base import EMBEDDING, SEQ_LEN, VOCABULARY, make_base
 from small_tokens import write_tokens
 
-from dynaroute.config import read_yaml
+from dynaroute.artifacts import sha256, write_json
+from dynaroute.config import ByteBPE, read_yaml
+from dynaroute.data.tokenizers import save_tokenizer
 
 PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-STAGE = str(REPOSITORY / "stages/train_dwr.py")
+STAGES = REPOSITORY / "stages"
 
 
 def make_tree(root: Path, **training: object) -> Path:
@@ -48,8 +52,9 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "DVC_ROOT"} | {"OMP_NUM_THREADS": "1"}
 
 
-def train(root: Path, launcher: list[str]) -> None:
-    done = subprocess.run([*launcher, STAGE], cwd=root, env=environment(), capture_output=True, text=True, timeout=300)
+def run(root: Path, launcher: list[str], stage: str, *arguments: str) -> None:
+    command = [*launcher, str(STAGES / stage), *arguments]
+    done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -60,7 +65,7 @@ def rows(path: Path) -> list[dict[str, float]]:
 
 def test_two_processes_give_what_one_gives(tmp_path):
     for name, launcher in (("one", PYTHON), ("two", TORCHRUN)):
-        train(make_tree(tmp_path / name, epochs=1), launcher)
+        run(make_tree(tmp_path / name, epochs=1), launcher, "train_dwr.py")
     one, two = tmp_path / "one/reports/dwr", tmp_path / "two/reports/dwr"
     assert len(rows(one / "training.csv")) > 2
     for table in ("training.csv", "router.csv"):  # losses; gate norms, load and probability of every expert
@@ -73,9 +78,58 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert not list((tmp_path / "two/.scratch/train_dwr").iterdir())
 
 
+def make_dagformer_tree(root: Path) -> Path:
+    """A working directory with settings, tokens and text vectors of a small DAGFormer, and a published base to load."""
+    make_base().save_pretrained(root / "published")
+    save_tokenizer(ByteBPE(kind="bpe", vocab_size=257), ["some text"], root / "published")
+    params = read_yaml(REPOSITORY / "params.yaml")
+    params |= {
+        "num_threads": 1, "variants": {"P1": {"from": "base"}}, "predictor_hidden": 8, "rank": 2, "init_logit": 0.1,
+        "steps": 6, "batch_size": 8, "micro_batch_size": 2, "lr": 3e-2, "validate_every": 2, "checkpoint_every": 1,
+    }  # fmt: skip
+    params["analysis"]["variants"] = ["P1"]
+    params["dagformer"] |= {
+        "seq_len": SEQ_LEN, "train_windows": 20, "validation_windows": 5, "prefix_tokens": 6,
+        "base": {"kind": "load", "path": "published", "revision": None},
+    }  # fmt: skip
+    YAML(typ="safe").dump(params, root / "params.yaml")
+    rng, files, vectors = np.random.default_rng(0), {}, root / "data/dagformer/embeddings/training"
+    vectors.mkdir(parents=True)
+    splits = {name: [rng.integers(1, VOCABULARY, 400).tolist()] for name in ("train", "validation", "test")}
+    write_tokens(root / "data/tokens/docs", VOCABULARY, **splits)
+    for name, windows in (("train", 20), ("validation", 5)):
+        np.save(vectors / f"{name}.npy", rng.normal(size=(windows, EMBEDDING)).astype("<f4"))
+        files[name] = {"file": f"{name}.npy", "windows": windows, "sha256": sha256(vectors / f"{name}.npy")}
+    write_json(vectors / "metadata.json", {"embedding_size": EMBEDDING, "files": files})
+    return root
+
+
+def test_two_processes_load_a_base_once_and_train_a_predictor_as_one_does(tmp_path):
+    root = make_dagformer_tree(tmp_path)
+    run(root, TORCHRUN, "prepare_base.py")
+    assert json.loads((root / "reports/dagformer/base.json").read_text())["checks"][
+        "all_gates_at_one_reproduce_the_base"
+    ]
+    run(root, PYTHON, "resolve_variants.py")
+    tables = []
+    for launcher in (PYTHON, TORCHRUN):
+        run(root, launcher, "train_dagformer.py", "P1")
+        tables.append(rows(root / "reports/dagformer/P1/training.csv"))
+        checks = json.loads((root / "reports/dagformer/P1/training.json").read_text())["checks"]
+        assert checks["base_is_unchanged_to_the_bit"]
+    one, two = tables
+    assert len(one) == 4
+    assert one[-1]["validation_loss"] < one[0]["validation_loss"]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, nan_ok=True)
+    assert not list((root / ".scratch/train_dagformer").iterdir())
+
+
 def test_the_loss_of_one_process_ends_the_job_with_an_error_and_without_results(tmp_path):
     root = make_tree(tmp_path / "tree", epochs=10_000)
-    job = subprocess.Popen([*TORCHRUN, STAGE], cwd=root, env=environment(), stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        [*TORCHRUN, str(STAGES / "train_dwr.py")], cwd=root, env=environment(), stderr=subprocess.PIPE, text=True
+    )
     try:
         deadline = time.monotonic() + 120
         while not list(root.glob(".scratch/train_dwr/*/last.safetensors")):

@@ -17,6 +17,8 @@ import pytest
 from repository import REPOSITORY
 from ruamel.yaml import YAML
 
+from dynaroute.config import read_yaml
+
 TINY = {
     "num_threads": 1,
     "corpora": {
@@ -239,6 +241,19 @@ def test_a_slurm_job_is_requeued_at_its_time_limit_and_ends_as_one_without_a_lim
     assert [o for o in one if "timing" not in o["path"]] == [o for o in other if "timing" not in o["path"]]
 
 
+def test_a_worker_runs_the_experiments_of_a_queued_sweep(tmp_path):
+    workspace = Workspace.create(tmp_path)
+    workspace.run("dvc", "exp", "run", "--queue", "-S", "tau_final=0.05,0.1,0.3", "resolve_variants")
+    workspace.run("dvc", "queue", "start")  # until the worker has left: it holds on to the output
+    assert workspace.run("dvc", "queue", "status").stdout.count("Success") == 3
+    found = set()
+    for name in workspace.run("dvc", "exp", "list", "--name-only").stdout.split():
+        workspace.run("dvc", "get", ".", "data/dagformer/variants", "--rev", name, "--out", name)
+        variants = [read_yaml(workspace.root / name / f"{variant}.yaml") for variant in VARIANTS]
+        found.add(tuple(variant["tau_final"] for variant in variants))
+    assert found == {(tau, tau, 0.05, 0.2) for tau in (0.05, 0.1, 0.3)}  # A6 and J1 have their own
+
+
 def test_a_clone_pulls_the_results_that_were_pushed(finished, tmp_path):
     workspace = finished.copy(tmp_path / "workspace")
     workspace.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "remote"))
@@ -259,6 +274,10 @@ def test_a_clone_pulls_the_results_that_were_pushed(finished, tmp_path):
             if file.is_file():
                 assert (other / file.relative_to(one)).read_bytes() == file.read_bytes(), file
     assert ran(clone.run("dvc", "repro").stdout) == {LOCATE}
+    workspace.run("git", "clone", "-q", str(workspace.root), str(tmp_path / "bare"))
+    bare = Workspace(tmp_path / "bare")
+    assert ran(bare.run("dvc", "repro", "--allow-missing").stdout) == {LOCATE}
+    assert not (bare.root / "data/dwr").exists()
 
 
 def ran(output: str) -> set[str]:

@@ -48,7 +48,7 @@ class Tokenizer(Protocol):
 
 
 class TiktokenTokenizer:
-    """GPT-2's tokenizer from the token file in a folder."""
+    """GPT-2's tokenizer from the token file in a folder; `encoding` is tiktoken's own."""
 
     def __init__(self, folder: Path) -> None:
         """Reads the token file; raises DynarouteError if it is missing or damaged."""
@@ -56,55 +56,58 @@ class TiktokenTokenizer:
         try:
             pairs = [line.split() for line in path.read_bytes().splitlines()]
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-            self._encoding = tiktoken.Encoding(
+            self.encoding = tiktoken.Encoding(
                 "gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
             )
         except (OSError, ValueError) as error:
             raise DynarouteError(f"{path}: not a readable token file: {error}: tokenize the corpus again") from error
-        self.vocab_size = self._encoding.n_vocab
-        self.eot_id = self._encoding.eot_token
+        self.vocab_size = self.encoding.n_vocab
+        self.eot_id = self.encoding.eot_token
         self._threads = ThreadPoolExecutor(available_cores())
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """See `Tokenizer`."""
         # No Python list of ids, which `encode_ordinary_batch` makes and which holds up all threads.
-        encode = functools.partial(self._encoding.encode_to_numpy, disallowed_special=())
+        encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
         return list(self._threads.map(encode, texts))
 
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer`."""
-        return self._encoding.decode(ids)
+        return self.encoding.decode(ids)
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer of the `tokenizers` library from tokenizer.json and tokenizer_config.json in a folder."""
+    """A tokenizer of the `tokenizers` library from tokenizer.json and tokenizer_config.json in a folder.
+
+    `tokenizer` is the library's own.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Reads both files; raises DynarouteError if one is missing or damaged, or names no end-of-text token."""
         path = folder / "tokenizer.json"
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more precise
             raise DynarouteError(f"{path}: not a readable tokenizer: {error}") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # as ordinary text; the file does not keep this setting
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True  # as ordinary text; the file does not keep this setting
+        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
         eos = read_json(folder / "tokenizer_config.json").get("eos_token")
         eos = eos["content"] if isinstance(eos, dict) else eos
-        eot_id = self._tokenizer.token_to_id(eos) if isinstance(eos, str) else None
+        eot_id = self.tokenizer.token_to_id(eos) if isinstance(eos, str) else None
         if eot_id is None:
             raise DynarouteError(f"{folder / 'tokenizer_config.json'}: eos_token = {eos!r}: must be a token")
         self.eot_id = eot_id
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """See `Tokenizer`."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: list[int]) -> str:
         """See `Tokenizer`."""
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def save_tokenizer(

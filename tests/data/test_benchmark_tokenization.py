@@ -1,0 +1,82 @@
+"""The benchmark of tokenization: what it compares does the same work, and it says what it could not measure."""
+
+import json
+from pathlib import Path
+
+import benchmark_tokenization as benchmark
+import pytest
+from repository import REPOSITORY
+
+from dynaroute.artifacts import write_json
+from dynaroute.config import GPT2, ByteBPE, load_settings
+from dynaroute.data.collection import read_documents
+from dynaroute.data.shards import TokenShards
+from dynaroute.data.tokenization import describe
+from dynaroute.data.tokenizers import save_tokenizer
+from dynaroute.errors import DynarouteError
+
+BPE = ByteBPE(kind="bpe", vocab_size=280)
+TEXTS = ["the cat sat on the mat, Zwölf <|endoftext|>\n" * 20, "def cat(the):\n    return the\n" * 9, "x"]
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch) -> Path:
+    """A working directory with a collected corpus and its tokenizer, and a benchmark that takes no time."""
+    monkeypatch.chdir(tmp_path)
+    corpus = load_settings(REPOSITORY / "params.yaml").dwr.corpus
+    collected = tmp_path / "data/raw" / corpus / "train.jsonl"
+    collected.parent.mkdir(parents=True)
+    rows = [{"id": str(number), "text": text, "source": "s"} for number, text in enumerate(TEXTS)]
+    collected.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_tokenizer(BPE, TEXTS, tmp_path / "data/tokens" / corpus / "tokenizer")
+    for name, value in {"PIECE": 100, "ROUNDS": 2}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    return collected
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2"])
+def test_both_give_the_same_tokens(tree, tmp_path, request, monkeypatch, kind):
+    settings = BPE
+    if kind == "gpt2":
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(request.getfixturevalue("shared_data") / "tiktoken"))
+        settings = GPT2(kind="gpt2")
+    (tmp_path / "shards").mkdir()
+    tokenizer = save_tokenizer(settings, TEXTS, tmp_path / "shards/tokenizer")
+    pieces = tmp_path / "pieces.jsonl"
+    benchmark.write_pieces(tree, pieces)
+    texts = [document.text for document in read_documents(pieces)]
+    assert len(texts) > 8
+    expected = [token for ids in benchmark.by_library(tokenizer, texts) for token in [*ids, tokenizer.eot_id]]
+    splits = {"train": benchmark.by_dynaroute(tokenizer, pieces, tmp_path / "shards")}
+    write_json(
+        tmp_path / "shards/metadata.json", describe("c", settings, tokenizer) | {"sources": [], "splits": splits}
+    )
+    assert TokenShards(tmp_path / "shards", "train").read(0, 10**6).tolist() == expected
+
+
+def test_pieces_are_the_text_up_to_the_limit(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "CHARACTERS", len(TEXTS[0]) + 150)
+    benchmark.write_pieces(tree, tmp_path / "pieces.jsonl")
+    texts = [document.text for document in read_documents(tmp_path / "pieces.jsonl")]
+    assert "".join(texts) == "".join(TEXTS)[: benchmark.CHARACTERS]
+    assert max(map(len, texts)) == 100
+
+
+def test_it_writes_a_row_for_every_tokenizer_and_says_which_it_could_not_have(tree, tmp_path, monkeypatch, capsys):
+    def unreachable(*_: object) -> None:
+        raise DynarouteError("tiktoken cannot fetch its files")
+
+    monkeypatch.setattr(benchmark, "save_tokenizer", unreachable)
+    monkeypatch.setattr(benchmark, "available_cores", lambda: 1)
+    benchmark.main(load_settings(REPOSITORY / "params.yaml"))
+    report = json.loads((tmp_path / "reports/benchmarks/tokenization.json").read_text())
+    assert [(row["tokenizer"], row["cores"]) for row in report["results"]] == [("docs", 1)]
+    assert report["results"][0]["speedup_over_one_core"] == 1
+    assert 0 < report["results"][0]["main_thread_share_of_cpu_time"] <= 1
+    assert report["not_measured"] == {"gpt2": "tiktoken cannot fetch its files"}
+    assert report["characters"] == sum(map(len, TEXTS))
+    assert "gpt2 is not measured: tiktoken cannot fetch its files" in capsys.readouterr().out
+
+
+def test_ratios_are_of_times_of_the_same_round():
+    assert benchmark.quartiles([1.0, 4.0, 30.0], [1.0, 2.0, 10.0]) == (2.0, [1.0, 3.0])
