@@ -43,8 +43,6 @@ def main(settings: Settings) -> None:
     dagformer = settings.dagformer
     tokens = Path("data/tokens") / dagformer.corpus
     shards = {split: TokenShards(tokens, split) for split in ("train", "validation")}
-    for split in shards.values():
-        split.verify()
     identity = {
         "base": dagformer.base.model_dump(),
         "seed": settings.seed,

@@ -38,8 +38,6 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(settings.num_threads)
     tokens = Path("data/tokens") / dwr.corpus
     shards = {split: TokenShards(tokens, split) for split in ("train", "validation", "test")}
-    for split in shards.values():
-        split.verify()
     training = Windows(shards["train"], dwr.max_seq_len, keep_tail=False)
     validation, test = (Windows(shards[split], dwr.max_seq_len, keep_tail=True) for split in ("validation", "test"))
 
