@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from small_training import Model, Objective, Tokens, assert_same_checkpoint, make_trainer, train
 
 from dynaroute.errors import DynarouteError
+from dynaroute.training import scratch
 from dynaroute.training.checkpoints import load_checkpoint
 from dynaroute.training.loop import make_accelerator
 
@@ -165,7 +166,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
         train(tmp_path, Exploding())
 
 
-def test_a_second_trainer_on_the_same_run_is_refused(tmp_path):
+def test_a_second_trainer_on_the_same_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch, "PATIENCE", 0.0)
     with make_trainer(tmp_path), pytest.raises(DynarouteError, match=f"process {os.getpid()} is already at work"):
         make_trainer(tmp_path).__enter__()
     train(tmp_path)
