@@ -81,6 +81,7 @@ def test_the_tokenizer_of_other_tokens_is_refused(tmp_path, collected):
     tokenize("c", ByteBPE(kind="bpe", vocab_size=270), collected, tmp_path / "other")
     (tmp_path / "tokens" / "tokenizer").rename(tmp_path / "gone")
     (tmp_path / "other" / "tokenizer").rename(tmp_path / "tokens" / "tokenizer")
+    (tmp_path / "tokens" / "checksums.json").unlink()
     with pytest.raises(DynarouteError, match="not the tokenizer that made these tokens"):
         TokenShards(tmp_path / "tokens", "train").tokenizer()
 

@@ -97,7 +97,7 @@ def main() -> None:
         store = ExpertStore(arguments.store)
         check(arguments, store)
         tokenizer = load_tokenizer(store.path / TOKENIZER)
-        prompt = tokenizer.encode_batch([arguments.prompt])[0] or [tokenizer.eot_id]
+        prompt = tokenizer.encode_batch([arguments.prompt])[0].tolist() or [tokenizer.eot_id]
         if len(prompt) >= store.config.max_seq_len:
             raise DynarouteError(f"--prompt: {len(prompt)} tokens; the model has {store.config.max_seq_len} positions")
         torch.set_num_threads(arguments.threads)
