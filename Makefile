@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test lint benchmarks recover env
+.PHONY: repro test lint benchmarks faults recover env
 
 repro: env  ## run the default pipeline: reports/ and data/
 	dvc repro
@@ -20,9 +20,18 @@ lint: env  ## style and formatting
 benchmarks: env  ## layer benchmarks at the paper's sizes, into reports/benchmarks/
 	dvc repro benchmarks/dvc.yaml
 
-recover:  ## mend what a killed DVC can leave: an empty dvc.lock (which goes where git has none), a stale lock file
-	test -s dvc.lock || git checkout --quiet -- dvc.lock 2>/dev/null || rm -f dvc.lock
+faults: env  ## what happens under kills, damage, bad input, full disks: docs/reliability.md; an hour and more (KILLS=, CASES=)
+	python faults/corruption.py --workspace .scratch/faults --cases $(or $(CASES),720)
+	python faults/kills.py --workspace .scratch/faults --kills $(or $(KILLS),108)
+	python faults/disk.py --workspace .scratch/faults
+	python faults/repeat.py --workspace .scratch/faults
+	python faults/inputs.py --cases $(or $(CASES),720)
+	python faults/page.py
+
+recover:  ## mend what a kill can leave: a dvc.lock cut off (which goes where git has none), stale locks, half-written files
+	test "$$(tail -c 1 dvc.lock 2>/dev/null | wc -l)" -eq 1 || git checkout --quiet -- dvc.lock 2>/dev/null || rm -f dvc.lock
 	rm -f .dvc/tmp/rwlock .dvc/tmp/lock
+	find data reports -name '.*.tmp' -prune -exec rm -rf {} + 2>/dev/null || true
 
 env: $(READY)
 

@@ -1,11 +1,11 @@
 """Kills stages of the tiny pipeline at random moments, and sees whether `make recover && dvc repro` mends it.
 
-    python faults/kills.py --kills 108
+    python faults/kills.py --workspace .scratch/faults --kills 108
 
 In a copy of the repository with a finished run, in turn for every stage: the stage is run again by force and killed at
 a moment drawn over the time that it takes undisturbed, DVC's own work before and after it included, with SIGKILL to all
-processes or to DVC alone; then `make recover`; and so twice more; then a plain `dvc repro` (or `dvc exp run`), after
-which every file must have the bytes that it had before, but for what is measured.
+processes or to DVC alone; then `make recover`; and so three times more; then it is run to its end, and after it a plain
+`dvc repro` (or `dvc exp run`). Then every file must have the bytes that it had before, but for what is measured.
 
 Writes  reports/reliability/kills.json
 """
@@ -16,58 +16,33 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from repository import REPOSITORY
-from tiny_pipeline import MEASURED, Workspace
 from tqdm import tqdm
+from workspace import MEASURED, REPOSITORY, Workspace, durations, finished_workspace
 
 from dynaroute.artifacts import write_json
 
 OUTPUT = REPOSITORY / "reports/reliability/kills.json"
-CHAIN = 3  # kills before a repro that may end
+CHAIN = 4  # kills before a repro that may end
+FORCED = ("--single-item", "--force", "--no-run-cache")
 COMMANDS = {"dvc repro": ["dvc", "repro"], "dvc exp run": ["dvc", "exp", "run"]}
 
 
 def main() -> None:
     """Kills, recovers, compares, and writes a row for each kill."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workspace", type=Path, required=True, help="a finished run, made if it is not there")
     parser.add_argument("--kills", type=int, default=108)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    pristine = finished_workspace(arguments.workspace)
     with tempfile.TemporaryDirectory() as folder:
-        workspace, durations = finished(Path(folder) / "workspace")
-        write_json(OUTPUT, run(workspace, durations, arguments.kills, random.Random(arguments.seed)))
-
-
-def finished(root: Path) -> tuple[Workspace, dict[str, float]]:
-    """A workspace after its first run, and the seconds that each stage took, DVC's own included."""
-    workspace = Workspace.create(root)
-    workspace.environment.pop("PYTHONPATH", None)  # the copy's code
-    started = time.monotonic()
-    process = subprocess.Popen(
-        ["dvc", "repro"], cwd=root, env=workspace.environment | {"PYTHONUNBUFFERED": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    starts, startup = {}, None
-    for line in process.stdout:
-        if line.startswith("Running stage"):
-            starts[line.split("'")[1]] = time.monotonic()
-            startup = startup or time.monotonic() - started
-    if process.wait():
-        raise SystemExit("the undisturbed run failed")
-    workspace.commit("results")
-    ends = [*list(starts.values())[1:], time.monotonic()]
-    return workspace, {name: startup + end - start for (name, start), end in zip(starts.items(), ends, strict=True)}
+        run(pristine, Path(folder) / "workspace", arguments.kills, random.Random(arguments.seed))
 
 
 def contents(root: Path) -> dict[str, str]:
@@ -81,28 +56,30 @@ def contents(root: Path) -> dict[str, str]:
     }
 
 
-def run(workspace: Workspace, durations: dict[str, float], kills: int, draw: random.Random) -> dict[str, Any]:
+def run(pristine: Workspace, root: Path, kills: int, draw: random.Random) -> None:
     """Kills until there are enough; a workspace that was not mended is replaced by a copy of the finished one."""
-    root, pristine = workspace.root, workspace.root.with_name("pristine")
-    shutil.copytree(root, pristine, symlinks=True)
-    expected, locked = contents(root), workspace.hashes()
+    expected, locked, seconds = contents(pristine.root), pristine.hashes(), durations(pristine)
+    workspace = finished_workspace(pristine.copy(root).root)
     rows: list[dict[str, Any]] = []
     with tqdm(total=kills, desc="kills", unit="kill") as progress:
         while len(rows) < kills:
             number = len(rows) // CHAIN
-            stage = list(durations)[number % len(durations)]
+            stage = list(seconds)[number % len(seconds)]
             name = list(COMMANDS)[number % 4 == 3]
             chain = []
             while len(chain) < CHAIN:
                 row = {
                     "stage": stage,
                     "command": name,
-                    **kill(workspace, COMMANDS[name], stage, durations[stage], draw),
+                    **kill(workspace, COMMANDS[name], stage, seconds[stage], draw),
                 }
                 workspace.run("make", "recover")
                 if row["alive"]:
                     chain.append(row)
-            done = workspace.run(*COMMANDS[name], "--no-run-cache", check=False)
+            # By force, for DVC would take the killed stage's results from its cache; then all, as a user would.
+            done = workspace.run(*COMMANDS[name], *FORCED, stage, check=False)
+            if not done.returncode:
+                done = workspace.run(*COMMANDS[name], check=False)
             outcome = "the same bytes"
             if done.returncode:
                 outcome = "failed: " + " / ".join((done.stdout + done.stderr).strip().splitlines()[-4:])
@@ -114,15 +91,14 @@ def run(workspace: Workspace, durations: dict[str, float], kills: int, draw: ran
             if outcome != "the same bytes":
                 progress.write(f"{stage}: {outcome}")
                 shutil.rmtree(root)
-                shutil.copytree(pristine, root, symlinks=True)
+                pristine.copy(root)
             write_json(OUTPUT, {"rows": rows})
-    return {"rows": rows}
 
 
 def kill(workspace: Workspace, command: list[str], stage: str, seconds: float, draw: random.Random) -> dict[str, Any]:
     """Runs one stage by force, and kills it at a random moment; whether it was alive then, and who was killed when."""
     alone, moment = draw.random() < 0.5, draw.uniform(0.0, seconds)
-    process = workspace.start(*command, "--single-item", "--force", "--no-run-cache", stage)
+    process = workspace.start(*command, *FORCED, stage)
     deadline = time.monotonic() + moment
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)

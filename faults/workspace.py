@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from repository import REPOSITORY as REPOSITORY
+from tiny_pipeline import MEASURED as MEASURED
 from tiny_pipeline import Workspace
 
 DURATIONS = ".scratch/durations.json"
