@@ -22,12 +22,18 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, 
 def run(main: Callable[..., None], doc: str, *arguments: str) -> None:
     """Parses the command line, loads params.yaml and calls `main(settings, *values of the positional arguments)`.
 
+    An argument that is not given is what follows the @ in the name of the stage that DVC runs: names from params.yaml
+    never pass through a shell.
+
     Ends the process with status 1 and one line on stderr when the user can put the mistake right.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    instance = os.environ.get("DVC_STAGE", "").rpartition("@")[2]
     for name in arguments:
-        parser.add_argument(name)
+        parser.add_argument(name, nargs="?", default=instance)
     values = vars(parser.parse_args()).values()
+    if "" in values:
+        parser.error(f"{arguments[0]} is missing")
     stage = "_".join(["running", Path(sys.argv[0]).stem, *values]).replace("/", "_")
     leads = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started
     try:
