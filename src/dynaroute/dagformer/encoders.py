@@ -10,6 +10,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -222,7 +223,7 @@ def _reopen(path: Path, shape: tuple[int, int]) -> np.memmap:
         if vectors.dtype == "<f4" and vectors.shape == shape:
             return vectors
         found = f"{vectors.dtype} {vectors.shape}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TokenError) as error:
         found = error
     raise DynarouteError(f"{path}: damaged: {found}: remove {path.parents[1]} to begin anew")
 
@@ -252,7 +253,7 @@ def load_embeddings(directory: str | Path) -> dict[str, np.ndarray]:
 def _open_vectors(path: Path, windows: int, size: int, expected: str) -> np.ndarray:
     try:
         vectors = np.lib.format.open_memmap(path, mode="c")  # .npy alone, and never a pickle
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TokenError) as error:
         raise DynarouteError(f"{path}: missing or damaged: {error}: run stages/encode_windows.py again") from error
     if vectors.dtype != "<f4" or vectors.shape != (windows, size):
         found = f"{vectors.dtype} {vectors.shape}"

@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -264,7 +265,7 @@ class TokenShards:
         path = self.directory / f"{self.split}-{name}.npy"  # never the metadata's: nothing outside of the folder
         try:
             values = np.lib.format.open_memmap(path, mode="r")  # np.load, but for .npy alone and never a pickle
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TokenError) as error:  # the last from numpy, of a damaged header
             raise DynarouteError(f"{path}: missing or damaged: {error}: tokenize the corpus again") from error
         if values.dtype != dtype or values.shape != (size,):
             raise DynarouteError(f"{path}: {values.dtype} {values.shape}, but metadata.json says {dtype} ({size},)")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
@@ -88,7 +89,7 @@ def load_trace(path: str | Path) -> Trace:
         try:
             with checked(file).open("rb") as content:
                 arrays[name] = np.lib.format.read_array(content, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TokenError) as error:
             raise DynarouteError(f"{file}: missing or damaged: {error}: run stages/trace_routing.py again") from error
     return Trace(read_json(path / "metadata.json")["run"], **arrays)
 
