@@ -25,11 +25,11 @@ import psutil
 from tqdm import tqdm
 from workspace import MEASURED, REPOSITORY, Workspace, durations, finished_workspace
 
-from dynaroute.artifacts import write_json
+from dynaroute.artifacts import read_json, write_json
 
 OUTPUT = REPOSITORY / "reports/reliability/kills.json"
 CHAIN = 4  # kills before a repro that may end
-FORCED = ("--single-item", "--force", "--no-run-cache")
+FORCED = ("--single-item", "--force")
 COMMANDS = {"dvc repro": ["dvc", "repro"], "dvc exp run": ["dvc", "exp", "run"]}
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pristine = finished_workspace(arguments.workspace)
     with tempfile.TemporaryDirectory() as folder:
-        run(pristine, Path(folder) / "workspace", arguments.kills, random.Random(arguments.seed))
+        run(pristine, Path(folder) / "workspace", arguments.kills, arguments.seed)
 
 
 def contents(root: Path) -> dict[str, str]:
@@ -56,14 +56,15 @@ def contents(root: Path) -> dict[str, str]:
     }
 
 
-def run(pristine: Workspace, root: Path, kills: int, draw: random.Random) -> None:
+def run(pristine: Workspace, root: Path, kills: int, seed: int) -> None:
     """Kills until there are enough; a workspace that was not mended is replaced by a copy of the finished one."""
     expected, locked, seconds = contents(pristine.root), pristine.hashes(), durations(pristine)
     workspace = finished_workspace(pristine.copy(root).root)
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=kills, desc="kills", unit="kill") as progress:
-        while len(rows) < kills:
-            number = len(rows) // CHAIN
+    rows: list[dict[str, Any]] = read_json(OUTPUT)["rows"] if OUTPUT.exists() else []  # of a campaign that was stopped
+    left = [number for number in range(-(-kills // CHAIN)) if number not in {row["chain"] for row in rows}]
+    with tqdm(total=len(left) * CHAIN, desc="kills", unit="kill") as progress:
+        for number in left:
+            draw = random.Random(f"{seed}, {number}")
             stage = list(seconds)[number % len(seconds)]
             name = list(COMMANDS)[number % 4 == 3]
             chain = []

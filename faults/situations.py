@@ -91,14 +91,18 @@ def said(done: subprocess.CompletedProcess, words: str) -> str:
 def full_disks(
     pristine: Workspace, root: Path, expected: dict[str, str], draw: random.Random
 ) -> Iterator[dict[str, Any]]:
-    """Every stage once, with some room left or none."""
+    """Every stage once, with room for a part of its outputs."""
     size = sum(path.stat().st_size for path in pristine.root.rglob("*") if path.is_file())
     for stage in durations(pristine):
         root.mkdir(exist_ok=True)
         with mounted(root, "-o", f"size={2 * size + 2**24}"):
             workspace = finished_workspace(pristine.copy(root / "workspace").root)
-            room, filler = int(2 ** draw.uniform(12, 20)), root / "filler"
+            filler, before = root / "filler", os.statvfs(root).f_bavail
+            for out in workspace.lock()[stage]["outs"]:  # DVC would remove them, and so make room
+                path = workspace.root / out["path"]
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             state = os.statvfs(root)
+            room = draw.randrange((state.f_bavail - before) * state.f_frsize)  # part of what is needed
             with filler.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, state.f_bavail * state.f_frsize - room)
             done = workspace.run("dvc", "repro", *FORCED, stage, check=False)

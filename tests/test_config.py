@@ -213,6 +213,10 @@ def test_text_that_is_not_yaml_is_named_with_its_line(tmp_path):
     (tmp_path / "params.yaml").write_text("a: 1\nb: [1, 2\n")
     with pytest.raises(DynarouteError, match=r"params\.yaml, line \d+: not valid YAML"):
         load_settings(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("a: \x14\n")
+    with pytest.raises(DynarouteError, match=r"params\.yaml: not valid YAML: unacceptable character.*$") as caught:
+        load_settings(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)
     (tmp_path / "params.yaml").write_text("just a string")
     with pytest.raises(DynarouteError, match="must be a mapping"):
         load_settings(tmp_path / "params.yaml")

@@ -598,7 +598,8 @@ def read_yaml(path: str | Path) -> Any:
     except YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        raise DynarouteError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        problem = str(getattr(error, "problem", error)).partition("\n")[0]
+        raise DynarouteError(f"{path}{line}: not valid YAML: {problem}") from error
 
 
 def load_settings(path: str | Path = "params.yaml") -> Settings:

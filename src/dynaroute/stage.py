@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from dynaroute.config import load_settings
 from dynaroute.errors import DynarouteError
 from dynaroute.training.scratch import exclusive
@@ -44,6 +46,8 @@ def run(main: Callable[..., None], doc: str, *arguments: str) -> None:
             main(settings, *values)
     except DynarouteError as error:
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+    except SafetensorError as error:  # of writing; those of reading are caught where it is known what is read
+        sys.exit(f"{Path(sys.argv[0]).stem}: cannot write: {error}")
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
