@@ -20,12 +20,12 @@ lint: env  ## style and formatting
 benchmarks: env  ## layer benchmarks at the paper's sizes, into reports/benchmarks/
 	dvc repro benchmarks/dvc.yaml
 
-faults: env  ## what happens under kills, damage, bad input, full disks: docs/reliability.md; an hour and more (KILLS=, CASES=)
+faults: env  ## what kills, damage, odd input and full disks do, into docs/reliability.md: an hour (KILLS=108 CASES=720)
 	python faults/corruption.py --workspace .scratch/faults --cases $(or $(CASES),720)
-	python faults/kills.py --workspace .scratch/faults --kills $(or $(KILLS),108)
-	python faults/disk.py --workspace .scratch/faults
+	python faults/inputs.py --workspace .scratch/faults --cases $(or $(CASES),720)
+	unshare --user --map-root-user --mount python faults/situations.py --workspace .scratch/faults
 	python faults/repeat.py --workspace .scratch/faults
-	python faults/inputs.py --cases $(or $(CASES),720)
+	python faults/kills.py --workspace .scratch/faults --kills $(or $(KILLS),108)
 	python faults/page.py
 
 recover:  ## mend what a kill can leave: a dvc.lock cut off (which goes where git has none), stale locks, half-written files

@@ -7,6 +7,8 @@ a moment drawn over the time that it takes undisturbed, DVC's own work before an
 processes or to DVC alone; then `make recover`; and so three times more; then it is run to its end, and after it a plain
 `dvc repro` (or `dvc exp run`). Then every file must have the bytes that it had before, but for what is measured.
 
+A campaign that was stopped goes on; remove its output to begin anew.
+
 Writes  reports/reliability/kills.json
 """
 
@@ -70,6 +72,7 @@ def run(pristine: Workspace, root: Path, kills: int, seed: int) -> None:
             chain = []
             while len(chain) < CHAIN:
                 row = {
+                    "chain": number,
                     "stage": stage,
                     "command": name,
                     **kill(workspace, COMMANDS[name], stage, seconds[stage], draw),
@@ -104,14 +107,21 @@ def kill(workspace: Workspace, command: list[str], stage: str, seconds: float, d
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     alive = process.poll() is None
-    below = psutil.Process(process.pid).children(recursive=True) if alive else []
-    at_work = any("stages/" in " ".join(child.cmdline()) for child in below if child.is_running())
+    at_work = alive and _stage_runs_below(process.pid)
     if alive and alone:
         process.kill()
     elif alive:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return {"alive": alive, "killed": "DVC alone" if alone else "all", "stage_at_work": at_work, "seconds": moment}
+
+
+def _stage_runs_below(process: int) -> bool:
+    try:
+        below = psutil.Process(process).children(recursive=True)
+        return any("stages/" in " ".join(child.cmdline()) for child in below)
+    except psutil.NoSuchProcess:
+        return False
 
 
 if __name__ == "__main__":

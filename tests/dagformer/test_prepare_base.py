@@ -19,10 +19,10 @@ from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.data.tokenizers import save_tokenizer
 from dynaroute.errors import DynarouteError
 
-SEQ_LEN, VOCABULARY = 16, 257
+SEQ_LEN, VOCABULARY = 16, 260
 BPE = ByteBPE(kind="bpe", vocab_size=VOCABULARY)
 SIZES = {
-    "vocab_size": 260, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
     "num_attention_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.3, "pad_token_id": None,
 }  # fmt: skip
 
@@ -105,7 +105,7 @@ def test_nll_is_raised_only_if_the_whole_interval_lies_above_zero(tree, monkeypa
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"vocab_size": 100}, "has 100 tokens, but those of corpus docs go up to 257: tokenize the corpus with"),
+        ({"vocab_size": 100}, "has 100 tokens, but those of corpus docs go up to 260: tokenize the corpus with"),
         ({"num_hidden_layers": 2}, "has 2 layers: must have at least 3"),
         ({"num_attention_heads": 4, "num_key_value_heads": 2}, "key"),
     ],
