@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test lint benchmarks recover env
+.PHONY: repro test lint benchmarks faults recover env
 
 repro: env  ## run the default pipeline: reports/ and data/
 	dvc repro
@@ -20,11 +20,21 @@ lint: env  ## style and formatting
 benchmarks: env  ## layer benchmarks at the paper's sizes, into reports/benchmarks/
 	dvc repro benchmarks/dvc.yaml
 
-recover:  ## mend what a killed DVC can leave: an empty dvc.lock (which goes where git has none), a stale lock file
+faults: env  ## what kills, damage, odd input and full disks do, into docs/reliability.md: an hour (KILLS=108 CASES=720)
+	python faults/corruption.py --workspace .scratch/faults --cases $(or $(CASES),720)
+	python faults/inputs.py --workspace .scratch/faults --cases $(or $(CASES),720)
+	unshare --user --map-root-user --mount python faults/situations.py --workspace .scratch/faults
+	python faults/repeat.py --workspace .scratch/faults
+	python faults/kills.py --workspace .scratch/faults --kills $(or $(KILLS),108)
+	python faults/page.py
+
+recover:  ## mend what a kill can leave: a dvc.lock cut off (which goes where git has none), stale locks, half-written files
 	for lock in dvc.lock corpora/dvc.lock; do \
-		test -s $$lock || git checkout --quiet -- $$lock 2>/dev/null || rm -f $$lock; \
+		test "$$(tail -c 1 $$lock 2>/dev/null | wc -l)" -eq 1 \
+			|| git checkout --quiet -- $$lock 2>/dev/null || rm -f $$lock; \
 	done
 	rm -f .dvc/tmp/rwlock .dvc/tmp/lock
+	find data reports -name '.*.tmp' -prune -exec rm -rf {} + 2>/dev/null || true
 
 env: $(READY)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from dynaroute.artifacts import read_json, write_json
+from dynaroute.artifacts import checked, read_json, write_json
 from dynaroute.config import Precision, Settings
 from dynaroute.data.shards import IGNORED_TARGET, TokenShards, Windows
 from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store
@@ -133,7 +133,7 @@ def read_expert_load(path: Path, config: DWRConfig) -> list[list[float]]:
         DynarouteError: the report is missing, or not of a model of this size.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with checked(path).open(encoding="utf-8", newline="") as file:
             load = {(int(row["layer"]), int(row["expert"])): float(row["load"]) for row in csv.DictReader(file)}
         return [[load[layer, expert] for expert in range(config.num_experts)] for layer in range(config.num_layers)]
     except OSError as error:

@@ -35,6 +35,7 @@ from dynaroute.training.scratch import run_id, scratch_folder
 
 BASE = Path("data/dagformer/base")
 REPORTS = Path("reports/dagformer")
+SAMPLE = "The function returns 3.14159, or raises:\n\tdef naïve(x): return x ** 2  # Ω"  # two tokenizers differ on it
 
 
 def main(settings: Settings) -> None:
@@ -43,8 +44,6 @@ def main(settings: Settings) -> None:
     dagformer = settings.dagformer
     tokens = Path("data/tokens") / dagformer.corpus
     shards = {split: TokenShards(tokens, split) for split in ("train", "validation")}
-    for split in shards.values():
-        split.verify()
     identity = {
         "base": dagformer.base.model_dump(),
         "seed": settings.seed,
@@ -132,9 +131,16 @@ def load_existing(
             "that a connection can skip one"
         )
     DagForward(model)  # refuses what it cannot run, before anything is written
+    tokenizer = load_tokenizer(f"dagformer.base.path: {wanted.path}", wanted.path, wanted.revision)
+    (own,) = shards.tokenizer().encode_batch([SAMPLE])
+    if tokenizer.encode(SAMPLE, add_special_tokens=False) != own.tolist():
+        raise DynarouteError(
+            f"dagformer.base.path: {wanted.path} has another tokenizer than corpus {settings.dagformer.corpus}: "
+            "tokenize the corpus with the base's"
+        )
     with output_directory(BASE) as folder:
         model.save_pretrained(folder)
-        load_tokenizer(f"dagformer.base.path: {wanted.path}", wanted.path, wanted.revision).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return model, [{"step": None, "validation_loss": None}], {}
 
 

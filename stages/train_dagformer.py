@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from dynaroute.artifacts import output_directory, sha256, write_csv, write_json
+from dynaroute.artifacts import checked, output_directory, sha256, write_csv, write_json
 from dynaroute.config import Settings, Variant, read_yaml
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
@@ -176,7 +176,7 @@ def read_variant(name: str) -> tuple[str, Variant]:
         DynarouteError: the file is missing or damaged.
     """
     path = DATA / "variants" / f"{name}.yaml"
-    knobs = read_yaml(path)
+    knobs = read_yaml(checked(path))
     try:
         start = knobs.pop("from")
         return start, Variant.model_validate(knobs)

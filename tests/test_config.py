@@ -130,8 +130,8 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ),
         ({"corpora.docs.source": {**STREAM, "files": 0}}, "corpora.docs.source.files = 0: input should be greater"),
         ({"corpora.docs.split.test": 0.97}, "corpora.docs.split.test = 0.97: validation + test must be below 1"),
-        ({"tau_final": 0.0}, "tau_final = 0.0: input should be greater than 0"),
-        ({"variants.A5.tau_init": -1.0}, "variants.A5.tau_init = -1.0: input should be greater than 0"),
+        ({"tau_final": 0.0}, "tau_final = 0.0: input should be greater than or equal to 0.000001"),
+        ({"variants.A5.tau_init": -1.0}, "variants.A5.tau_init = -1.0: input should be greater than or equal to"),
         ({"variants.A5.tau_int": 1.0}, "variants.A5.tau_int = 1.0: unknown key; did you mean tau_init?"),
         ({"variants.A5.micro_batch_size": 3}, "variants.A5.micro_batch_size = 3: must divide batch_size"),
         ({"variants.A5.from": "B1"}, "variants.A5.from = 'B1': must be one of base, A1"),
@@ -248,6 +248,10 @@ def test_text_that_is_not_yaml_is_named_with_its_line(tmp_path):
     (tmp_path / "params.yaml").write_text("a: 1\nb: [1, 2\n")
     with pytest.raises(DynarouteError, match=r"params\.yaml, line \d+: not valid YAML"):
         load_settings(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("a: \x14\n")
+    with pytest.raises(DynarouteError, match=r"params\.yaml: not valid YAML: unacceptable character.*$") as caught:
+        load_settings(tmp_path / "params.yaml")
+    assert "\n" not in str(caught.value)
     (tmp_path / "params.yaml").write_text("just a string")
     with pytest.raises(DynarouteError, match="must be a mapping"):
         load_settings(tmp_path / "params.yaml")

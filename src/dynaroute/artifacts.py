@@ -1,7 +1,11 @@
-"""Results on disk: written whole or not at all, and read back with errors that name the file."""
+"""Results on disk: written whole or not at all, and read back as they were written, or with an error that names them.
+
+A folder that a stage wrote holds the SHA-256 of its files in checksums.json; of single files dvc.lock has the MD5.
+"""
 
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -11,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from dynaroute.errors import DynarouteError
+
+CHECKSUMS = "checksums.json"
+REMEDY = "run the stage that makes it again"
 
 
 def _flush(path: Path) -> None:
@@ -63,6 +70,8 @@ def move_directory(folder: str | Path, path: str | Path) -> None:
 
 
 def _take_place(temporary: Path, path: Path) -> None:
+    files = sorted(file for file in temporary.rglob("*") if file.is_file())
+    write_json(temporary / CHECKSUMS, {file.relative_to(temporary).as_posix(): sha256(file) for file in files})
     for file in temporary.rglob("*"):
         _flush(file)
     if path.exists():
@@ -94,14 +103,39 @@ def read_json(path: str | Path) -> Any:
     """Reads JSON.
 
     Raises:
-        DynarouteError: the file is missing or damaged.
+        DynarouteError: the file is missing or damaged, or not the one that was written.
     """
+    return _parse_json(checked(path))
+
+
+def _parse_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text("utf-8"))
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # also what is raised for bytes that are not UTF-8
-        raise DynarouteError(f"{path}: damaged, not valid JSON ({error}): run the stage that makes it again") from error
+    except (ValueError, RecursionError) as error:  # the former also for bytes that are not UTF-8
+        raise DynarouteError(f"{path}: damaged, not valid JSON ({error}): {REMEDY}") from error
+
+
+def write_note(path: str | Path, data: Any) -> None:
+    """Writes JSON with its own SHA-256, atomically: how far a run is, which no folder's checksums cover yet."""
+    write_json(path, {"sha256": _sha256_of(data), "note": data})
+
+
+def read_note(path: str | Path) -> Any:
+    """Reads what `write_note` wrote.
+
+    Raises:
+        DynarouteError: the file is damaged.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("sha256") != _sha256_of(data.get("note")):
+        raise DynarouteError(f"{path}: damaged: remove {Path(path).parent} to begin anew")
+    return data["note"]
+
+
+def _sha256_of(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
 def sha256(path: str | Path) -> str:
@@ -110,8 +144,68 @@ def sha256(path: str | Path) -> str:
     Raises:
         DynarouteError: it cannot be read.
     """
+    return _digest(path, "sha256")
+
+
+def _digest(path: str | Path, algorithm: str) -> str:
     try:
         with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, algorithm).hexdigest()
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}: run the stage that makes it") from error
+
+
+def checked(path: str | Path) -> Path:
+    """The path, once what is there is known to be what was written: a file, or all files of a folder.
+
+    What no checksum was recorded of is taken as it is: a folder that no stage wrote, and a single file that is read
+    outside of `dvc repro` and `dvc exp run`, by hand, when it may well be newer than dvc.lock.
+
+    Raises:
+        DynarouteError: naming the file that has changed, is missing, or is no part of the folder as it was written.
+    """
+    path = Path(path)
+    folder = next((folder for folder in (path, *path.parents) if (folder / CHECKSUMS).is_file()), None)
+    if folder is not None:
+        _compare(folder, path)
+    elif "DVC_STAGE" in os.environ and path.is_file():
+        expected, found = _recorded_by_dvc(Path.cwd()).get(path.as_posix()), _digest(path, "md5")
+        if expected not in (None, found):
+            raise DynarouteError(f"{path}: MD5 is {found}, but dvc.lock says {expected}: {REMEDY}")
+    return path
+
+
+def _compare(folder: Path, path: Path) -> None:
+    """Compares a file of a folder, or all files below `path` in it, with the folder's checksums."""
+    recorded = _parse_json(folder / CHECKSUMS)
+    if not isinstance(recorded, dict):
+        raise DynarouteError(f"{folder / CHECKSUMS}: must be a mapping: {REMEDY}")
+    own = path.relative_to(folder)
+    if path.is_dir():
+        expected = {name for name in recorded if Path(name).is_relative_to(own)}
+        found = {file.relative_to(folder).as_posix() for file in path.rglob("*") if file.is_file()} - {CHECKSUMS}
+    else:
+        expected, found = {own.as_posix()} & recorded.keys(), {own.as_posix()}
+    for name in sorted(expected ^ found):
+        what = "is missing" if name in expected else f"is not in {CHECKSUMS}"
+        raise DynarouteError(f"{folder / name}: {what}: {REMEDY}")
+    for name in sorted(found):
+        if (digest := sha256(folder / name)) != recorded[name]:
+            raise DynarouteError(f"{folder / name}: SHA-256 is {digest}, not {recorded[name]}: {REMEDY}")
+
+
+@functools.cache
+def _recorded_by_dvc(root: Path) -> dict[str, str]:
+    """The MD5 of every single file that a stage wrote, from DVC's lock files: read once, for it is slow."""
+    from ruamel.yaml import YAML, YAMLError
+
+    recorded: dict[str, str] = {}
+    for path in (root / "dvc.lock", root / "corpora/dvc.lock"):
+        try:
+            stages = YAML(typ="safe").load(path.read_text("utf-8"))["stages"]
+            recorded |= {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, YAMLError, TypeError, KeyError, AttributeError) as error:
+            raise DynarouteError(f"{path}: cannot be read: {error}: run make recover") from error
+    return recorded

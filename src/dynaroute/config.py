@@ -30,6 +30,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # becomes a folder's name
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=1e-6, le=1e6)]  # float32 holds gates, slopes and gradients at these
+LossWeight = Annotated[float, Field(ge=0, le=1e6)]  # and what they are multiplied by
 
 
 def invalid(key: str, value: object, allowed: str) -> PydanticCustomError:
@@ -308,7 +310,7 @@ class DWR(DWRArchitecture):
     """The DWR model and its training."""
 
     corpus: str
-    balance_coefficient: NonNegativeFloat
+    balance_coefficient: LossWeight
     training: EpochTraining
 
 
@@ -449,11 +451,11 @@ class Variant(Training):
     predictor_input: Literal["text", "none"]  # none: one learned topology for all texts, as a control
     predictor_hidden: Positive
     rank: Positive  # of U V^T
-    init_logit: Annotated[float, Field(allow_inf_nan=False)]
-    tau_init: PositiveFloat
-    tau_final: PositiveFloat
-    lambda_init: NonNegativeFloat  # weight of mean_A in the loss
-    lambda_final: NonNegativeFloat  # reached over the first fifth of the steps
+    init_logit: Annotated[float, Field(ge=-1e6, le=1e6)]
+    tau_init: Temperature
+    tau_final: Temperature
+    lambda_init: LossWeight  # weight of mean_A in the loss
+    lambda_final: LossWeight  # reached over the first fifth of the steps
     cascade: Literal["off", "fixed", "learnable"]
     cascade_k: PositiveFloat
     exempt_first_layer: bool  # false only to show what the cascade does to layer 0 without it
@@ -641,7 +643,8 @@ def read_yaml(path: str | Path) -> Any:
     except YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        raise DynarouteError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        problem = str(getattr(error, "problem", error)).partition("\n")[0]
+        raise DynarouteError(f"{path}{line}: not valid YAML: {problem}") from error
 
 
 def load_settings(path: str | Path = "params.yaml") -> Settings:

@@ -1,24 +1,84 @@
-"""What all stage scripts share: `--help` from the docstring, validated settings, errors in one line."""
+"""What all stage scripts share: `--help` from the docstring, validated settings, errors in one line, one at a time."""
 
 import argparse
+import contextlib
+import errno
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from dynaroute.config import load_settings
 from dynaroute.errors import DynarouteError
+from dynaroute.training.scratch import exclusive
+
+# What no code can put right: a full or failing disk, and files that may not be written.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def run(main: Callable[..., None], doc: str, *arguments: str) -> None:
     """Parses the command line, loads params.yaml and calls `main(settings, *values of the positional arguments)`.
 
+    An argument that is not given is what follows the @ in the name of the stage that DVC runs: names from params.yaml
+    never pass through a shell.
+
     Ends the process with status 1 and one line on stderr when the user can put the mistake right.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    instance = os.environ.get("DVC_STAGE", "").rpartition("@")[2]
     for name in arguments:
-        parser.add_argument(name)
+        parser.add_argument(name, nargs="?", default=instance)
     values = vars(parser.parse_args()).values()
+    if "" in values:
+        parser.error(f"{arguments[0]} is missing")
+    stage = "_".join(["running", Path(sys.argv[0]).stem, *values]).replace("/", "_")
+    leads = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started
     try:
-        main(load_settings(), *values)
+        settings = load_settings()
+        with exclusive(Path(".scratch") / stage) if leads else contextlib.nullcontext():
+            if "DVC_STAGE" in os.environ:
+                _end_with_dvc()
+            main(settings, *values)
     except DynarouteError as error:
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+    except SafetensorError as error:  # of writing; those of reading are caught where it is known what is read
+        sys.exit(f"{Path(sys.argv[0]).stem}: cannot write: {error}")
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"{Path(sys.argv[0]).stem}: {place}{error.strerror}")
+
+
+def _end_with_dvc() -> None:
+    """Sends this process SIGTERM, on which training saves and leaves, when the DVC that started it is gone.
+
+    Otherwise it would go on alone, beside the one that the next `dvc repro` starts.
+    """
+    import psutil
+
+    def first_of_stage() -> psutil.Process:
+        """The process that DVC started: this one, or the shell or launcher above it."""
+        process = psutil.Process()
+        for above in process.parents():
+            try:
+                if "DVC_STAGE" not in above.environ():
+                    break
+            except psutil.Error:
+                break
+            process = above
+        return process
+
+    def watch() -> None:
+        while first.is_running() and first.ppid() == dvc:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    first = first_of_stage()
+    dvc = first.ppid()
+    threading.Thread(target=watch, daemon=True).start()

@@ -377,8 +377,8 @@ def save_a_pickle(folder: Path) -> None:
         (lambda folder: (folder / "test.npy").unlink(), "test.npy: missing or damaged"),
         (lambda folder: np.save(folder / "test.npy", np.zeros((5, WIDTH))), "test.npy: float64"),
         (lambda folder: np.save(folder / "test.npy", np.zeros((4, WIDTH), "f4")), "says float32 (5, 16)"),
-        (lambda folder: (folder / "metadata.json").write_text("{}"), "metadata.json: damaged: 'embedding_size'"),
-        (lambda folder: (folder / "metadata.json").write_text("[]"), "metadata.json: damaged"),
+        (lambda folder: (folder / "metadata.json").write_text("{}"), "metadata.json: SHA-256"),
+        (lambda folder: (folder / "metadata.json").write_text("[]"), "metadata.json: SHA-256"),
         (lambda folder: (folder / "metadata.json").unlink(), "metadata.json: cannot be read"),
     ],
 )

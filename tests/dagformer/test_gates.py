@@ -97,6 +97,24 @@ def test_gradients_of_the_cascade_are_exact_also_for_a_learnable_k():
     assert torch.autograd.gradcheck(lambda a, k: cascade(a, k, 2, hard=False), (adjacency, k))
 
 
+@pytest.mark.parametrize("tau", [1e-6, 1e6])
+@pytest.mark.parametrize("mode", ["train", "soft", "hard"])
+def test_gates_and_gradients_are_finite_at_the_ends_of_the_settings(tau, mode):
+    sizes = [0.0, 1e-30, 1e-6, 1.0, 1e6]  # the last is the largest init_logit
+    z = torch.tensor([*sizes, *(-size for size in sizes)], requires_grad=True)
+    noise = torch.zeros(()) if mode == "train" else None
+    gates = gumbel_sigmoid(z, tau, mode, noise)
+    assert ((gates >= 0) & (gates <= 1)).all()
+    assert (gates[:5] >= gates[5:]).all()
+    if mode != "hard":
+        (gradient,) = torch.autograd.grad(gates.sum(), z)
+        assert gradient.isfinite().all()
+        assert gradient[0].item() == pytest.approx(0.25 / tau)
+        adjacency = gumbel_sigmoid(logits().float().requires_grad_(), tau, mode, noise)
+        (gradient,) = torch.autograd.grad(cascade(adjacency, 1e6, H, hard=False).sum(), adjacency)
+        assert gradient.isfinite().all()
+
+
 def test_the_cascade_scales_what_a_node_sends_by_what_it_receives():
     adjacency = torch.sigmoid(logits()) * dag_mask(L, H)
     gated = cascade(adjacency, 5.0, H, hard=False)

@@ -149,6 +149,23 @@ def test_training_lowers_the_training_loss(tmp_path):
     assert objective.loss(predictor, batch, 0)[0].item() < before
 
 
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"lambda_init": 1e6, "lambda_final": 1e6, "lr": 10.0, "min_lr": 10.0, "init_logit": 1.0},
+        {"tau_init": 1e-6, "tau_final": 1e-6},
+        {"init_logit": 1e6},
+    ],
+    ids=["lambda", "tau", "logit"],
+)
+def test_the_extremes_of_the_settings_end_finite_and_are_named(tmp_path, knobs):
+    predictor, objective = make(**knobs)
+    history = train(tmp_path, objective, predictor).state.history
+    assert all(math.isfinite(value) for row in history for value in row.values())
+    assert verdict(history, 5)[0] in ("collapsed", "saturated")
+    assert all(value.isfinite().all() for value in predictor.state_dict().values())
+
+
 @pytest.mark.parametrize("crash_at", [0, 2, 5, 9])
 def test_a_run_resumed_after_a_crash_ends_bit_for_bit_as_one_that_never_crashed(tmp_path, crash_at):
     predictor, objective = make()

@@ -20,6 +20,7 @@ from dynaroute.data.tokenizers import save_tokenizer
 from dynaroute.errors import DynarouteError
 
 SEQ_LEN, VOCABULARY = 16, 260
+BPE = ByteBPE(kind="bpe", vocab_size=VOCABULARY)
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
     "num_attention_heads": 2, "max_position_embeddings": 32, "initializer_range": 0.3, "pad_token_id": None,
@@ -30,7 +31,7 @@ def save_existing(folder: Path, **sizes) -> Path:
     """A base as somebody published it: in bfloat16, with a tokenizer of its own."""
     torch.manual_seed(0)
     Olmo2ForCausalLM(Olmo2Config(**SIZES | sizes)).to(torch.bfloat16).save_pretrained(folder)
-    save_tokenizer(ByteBPE(kind="bpe", vocab_size=257), ["some text"], folder)
+    save_tokenizer(BPE, ["some text"], folder)
     return folder
 
 
@@ -43,6 +44,7 @@ def tree(tmp_path, monkeypatch) -> Path:
         for seed, split in enumerate(("train", "validation"))
     }
     write_tokens(Path("data/tokens/docs"), VOCABULARY, **splits)
+    save_tokenizer(BPE, ["some text"], Path("data/tokens/docs/tokenizer"))
     return tmp_path
 
 
@@ -111,6 +113,15 @@ def test_nll_is_raised_only_if_the_whole_interval_lies_above_zero(tree, monkeypa
 def test_a_base_that_cannot_be_used_is_refused_and_nothing_is_written(tree, sizes, message):
     existing = save_existing(tree / "published", **sizes)
     with pytest.raises(DynarouteError, match=message):
+        prepare(existing)
+    assert not Path("data/dagformer/base").exists()
+
+
+def test_a_base_with_another_tokenizer_than_the_corpus_is_refused(tree):
+    existing = save_existing(tree / "published")
+    (existing / "tokenizer.json").unlink()
+    save_tokenizer(ByteBPE(kind="bpe", vocab_size=258), ["the function returns the function"], existing)
+    with pytest.raises(DynarouteError, match="has another tokenizer than corpus docs: tokenize the corpus with"):
         prepare(existing)
     assert not Path("data/dagformer/base").exists()
 

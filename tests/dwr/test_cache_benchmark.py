@@ -205,6 +205,7 @@ def test_a_trace_of_another_run_is_refused(trained):
     stage("trace_routing").main(tiny_settings())
     path = Path("data/dwr/trace/metadata.json")
     path.write_text(path.read_text().replace(RUN, "fedcba"))
+    path.with_name("checksums.json").unlink()
     with pytest.raises(DynarouteError, match="data/dwr/trace: belongs to run fedcba"):
         stage("simulate_cache").main(tiny_settings())
 

@@ -97,6 +97,14 @@ def test_moe_equals_a_plain_loop_in_values_and_gradients(top_k, shape):
 def test_moe_gradients_are_the_numerical_ones():
     moe = make(MoE, d_model=16, num_heads=1, d_ff=16, num_experts=3)
     x = torch.randn(1, 4, 16, dtype=torch.float64, requires_grad=True)
+    names, weights = zip(*moe.named_parameters(), strict=True)
+
+    def outputs(x, *weights):
+        found, statistics = torch.func.functional_call(moe, dict(zip(names, weights, strict=True)), (x,))
+        return found, statistics.balance_loss
+
+    inputs = (x, *(weight.detach().requires_grad_() for weight in weights))
+    assert torch.autograd.gradcheck(outputs, inputs, fast_mode=True)
     assert torch.autograd.gradcheck(lambda x: moe(x)[0], x)
 
 

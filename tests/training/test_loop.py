@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from small_training import Model, Objective, Tokens, assert_same_checkpoint, make_trainer, train
 
 from dynaroute.errors import DynarouteError
+from dynaroute.training import scratch
 from dynaroute.training.checkpoints import load_checkpoint
 from dynaroute.training.loop import make_accelerator
 
@@ -129,6 +130,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     assert all(value.isfinite().all() for value in tensors.values())
 
 
+@pytest.mark.parametrize("step", [1, 7, 12])
+def test_a_run_whose_fault_was_of_the_moment_goes_on_as_if_it_had_not_been(tmp_path, step):
+    class Faulty(Objective):
+        def loss(self, model, batch, at):
+            loss, metrics = super().loss(model, batch, at)
+            return (loss * float("inf") if at == step else loss), metrics
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(DynarouteError, match=f"step {step + 1}: loss inf"):
+        train(tmp_path / "faulty", Faulty())
+    resumed = train(tmp_path / "faulty")
+    assert_same_checkpoint(whole.last_path, resumed.last_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_overflow_in_low_precision_stops_the_run(tmp_path, dtype):
+    class Overflowing(Objective):
+        def loss(self, model, batch, step):
+            large = torch.finfo(dtype).max / 4
+            logits = model(batch.tokens).to(dtype) * (large if step == 4 else 1.0)
+            loss = F.cross_entropy((logits * 8).float().flatten(0, 1), batch.targets.flatten())
+            return loss, {"loss": loss}
+
+    with pytest.raises(DynarouteError, match=r"step 5: loss (nan|inf).*last\.safetensors \(step 3\)"):
+        train(tmp_path, Overflowing())
+
+
 def test_a_signal_within_a_validation_changes_nothing_either(tmp_path):
     class Interrupted(Objective):
         def validation_sums(self, model, batch, step):
@@ -165,7 +193,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
         train(tmp_path, Exploding())
 
 
-def test_a_second_trainer_on_the_same_run_is_refused(tmp_path):
+def test_a_second_trainer_on_the_same_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch, "PATIENCE", 0.0)
     with make_trainer(tmp_path), pytest.raises(DynarouteError, match=f"process {os.getpid()} is already at work"):
         make_trainer(tmp_path).__enter__()
     train(tmp_path)

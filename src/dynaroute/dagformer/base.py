@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynaroute.artifacts import checked
 from dynaroute.config import PretrainedBase
 from dynaroute.dagformer.pretrained import load_model
 from dynaroute.data.shards import IGNORED_TARGET
@@ -53,8 +54,10 @@ def load_base(path: str | Path, device: str, revision: str | None = None) -> "Ol
     """
     from transformers import AutoModelForCausalLM
 
-    if isinstance(path, Path) and not (path / "config.json").is_file():
-        raise DynarouteError(f"{path}: no base model: run stages/prepare_base.py")
+    if isinstance(path, Path):
+        if not (path / "config.json").is_file():
+            raise DynarouteError(f"{path}: no base model: run stages/prepare_base.py")
+        checked(path)
     return load_model(str(path), AutoModelForCausalLM, path, device, revision)
 
 

@@ -6,9 +6,11 @@ protocol needs it `test_prefix.npy`, of the same windows but from their first to
     B batch   t tokens read of a window   E embedding
 """
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dynaroute.artifacts import move_directory, read_json, sha256, write_json
+from dynaroute.artifacts import checked, move_directory, read_json, read_note, sha256, write_json, write_note
 from dynaroute.config import BaseEncoder, HubEncoder
 from dynaroute.dagformer.pretrained import load_model, load_tokenizer
 from dynaroute.data.tokenizers import Tokenizer
@@ -127,7 +129,7 @@ def load_encoder(settings: BaseEncoder | HubEncoder, base: str | Path, corpus: T
     if isinstance(settings, BaseEncoder):
         if not (Path(base) / "config.json").is_file():
             raise DynarouteError(f"{base}: no base model: run stages/prepare_base.py")
-        return BaseStates(load_model(str(base), AutoModelForCausalLM, base, device).base_model)
+        return BaseStates(load_model(str(base), AutoModelForCausalLM, checked(base), device).base_model)
     name = f"dagformer.encoder.path: {settings.path}" + (f" at {settings.revision}" if settings.revision else "")
     model = load_model(name, AutoModel, settings.path, device, settings.revision)
     return TextEncoder(model, load_tokenizer(name, settings.path, settings.revision), corpus, name)
@@ -158,7 +160,8 @@ def write_embeddings(
     """
     scratch = Path(scratch)
     folder, note = scratch / "embeddings", scratch / "progress.json"
-    done: dict[str, int] = read_json(note) if note.exists() and folder.is_dir() else {}  # windows by file
+    # By file, how many of its windows are on disk, and the SHA-256 of their vectors.
+    done: dict[str, tuple[int, str]] = read_note(note) if note.exists() and folder.is_dir() else {}
     folder.mkdir(exist_ok=True)
     seq_len = next(iter(windows.values())).seq_len
     parts = {split: (own, seq_len) for split, own in windows.items()}
@@ -166,12 +169,14 @@ def write_embeddings(
         parts |= {f"{split}_prefix": (own, prefix_tokens) for split, own in windows.items()}
     total, files = sum(len(own) for own, _ in parts.values()), {}
     # A progress bar is shown on a terminal only.
-    with tqdm(total=total, initial=sum(done.values()), desc="encode", unit="win", disable=None) as progress:
+    with tqdm(
+        total=total, initial=sum(windows for windows, _ in done.values()), desc="encode", unit="win", disable=None
+    ) as progress:
         for name, (own, tokens_read) in parts.items():
             path = folder / f"{name}.npy"
-            for stop in _write_vectors(path, encoder, own, tokens_read, done.get(name, 0), progress):
-                done[name] = stop
-                write_json(note, done)
+            for state in _write_vectors(path, encoder, own, tokens_read, done.get(name), progress):
+                done[name] = state
+                write_note(note, done)
             files[name] = {
                 "file": path.name, "windows": len(own), "tokens_read": tokens_read, "sha256": sha256(path),
             }  # fmt: skip
@@ -182,14 +187,21 @@ def write_embeddings(
 
 
 def _write_vectors(
-    path: Path, encoder: Encoder, windows: Subset, tokens_read: int, done: int, progress: tqdm
-) -> Iterator[int]:
-    """Writes the vectors of the windows from `done` on; yields, now and then and at the end, how many are on disk."""
+    path: Path, encoder: Encoder, windows: Subset, tokens_read: int, noted: tuple[int, str] | None, progress: tqdm
+) -> Iterator[tuple[int, str]]:
+    """Writes the vectors of the windows after those noted; yields, now and then and at the end, what is to be noted."""
     shape = len(windows), encoder.embedding_size
-    # Millions of windows need not fit into memory.
-    vectors = np.lib.format.open_memmap(path, "r+" if done else "w+", "<f4", shape)
+    done, expected = noted or (0, "")
+    digest = hashlib.sha256()
+    if done:
+        vectors = _reopen(path, shape)
+        digest.update(vectors[:done])
+        if digest.hexdigest() != expected:
+            raise DynarouteError(f"{path}: damaged: remove {path.parents[1]} to begin anew")
+    else:  # millions of windows need not fit into memory
+        vectors = np.lib.format.open_memmap(path, "w+", "<f4", shape)
     size = max(1, BATCH_TOKENS // tokens_read)
-    noted = done
+    flushed = done
     for start in range(done, len(windows), size):
         indices = range(start, min(start + size, len(windows)))
         tokens, _ = windows.batch(indices)
@@ -197,11 +209,23 @@ def _write_vectors(
         if not np.isfinite(encoded).all():
             raise DynarouteError(f"the encoder gives numbers that are not finite for windows {start} to {indices[-1]}")
         vectors[start : indices[-1] + 1] = encoded
+        digest.update(encoded.astype("<f4"))
         progress.update(len(indices))
-        if indices[-1] + 1 >= min(noted + NOTE_WINDOWS, len(windows)):
+        if indices[-1] + 1 >= min(flushed + NOTE_WINDOWS, len(windows)):
             vectors.flush()
-            noted = indices[-1] + 1
-            yield noted
+            flushed = indices[-1] + 1
+            yield flushed, digest.hexdigest()
+
+
+def _reopen(path: Path, shape: tuple[int, int]) -> np.memmap:
+    try:
+        vectors = np.lib.format.open_memmap(path, "r+")
+        if vectors.dtype == "<f4" and vectors.shape == shape:
+            return vectors
+        found = f"{vectors.dtype} {vectors.shape}"
+    except (OSError, ValueError, TokenError) as error:
+        found = error
+    raise DynarouteError(f"{path}: damaged: {found}: remove {path.parents[1]} to begin anew")
 
 
 def load_embeddings(directory: str | Path) -> dict[str, np.ndarray]:
@@ -217,7 +241,9 @@ def load_embeddings(directory: str | Path) -> dict[str, np.ndarray]:
     metadata = read_json(directory / "metadata.json")
     try:
         size, files = metadata["embedding_size"], metadata["files"]
-        return {name: _open_vectors(directory / own["file"], own["windows"], size, own["sha256"])
+        if any(Path(name).name != name for name in files):
+            raise KeyError("names of files with a folder in them")
+        return {name: _open_vectors(directory / f"{name}.npy", own["windows"], size, own["sha256"])
                 for name, own in files.items()}  # fmt: skip
     except (AttributeError, KeyError, TypeError) as error:
         path = directory / "metadata.json"
@@ -227,7 +253,7 @@ def load_embeddings(directory: str | Path) -> dict[str, np.ndarray]:
 def _open_vectors(path: Path, windows: int, size: int, expected: str) -> np.ndarray:
     try:
         vectors = np.lib.format.open_memmap(path, mode="c")  # .npy alone, and never a pickle
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TokenError) as error:
         raise DynarouteError(f"{path}: missing or damaged: {error}: run stages/encode_windows.py again") from error
     if vectors.dtype != "<f4" or vectors.shape != (windows, size):
         found = f"{vectors.dtype} {vectors.shape}"

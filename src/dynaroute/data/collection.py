@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dynaroute.artifacts import output_directory, write_json
+from dynaroute.artifacts import checked, output_directory, write_json
 from dynaroute.config import Corpus, HeldOut, Region, Split
 from dynaroute.data.corpora import Document, documents, parse_document
 from dynaroute.errors import DynarouteError
@@ -68,7 +68,7 @@ def read_documents(path: str | Path) -> Iterator[Document]:
         DynarouteError: the file is missing, or a line of it is damaged.
     """
     try:
-        with Path(path).open("rb") as lines:
+        with checked(path).open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 yield parse_document(line, f"{path}, line {number}")
     except OSError as error:

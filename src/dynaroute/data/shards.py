@@ -4,11 +4,13 @@ A folder of tokens holds, for each split, shards `train-00000.npy` ... of one un
 token follows each document; where each document starts and which source it has; the tokenizer; and metadata.json.
 """
 
+import hashlib
 import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -40,18 +42,38 @@ class GrowingArray:
     What was appended and flushed stays after a kill, and the file can be taken up again at any earlier length.
     """
 
-    def __init__(self, path: Path, dtype: str, length: int = 0) -> None:
-        """Starts a file, or goes on with the first `length` values of one that exists."""
+    def __init__(self, path: Path, dtype: str, length: int = 0, sha256: str | None = None) -> None:
+        """Starts a file, or goes on with the first `length` values of one that exists, whose SHA-256 is given.
+
+        Raises:
+            DynarouteError: they are not those that were written, or not there.
+        """
         self.path, self.dtype, self.length = path, np.dtype(dtype), length
-        self._file = path.open("r+b" if length else "w+b")
+        try:
+            self._file = path.open("r+b" if length else "w+b")
+        except OSError as error:
+            raise DynarouteError(f"{path}: cannot be opened: {error.strerror}") from error
+        self._write_header()
+        self._sha256 = hashlib.sha256()
+        for start in range(0, length, 2**20):
+            self._sha256.update(self._file.read(min(2**20, length - start) * self.dtype.itemsize))
+        if length and self.sha256() != sha256:
+            raise DynarouteError(f"{path}: damaged: its first {length} values are not those that were written")
+        self._file.seek(0)
         self._write_header()
         self._file.truncate(self._file.tell() + length * self.dtype.itemsize)
         self._file.seek(0, os.SEEK_END)
 
     def append(self, values: np.ndarray) -> None:
         """Adds values, which must fit into the array's type."""
-        self._file.write(values.astype(self.dtype).tobytes())
+        content = values.astype(self.dtype).tobytes()
+        self._file.write(content)
+        self._sha256.update(content)
         self.length += len(values)
+
+    def sha256(self) -> str:
+        """Of the values so far, as hexadecimal digits."""
+        return self._sha256.hexdigest()
 
     def flush(self) -> None:
         """Forces what was appended to disk."""
@@ -78,6 +100,7 @@ class SplitState(NamedTuple):
     num_documents: int
     num_characters: int
     tokens_by_source: dict[str, int]
+    sha256: dict[str, str]  # of the values in each file
 
 
 class ShardWriter:
@@ -101,19 +124,25 @@ class ShardWriter:
             vocab_size: of the tokenizer.
             shard_tokens: tokens of a file.
             state: what `flush` returned; all that was written later is dropped.
+
+        Raises:
+            DynarouteError: what was written earlier is damaged.
         """
         self.folder, self.split, self.sources = folder, split, sources
         self.vocab_size, self.shard_tokens = vocab_size, shard_tokens
-        state = state or SplitState(0, 0, 0, {})
+        state = state or SplitState(0, 0, 0, {}, {})
         self.num_tokens, self._num_characters = state.num_tokens, state.num_characters
         self._tokens_by_source = Counter(state.tokens_by_source)
+        self._sha256 = dict(state.sha256)
         documents = state.num_documents
-        self._offsets = GrowingArray(self._path("offsets"), "<i8", documents + 1 if documents else 0)
+        self._offsets = self._open("offsets", "<i8", documents + 1 if documents else 0)
         if not documents:
             self._offsets.append(np.zeros(1))
-        self._document_sources = GrowingArray(self._path("sources"), "<i4", documents)
+        self._document_sources = self._open("sources", "<i4", documents)
         self._shard: GrowingArray | None = None
         full, rest = divmod(self.num_tokens, shard_tokens)
+        for number in range(full):
+            self._open_shard(number, shard_tokens).close()  # checks it
         if rest:
             self._shard = self._open_shard(full, rest)
         for late in folder.glob(f"{split}-[0-9]*.npy"):
@@ -137,6 +166,7 @@ class ShardWriter:
             tokens = tokens[len(part) :]
             self._shard.append(part)
             if self._shard.length == self.shard_tokens:
+                self._sha256[self._shard.path.name] = self._shard.sha256()
                 self._shard.close()
                 self._shard = None
 
@@ -145,9 +175,10 @@ class ShardWriter:
         for array in (self._offsets, self._document_sources, self._shard):
             if array is not None:
                 array.flush()
-        return SplitState(
-            self.num_tokens, self._document_sources.length, self._num_characters, dict(self._tokens_by_source)
-        )
+                self._sha256[array.path.name] = array.sha256()
+        documents = self._document_sources.length
+        sources = dict(self._tokens_by_source)
+        return SplitState(self.num_tokens, documents, self._num_characters, sources, dict(self._sha256))
 
     def close(self) -> dict[str, Any]:
         """Completes the files and returns the split's metadata."""
@@ -180,7 +211,11 @@ class ShardWriter:
         return {"file": self._path(name).name, "sha256": sha256(self._path(name))}
 
     def _open_shard(self, number: int, length: int = 0) -> GrowingArray:
-        return GrowingArray(self._path(f"{number:05d}"), token_dtype(self.vocab_size), length)
+        return self._open(f"{number:05d}", token_dtype(self.vocab_size), length)
+
+    def _open(self, name: str, dtype: str, length: int) -> GrowingArray:
+        path = self._path(name)
+        return GrowingArray(path, dtype, length, self._sha256.get(path.name))
 
 
 class TokenShards:
@@ -195,7 +230,7 @@ class TokenShards:
     """
 
     def __init__(self, directory: str | Path, split: str) -> None:
-        """Opens a split and checks that files, types and sizes are what the metadata says.
+        """Opens a split and checks that files, to the bit, types and sizes are what the metadata says.
 
         Raises:
             DynarouteError: naming the file that is missing or damaged.
@@ -213,10 +248,12 @@ class TokenShards:
             self.num_documents: int = own["num_documents"]
             self.num_characters: int = own["num_characters"]
             self.unigram_entropy: float = own["unigram_entropy"]
-            self._files: list[dict[str, Any]] = [*own["shards"], own["offsets"], own["document_sources"]]
-            self._shards = [self._open(s["file"], self.metadata["dtype"], s["num_tokens"]) for s in own["shards"]]
-            self.offsets = self._open(own["offsets"]["file"], "int64", self.num_documents + 1)
-            self.document_sources = self._open(own["document_sources"]["file"], "int32", self.num_documents)
+            self._shards = [
+                self._open(shard, f"{number:05d}", self.metadata["dtype"], shard["num_tokens"])
+                for number, shard in enumerate(own["shards"])
+            ]
+            self.offsets = self._open(own["offsets"], "offsets", "int64", self.num_documents + 1)
+            self.document_sources = self._open(own["document_sources"], "sources", "int32", self.num_documents)
         except (KeyError, TypeError) as error:
             raise DynarouteError(f"{path}: lacks {error} (of split {split!r}): tokenize the corpus again") from error
         self._starts = np.cumsum([0, *map(len, self._shards)])
@@ -224,27 +261,17 @@ class TokenShards:
             if found != self.num_tokens:
                 raise DynarouteError(f"{path}: {file} of {split} hold {found} tokens, not {self.num_tokens}")
 
-    def _open(self, name: str, dtype: str, size: int) -> np.ndarray:
-        path = self.directory / name
+    def _open(self, file: dict[str, Any], name: str, dtype: str, size: int) -> np.ndarray:
+        path = self.directory / f"{self.split}-{name}.npy"  # never the metadata's: nothing outside of the folder
         try:
             values = np.lib.format.open_memmap(path, mode="r")  # np.load, but for .npy alone and never a pickle
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TokenError) as error:  # the last from numpy, of a damaged header
             raise DynarouteError(f"{path}: missing or damaged: {error}: tokenize the corpus again") from error
         if values.dtype != dtype or values.shape != (size,):
             raise DynarouteError(f"{path}: {values.dtype} {values.shape}, but metadata.json says {dtype} ({size},)")
+        if (found := sha256(path)) != file["sha256"]:
+            raise DynarouteError(f"{path}: SHA-256 is {found}, not {file['sha256']}: tokenize the corpus again")
         return values.view(np.ndarray)  # slices of a plain array are cheaper than of a memmap
-
-    def verify(self) -> None:
-        """Reads every file of the split and compares its SHA-256.
-
-        Raises:
-            DynarouteError: naming the first file that has changed.
-        """
-        for file in self._files:
-            found = sha256(self.directory / file["file"])
-            if found != file["sha256"]:
-                path = self.directory / file["file"]
-                raise DynarouteError(f"{path}: SHA-256 is {found}, not {file['sha256']}: tokenize the corpus again")
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made these tokens.

@@ -17,7 +17,15 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from dynaroute.artifacts import move_directory, output_directory, read_json, sha256, write_json
+from dynaroute.artifacts import (
+    move_directory,
+    output_directory,
+    read_json,
+    read_note,
+    sha256,
+    write_json,
+    write_note,
+)
 from dynaroute.config import Corpus, DolmaStream
 from dynaroute.data.collection import SPLITS, refuse_unfilled_splits, split_of, stable_hash
 from dynaroute.data.corpora import read_dolma, usable
@@ -86,7 +94,7 @@ class Progress:
         """What was noted last, or the beginning."""
         if not path.exists():
             return cls()
-        data = read_json(path)
+        data = read_note(path)
         data["splits"] = {split: SplitState(*state) for split, state in data["splits"].items()}
         return cls(**data)
 
@@ -140,7 +148,7 @@ def tokenize_stream(
 
     def save() -> None:
         run.splits = {split: writer.flush() for split, writer in writers.items()}
-        write_json(note, asdict(run))
+        write_note(note, asdict(run))
 
     bar = tqdm(total=len(addresses), initial=len(run.files), desc=f"tokenize {name}", unit="file", unit_scale=True,
                disable=None)  # fmt: skip

@@ -19,7 +19,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from dynaroute.artifacts import read_json, write_json, write_text
+from dynaroute.artifacts import checked, read_json, write_json, write_text
 from dynaroute.config import GPT2, ByteBPE, HubTokenizer
 from dynaroute.errors import DynarouteError
 
@@ -139,7 +139,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises:
         DynarouteError: a file is missing or damaged.
     """
-    folder = Path(folder)
+    folder = checked(folder)
     return TiktokenTokenizer(folder) if (folder / GPT2_FILE).exists() else HuggingFaceTokenizer(folder)
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynaroute.artifacts import output_directory, read_json, write_json
+from dynaroute.artifacts import checked, output_directory, read_json, write_json
 from dynaroute.data.shards import Windows
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.errors import DynarouteError
@@ -86,9 +87,9 @@ def load_trace(path: str | Path) -> Trace:
     for name in ("experts", "lookahead"):
         file = path / f"{name}.npy"
         try:
-            with file.open("rb") as content:
+            with checked(file).open("rb") as content:
                 arrays[name] = np.lib.format.read_array(content, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TokenError) as error:
             raise DynarouteError(f"{file}: missing or damaged: {error}: run stages/trace_routing.py again") from error
     return Trace(read_json(path / "metadata.json")["run"], **arrays)
 

@@ -3,14 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynaroute.artifacts import read_json
+from dynaroute.artifacts import REMEDY, checked, read_json
 from dynaroute.config import read_yaml
 from dynaroute.errors import DynarouteError
 
 if TYPE_CHECKING:
     import pandas as pd  # at run time where tables are read: it is slow to import
-
-REMEDY = "run the stage that makes it again"
 
 
 class Record(dict[str, Any]):
@@ -30,7 +28,7 @@ def read_record(path: str | Path) -> Record:
     Raises:
         DynarouteError: the file is missing or damaged; later, when a key is asked for that it lacks.
     """
-    data = read_yaml(path) if Path(path).suffix == ".yaml" else read_json(path)
+    data = read_yaml(checked(path)) if Path(path).suffix == ".yaml" else read_json(path)
     if not isinstance(data, dict):
         raise DynarouteError(f"{path}: must be a mapping, not {type(data).__name__}: {REMEDY}")
     return Record(data, path)
@@ -45,7 +43,7 @@ def read_csv(path: str | Path, columns: list[str], names: list[str] | None = Non
     import pandas as pd
 
     try:
-        table = pd.read_csv(path)
+        table = pd.read_csv(checked(path))
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # pandas' parser errors, and bytes that are not UTF-8

@@ -1,9 +1,10 @@
 """Checkpoints as single safetensors files: tensors, and a state as JSON in the header. Nothing is ever unpickled.
 
-One file is one rename, so a checkpoint is whole or absent. One header key keeps the bytes the same on every run
-(safetensors writes several in any order).
+One file is one rename, so a checkpoint is whole or absent. Its SHA-256, of state and tensors, is in the header too, as
+part of the state: one header key keeps the bytes the same on every run (safetensors writes several in any order).
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], state: dict[st
     """Writes tensors and a JSON-serialisable state to one file, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with output_file(path) as temporary:
-        save_file(tensors, temporary, metadata={"state": json.dumps(state, allow_nan=False)})
+        header = json.dumps({"sha256": _sha256(tensors, state), **state}, allow_nan=False)
+        save_file(tensors, temporary, metadata={"state": header})
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -30,14 +32,38 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     Raises:
         DynarouteError: the file is missing, damaged, or not a checkpoint of ours.
     """
+    tensors, state = read_safetensors(path)
+    expected, found = state.pop("sha256", None), _sha256(tensors, state)
+    if found != expected:
+        raise DynarouteError(f"{path}: damaged: SHA-256 of its content is {found}, not {expected}")
+    return tensors, state
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a safetensors file, on the CPU, and the state in its header, unchecked.
+
+    Raises:
+        DynarouteError: the file is missing, is no safetensors file, or has no state.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             state = json.loads((file.metadata() or {})["state"])
+            if not isinstance(state, dict):
+                raise ValueError("its state is no mapping")
             return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118, not a dict
     except FileNotFoundError as error:
         raise DynarouteError(f"{path}: no such checkpoint") from error
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise DynarouteError(f"{path}: not a readable checkpoint ({error})") from error
+
+
+def _sha256(tensors: dict[str, Tensor], state: dict[str, Any]) -> str:
+    """Of all that a checkpoint says: state, and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True, allow_nan=False).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:

@@ -22,7 +22,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dynaroute.artifacts import read_json, write_json
+from dynaroute.artifacts import read_note, write_note
 from dynaroute.config import EpochTraining, Training
 from dynaroute.data.shards import Windows
 from dynaroute.errors import DynarouteError
@@ -373,7 +373,7 @@ class Trainer:
             tensors |= {f"sums.{name}": value for name, value in sums.items()}
             save_checkpoint(self.last_path, tensors, self.state.to_json())
             timing = {"seconds": self.seconds, "validation_seconds": self.validation_seconds}
-            write_json(self.scratch / "timing.json", timing)
+            write_note(self.scratch / "timing.json", timing)
         self.saved_step = self.state.step
         if stop:
             raise DynarouteError(
@@ -392,7 +392,7 @@ class Trainer:
         self.saved_step = self.state.step
         timing = self.scratch / "timing.json"
         if timing.exists():
-            self.seconds, self.validation_seconds = read_json(timing).values()
+            self.seconds, self.validation_seconds = read_note(timing).values()
 
     def _load_tensors(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Loads weights and optimizer from a checkpoint; returns its state, and the sums in it."""

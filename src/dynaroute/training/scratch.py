@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from dynaroute.errors import DynarouteError
+
+PATIENCE = 30.0  # seconds that whoever was asked to leave may take to save
 
 
 def run_id(identity: dict[str, Any]) -> str:
@@ -26,21 +29,26 @@ def scratch_folder(stage: str, run: str) -> Path:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process: killing DVC alone leaves its trainer running, and a second one may start.
+    """Holds the folder for this process: killing DVC alone leaves its stage running a while, and a second may start.
 
     Raises:
-        DynarouteError: another process holds it.
+        DynarouteError: another process holds it, and still does after PATIENCE.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + PATIENCE
     with (folder / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            holder = lock.read().strip() or "unknown"
-            raise DynarouteError(
-                f"{folder}: process {holder} is already at work with these settings; wait for it, or stop it"
-            ) from error
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    holder = lock.read().strip() or "unknown"
+                    raise DynarouteError(
+                        f"{folder}: process {holder} is already at work with these settings; wait for it, or stop it"
+                    ) from error
+                time.sleep(0.1)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

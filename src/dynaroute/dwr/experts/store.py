@@ -29,7 +29,7 @@ from dynaroute.dwr.experts.mapping import PAGE, drop_from_page_cache, map_file
 from dynaroute.dwr.experts.precision import DTYPES, TensorEntry, decode, encode, stored_tensors
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights
 from dynaroute.errors import DynarouteError
-from dynaroute.training.checkpoints import load_checkpoint
+from dynaroute.training.checkpoints import read_safetensors
 
 BACKBONE = "backbone.safetensors"
 MANIFEST = "manifest.json"
@@ -220,9 +220,8 @@ class ExpertStore:
         Raises:
             DynarouteError: the file is not the one that was exported.
         """
-        path = self.path / BACKBONE
-        tensors, _ = load_checkpoint(path)
         self._check_sha256(BACKBONE, self._map(BACKBONE, self._manifest.files[BACKBONE].bytes))
+        tensors, _ = read_safetensors(self.path / BACKBONE)
         return {name: tensor.clone() for name, tensor in tensors.items()}  # what was loaded is a map of the file
 
     def _map(self, name: str, size: int) -> Tensor:
@@ -261,7 +260,7 @@ def file_contents(
 def safetensors_header(entries: dict[str, TensorEntry], state: dict[str, Any]) -> bytes:
     """What precedes the data of a safetensors file: the length of a JSON text, and that text, padded with spaces.
 
-    The state is under one key, as in our checkpoints, which makes each file of a store readable as one of those.
+    The state is under one key, as in our checkpoints; the SHA-256 of these files is in the manifest.
     """
     header: dict[str, Any] = {"__metadata__": {"state": json.dumps(state)}}
     end = 0

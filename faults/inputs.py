@@ -1,0 +1,219 @@
+"""Settings and corpora as nobody should write them.
+
+    python faults/inputs.py --cases 900 --workspace .scratch/faults
+
+Settings are those of the repository with one thing changed at random: a value of another type or size, a key left out,
+misspelt, added or moved, or bytes of the file. They must be refused in one line that names params.yaml, or accepted
+with every variant resolved. Corpora are made of odd pieces: byte-order marks, carriage returns, special tokens, bytes
+that are not UTF-8, half surrogate pairs, blank documents, ids that occur twice. They must be refused in one line, or
+decode from their tokens to the very text that a plain reading gives. Some overrides go through `dvc exp run -S`: it
+must stop in the first stage.
+
+Writes  reports/reliability/inputs.json
+"""
+
+import argparse
+import copy
+import gzip
+import json
+import math
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from tqdm import tqdm
+from workspace import REPOSITORY, finished_workspace
+
+from dynaroute.artifacts import write_json
+from dynaroute.config import Corpus, load_settings, read_yaml
+from dynaroute.data.collection import SPLITS, collect
+from dynaroute.data.shards import TokenShards
+from dynaroute.data.tokenization import tokenize
+from dynaroute.errors import DynarouteError
+
+OUTPUT = REPOSITORY / "reports/reliability/inputs.json"
+VALUES = [
+    None, True, "", "x", "1e400", "../x", "a b", "\0", "ü" * 300, [], [1], {}, {"kind": "?"}, 0, -1, 1, 2**31,
+    2**70,     -(2**70), 0.5, -0.0, 1e-308, 1e308, math.inf, -math.inf, math.nan,
+]  # fmt: skip
+PIECES = [
+    "the cat sat on the mat ", "\r\n", "\n", "\ufeff", "<|endoftext|>", "\0", "\t", "über 数学 🙂 ", "e\u0301",
+    "   ",     "\u2028", "[INST]", "'s", "3.14159", "\x85",
+]  # fmt: skip
+OVERRIDES = ["tau_fnal=0.1", "tau_final=cold", "dwr.top_k=99", "dwr.training.lr=-1", "variants.P1.rank=0", "seed=[1]"]
+
+
+def places(data: Any, at: tuple = ()) -> Iterator[tuple]:
+    """The paths of all that is in nested mappings and lists."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield (*at, key)
+        yield from places(value, (*at, key))
+
+
+def changed_settings(draw: random.Random, path: Path) -> str:
+    """Writes settings with one thing changed; what was done."""
+    source = REPOSITORY / draw.choice(["params.yaml", "params.paper.yaml"])
+    if draw.random() < 0.1:
+        content = bytearray(source.read_bytes())
+        for _ in range(draw.randint(1, 3)):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        path.write_bytes(content)
+        return "bytes of the file"
+    data = copy.deepcopy(read_yaml(source))
+    *above, key = draw.choice(list(places(data)))
+    parent = data
+    for part in above:
+        parent = parent[part]
+    what = draw.choice(["value", "value", "value", "left out", "misspelt", "added", "nested"])
+    if what == "value":
+        parent[key] = copy.deepcopy(draw.choice(VALUES))
+    elif what == "left out":
+        del parent[key]
+    elif what == "nested":
+        parent[key] = {str(key): parent[key]}
+    elif isinstance(parent, dict):
+        name = str(key)
+        at = draw.randrange(len(name))
+        parent[name[:at] + draw.choice("xyz_") + name[at + (what == "misspelt") :]] = parent[key]
+        if what == "misspelt":
+            del parent[key]
+    else:
+        parent.append(copy.deepcopy(draw.choice(VALUES)))
+    with path.open("w", encoding="utf-8") as file:
+        YAML(typ="safe").dump(data, file)
+    return {"value": "another value", "left out": "a key left out", "misspelt": "a key misspelt"}.get(
+        what, f"a key {what}"
+    )
+
+
+def judge_settings(path: Path) -> str:
+    """What loading them does."""
+    try:
+        settings = load_settings(path)
+        for name in settings.variants:
+            json.dumps(settings.variant(name).model_dump(), allow_nan=False)
+    except DynarouteError as error:
+        text = str(error)
+        one_line = "\n" not in text and path.name in text
+        return "refused in one line" if one_line else f"refused, but: {text[:200]!r}"
+    except Exception as error:
+        return f"crash: {type(error).__name__}: {error}"[:300]
+    return "accepted"
+
+
+def odd_text(draw: random.Random) -> str:
+    """A text of odd pieces, mostly short."""
+    text = "".join(draw.choices(PIECES, k=draw.choice([0, 1, 1, 5, 20, 200])))
+    return text * 20_000 if draw.random() < 0.01 else text
+
+
+def odd_corpus(draw: random.Random, folder: Path) -> tuple[str, dict[str, Any], dict[str, str] | None]:
+    """Writes a corpus; its kind, its source, and by id what a plain reading gives, or None where it must be refused."""
+    ids = [f"{number}-{draw.choice(['a', 'ü', ' ', '#'])}" for number in range(draw.choice([0, 1, 40, 40, 40]))]
+    texts = {name: odd_text(draw) for name in ids}
+    fault = draw.choice([None, None, "invalid UTF-8", "an id twice"])
+    refused = fault is not None and bool(ids)
+    if draw.random() < 0.5:
+        (folder / "texts").mkdir()
+        plain = {}
+        for number, text in enumerate(texts.values()):
+            path = folder / f"texts/{number:03d}.txt"
+            path.write_bytes(text.encode() + (b"\xff\xfe" if fault == "invalid UTF-8" and number == 0 else b""))
+            # universal newlines and one byte-order mark at the start, as any reader of text files does
+            plain[f"texts/{number:03d}.txt"] = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+        source = {"kind": "files", "paths": [str(folder / "texts/*.txt")]}
+        return "files", source, None if refused and fault == "invalid UTF-8" else plain
+    lines = [
+        json.dumps({"id": name, "text": text, "source": draw.choice("ab")}).encode() for name, text in texts.items()
+    ]
+    plain = dict(texts)
+    if fault == "invalid UTF-8" and lines:
+        lines[-1] = lines[-1].replace(b'"text": "', b'"text": "\xff')
+    elif fault == "an id twice" and lines:
+        lines.append(lines[0])
+        if not texts[ids[0]] or texts[ids[0]].isspace():
+            refused = False  # blank documents are left out, twice or not
+    elif lines and draw.random() < 0.3:
+        lines[0] = lines[0].replace(b'"text": "', b'"text": "\\ud800')
+        plain[ids[0]] = "\ufffd" + plain[ids[0]]
+    content = b"\n".join(lines) + (b"\n" if draw.random() < 0.5 else b"")
+    (folder / "texts.json.gz").write_bytes(gzip.compress(content))
+    return "dolma", {"kind": "dolma", "paths": [str(folder / "texts.json.gz")]}, None if refused else plain
+
+
+def judge_corpus(source: dict[str, Any], plain: dict[str, str] | None, folder: Path) -> str:
+    """What collecting and tokenizing does."""
+    corpus = Corpus.model_validate(
+        {"source": source, "split": {"validation": 0.2, "test": 0.2}, "tokenizer": {"kind": "bpe", "vocab_size": 257}}
+    )
+    try:
+        collect("odd", corpus, folder / "raw")
+        tokenize("odd", corpus.tokenizer, folder / "raw", folder / "tokens")
+    except DynarouteError as error:
+        text = str(error)
+        if "\n" in text:
+            return f"refused, but: {text[:200]!r}"
+        if plain is not None and sum(not (not text or text.isspace()) for text in plain.values()) > 30:
+            return f"refused without a reason: {text[:200]}"
+        return "refused in one line"
+    except Exception as error:
+        return f"crash: {type(error).__name__}: {error}"[:300]
+    if plain is None:
+        return "accepted what must be refused"
+    found = []
+    for split in SPLITS:
+        shards = TokenShards(folder / "tokens", split)
+        tokenizer = shards.tokenizer()
+        for start, stop in zip(shards.offsets[:-1], shards.offsets[1:], strict=True):
+            ids = shards.read(int(start), int(stop)).tolist()
+            if ids[-1] != shards.eot_id or shards.eot_id in ids[:-1]:
+                return "end-of-text within a document"
+            found.append(tokenizer.decode(ids[:-1]))
+    expected = sorted(text for text in plain.values() if text and not text.isspace())
+    return "the very text" if sorted(found) == expected else "another text"
+
+
+def judge_override(workspace: Any, override: str) -> str:
+    """What `dvc exp run -S` does."""
+    done = workspace.run("dvc", "exp", "run", "-S", override, check=False)
+    text = done.stdout + done.stderr
+    said = [line for line in text.splitlines() if line.startswith("locate: params.yaml: ")]
+    ran = [line.split("'")[1] for line in text.splitlines() if line.startswith("Running stage")]
+    workspace.run("git", "checkout", "params.yaml")
+    if done.returncode and ran in ([], ["locate@docs"]) and (len(said) == 1 or not ran):
+        return "refused in one line by the first stage" if said else f"refused by DVC: {text.strip().splitlines()[-1]}"
+    return f"ran {', '.join(ran)}: {text.strip()[-200:]}"
+
+
+def main() -> None:
+    """Tries all, and writes a row for each case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workspace", type=Path, required=True, help="a finished run, made if it is not there")
+    parser.add_argument("--cases", type=int, default=900)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    draw, rows = random.Random(arguments.seed), []
+    for number in tqdm(range(arguments.cases), desc="inputs", unit="case"):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            if number % 5:
+                what = changed_settings(draw, folder / "params.yaml")
+                rows.append({"kind": "settings", "what": what, "outcome": judge_settings(folder / "params.yaml")})
+            else:
+                kind, source, plain = odd_corpus(draw, folder)
+                rows.append({"kind": "corpus", "what": kind, "outcome": judge_corpus(source, plain, folder)})
+    with tempfile.TemporaryDirectory() as name:
+        workspace = finished_workspace(finished_workspace(arguments.workspace).copy(Path(name) / "workspace").root)
+        for override in tqdm(OVERRIDES, desc="overrides", unit="case"):
+            rows.append({"kind": "override", "what": override, "outcome": judge_override(workspace, override)})
+    write_json(OUTPUT, {"rows": rows})
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

@@ -1,0 +1,108 @@
+"""Writes docs/reliability.md: what the campaigns found, between words that say what is promised.
+
+    python faults/page.py
+
+Reads   reports/reliability/*.json
+Writes  docs/reliability.md
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from workspace import REPOSITORY
+
+from dynaroute.artifacts import read_json, write_text
+
+REPORTS, PAGE = REPOSITORY / "reports/reliability", REPOSITORY / "docs/reliability.md"
+TEMPLATE = Path(__file__).with_name("reliability.md")
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    """What a campaign wrote."""
+    return read_json(REPORTS / f"{name}.json")["rows"]
+
+
+def table(header: list[str], lines: list[list[object]]) -> str:
+    """A Markdown table; all columns but the first hold numbers or words."""
+    text = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in text)
+
+
+def by(name: str, key: str, outcome: str = "outcome") -> str:
+    """How often each outcome was seen, for each value of a key."""
+    found: dict[str, Counter] = {}
+    for row in rows(name):
+        found.setdefault(row[key], Counter())[row[outcome]] += 1
+    outcomes = list(dict.fromkeys(row[outcome] for row in rows(name)))
+    lines = [[what, counts.total(), *(counts[one] for one in outcomes)] for what, counts in found.items()]
+    lines.append(["all", len(rows(name)), *(sum(counts[one] for counts in found.values()) for one in outcomes)])
+    return table([key, "cases", *outcomes], lines)
+
+
+def kills() -> str:
+    """Kills by stage: how many, when, whom, and what came of it."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows("kills"):
+        found.setdefault(row["stage"].partition("@")[0], []).append(row)
+    found["all"] = rows("kills")
+
+    def count(own: list[dict[str, Any]], **wanted: object) -> int:
+        return sum(all(row[key] == value for key, value in wanted.items()) for row in own)
+
+    lines = [
+        [
+            stage,
+            len(own),
+            count(own, killed="all"),
+            count(own, killed="DVC alone"),
+            count(own, stage_at_work=True),
+            count(own, command="dvc exp run"),
+            count(own, outcome="the same bytes"),
+        ]
+        for stage, own in found.items()
+    ]
+    header = ["stage", "kills", "of all processes", "of DVC alone", "while the stage was at work"]
+    return table([*header, "under `dvc exp run`", "mended, to the same bytes"], lines)
+
+
+def situations() -> str:
+    """Situations: how often, what the pipeline said, and what came of it."""
+    found = Counter((row["situation"], row["then"], row["outcome"]) for row in rows("situations"))
+    lines = [[situation, cases, then, outcome] for (situation, then, outcome), cases in found.items()]
+    return table(["situation", "cases", "what happened", "after `make recover && dvc repro`"], lines)
+
+
+def repeat() -> str:
+    """The second runs."""
+    lines = [
+        [
+            row["threads"],
+            f"{row['of_the_same_bytes']} of {row['files']}",
+            "yes" if row["tokens_of_the_same_bytes"] else "no",
+            f"{row['largest_difference']:.2g} ({row['largest_difference_is_of']})",
+            "yes" if row["largest_difference"] <= row["tolerance"] else "no",
+        ]
+        for row in rows("repeat")
+    ]
+    header = ["threads", "files of the same bytes", "tokens the same", "largest relative difference of a loss"]
+    return table([*header, f"within {rows('repeat')[0]['tolerance']:g}"], lines)
+
+
+def main() -> None:
+    """Fills the template."""
+    text = TEMPLATE.read_text("utf-8")
+    for name, content in {
+        "kills": kills(),
+        "situations": situations(),
+        "corruption": by("corruption", "kind"),
+        "damage": by("corruption", "damage"),
+        "inputs": by("inputs", "kind"),
+        "repeat": repeat(),
+    }.items():
+        text = text.replace("{" + name + "}", content)
+    write_text(PAGE, text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The real pipeline at tiny settings, in a copy of the repository, for tests and for the campaigns in faults/."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from repository import REPOSITORY
+from ruamel.yaml import YAML
+
+TINY = {
+    "num_threads": 1,
+    "corpora": {
+        "docs": {
+            "source": {"kind": "installed_docs", "packages": ["pydantic", "fsspec"]},
+            "split": {"validation": 0.05, "test": 0.05},
+            "tokenizer": {"kind": "bpe", "vocab_size": 512},
+        }
+    },
+    "dwr": {"d_model": 32, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "max_seq_len": 32},
+    "dwr.training": {"epochs": 0.05, "warmup_steps": 5, "validate_every": 10, "checkpoint_every": 3},
+    "benchmark_cache": {"capacities": [1, 3], "num_prompts": 2, "prompt_tokens": 8, "new_tokens": 8, "repeats": 1},
+    "simulate_cache": {"capacities": [1, 3, 8]},
+    "trace_routing": {"windows": 2},
+    "dagformer": {
+        "seq_len": 32, "train_windows": 64, "validation_windows": 8, "eval_windows": 12, "prefix_tokens": 12,
+    },
+    "dagformer.base": {"hidden_size": 32, "intermediate_size": 32, "num_layers": 3, "num_heads": 2},
+    "dagformer.base.training": {"epochs": 0.02, "warmup_steps": 5, "validate_every": 10},
+    "rank": 2,
+    "predictor_hidden": 16,
+    "steps": 12,
+    "validate_every": 6,
+    "checkpoint_every": 3,
+    "analysis": {
+        "variants": ["P1"], "permutations": 99, "swaps": 1, "domain_windows": 8, "gradient_windows": 8,
+        "removal_windows": 4, "removal_fractions": [0.5], "random_removals": 1, "oracle_windows": 2, "oracle_steps": 2,
+    },
+}  # fmt: skip
+VARIANTS = {"P1": {"from": "base"}, "P2": {"from": "P1"}, "A6": {"from": "base", "tau_final": 0.05}}
+VARIANTS |= {"J1": {"from": "base", "base_lr": 1e-3, "tau_final": 0.2}}  # its base is trained as well
+RUNS = {"reference": {"corpus": "docs", "train_windows": 32, "validation_windows": 4, "eval_windows": 4}}
+RUNS["reference"]["training"] = {"epochs": 2, "validate_every": 2, "warmup_steps": 1}
+RUNS |= {"lambda_0": {"corpus": "docs", "balance_coefficient": 0.0}}
+LOCATE = "corpora/dvc.yaml:locate@docs"  # runs every time
+# What is measured differs from run to run, and lives in files of its own.
+MEASURED = ("timing", "measured")
+
+
+class Workspace:
+    """A git repository with the project's files, in which commands run as a user would type them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        # A proxy that nobody serves: a stage that touches the network fails.
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HTTP_PROXY": "http://127.0.0.1:9",
+            "HTTPS_PROXY": "http://127.0.0.1:9",
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "DVC_NO_ANALYTICS": "1",
+        }
+
+    @classmethod
+    def create(cls, root: Path) -> "Workspace":
+        files = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=REPOSITORY, capture_output=True, text=True, check=True,
+        ).stdout.split("\0")  # fmt: skip
+        for name in files:
+            if name and (REPOSITORY / name).is_file() and not name.endswith("dvc.lock"):
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(REPOSITORY / name, root / name)
+        workspace = cls(root)
+        workspace.set_params({})
+        workspace.run("git", "init", "-q")
+        workspace.commit("tiny")
+        return workspace
+
+    def copy(self, root: Path) -> "Workspace":
+        shutil.copytree(self.root, root, symlinks=True)
+        return Workspace(root)
+
+    def set_params(self, changes: dict) -> None:
+        path = self.root / "params.yaml"
+        params = YAML(typ="safe").load((REPOSITORY / "params.yaml").read_text())
+        params |= {"variants": dict(VARIANTS), "dwr_runs": dict(RUNS)}
+        for section, values in (
+            {"": {k: v for k, v in TINY.items() if k in params and not isinstance(v, dict)}}
+            | {section: values for section, values in TINY.items() if isinstance(values, dict)}
+            | changes
+        ).items():
+            at = params
+            for part in filter(None, section.split(".")):
+                at = at[part]
+            at.update(values)
+        YAML(typ="safe").dump(params, path)
+
+    def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
+        done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+        return done
+
+    def run_scripts(self, arguments: Mapping[str, list[str]]) -> list[tuple[Path, subprocess.CompletedProcess]]:
+        """Runs the script of every stage, with arguments by its name."""
+        scripts = sorted((self.root / "stages").glob("*.py"))
+        commands = [["python", str(script), *arguments[script.stem]] for script in scripts]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(zip(scripts, pool.map(lambda command: self.run(*command, check=False), commands), strict=True))
+
+    def start(self, *command: str) -> subprocess.Popen:
+        """Starts a command in a process group of its own, so that all of it can be killed."""
+        return subprocess.Popen(
+            command, cwd=self.root, env=self.environment, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm", message)
+
+    def lock(self) -> dict:
+        files = (self.root / folder / "dvc.lock" for folder in ("", "corpora"))
+        return {name: stage for file in files for name, stage in YAML(typ="safe").load(file)["stages"].items()}
+
+    def hashes(self) -> dict[str, str]:
+        """The hash of every output that must repeat."""
+        outs = [out for stage in self.lock().values() for out in stage.get("outs", [])]
+        return {out["path"]: out["md5"] for out in outs if not any(word in out["path"] for word in MEASURED)}
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Returns once the training in this workspace has saved a step of at least `step`."""
+        from dynaroute.training.checkpoints import load_checkpoint
+
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            for path in self.root.glob(".scratch/train_dwr/*/last.safetensors"):
+                if load_checkpoint(path)[1]["step"] >= step:
+                    return
+            time.sleep(0.02)
+        raise AssertionError(f"no checkpoint of step {step} appeared")
