@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import psutil
 import pytest
 from repository import REPOSITORY
 from ruamel.yaml import YAML
-from small_base import EMBEDDING, SEQ_LEN, VOCABULARY, make_base
+from small_base import EMBEDDING, SEQ_LEN, make_base
 from small_tokens import write_tokens
 
 from dynaroute.artifacts import sha256, write_json
@@ -24,6 +25,7 @@ from dynaroute.data.tokenizers import save_tokenizer
 PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 STAGES = REPOSITORY / "stages"
+VOCABULARY = 260  # of a byte-level tokenizer
 
 
 def make_tree(root: Path, **training: object) -> Path:
@@ -80,8 +82,10 @@ def test_two_processes_give_what_one_gives(tmp_path):
 
 def make_dagformer_tree(root: Path) -> Path:
     """A working directory with settings, tokens and text vectors of a small DAGFormer, and a published base to load."""
-    make_base().save_pretrained(root / "published")
-    save_tokenizer(ByteBPE(kind="bpe", vocab_size=257), ["some text"], root / "published")
+    base = make_base()
+    base.resize_token_embeddings(VOCABULARY)
+    base.save_pretrained(root / "published")
+    save_tokenizer(ByteBPE(kind="bpe", vocab_size=VOCABULARY), ["some text"], root / "published")
     params = read_yaml(REPOSITORY / "params.yaml")
     params |= {
         "num_threads": 1, "variants": {"P1": {"from": "base"}}, "predictor_hidden": 8, "rank": 2, "init_logit": 0.1,
@@ -97,6 +101,7 @@ def make_dagformer_tree(root: Path) -> Path:
     vectors.mkdir(parents=True)
     splits = {name: [rng.integers(1, VOCABULARY, 400).tolist()] for name in ("train", "validation", "test")}
     write_tokens(root / "data/tokens/docs", VOCABULARY, **splits)
+    shutil.copytree(root / "published", root / "data/tokens/docs/tokenizer", ignore=shutil.ignore_patterns("*model*"))
     for name, windows in (("train", 20), ("validation", 5)):
         np.save(vectors / f"{name}.npy", rng.normal(size=(windows, EMBEDDING)).astype("<f4"))
         files[name] = {"file": f"{name}.npy", "windows": windows, "sha256": sha256(vectors / f"{name}.npy")}
