@@ -8,6 +8,14 @@ from typing import Any
 
 import torch
 
+from dynaroute.errors import DynarouteError
+
+
+def require_device(device: str) -> None:
+    """Raises DynarouteError if params.yaml's `device` is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DynarouteError("params.yaml: device = 'cuda': this machine shows no CUDA device; use cpu")
+
 
 def describe_machine(device: str) -> dict[str, Any]:
     """Processor or GPU, threads and library versions."""

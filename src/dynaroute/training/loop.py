@@ -26,6 +26,7 @@ from dynaroute.artifacts import read_note, write_note
 from dynaroute.config import EpochTraining, Training
 from dynaroute.data.shards import Windows
 from dynaroute.errors import DynarouteError
+from dynaroute.machine import require_device
 from dynaroute.training.checkpoints import (
     load_checkpoint,
     load_optimizer,
@@ -84,8 +85,7 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     Raises:
         DynarouteError: the device is not there.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DynarouteError("params.yaml: device = 'cuda': this machine shows no CUDA device; use cpu")
+    require_device(device)
     bf16 = precision == "bf16" and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     # An expert that no token of a batch chose is not part of that step's graph.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
