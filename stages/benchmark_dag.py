@@ -41,6 +41,7 @@ from dynaroute.artifacts import write_json
 from dynaroute.config import Settings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
+from dynaroute.errors import DynarouteError
 from dynaroute.machine import describe_machine, require_device
 from dynaroute.stage import run
 
@@ -294,6 +295,9 @@ def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
     steps = candidates(size, device, size.compiled)
     names = [name for name in steps if not name.endswith("_compiled")]
     failed = drop_failing(steps)
+    for name in ("dense", "ours"):
+        if name in failed:
+            raise DynarouteError(f"{size}: {name} failed: {failed[name]}")
     difference = None
     if "reference" in steps:
         difference = (steps["ours"](False).float() - steps["reference"](False).float()).abs().max().item()
