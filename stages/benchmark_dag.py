@@ -42,7 +42,7 @@ from dynaroute.config import Settings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.errors import DynarouteError
-from dynaroute.machine import describe_machine, require_device
+from dynaroute.machine import describe_machine, failure, require_device
 from dynaroute.stage import run
 
 ROUNDS, WARM_UP = 9, 2
@@ -167,18 +167,6 @@ def with_compiled_modules(base: Olmo2ForCausalLM) -> Olmo2ForCausalLM:
     return base
 
 
-def drop_failing(steps: dict[str, Callable[[bool], Tensor]]) -> dict[str, str]:
-    """Takes out what cannot do a step, and says of each why."""
-    failed = {}
-    for name, step in list(steps.items()):
-        try:
-            step(True)
-        except Exception as error:  # of a compiler, whose errors have no common base, or for want of memory
-            failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-            del steps[name]
-    return failed
-
-
 def interleaved(steps: dict[str, Callable[[bool], Tensor]], backward: bool, device: str) -> dict[str, list[float]]:
     """Seconds of every candidate in every round; the first rounds are left out."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -294,10 +282,11 @@ def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
     """Everything about one size."""
     steps = candidates(size, device, size.compiled)
     names = [name for name in steps if not name.endswith("_compiled")]
-    failed = drop_failing(steps)
-    for name in ("dense", "ours"):
-        if name in failed:
-            raise DynarouteError(f"{size}: {name} failed: {failed[name]}")
+    failed = {name: reason for name, step in steps.items() if (reason := failure(lambda step=step: step(True)))}
+    for name, reason in failed.items():
+        if name in ("dense", "ours"):
+            raise DynarouteError(f"{size}: {name} failed: {reason}")
+        del steps[name]
     difference = None
     if "reference" in steps:
         difference = (steps["ours"](False).float() - steps["reference"](False).float()).abs().max().item()

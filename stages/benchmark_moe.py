@@ -38,7 +38,7 @@ from dynaroute.config import Settings, Training
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, MoE, RouterStatistics, expert_ffn
 from dynaroute.dwr.objective import DWRObjective
-from dynaroute.machine import describe_machine
+from dynaroute.machine import describe_machine, failure
 from dynaroute.stage import run
 from dynaroute.training.loop import Batch, make_accelerator
 from dynaroute.training.schedules import decay_groups
@@ -159,6 +159,10 @@ def layer_rows(device: str) -> list[dict[str, Any]]:
     for tokens in TOKENS:
         x = torch.randn(1, tokens, D, device=device, dtype=next(layers["dense"].parameters()).dtype, requires_grad=True)
         steps = {name: layer_step(layer, x) for name, layer in layers.items()}
+        for name in list(steps):
+            if reason := failure(steps[name]):
+                rows.append({"tokens": tokens, "layer": name, "failed": reason})
+                del steps[name]
         times = interleaved(steps, device, f"layers, {tokens} tokens")
         medians = {name: statistics.median(values) for name, values in times.items()}
         for name, values in times.items():
@@ -221,27 +225,18 @@ def training_steps(
     objective = DWRObjective(config, dwr.balance_coefficient)
     steps, known = {}, {}
     for name in list(models):
-        model = models.pop(name)  # its memory goes with it if it fails
-        known[name] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-        try:
-            steps[name], known[name]["peak_memory_bytes"] = first_steps(
-                lambda model=model: training_step(model, objective, batch, dwr.training, accelerator), device.type
-            )
-        except Exception as error:  # of a compiler, whose errors have no common base
-            known[name]["failed"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        known[name] = {"parameters": sum(parameter.numel() for parameter in models[name].parameters())}
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if cuda else 0
+        step = training_step(models.pop(name), objective, batch, dwr.training, accelerator)
+        if reason := failure(step) or failure(step):  # twice: the optimizer's states come at the end of the first
+            known[name]["failed"] = reason
+            continue
+        steps[name] = step
+        known[name]["peak_memory_bytes"] = torch.cuda.max_memory_allocated() - before if cuda else None
     return steps, known, config
-
-
-def first_steps(make: Callable[[], Callable[[], None]], device: str) -> tuple[Callable[[], None], int | None]:
-    """A step, after it was taken twice; on CUDA the peak of the memory that it took to make and to take it."""
-    cuda = device == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if cuda else 0
-    step = make()
-    step()
-    step()  # the optimizer's states came after the first one's backward pass
-    return step, torch.cuda.max_memory_allocated() - before if cuda else None
 
 
 def training_step(

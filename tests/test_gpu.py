@@ -156,6 +156,7 @@ def test_the_other_corpus_is_a_column_of_its_own_and_is_not_trained_on(workspace
 
 def test_figures_of_a_cpu_are_not_taken_for_a_gpus(workspace):
     assert "**These figures are a CPU's**" in report("cpu")
+    assert "reached |" not in report("cpu").partition("## Machine")[0]
     assert "a CPU's" not in report("cuda")
 
 
