@@ -33,12 +33,12 @@ faults: env  ## what kills, damage, odd input and full disks do, into docs/relia
 	python faults/page.py
 
 recover:  ## mend what a kill can leave: a dvc.lock cut off (which goes where git has none), stale locks, half-written files
-	for lock in dvc.lock corpora/dvc.lock; do \
+	for lock in dvc.lock corpora/dvc.lock gpu/dvc.lock; do \
 		test "$$(tail -c 1 $$lock 2>/dev/null | wc -l)" -eq 1 \
 			|| git checkout --quiet -- $$lock 2>/dev/null || rm -f $$lock; \
 	done
 	rm -f .dvc/tmp/rwlock .dvc/tmp/lock
-	find data reports -name '.*.tmp' -prune -exec rm -rf {} + 2>/dev/null || true
+	find data reports gpu -name '.*.tmp' -prune -exec rm -rf {} + 2>/dev/null || true
 
 env: $(READY)
 
