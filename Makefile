@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test lint benchmarks faults recover env
+.PHONY: repro test lint benchmarks gpu faults recover env
 
 repro: env  ## run the default pipeline: reports/ and data/
 	dvc repro
@@ -20,6 +20,10 @@ lint: env  ## style and formatting
 benchmarks: env  ## layer benchmarks at the paper's sizes, into reports/benchmarks/
 	dvc repro benchmarks/dvc.yaml
 
+gpu: env  ## what takes a GPU, by gpu/params.yaml, into reports/gpu.md; what is done is not run again
+	@python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: this machine shows no CUDA device")'
+	dvc repro --keep-going gpu/dvc.yaml
+
 faults: env  ## what kills, damage, odd input and full disks do, into docs/reliability.md: an hour (KILLS=108 CASES=720)
 	python faults/corruption.py --workspace .scratch/faults --cases $(or $(CASES),720)
 	python faults/inputs.py --workspace .scratch/faults --cases $(or $(CASES),720)
@@ -29,12 +33,12 @@ faults: env  ## what kills, damage, odd input and full disks do, into docs/relia
 	python faults/page.py
 
 recover:  ## mend what a kill can leave: a dvc.lock cut off (which goes where git has none), stale locks, half-written files
-	for lock in dvc.lock corpora/dvc.lock; do \
+	for lock in dvc.lock corpora/dvc.lock gpu/dvc.lock; do \
 		test "$$(tail -c 1 $$lock 2>/dev/null | wc -l)" -eq 1 \
 			|| git checkout --quiet -- $$lock 2>/dev/null || rm -f $$lock; \
 	done
 	rm -f .dvc/tmp/rwlock .dvc/tmp/lock
-	find data reports -name '.*.tmp' -prune -exec rm -rf {} + 2>/dev/null || true
+	find data reports gpu -name '.*.tmp' -prune -exec rm -rf {} + 2>/dev/null || true
 
 env: $(READY)
 

@@ -21,8 +21,7 @@ import torch
 
 from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings
-from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.dwr.benchmark import Cell, Memory, Pass, decode, peak_memory, sweep
+from dynaroute.dwr.benchmark import Cell, Memory, Pass, decode, held_out_prompts, peak_memory, sweep
 from dynaroute.dwr.experts import ExpertCache, ExpertStore
 from dynaroute.dwr.experts.prefetch import GatePrefetcher
 from dynaroute.dwr.inference import bind_experts, load_backbone
@@ -44,7 +43,7 @@ def main(settings: Settings) -> None:
             f"params.yaml: benchmark_cache.capacities = {benchmark.capacities}: the model has "
             f"{store.num_experts} experts in all"
         )
-    prompts = held_out_prompts(settings, store.config.vocab_size)
+    prompts = held_out_prompts(store, Path("data/tokens") / settings.dwr.corpus, benchmark)
     third = min(benchmark.capacities, key=lambda capacity: abs(capacity - store.num_experts / 3))
     grid = itertools.product(benchmark.capacities, benchmark.policies, benchmark.prefetchers)
     cells = [Cell(*setting) for setting in grid]
@@ -101,28 +100,6 @@ def control_accuracy(store: ExpertStore, prompts: torch.Tensor, steps: int) -> f
         bind_experts(model, cache)
         result, _ = decode(model, prompts[:1], steps, cache)
     return result.decode.accuracy
-
-
-def held_out_prompts(settings: Settings, vocab_size: int) -> torch.Tensor:
-    """Prompts [P, T] spread evenly over the test split.
-
-    Raises:
-        DynarouteError: it has too few tokens, or they are another tokenizer's than the model's.
-    """
-    benchmark = settings.benchmark_cache
-    directory = Path("data/tokens") / settings.dwr.corpus
-    shards = TokenShards(directory, "test")
-    if shards.padded_vocab_size != vocab_size:
-        found = f"a vocabulary of {shards.padded_vocab_size}, the model in {STORE} one of {vocab_size}"
-        raise DynarouteError(f"{directory}: has {found}: train and export again")
-    windows = Windows(shards, benchmark.prompt_tokens, keep_tail=False)
-    if len(windows) < benchmark.num_prompts:
-        raise DynarouteError(
-            f"params.yaml: benchmark_cache.num_prompts = {benchmark.num_prompts}: the test split of {directory} "
-            f"has {len(windows)} windows of {benchmark.prompt_tokens} tokens"
-        )
-    tokens, _ = windows.batch([len(windows) * index // benchmark.num_prompts for index in range(benchmark.num_prompts)])
-    return tokens
 
 
 def exact_row(store: ExpertStore, cell: Cell, result: Pass) -> dict[str, Any]:

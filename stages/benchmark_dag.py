@@ -4,11 +4,15 @@
 
 Writes  reports/benchmarks/dag.json
 
-Random OLMo-2 bases with an MLP of width 4 * D and a vocabulary of 2048, fp32 on a CPU and bf16 on CUDA:
+Random OLMo-2 bases with an MLP of width 4 * D, of sizes that depend on `device`, fp32 on a CPU and bf16 on CUDA:
     dense      transformers' own forward; backward to its embeddings, weights frozen
     ours       dynaroute.dagformer.graph on the same weights; backward to the adjacency
     reference  every layer concatenates the outputs of all earlier heads and mixes them by einsum in the adjacency's
                fp32; backward to the adjacency. Attention is fused as in the other two, so that only mixing differs.
+At the largest of the CUDA sizes also `_compiled` ones: torch.compile on all of dense and of the reference; on norms and
+MLPs of ours, whose mixing it cannot take. One that fails, or for which the memory is too small, is left out, and it is
+recorded why.
+
 Candidates take turns, so that what else the machine does falls on all of them alike. A ratio is the median over
 rounds of a candidate's time to dense's time in the same round.
 
@@ -16,6 +20,8 @@ The bounds are ratios to dense too. By FLOPs: dense has two units of work, mixin
 bytes: dense's time, and the head outputs, inputs and gradients that mixing has to move at the bandwidth of a copy.
 """
 
+import copy
+import gc
 import statistics
 import threading
 import time
@@ -35,28 +41,35 @@ from dynaroute.artifacts import write_json
 from dynaroute.config import Settings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.machine import describe_machine
+from dynaroute.errors import DynarouteError
+from dynaroute.machine import describe_machine, failure, require_device
 from dynaroute.stage import run
 
 ROUNDS, WARM_UP = 9, 2
-VOCABULARY = 2048
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Size:
-    """Layers, heads, model width, batch and tokens."""
+    """Layers, heads, model width, batch, tokens and vocabulary; whether to compile as well."""
 
     L: int
     H: int
     D: int
     B: int
     T: int
+    V: int = 2048
+    compiled: bool = False
 
 
 SIZES = {
     "cpu": (Size(L=8, H=8, D=512, B=1, T=256), Size(L=12, H=16, D=1024, B=1, T=256)),
-    "cuda": (Size(L=8, H=8, D=512, B=8, T=1024), Size(L=12, H=16, D=1024, B=8, T=1024)),
+    # The published research code's 300M model, and OLMo-2-0425-1B, by its config.json on the hub.
+    "cuda": tuple(
+        Size(**shape, B=batch, T=1024, compiled=batch == 8)
+        for shape in ({"L": 12, "H": 16, "D": 1024}, {"L": 16, "H": 16, "D": 2048, "V": 100352})
+        for batch in (1, 2, 4, 8)
+    ),
 }
 
 
@@ -103,18 +116,20 @@ def make_base(size: Size, device: str) -> Olmo2ForCausalLM:
     """A random frozen base."""
     torch.manual_seed(0)
     config = Olmo2Config(
-        vocab_size=VOCABULARY, hidden_size=size.D, intermediate_size=4 * size.D, num_hidden_layers=size.L,
+        vocab_size=size.V, hidden_size=size.D, intermediate_size=4 * size.D, num_hidden_layers=size.L,
         num_attention_heads=size.H, max_position_embeddings=size.T, pad_token_id=None, eos_token_id=None,
     )  # fmt: skip
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return Olmo2ForCausalLM(config).to(device, dtype).eval().requires_grad_(False)
+    with torch.device(device):  # drawing a billion weights takes a GPU no time
+        base = Olmo2ForCausalLM(config)
+    return base.to(dtype).eval().requires_grad_(False)
 
 
-def candidates(size: Size, device: str) -> dict[str, Callable[[bool], Tensor]]:
+def candidates(size: Size, device: str, compiled: bool = False) -> dict[str, Callable[[bool], Tensor]]:
     """Of each candidate, a step: forward, and on demand backward to embeddings or adjacency. It returns logits."""
     base = make_base(size, device)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(VOCABULARY, (size.B, size.T), generator=generator).to(device)
+    tokens = torch.randint(size.V, (size.B, size.T), generator=generator).to(device)
     nodes = size.L * size.H
     gates = (torch.rand(size.B, nodes, nodes, generator=generator) * dag_mask(size.L, size.H)).to(device)
 
@@ -128,12 +143,28 @@ def candidates(size: Size, device: str) -> dict[str, Callable[[bool], Tensor]]:
 
         return call
 
-    ours, reference = DagForward(base), ConcatenatingDag(base)
-    return {
-        "dense": step(lambda x: base(inputs_embeds=x, use_cache=False).logits, base.model.embed_tokens(tokens)),
-        "ours": step(lambda a: ours(tokens, a), gates),
-        "reference": step(lambda a: reference(tokens, a), gates),
-    }
+    def to_embeddings(model: nn.Module) -> Callable[[bool], Tensor]:
+        return step(lambda x: model(inputs_embeds=x, use_cache=False).logits, base.model.embed_tokens(tokens))
+
+    def to_gates(model: nn.Module) -> Callable[[bool], Tensor]:
+        return step(lambda a: model(tokens, a), gates)
+
+    found = {"dense": to_embeddings(base), "ours": to_gates(DagForward(base))}
+    found["reference"] = to_gates(ConcatenatingDag(base))
+    if compiled:
+        found["dense_compiled"] = to_embeddings(torch.compile(base))
+        found["ours_compiled"] = to_gates(DagForward(with_compiled_modules(base)))
+        found["reference_compiled"] = to_gates(torch.compile(ConcatenatingDag(base)))
+    return found
+
+
+def with_compiled_modules(base: Olmo2ForCausalLM) -> Olmo2ForCausalLM:
+    """A copy whose norms and MLPs are compiled."""
+    base = copy.deepcopy(base)
+    for module in base.model.modules():
+        if type(module).__name__ in ("Olmo2RMSNorm", "Olmo2MLP"):
+            module.compile()
+    return base
 
 
 def interleaved(steps: dict[str, Callable[[bool], Tensor]], backward: bool, device: str) -> dict[str, list[float]]:
@@ -149,12 +180,14 @@ def interleaved(steps: dict[str, Callable[[bool], Tensor]], backward: bool, devi
     return {name: values[WARM_UP:] for name, values in seconds.items()}
 
 
-def step_memory(size: Size, name: str, device: str) -> float:
-    """MiB that forward and backward of one candidate take beside the weights; to be run in a fresh process."""
+def step_memory(size: Size, name: str, backward: bool, device: str) -> float:
+    """MiB that a step of one candidate takes beside the weights; on a CPU to be run in a fresh process."""
+    gc.collect()  # what earlier candidates held
     step = candidates(size, device)[name]
     if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(True)
+        step(backward)
         return (torch.cuda.max_memory_allocated() - before) / MIB
     process, samples = psutil.Process(), []
     samples.append(process.memory_info().rss)
@@ -166,7 +199,7 @@ def step_memory(size: Size, name: str, device: str) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    step(True)
+    step(backward)
     done.set()
     watcher.join()
     return (max(samples) - samples[0]) / MIB
@@ -199,7 +232,7 @@ def mixing_traffic(layers: int, squares: bool) -> int:
 def bounds(size: Size, dense_seconds: float, bytes_per_second: float, item_size: int) -> dict[str, float]:
     """What limits forward + backward, as ratios to dense."""
     block = 4 * size.D**2 + 3 * size.D * 4 * size.D + size.D * size.T  # multiply-adds of a token; attention is causal
-    dense = 2 * (size.L * block + size.D * VOCABULARY)
+    dense = 2 * (size.L * block + size.D * size.V)
     mixing = 3 * size.H**2 * size.D * size.L * (size.L - 1) // 2
     one_layer = size.B * size.T * size.H * size.D * item_size  # bytes of its head outputs
     moved = {name: mixing_traffic(size.L, name == "squares") * one_layer for name in ("layer_by_layer", "squares")}
@@ -221,7 +254,7 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.nbytes / statistics.median(interleaved({"copy": copy}, False, device)["copy"])
 
 
-def summary(seconds: dict[str, list[float]], name: str) -> dict[str, float]:
+def summary(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
     """Median and quartiles of one candidate's milliseconds and of its ratio to dense."""
     ratios = [own / dense for own, dense in zip(seconds[name], seconds["dense"], strict=True)]
     low, _, high = statistics.quantiles(seconds[name], n=4)
@@ -234,27 +267,49 @@ def summary(seconds: dict[str, list[float]], name: str) -> dict[str, float]:
     }
 
 
+def peaks(size: Size, names: list[str], device: str) -> dict[str, dict[str, float]]:
+    """Of every candidate, the memory that forward, and forward and backward, take beside the weights."""
+    parts = {"forward_peak_mib": False, "forward_backward_peak_mib": True}
+    if device == "cuda":
+        return {name: {part: step_memory(size, name, parts[part], device) for part in parts} for name in names}
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return {
+            name: {part: pool.apply(step_memory, (size, name, parts[part], device)) for part in parts} for name in names
+        }
+
+
 def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
     """Everything about one size."""
-    steps = candidates(size, device)
-    difference = (steps["ours"](False).float() - steps["reference"](False).float()).abs().max().item()
+    steps = candidates(size, device, size.compiled)
+    names = [name for name in steps if not name.endswith("_compiled")]
+    failed = {name: reason for name, step in steps.items() if (reason := failure(lambda step=step: step(True)))}
+    for name, reason in failed.items():
+        if name in ("dense", "ours"):
+            raise DynarouteError(f"{size}: {name} failed: {reason}")
+        del steps[name]
+    difference = None
+    if "reference" in steps:
+        difference = (steps["ours"](False).float() - steps["reference"](False).float()).abs().max().item()
     forward = interleaved(steps, False, device)
     both = interleaved(steps, True, device)
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = {name: pool.apply(step_memory, (size, name, device)) for name in steps}
+    timed = list(steps)
+    del steps  # and what they hold
+    memory = peaks(size, [name for name in names if name in timed], device)
     dense_seconds = statistics.median(both["dense"])
     limits = bounds(size, dense_seconds, bytes_per_second, 2 if device == "cuda" else 4)
     ours = statistics.median(own / dense for own, dense in zip(both["ours"], both["dense"], strict=True))
+    sizes = {key: value for key, value in asdict(size).items() if key not in ("V", "compiled")}
     return {
-        "size": asdict(size) | {"intermediate_size": 4 * size.D, "vocabulary": VOCABULARY},
+        "size": sizes | {"intermediate_size": 4 * size.D, "vocabulary": size.V},
         "candidates": {
             name: {
                 "forward": summary(forward, name),
                 "forward_backward": summary(both, name),
-                "forward_backward_peak_mib": memory[name],
+                **memory.get(name, {}),
             }
-            for name in steps
+            for name in timed
         },
+        "failed": failed,
         "bounds": limits,
         "fraction_of_byte_bound": limits["squares_byte_bound"] / ours,
         "largest_difference_to_reference": difference,
@@ -264,11 +319,12 @@ def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
 def print_table(result: dict[str, Any]) -> None:
     """One size, for the eye."""
     print("  ".join(f"{key} {value}" for key, value in result["size"].items()))
-    print(f"  {'':10}{'forward':>24}{'forward + backward':>24}{'peak':>12}")
+    print(f"  {'':18}{'forward':>24}{'forward + backward':>24}{'peak':>12}")
     for name, row in result["candidates"].items():
         times = (row["forward"], row["forward_backward"])
         cells = [f"{x['milliseconds']:.1f} ms = {x['ratio_to_dense']:.2f}" for x in times]
-        print(f"  {name:10}{cells[0]:>24}{cells[1]:>24}{row['forward_backward_peak_mib']:8.0f} MiB")
+        peak = f"{row['forward_backward_peak_mib']:.0f} MiB" if "forward_backward_peak_mib" in row else ""
+        print(f"  {name:18}{cells[0]:>24}{cells[1]:>24}{peak:>12}")
     limits = result["bounds"]
     by_bytes = f"{limits['squares_byte_bound']:.2f} ({limits['layer_by_layer_byte_bound']:.2f} layer by layer)"
     print(f"  bound by FLOPs {limits['flop_bound']:.2f}, by bytes {by_bytes}: {result['fraction_of_byte_bound']:.0%}")
@@ -276,8 +332,9 @@ def print_table(result: dict[str, Any]) -> None:
 
 def main(settings: Settings) -> None:
     """Measures, prints a table and writes the report."""
+    device = settings.device
+    require_device(device)
     torch.set_num_threads(settings.num_threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     bytes_per_second = copy_bandwidth(device)
     results = []
     for size in SIZES[device]:

@@ -1,4 +1,4 @@
-"""Times the MoE layer against a dense FFN and other dispatches, and training with it against a plain loop.
+"""Times the MoE layer against a dense FFN and other dispatches, and training with it against other models.
 
     PYTHONPATH=src python stages/benchmark_moe.py        (or: dvc repro benchmarks/dvc.yaml:benchmark_moe)
 
@@ -11,9 +11,11 @@ the plain loop; for transformers, whose Mixtral has gated experts (three matrice
 two active experts.
 
 Training: whole optimizer steps of params.yaml's model as train_dwr takes them, on one micro-batch of the training
-split, with the same weights at the start. The two models differ in the dispatch alone: both route, keep to the
-capacity, record router statistics, and minimise NLL and balance loss. The ratio of tokens/s is the median over rounds,
-each a pair.
+split. `plain_loop` has the same weights at the start and differs in the dispatch alone: both route, keep to the
+capacity, record router statistics, and minimise NLL and balance loss. `dense` has an FFN of width top_k * d_ff in place
+of every MoE layer, so that as many of its parameters are active, and no router. On CUDA also `_compiled` ones:
+torch.compile on every block, but for our dispatch, which depends on the data; and peak memory, with weights, gradients
+and optimizer states. The ratios of tokens/s are medians over rounds, each a pair.
 
 Candidates take turns, so that what else the machine does falls on all of them alike; medians are reported.
 """
@@ -34,9 +36,9 @@ from tqdm import tqdm
 from dynaroute.artifacts import write_json
 from dynaroute.config import Settings, Training
 from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.dwr.model import DWRConfig, DWRTransformer, MoE, expert_ffn
+from dynaroute.dwr.model import DWRConfig, DWRTransformer, MoE, RouterStatistics, expert_ffn
 from dynaroute.dwr.objective import DWRObjective
-from dynaroute.machine import describe_machine
+from dynaroute.machine import describe_machine, failure
 from dynaroute.stage import run
 from dynaroute.training.loop import Batch, make_accelerator
 from dynaroute.training.schedules import decay_groups
@@ -44,6 +46,7 @@ from dynaroute.training.schedules import decay_groups
 D, F_EXPERT, E, K = 512, 2048, 16, 2
 TOKENS = (512, 2048, 8192)
 ROUNDS, WARM_UP = 15, 3
+RATIOS = (("dynaroute", "plain_loop"), ("dynaroute", "dense"), ("dynaroute_compiled", "dense_compiled"))
 GATED_WIDTH = 1360  # 3 * 1360 matrices of a gated expert do about the work of 2 * 2048
 
 
@@ -58,6 +61,20 @@ class LoopMoE(MoE):
             token, rank = (index[:capacity] for index in torch.where(chosen == expert))
             y.index_add_(0, token, (weights[token, rank, None] * expert_ffn(x[token], parameters)).to(y.dtype))
         return y
+
+
+class DenseLayer(nn.Module):
+    """A feed-forward layer with as many parameters as are active in an MoE layer, but for the router's."""
+
+    def __init__(self, config: DWRConfig) -> None:
+        super().__init__()
+        width = config.top_k * config.d_ff
+        self.up, self.down = nn.Linear(config.d_model, width), nn.Linear(width, config.d_model)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterStatistics]:
+        """[B, T, D] -> [B, T, D], and the statistics of no router."""
+        nothing = x.new_zeros(())
+        return self.down(F.gelu(self.up(x))), RouterStatistics(*[nothing] * len(RouterStatistics._fields))
 
 
 class GatedFFN(nn.Module):
@@ -142,6 +159,10 @@ def layer_rows(device: str) -> list[dict[str, Any]]:
     for tokens in TOKENS:
         x = torch.randn(1, tokens, D, device=device, dtype=next(layers["dense"].parameters()).dtype, requires_grad=True)
         steps = {name: layer_step(layer, x) for name, layer in layers.items()}
+        for name in list(steps):
+            if reason := failure(steps[name]):
+                rows.append({"tokens": tokens, "layer": name, "failed": reason})
+                del steps[name]
         times = interleaved(steps, device, f"layers, {tokens} tokens")
         medians = {name: statistics.median(values) for name, values in times.items()}
         for name, values in times.items():
@@ -160,8 +181,35 @@ def layer_rows(device: str) -> list[dict[str, Any]]:
     return rows
 
 
-def training_steps(settings: Settings, accelerator: Accelerator) -> tuple[dict[str, Callable[[], None]], int]:
-    """Optimizer steps of params.yaml's model with our dispatch and with the plain loop; the tokens of a step."""
+def training_models(config: DWRConfig) -> dict[str, DWRTransformer]:
+    """The model with our dispatch, with the plain loop, and dense."""
+    models = {"dynaroute": DWRTransformer(config)}
+    models["plain_loop"] = copy.deepcopy(models["dynaroute"])
+    for layer in models["plain_loop"].layers:
+        layer.moe.__class__ = LoopMoE
+    models["dense"] = copy.deepcopy(models["dynaroute"])
+    for layer in models["dense"].layers:
+        layer.moe = DenseLayer(config)
+    return models
+
+
+def compiled(model: DWRTransformer) -> DWRTransformer:
+    """A copy whose blocks are compiled, but for dispatch: how many tokens an expert gets changes at every step."""
+    model = copy.deepcopy(model)
+    for layer in model.layers:
+        if isinstance(layer.moe, MoE):
+            layer.moe.dispatch = torch.compiler.disable(layer.moe.dispatch)
+        layer.compile()
+    return model
+
+
+def training_steps(
+    settings: Settings, accelerator: Accelerator
+) -> tuple[dict[str, Callable[[], None]], dict[str, dict[str, Any]], DWRConfig]:
+    """Optimizer steps of the models on one micro-batch; what is known of each; the configuration of ours.
+
+    A model that cannot take a step has none: why, is among what is known of it.
+    """
     dwr, device = settings.dwr, accelerator.device
     shards = TokenShards(Path("data/tokens") / dwr.corpus, "train")
     sizes = dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"})
@@ -171,13 +219,24 @@ def training_steps(settings: Settings, accelerator: Accelerator) -> tuple[dict[s
     tokens, targets = (part.to(device) for part in windows.batch(indices))
     batch = Batch(tokens, targets, torch.tensor(indices, device=device))
 
-    models = {"dynaroute": DWRTransformer(config)}
-    models["plain_loop"] = copy.deepcopy(models["dynaroute"])
-    for layer in models["plain_loop"].layers:
-        layer.moe.__class__ = LoopMoE
+    models = training_models(config)
+    if device.type == "cuda":
+        models |= {f"{name}_compiled": compiled(models[name]) for name in ("dynaroute", "dense")}
     objective = DWRObjective(config, dwr.balance_coefficient)
-    steps = {name: training_step(model, objective, batch, dwr.training, accelerator) for name, model in models.items()}
-    return steps, tokens.numel()
+    steps, known = {}, {}
+    for name in list(models):
+        known[name] = {"parameters": sum(parameter.numel() for parameter in models[name].parameters())}
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if cuda else 0
+        step = training_step(models.pop(name), objective, batch, dwr.training, accelerator)
+        if reason := failure(step) or failure(step):  # twice: the optimizer's states come at the end of the first
+            known[name]["failed"] = reason
+            continue
+        steps[name] = step
+        known[name]["peak_memory_bytes"] = torch.cuda.max_memory_allocated() - before if cuda else None
+    return steps, known, config
 
 
 def training_step(
@@ -199,22 +258,37 @@ def training_step(
     return step
 
 
+def flops_per_token(config: DWRConfig) -> int:
+    """Of forward and backward: 6 N + 12 L D T with N the active parameters but for the embedding table, which is
+    looked up (Chowdhery et al., PaLM, 2022, appendix B: attention is counted in full, recomputation is not)."""
+    active = config.num_active_params() - config.vocab_size * config.d_model
+    return 6 * active + 12 * config.num_layers * config.d_model * config.max_seq_len
+
+
 def training_comparison(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
-    """Training tokens/s with our dispatch and with the plain loop, and the ratio of ours to it."""
-    steps, tokens = training_steps(settings, accelerator)
+    """Training tokens/s of all models, and the ratios of ours to others."""
+    steps, models, config = training_steps(settings, accelerator)
+    tokens = settings.dwr.training.micro_batch_size * config.max_seq_len
     times = interleaved(steps, settings.device, "training")
-    ratios = [loop / ours for ours, loop in zip(times["dynaroute"], times["plain_loop"], strict=True)]
-    low, ratio, high = statistics.quantiles(ratios, n=4)
-    speeds = {f"{name}_tokens_per_second": tokens / statistics.median(values) for name, values in times.items()}
-    print(
-        f"training tokens/s against the plain-loop dispatch: {ratio:.2f} (quartiles {low:.2f} to {high:.2f}): "
-        + ", ".join(f"{name.replace('_', ' ')} {value:,.0f}" for name, value in speeds.items())
-    )
+    for name, values in times.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        models[name]["milliseconds"] = 1e3 * median
+        models[name]["milliseconds_quartiles"] = [1e3 * low, 1e3 * high]
+        models[name]["tokens_per_second"] = tokens / median
+    ratios = {}
+    for ours, other in RATIOS:
+        if ours in times and other in times:
+            pairs = zip(times[ours], times[other], strict=True)
+            low, median, high = statistics.quantiles([theirs / own for own, theirs in pairs], n=4)
+            ratios[f"{ours}_to_{other}"] = {"ratio": median, "quartiles": [low, high]}
+            print(f"training tokens/s of {ours} to {other}: {median:.2f} (quartiles {low:.2f} to {high:.2f})")
     return {
         "tokens_per_step": tokens,
-        **speeds,
-        "tokens_per_second_against_plain_loop": ratio,
-        "tokens_per_second_against_plain_loop_quartiles": [low, high],
+        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        "active_parameters": config.num_active_params(),
+        "flops_per_token": flops_per_token(config),
+        "models": models,
+        "tokens_per_second_ratios": ratios,
     }
 
 

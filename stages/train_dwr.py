@@ -2,7 +2,7 @@
 
     python stages/train_dwr.py
 
-Reads   data/tokens/<dwr.corpus>
+Reads   data/tokens/<dwr.corpus>, and of the corpora in dwr.also_validate_on
 Writes  data/dwr/train/            best.safetensors (weights), last.safetensors (all that a run goes on from), run.json
         reports/dwr/training.csv   a row for each validation
         reports/dwr/training.json  summary metrics and checks

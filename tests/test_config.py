@@ -109,6 +109,8 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"dwr": 3}, "dwr = 3: must be a mapping with the keys d_model, d_ff"),
         ({"dwr.training": []}, "dwr.training = []: must be a mapping with the keys batch_size"),
         ({"dagformer.encoder": {}}, "dagformer.encoder.kind = None: must be one of base, hub"),
+        ({"dwr.also_validate_on": ["dosc"]}, "dwr.also_validate_on = 'dosc': must be one of corpora: docs"),
+        ({"dwr.also_validate_on": ["docs"]}, "dwr.also_validate_on = 'docs': must not name dwr.corpus"),
         ({"launcher": " "}, "launcher = ' ': must be a command"),
         ({"seed": 2**63}, "seed = 9223372036854775808: input should be less than 9223372036854775808"),
         ({"steps": 5, "warmup_steps": 6}, "warmup_steps = 6: must be at most steps = 5"),

@@ -310,6 +310,7 @@ class DWR(DWRArchitecture):
     """The DWR model and its training."""
 
     corpus: str
+    also_validate_on: list[str]  # corpora on all of whose training split the loss is recorded too; not trained on
     balance_coefficient: LossWeight
     training: EpochTraining
 
@@ -515,9 +516,12 @@ class Settings(Variant):
     def _parts_fit_together(self) -> Self:
         if not self.launcher.strip():
             raise invalid("launcher", self.launcher, "must be a command, such as python")
-        for key, name in (("dwr.corpus", self.dwr.corpus), ("dagformer.corpus", self.dagformer.corpus)):
+        used = [("dwr.corpus", self.dwr.corpus), ("dagformer.corpus", self.dagformer.corpus)]
+        for key, name in [*used, *(("dwr.also_validate_on", name) for name in self.dwr.also_validate_on)]:
             if name not in self.corpora:
                 raise invalid(key, name, f"must be one of corpora: {', '.join(self.corpora)}")
+        if self.dwr.corpus in self.dwr.also_validate_on:
+            raise invalid("dwr.also_validate_on", self.dwr.corpus, "must not name dwr.corpus, which is trained on")
         window = self.benchmark_cache.prompt_tokens + self.benchmark_cache.new_tokens
         if window > self.dwr.max_seq_len:
             allowed = f"with prompt_tokens must be at most dwr.max_seq_len = {self.dwr.max_seq_len}"

@@ -1,5 +1,18 @@
+"""The benchmark of the DAG forward: what it compares computes the same, and its bounds and records are right."""
+
+import json
+from pathlib import Path
+
 import benchmark_dag as benchmark
 import pytest
+import torch
+from repository import REPOSITORY
+from transformers import Olmo2Config
+
+from dynaroute.config import load_settings
+from dynaroute.errors import DynarouteError
+
+TINY = benchmark.Size(L=3, H=2, D=32, B=2, T=9, V=64)
 
 
 def test_ours_and_the_concatenating_formulation_that_it_is_timed_against_compute_the_same():
@@ -21,3 +34,55 @@ def test_the_flop_bounds_are_those_of_the_design():
 def test_squares_move_less_than_layer_by_layer_mixing():
     for layers in (8, 12, 16):
         assert benchmark.mixing_traffic(layers, squares=True) < benchmark.mixing_traffic(layers, squares=False)
+
+
+def test_the_largest_gpu_size_is_the_published_1b_model():
+    size = benchmark.SIZES["cuda"][-1]
+    config = Olmo2Config(
+        vocab_size=size.V, hidden_size=size.D, intermediate_size=4 * size.D, num_hidden_layers=size.L,
+        num_attention_heads=size.H,
+    )  # fmt: skip
+    with torch.device("meta"):
+        base = benchmark.Olmo2ForCausalLM(config)
+    assert sum(parameter.numel() for parameter in base.parameters()) == 1_484_916_736
+
+
+def test_every_size_is_recorded_with_what_failed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(benchmark.SIZES, "cpu", (TINY,))
+    monkeypatch.setattr(benchmark, "ROUNDS", 2)
+    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1e9)
+    # Memory is measured in fresh processes, which take seconds to start.
+    monkeypatch.setattr(benchmark, "peaks", lambda _, names, __: {name: {"forward_peak_mib": 1.0} for name in names})
+
+    def too_large(self, tokens, adjacency):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nOf 139 GiB, none is free.")
+
+    monkeypatch.setattr(benchmark.ConcatenatingDag, "forward", too_large)
+    benchmark.main(load_settings(REPOSITORY / "params.yaml"))
+    (result,) = json.loads(Path("reports/benchmarks/dag.json").read_text())["results"]
+    assert result["size"] == {"L": 3, "H": 2, "D": 32, "B": 2, "T": 9, "intermediate_size": 128, "vocabulary": 64}
+    assert result["failed"] == {"reference": "OutOfMemoryError: CUDA out of memory."}
+    assert list(result["candidates"]) == ["dense", "ours"]
+    assert result["largest_difference_to_reference"] is None
+    ours = result["candidates"]["ours"]["forward_backward"]["ratio_to_dense"]
+    assert result["fraction_of_byte_bound"] == pytest.approx(result["bounds"]["squares_byte_bound"] / ours)
+
+
+def test_compiled_candidates_compute_what_the_others_do(monkeypatch):
+    # Compiled code itself takes half a minute to make; here the captured graphs are run as they are.
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda code: compile_with(code, backend="eager"))
+    steps = benchmark.candidates(TINY, "cpu", compiled=True)
+    assert len(steps) == 6
+    for name in ("dense", "ours", "reference"):
+        torch.testing.assert_close(steps[f"{name}_compiled"](False), steps[name](False))
+
+
+def test_it_runs_on_the_device_of_the_settings(tmp_path, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DynarouteError, match="device = 'cuda'"):
+        benchmark.main(load_settings(REPOSITORY / "params.yaml").model_copy(update={"device": "cuda"}))
+    assert not Path("reports").exists()

@@ -18,7 +18,15 @@ from dynaroute.errors import DynarouteError
 def tiny_settings(**changes) -> Settings:
     settings = load_settings(REPOSITORY / "params.yaml")
     training = settings.dwr.training.model_copy(update={"micro_batch_size": 3})
-    sizes = {"d_model": 32, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "max_seq_len": 8}
+    sizes = {
+        "d_model": 32,
+        "d_ff": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_experts": 4,
+        "max_seq_len": 8,
+        "dropout": 0.0,
+    }
     dwr = settings.dwr.model_copy(update={**sizes, "training": training})
     return settings.model_copy(update={"dwr": dwr, "num_threads": 1, **changes})
 
@@ -59,38 +67,76 @@ def test_both_models_train_alike_on_the_vocabulary_of_the_corpus(tree, monkeypat
 
     monkeypatch.setattr(benchmark_moe, "training_step", keep)
     settings = tiny_settings()
-    steps, tokens = benchmark_moe.training_steps(settings, benchmark_moe.make_accelerator("cpu", "fp32"))
+    steps, known, config = benchmark_moe.training_steps(settings, benchmark_moe.make_accelerator("cpu", "fp32"))
     ours, loop = models[MoE], models[benchmark_moe.LoopMoE]
-    assert ours.config == DWRConfig(vocab_size=128, **settings.dwr.model_dump(include=set(DWRConfig.model_fields)))
-    assert tokens == 3 * 8
-    before = ours.output.weight.detach().clone()
-    for model in models.values():
-        for layer in model.layers:
-            layer.dropout.p = 0.0
-        model.dropout.p = 0.0
+    assert config == DWRConfig(vocab_size=128, **settings.dwr.model_dump(include=set(DWRConfig.model_fields)))
+    assert list(steps) == list(known) == ["dynaroute", "plain_loop", "dense"]
+    assert known["dynaroute"]["parameters"] == config.num_params()
+    # All that are active in ours, but for the routers and, in each layer, a bias of one of the two experts.
+    missing = config.num_layers * ((config.d_model + 1) * config.num_experts + config.d_model)
+    assert known["dense"]["parameters"] == config.num_active_params() - missing
+    before = [model.output.weight.detach().clone() for model in models.values()]
     for _ in range(3):
         for step in steps.values():
             step()
-    assert not torch.equal(ours.output.weight, before)
+    assert not any(torch.equal(model.output.weight, old) for model, old in zip(models.values(), before, strict=True))
     for (name, one), other in zip(ours.named_parameters(), loop.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_it_records_every_layer_and_the_ratio_of_training_speeds(tree, monkeypatch):
-    steps = {"dynaroute": lambda: 2.0, "plain_loop": lambda: 5.0}
-    monkeypatch.setattr(benchmark_moe, "training_steps", lambda *_: (steps, 100))
+def test_a_model_with_compiled_blocks_computes_the_same(monkeypatch):
+    compile_module = torch.nn.Module.compile
+    # What is compiled is what is tested: the code that a backend would make of it takes half a minute.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+    models = benchmark_moe.training_models(make_model().config)
+    tokens = torch.arange(20)[None] % 64
+    for name in ("dynaroute", "dense"):
+        model = models[name].eval()
+        compiled = benchmark_moe.compiled(model)
+        assert all(layer._compiled_call_impl for layer in compiled.layers)
+        torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)
+
+
+def test_a_model_that_cannot_be_trained_is_told_and_the_others_are_timed(tree, monkeypatch):
+    def broken(self, x):
+        raise RuntimeError("no kernel\nof that name")
+
+    monkeypatch.setattr(benchmark_moe.DenseLayer, "forward", broken)
+    benchmark_moe.main(tiny_settings())
+    training = json.loads(Path("reports/benchmarks/moe.json").read_text())["training"]
+    assert training["models"]["dense"]["failed"] == "RuntimeError: no kernel"
+    assert list(training["tokens_per_second_ratios"]) == ["dynaroute_to_plain_loop"]
+
+
+def test_it_records_every_layer_and_the_ratios_of_training_speeds(tree, monkeypatch):
+    steps = {"dynaroute": lambda: 2.0, "plain_loop": lambda: 5.0, "dense": lambda: 1.0}
+    known = {name: {"parameters": 7} for name in steps}
+    config = make_model().config.model_copy(update={"max_seq_len": 100})
+    monkeypatch.setattr(benchmark_moe, "training_steps", lambda *_: (steps, known, config))
     monkeypatch.setattr(benchmark_moe, "seconds", lambda step, _: step() or 1.0)  # training steps tell their time
     benchmark_moe.main(tiny_settings())
     report = json.loads(Path("reports/benchmarks/moe.json").read_text())
-    assert report["training"] == {
-        "tokens_per_step": 100,
-        "dynaroute_tokens_per_second": 50.0,
-        "plain_loop_tokens_per_second": 20.0,
-        "tokens_per_second_against_plain_loop": 2.5,
-        "tokens_per_second_against_plain_loop_quartiles": [2.5, 2.5],
+    training = report["training"]
+    assert training["tokens_per_step"] == 3 * 100
+    assert training["models"]["dynaroute"] == {
+        "parameters": 7,
+        "milliseconds": 2000.0,
+        "milliseconds_quartiles": [2000.0, 2000.0],
+        "tokens_per_second": 150.0,
+    }
+    assert training["tokens_per_second_ratios"] == {
+        "dynaroute_to_plain_loop": {"ratio": 2.5, "quartiles": [2.5, 2.5]},
+        "dynaroute_to_dense": {"ratio": 0.5, "quartiles": [0.5, 0.5]},
     }
     layers = ["dense", "dynaroute", "plain_loop", "gated_dense", "transformers_eager", "transformers_grouped_mm"]
     assert [(row["tokens"], row["layer"]) for row in report["rows"]] == [(5, layer) for layer in layers]
+
+
+def test_the_flops_of_the_published_model_are_six_for_every_active_parameter_and_those_of_attention():
+    sizes = {"d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8, "num_experts": 16, "top_k": 2}
+    config = DWRConfig(**sizes, max_seq_len=512, dropout=0.1, capacity_factor=None, vocab_size=50304)
+    # 57,580,640 without the token embedding, as the seed counts; 6 layers of 512 x 512 scores and as many sums.
+    assert benchmark_moe.flops_per_token(config) == 6 * 57_580_640 + 12 * 6 * 512 * 512
 
 
 def test_it_runs_on_the_device_of_the_settings(tree):

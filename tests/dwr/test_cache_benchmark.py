@@ -146,8 +146,8 @@ def test_a_logit_that_differs_stops_the_benchmark(trained, no_processes, monkeyp
     stage("export_experts").main(tiny_settings())
     load_resident = benchmark.load_resident
 
-    def off_by_one_bit(store):
-        model = load_resident(store)
+    def off_by_one_bit(store, device):
+        model = load_resident(store, device)
         model.output.weight.view(torch.int32)[7, 0] ^= 1
         return model
 
@@ -155,6 +155,34 @@ def test_a_logit_that_differs_stops_the_benchmark(trained, no_processes, monkeyp
     with pytest.raises(DynarouteError, match=r"capacity=1, .*logits of prompt 0 are not those of the resident model"):
         no_processes.main(tiny_settings())
     assert not Path("reports/dwr/cache.csv").exists()
+
+
+def test_the_gpu_benchmark_records_every_cell_from_host_memory_and_from_disk(trained, no_processes):
+    stage("export_experts").main(tiny_settings())
+    no_processes.main(tiny_settings())
+    stage("benchmark_gpu_cache").main(tiny_settings())
+    report = json.loads(Path("reports/benchmarks/gpu_cache.json").read_text())
+    found = [(row["experts_in"], row["capacity"], row["policy"], row["prefetch"]) for row in report["rows"]]
+    cold = [(3, "lru", prefetch) for prefetch in ("none", "gate")]
+    places = (("host memory", CELLS), ("disk", CELLS), ("disk, cold", cold))
+    assert found == [(place, *cell) for place, cells in places for cell in cells]
+    # What the cache does is what the other benchmark found, whatever the device and wherever the experts are.
+    rates = [float(row["decode_hit_rate"]) for row in rows_of("reports/dwr/cache.csv")]
+    assert [row["hit_rate"] for row in report["rows"][: 2 * len(CELLS)]] == rates * 2
+    assert report["decodings"] == len(found) * 2 * 2
+    assert report["decodings_with_a_logit_not_equal_to_the_bit"] == 0
+    assert all(row["ratio_range"][0] <= row["ratio_to_resident"] <= row["ratio_range"][1] for row in report["rows"])
+
+
+def test_on_a_gpu_other_bits_are_told_and_only_another_text_stops_the_benchmark():
+    logits = torch.tensor([[[1.0, 2.0, 3.0]]])
+    for device in ("cpu", "cuda"):
+        assert benchmark.is_exact(logits, logits.clone(), device, "logits")
+        with pytest.raises(DynarouteError, match="logits are not those of the resident model"):
+            benchmark.is_exact(logits, logits.flip(-1), device, "logits")
+    assert not benchmark.is_exact(logits, logits + 1e-6, "cuda", "logits")
+    with pytest.raises(DynarouteError):
+        benchmark.is_exact(logits, logits + 1e-6, "cpu", "logits")
 
 
 def test_a_store_that_is_not_the_model_stops_the_export(trained, monkeypatch):

@@ -1,5 +1,6 @@
 """The expert store: its layout on disk, what it loads and when, and what it refuses."""
 
+import itertools
 import json
 import os
 import shutil
@@ -362,3 +363,23 @@ def test_a_truncated_file_is_refused_also_when_the_manifest_was_edited_to_match(
     (path / name).write_bytes(content)
     edit_manifest(path, lambda data: data["files"][name].update(bytes=len(content)))
     assert name in refusal(lambda: ExpertStore(path))
+
+
+def test_experts_held_in_memory_are_served_without_their_files(tmp_path):
+    store = export(tmp_path / "store")
+    expected = {key: store.read(*key) for key in itertools.product(range(2), range(5))}
+    store.hold_in_memory()
+    shutil.rmtree(tmp_path / "store")
+    for key, weights in expected.items():
+        assert all(map(torch.equal, store.read(*key), weights))
+        assert all(view.data_ptr() % 64 == 0 for view in store.views(store.map(*key)).values())
+
+
+def test_a_damaged_expert_is_not_held_in_memory(tmp_path):
+    store = export(tmp_path / "store")
+    path = tmp_path / "store" / expert_file(1, 3)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DynarouteError, match=r"expert_layer1_id3\.safetensors: SHA-256 is"):
+        store.hold_in_memory()

@@ -68,10 +68,11 @@ def make_settings(**changes):
     return Training(**{**settings, **changes})
 
 
-def make_trainer(scratch, objective=None, dropout=0.2, training=None, epochs=3, **changes):
+def make_trainer(scratch, objective=None, dropout=0.2, training=None, epochs=3, also_validate_on=None, **changes):
     return Trainer(
         Model(dropout), objective or Objective(), training or Tokens(30), Tokens(7, seed=1), make_settings(**changes),
         total_steps=7 * epochs, accelerator=make_accelerator("cpu", "fp32"), seed=5, scratch=scratch,
+        also_validate_on=also_validate_on,
     )  # fmt: skip
 
 

@@ -112,6 +112,18 @@ def test_early_stopping_counts_validations_without_improvement(tmp_path):
     assert train(tmp_path, lr=0.5, epochs=30, early_stopping_patience=2).state == trainer.state
 
 
+def test_the_loss_on_another_text_is_recorded_and_decides_nothing(tmp_path):
+    alone = train(tmp_path / "alone", lr=0.5, epochs=6)
+    other = train(tmp_path / "other", lr=0.5, epochs=6, also_validate_on={"elsewhere": Tokens(9, seed=2)})
+    recorded = [row.pop("validation_elsewhere_loss") for row in other.state.history]
+    assert other.state == alone.state
+    model, (tokens, targets) = other.model.eval(), Tokens(9, seed=2).batch(range(9))
+    with torch.no_grad():
+        expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    assert recorded[-1] == pytest.approx(float(expected), rel=1e-6)
+    assert len(set(recorded)) == len(recorded)
+
+
 def test_validation_may_come_every_n_steps(tmp_path):
     trainer = train(tmp_path, validate_every=8)
     assert [row["step"] for row in trainer.state.history] == [0, 8, 16, 21]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dynaroute.errors import DynarouteError
+from dynaroute.machine import require_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase  # at run time where they are loaded: slow
@@ -29,8 +30,7 @@ def load_model(name: str, cls: Any, path: str | Path, device: str, revision: str
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DynarouteError("params.yaml: device = 'cuda': this machine shows no CUDA device; use cpu")
+    require_device(device)
     model, info = _load(
         name,
         cls,

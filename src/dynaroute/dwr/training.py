@@ -11,6 +11,7 @@ from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.data.windows import Selection
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 from dynaroute.dwr.objective import DWRObjective
+from dynaroute.errors import DynarouteError
 from dynaroute.training.loop import Trainer, make_accelerator, steps_in_epochs
 from dynaroute.training.scratch import run_id, scratch_folder
 
@@ -22,6 +23,23 @@ def open_tokens(corpus: str) -> dict[str, TokenShards]:
         DynarouteError: a file is missing or damaged.
     """
     return {split: TokenShards(Path("data/tokens") / corpus, split) for split in ("train", "validation", "test")}
+
+
+def other_windows(corpus: str, trained: TokenShards, seq_len: int) -> Windows:
+    """All of the training split of a corpus that is not trained on.
+
+    Raises:
+        DynarouteError: its tokens are missing, damaged, or another tokenizer's than those that are trained on.
+    """
+    shards = TokenShards(Path("data/tokens") / corpus, "train")
+    folders = (split.directory / "tokenizer" for split in (shards, trained))
+    own, expected = ([sha256(path) for path in sorted(folder.glob("*"))] for folder in folders)
+    if own != expected:
+        raise DynarouteError(
+            f"params.yaml: dwr.also_validate_on = {corpus!r}: its tokenizer is not that of {trained.directory.name}"
+        )
+    shards.verify()
+    return Windows(shards, seq_len, keep_tail=True)
 
 
 def make_trainer(
@@ -43,10 +61,12 @@ def make_trainer(
         stage: that trains, and has the scratch folder.
 
     Raises:
-        DynarouteError: the device is not there, or the training does not fit the windows and processes.
+        DynarouteError: the device is not there, or the training does not fit the windows and processes; or what
+            `other_windows` raises of a corpus in `dwr.also_validate_on`.
     """
     sizes = dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"})
     config = DWRConfig(vocab_size=shards.padded_vocab_size, **sizes)
+    others = {corpus: other_windows(corpus, shards, dwr.max_seq_len) for corpus in dwr.also_validate_on}
     accelerator = make_accelerator(settings.device, dwr.training.precision)
     identity = {
         "dwr": dwr.model_dump(),
@@ -54,6 +74,7 @@ def make_trainer(
         "device": settings.device,
         "num_threads": settings.num_threads,
         "tokens": sha256(shards.directory / "metadata.json"),
+        "other_tokens": [sha256(other.shards.directory / "metadata.json") for other in others.values()],
         "num_processes": accelerator.num_processes,  # floats are added in another order
     }
     torch.manual_seed(settings.seed)
@@ -67,5 +88,6 @@ def make_trainer(
         accelerator=accelerator,
         seed=settings.seed,
         scratch=scratch_folder(stage, run_id(identity)),
+        also_validate_on=others,
     )
     return trainer, identity

@@ -11,7 +11,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
@@ -26,6 +26,7 @@ from dynaroute.artifacts import read_note, write_note
 from dynaroute.config import EpochTraining, Training
 from dynaroute.data.shards import Windows
 from dynaroute.errors import DynarouteError
+from dynaroute.machine import require_device
 from dynaroute.training.checkpoints import (
     load_checkpoint,
     load_optimizer,
@@ -84,8 +85,7 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     Raises:
         DynarouteError: the device is not there.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DynarouteError("params.yaml: device = 'cuda': this machine shows no CUDA device; use cpu")
+    require_device(device)
     bf16 = precision == "bf16" and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     # An expert that no token of a batch chose is not part of that step's graph.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -130,11 +130,13 @@ class Trainer:
         start: Path | None = None,
         parameter_groups: list[dict[str, Any]] | None = None,
         remark: Callable[[list[dict[str, Any]]], str] | None = None,
+        also_validate_on: Mapping[str, Windows] | None = None,
     ) -> None:
         """Prepares a run in the folder `scratch`, which begins with weights and moments of the checkpoint `start`.
 
         Parameter groups are those of `decay_groups` unless given; a group's `lr_factor` multiplies its learning rate.
         `remark` says of the rows of all validations so far what a user should know at once; nothing: an empty string.
+        Of each text in `also_validate_on`, by its name, every validation records the loss, which decides nothing.
 
         Raises:
             DynarouteError: batches do not divide among the processes, there is not one whole batch, or the run would
@@ -153,6 +155,7 @@ class Trainer:
         self.objective, self.settings, self.accelerator = objective, settings, accelerator
         self.training, self.validation = training, validation
         self.seed, self.scratch, self.start, self.remark = seed, scratch, start, remark
+        self.also_validate_on = also_validate_on or {}
         self.steps_per_epoch = steps_per_epoch(len(training), settings.batch_size)
         self.total_steps = total_steps
         self.validate_every = self.steps_per_epoch if settings.validate_every == "epoch" else settings.validate_every
@@ -323,6 +326,9 @@ class Trainer:
         row["tokens"] = state.step * settings.batch_size * self.training.seq_len
         row["lr"] = self._learning_rate(state.step - 1) if state.step else 0.0
         row |= {f"validation_{name}": value for name, value in metrics.items()}
+        for name, windows in self.also_validate_on.items():
+            other = self.objective.validation_metrics(self.validation_sums(windows, stop))
+            row[f"validation_{name}_loss"] = other["loss"]
         for name, value in sorted(self.sums.items()):
             row[f"train_{name}"] = float(self.accelerator.reduce(value, "mean")) / since
         self.sums = {}

@@ -220,14 +220,16 @@ class ExpertCache:
                 decode(self.store.views(file), slot.memory)
             slot.content = key, slot.memory or ExpertWeights(**self.store.views(file))
 
+    @torch.inference_mode()  # whichever mode the caller is in, pinned memory that was made in another is written to
     def _copy_to_gpu(self, file: Tensor, slot: _Slot) -> None:
         """Copies on a stream of its own, while the GPU computes; returns when it is done."""
-        if not hasattr(self._staging, "memory"):
-            self._staging.memory = torch.empty_like(file, pin_memory=True)
-        self._staging.memory.copy_(file)
+        if not file.is_pinned():
+            if not hasattr(self._staging, "memory"):
+                self._staging.memory = torch.empty_like(file, pin_memory=True)
+            file = self._staging.memory.copy_(file)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(slot.released)
-            decode(self.store.views(self._staging.memory), slot.memory)
+            decode(self.store.views(file), slot.memory)
             self._stream.record_event().synchronize()  # the weights are there, and the pinned memory is free
 
 

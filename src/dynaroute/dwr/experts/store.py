@@ -167,6 +167,7 @@ class ExpertStore:
         self.expert_bytes = 4 * self.config.num_params_per_expert()
         self.file_bytes = manifest.files[expert_file(0, 0)].bytes
         self._verified: set[str] = set()
+        self._held: dict[tuple[int, int], Tensor] = {}  # files that `hold_in_memory` has read
         self._places = _places(stored_tensors(self.config, self.precision))
         # File names come from the config, never from the manifest, so nothing outside of the folder is ever opened.
         for name, (entries, state) in file_contents(self.config, self.run, self.precision).items():
@@ -180,6 +181,23 @@ class ExpertStore:
         """
         for name, entry in self._manifest.files.items():
             self._check_sha256(name, self._map(name, entry.bytes))
+
+    def hold_in_memory(self) -> None:
+        """Reads all experts' files into memory, from which `map` then serves them: a GPU's host memory.
+
+        Where there is CUDA the memory is page-locked, so that it is copied to a GPU as it is. It is one piece: an
+        allocator of page-locked memory rounds every piece up to a power of two.
+
+        Raises:
+            DynarouteError: see `map`.
+        """
+        layers, experts = range(self.config.num_layers), range(self.config.num_experts)
+        keys = [(layer, expert) for layer in layers for expert in experts]
+        pinned = torch.cuda.is_available()
+        memory = torch.empty(len(keys), self.file_bytes, dtype=torch.uint8, pin_memory=pinned)
+        for key, place in zip(keys, memory, strict=True):
+            place.copy_(self.map(*key))
+        self._held = dict(zip(keys, memory, strict=True))
 
     def new_weights(self, device: str = "cpu") -> ExpertWeights:
         """Uninitialised float32 weights of one expert, in one piece of memory and aligned as in a file."""
@@ -195,6 +213,8 @@ class ExpertStore:
             DynarouteError: the file has gone or was truncated since the store was opened; or, when it is read for the
                 first time, it is not the one that was exported.
         """
+        if (layer, expert) in self._held:
+            return self._held[layer, expert]
         name = expert_file(layer, expert)
         content = self._map(name, self.file_bytes)
         if name not in self._verified:

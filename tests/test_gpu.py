@@ -1,0 +1,308 @@
+"""`make gpu` on a CPU with small sizes: the stages write what the report reads, and what is missing is said to be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import benchmark_dag
+import benchmark_dagformer_step
+import benchmark_gpu_cache
+import benchmark_moe
+import export_experts
+import pytest
+import report_gpu
+import torch
+import train_dwr
+from repository import REPOSITORY
+from ruamel.yaml import YAML
+from small_tokens import write_tokens
+
+from dynaroute.artifacts import write_text
+from dynaroute.config import Settings, load_settings
+from dynaroute.dwr.model import DWRConfig
+from dynaroute.errors import DynarouteError
+from dynaroute.reporting.gpu import early_stop, page, read_results
+
+GPU = REPOSITORY / "gpu"
+SMALL = {
+    "dwr": {"d_model": 32, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "max_seq_len": 16},
+    "dwr.training": {"epochs": 4, "batch_size": 4, "micro_batch_size": 4, "warmup_steps": 2, "lr": 1e-2},
+    "export_experts": {"calibration_windows": 2},
+    "benchmark_cache": {
+        "capacities": [2, 3, 8], "policies": ["lru"], "prefetchers": ["none", "gate"], "num_prompts": 1,
+        "prompt_tokens": 4, "new_tokens": 4,
+    },
+    "dagformer": {"seq_len": 8, "prefix_tokens": 4},
+    "dagformer.base": {"hidden_size": 16, "intermediate_size": 16, "num_layers": 3, "num_heads": 2},
+}  # fmt: skip
+MODULES = {
+    benchmark_moe: {"D": 16, "F_EXPERT": 16, "E": 4, "GATED_WIDTH": 8, "TOKENS": (5,), "ROUNDS": 2, "WARM_UP": 0},
+    benchmark_dag: {
+        "SIZES": {"cpu": tuple(benchmark_dag.Size(L=3, H=2, D=16, B=batch, T=8, V=32) for batch in (1, 2))},
+        "ROUNDS": 2,
+        "copy_bandwidth": lambda device: 1e9,
+        # Memory is measured in fresh processes, which take seconds to start.
+        "peaks": lambda size, names, device: {name: {"forward_backward_peak_mib": 1.5} for name in names},
+    },
+    benchmark_dagformer_step: {
+        "VOCABULARY": 32,
+        "ENCODER": {
+            "vocab_size": 40, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+        },
+        "ROUNDS": 2,
+    },
+}  # fmt: skip
+
+
+def small_settings() -> Settings:
+    data = YAML(typ="safe", pure=True).load(GPU / "params.yaml")
+    for section, values in SMALL.items():
+        at = data
+        for part in section.split("."):
+            at = at[part]
+        at.update(values)
+    own = {"device": "cpu", "num_threads": 1, "predictor_hidden": 8, "rank": 2}
+    data["simulate_cache"]["capacities"] = [2]
+    return Settings.model_validate(data | own)
+
+
+def write_corpora() -> None:
+    """Text whose next token is known, in the folders of both corpora, which share a tokenizer."""
+    text = [[(3 * i + start) % 60 + 1 for i in range(100)] for start in range(12)]
+    write_tokens(Path("data/tokens/text"), vocab_size=64, train=text[:8], validation=text[8:10], test=text[10:])
+    write_tokens(Path("data/tokens/wikitext"), vocab_size=64, train=[[5, 4, 3, 2, 1] * 20])
+    for name in ("text", "wikitext"):
+        write_text(f"data/tokens/{name}/tokenizer/tokenizer.json", "{}")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    """A workspace in which all stages have run."""
+    root = tmp_path_factory.mktemp("gpu")
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(root, patch)
+        for module, values in MODULES.items():
+            for name, value in values.items():
+                patch.setattr(module, name, value)
+        write_corpora()
+        settings = small_settings()
+        for stage in (train_dwr, export_experts, *MODULES, benchmark_gpu_cache, report_gpu):
+            stage.main(settings)
+    return root
+
+
+@pytest.fixture
+def workspace(measured, tmp_path, monkeypatch) -> Path:
+    """The working directory: a copy of that."""
+    shutil.copytree(measured, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path / "gpu")
+    return tmp_path
+
+
+def prepare(root: Path, patch: pytest.MonkeyPatch) -> None:
+    (root / "gpu").mkdir()
+    (root / "reports").mkdir()
+    shutil.copy(GPU / "cards.yaml", root / "gpu")
+    shutil.copy(REPOSITORY / "reports/reference.yaml", root / "reports")
+    patch.chdir(root / "gpu")
+
+
+def read(name: str) -> dict:
+    return json.loads(Path(f"reports/{name}.json").read_text())
+
+
+def edit(name: str, change) -> None:
+    data = read(name)
+    change(data)
+    Path(f"reports/{name}.json").write_text(json.dumps(data))
+
+
+def report(device: str = "cuda") -> str:
+    return page(read_results(), device, ["wikitext"])
+
+
+def test_the_report_holds_the_figures_that_the_stages_wrote(workspace):
+    text = (workspace / "reports/gpu.md").read_text()
+    assert text == report("cpu")
+    assert "not measured" not in text.partition("## Goals")[2].lower()
+    training, timing, export = (read(f"dwr/{name}") for name in ("training", "training_timing", "export"))
+    speed, cache, dag, step = (read(f"benchmarks/{name}") for name in ("moe", "gpu_cache", "dag", "dagformer_step"))
+    assert f"{training['best_validation_loss']:.4f} **best**" in text
+    assert f"{timing['tokens_per_second']:,.0f} tokens/s with reading" in text
+    assert f"Exported: {export['expert_files']} experts" in text
+    for name, model in speed["training"]["models"].items():
+        assert f"| `{name}` | {model['parameters']:,} | {model['milliseconds']:.2f} ms |" in text
+    assert f"experts resident: {cache['resident_tokens_per_second']:,.0f} tokens/s" in text
+    for row in cache["rows"]:
+        assert f"{row['tokens_per_second']:,.0f} ({row['ratio_to_resident']:.2f}; {row['hit_rate']:.2f})" in text
+    for result in dag["results"]:
+        for row in result["candidates"].values():
+            times = (row[part] for part in ("forward", "forward_backward"))
+            assert " | ".join(f"{x['milliseconds']:.2f} ms ({x['ratio_to_dense']:.2f})" for x in times) in text
+    assert f"| training step | {step['step']['milliseconds']:.1f} ms |" in text
+    assert speed["machine"]["processor"] in text
+
+
+def test_the_other_corpus_is_a_column_of_its_own_and_is_not_trained_on(workspace):
+    rows = [line.split(" | ") for line in report().splitlines() if line.startswith("| ") and "**best**" in line]
+    header = next(line for line in report().splitlines() if "`wikitext` loss" in line)
+    assert len(rows) == 1
+    own, other = (float(rows[0][index].removesuffix(" |").removesuffix(" **best**")) for index in (3, 5))
+    assert header.split(" | ")[3] == "validation loss"
+    assert own < other, "a text whose tokens run backwards was learned without being trained on"
+    assert "is not its raw split" in report()
+
+
+def test_figures_of_a_cpu_are_not_taken_for_a_gpus(workspace):
+    assert "**These figures are a CPU's**" in report("cpu")
+    assert "reached |" not in report("cpu").partition("## Machine")[0]
+    assert "a CPU's" not in report("cuda")
+
+
+def test_goals_are_judged_by_the_rules_that_stand_there(workspace):
+    def with_speeds(ours, compiled, dense):
+        def change(data):
+            models = {"dynaroute": ours, "dynaroute_compiled": compiled, "dense": dense}
+            first = data["training"]["models"]["dense"]
+            data["training"]["models"] = {
+                name: {**first, "tokens_per_second": value} if value else {"parameters": 1, "failed": "Error: why"}
+                for name, value in models.items()
+            }
+
+        edit("benchmarks/moe", change)
+
+    with_speeds(50.0, 61.0, 100.0)
+    assert "| at least 0.6 | 0.610 | dynaroute_compiled to dense | reached |" in report()
+    with_speeds(59.9, None, 100.0)
+    assert "| at least 0.6 | 0.599 | dynaroute to dense | **not reached** |" in report()
+    assert "`dynaroute_compiled` could not be trained: Error: why." in report()
+
+    def slower(data):
+        for row in data["rows"]:
+            row["ratio_to_resident"] = 0.2
+        third = [row for row in data["rows"] if row["capacity"] == data["capacity_nearest_a_third"]]
+        third[-1]["ratio_to_resident"] = 0.71
+        assert data["rows"][0] not in third
+        data["rows"][0]["ratio_to_resident"] = 0.99
+        data["resident_tokens_per_second"] = 299.0
+
+    edit("benchmarks/gpu_cache", slower)
+    assert "| at least 300 | 299 | median | **not reached** |" in report()
+    assert "| at least 0.7 | 0.710 | disk, cold, lru, gate | reached |" in report()
+
+    def sizes(data):
+        for result, milliseconds, share in zip(data["results"], (19.0, 21.0), (0.7, 0.65), strict=True):
+            result["candidates"]["dense"]["forward_backward"]["milliseconds"] = 10.0
+            result["candidates"]["ours"]["forward_backward"]["milliseconds"] = milliseconds
+            result["fraction_of_byte_bound"] = share
+
+    edit("benchmarks/dag", sizes)
+    assert "| at most 2 | 2.100 | 3 layers, 2 heads, width 16, batch 2, 8 tokens | **not reached** |" in report()
+    assert "| at least 0.6 | 0.650 | 3 layers, 2 heads, width 16, batch 2, 8 tokens | reached |" in report()
+
+
+def test_utilisation_and_the_other_card_follow_from_the_published_peaks(workspace):
+    def on_a_gpu(data):
+        data["machine"]["processor"] = "NVIDIA H200"
+        data["training"]["flops_per_token"] = 1_000_000
+        data["training"]["models"]["dense"]["tokens_per_second"] = 98_950_000.0
+
+    edit("benchmarks/moe", on_a_gpu)
+    assert "| 98,950,000 | 10.0% |" in report()
+
+    def step(data):
+        data["machine"]["processor"] = "NVIDIA H200"
+        data["step"]["milliseconds"], data["encoder"]["milliseconds"] = 80.0, 20.0
+
+    edit("benchmarks/dagformer_step", step)
+    assert "would take 0.66 s there if bound by FLOPs, 0.69 s if by bytes" in report()
+    assert "the published step is 4.4 to 4.5 times as long" in report()
+
+
+def test_what_was_not_run_is_said_to_be_not_measured_and_nothing_else_changes(workspace):
+    before = report()
+    Path("reports/benchmarks/dag.json").unlink()
+    after = report()
+    assert "dvc repro gpu/dvc.yaml:benchmark_dag`" in after
+    assert after.count("| not measured |") == 2
+    assert after.partition("## 3.")[2].partition("## 4.")[0] == before.partition("## 3.")[2].partition("## 4.")[0]
+
+
+def test_the_committed_page_is_what_the_committed_results_give(tmp_path, monkeypatch):
+    prepare(tmp_path, monkeypatch)
+    if (GPU / "reports").exists():
+        shutil.copytree(GPU / "reports", tmp_path / "gpu/reports")
+    settings = load_settings(GPU / "params.yaml")
+    report_gpu.main(settings)
+    assert (tmp_path / "reports/gpu.md").read_text() == (REPOSITORY / "reports/gpu.md").read_text()
+
+
+def test_results_of_two_runs_are_not_mixed(workspace):
+    edit("benchmarks/gpu_cache", lambda data: data.update(run="another"))
+    with pytest.raises(DynarouteError, match=r"gpu_cache\.json: belongs to run another"):
+        report()
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([5, 4, 3, 3.5, 3.4, 3.3, 1], "would have stopped at validation 5."),
+        ([5, 4, 4.5, 4.2, 3], "would not have stopped early."),
+    ],
+)
+def test_where_early_stopping_would_have_come(losses, expected):
+    assert early_stop(losses).endswith(expected)
+
+
+def test_a_corpus_of_another_tokenizer_is_not_validated_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_corpora()
+    write_text("data/tokens/wikitext/tokenizer/tokenizer.json", "[]")
+    with pytest.raises(DynarouteError, match="also_validate_on = 'wikitext': its tokenizer is not that of text"):
+        train_dwr.main(small_settings())
+    assert not Path("reports").exists()
+
+
+def test_the_settings_are_the_published_sizes():
+    settings = load_settings(GPU / "params.yaml")
+    dwr = settings.dwr
+    sizes = dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"})
+    assert DWRConfig(vocab_size=50304, **sizes).num_params() == 259_712_096
+    assert (dwr.training.batch_size, dwr.max_seq_len, dwr.training.epochs, dwr.training.precision) == (
+        16, 512, 10, "bf16",
+    )  # fmt: skip
+    assert settings.benchmark_cache.capacities[-1] == 96
+    paper = load_settings(REPOSITORY / "params.paper.yaml")
+    same = {"batch_size", "predictor_hidden", "rank", "cascade", "init_logit", "precision"}
+    assert settings.variant("P1").model_dump(include=same) == paper.variant("P1").model_dump(include=same)
+
+
+def test_every_stage_names_scripts_files_and_parameters_that_exist():
+    stages = YAML(typ="safe", pure=True).load(GPU / "dvc.yaml")["stages"]
+    params = YAML(typ="safe", pure=True).load(GPU / "params.yaml")
+    made = set()
+    for name, stage in stages.items():
+        stage = stage.get("do", stage)
+        made |= {out if isinstance(out, str) else next(iter(out)) for out in stage["outs"]}
+        script = stage["cmd"].split()[2]
+        assert script.startswith("../stages/"), name
+        assert script in stage["deps"], name
+        assert f"{name}.py" == Path(script).name or name == "tokenize", name
+        for key in stage.get("params", []):
+            at = params
+            for part in key.replace("${key}", "text").split("."):
+                at = at[part]
+    for name, stage in stages.items():
+        for dependency in stage.get("do", stage)["deps"]:
+            known = (GPU / dependency).exists() or any(path.startswith(dependency.split("$")[0]) for path in made)
+            assert known, f"{name}: {dependency}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+@pytest.mark.parametrize("stage", [benchmark_gpu_cache, benchmark_dag, benchmark_dagformer_step, benchmark_moe])
+def test_without_a_gpu_every_benchmark_ends_with_one_line(tmp_path, monkeypatch, stage):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DynarouteError, match="device = 'cuda': this machine shows no CUDA device"):
+        stage.main(load_settings(GPU / "params.yaml"))
+    assert not list(tmp_path.iterdir())
