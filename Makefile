@@ -32,6 +32,7 @@ recover:  ## mend what a kill can leave: a dvc.lock cut off (which goes where gi
 	@for lock in .scratch/running_*/lock; do \
 	  if [ -s "$$lock" ] && command -v flock >/dev/null && ! flock --timeout 60 "$$lock" true; then \
 	    echo "$$lock: process $$(cat "$$lock") is at work: wait for it, or stop it"; exit 1; fi; done
+	rm -f "$$(git rev-parse --git-path index.lock 2>/dev/null)"
 	test "$$(tail -c 1 dvc.lock 2>/dev/null | wc -l)" -eq 1 || git checkout --quiet -- dvc.lock 2>/dev/null || rm -f dvc.lock
 	rm -f .dvc/tmp/rwlock .dvc/tmp/lock
 	find data reports -name '.*.tmp' -prune -exec rm -rf {} + 2>/dev/null || true
