@@ -16,15 +16,15 @@ import argparse
 import os
 import random
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from kills import FORCED, contents
 from tqdm import tqdm
 from workspace import REPOSITORY, Workspace, durations, finished_workspace
@@ -54,7 +54,7 @@ def main() -> None:
     done = {(row["situation"], row["stage"]) for row in rows}
     expected = contents(pristine.root)
     with tempfile.TemporaryDirectory() as folder:
-        parts = (killed_queues, pipelines_at_once, read_only_outputs, full_disks)
+        parts = (pipelines_at_once, read_only_outputs, full_disks, killed_queues)
         for part in parts:
             for row in tqdm(part(pristine, Path(folder) / part.__name__, expected, draw, done), desc=part.__name__):
                 rows.append(row)
@@ -69,6 +69,14 @@ def mounted(place: Path, *options: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def kill_all_in(root: Path) -> None:
+    """SIGKILL to every process that works in a folder: the worker of a queue is in no process group of ours."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(root) and process.pid != os.getpid():
+                process.kill()
 
 
 def mended(workspace: Workspace, expected: dict[str, str], *command: str) -> str:
@@ -180,7 +188,7 @@ def killed_queues(
         process = workspace.start("dvc", "exp", "run", "--run-all")
         moment = draw.uniform(5, 25)
         time.sleep(moment)
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_all_in(workspace.root)
         process.wait()
         workspace.run("make", "recover")
         again = workspace.run(*("again" if part == "first" else part for part in changed), check=False)
