@@ -92,15 +92,16 @@ def repeat() -> str:
 def main() -> None:
     """Fills the template."""
     text = TEMPLATE.read_text("utf-8")
-    for name, content in {
-        "kills": kills(),
-        "situations": situations(),
-        "corruption": by("corruption", "kind"),
-        "damage": by("corruption", "damage"),
-        "inputs": by("inputs", "kind"),
-        "repeat": repeat(),
-    }.items():
-        text = text.replace("{" + name + "}", content)
+    for name, campaign, make in (
+        ("kills", "kills", kills),
+        ("situations", "situations", situations),
+        ("corruption", "corruption", lambda: by("corruption", "kind")),
+        ("damage", "corruption", lambda: by("corruption", "damage")),
+        ("inputs", "inputs", lambda: by("inputs", "kind")),
+        ("repeat", "repeat", repeat),
+    ):
+        done = (REPORTS / f"{campaign}.json").exists()
+        text = text.replace("{" + name + "}", make() if done else f"Not tried yet: there is no {campaign}.json.")
     write_text(PAGE, text)
 
 
