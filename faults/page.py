@@ -63,7 +63,10 @@ def kills() -> str:
         for stage, own in found.items()
     ]
     header = ["stage", "kills", "of all processes", "of DVC alone", "while the stage was at work"]
-    return table([*header, "under `dvc exp run`", "mended, to the same bytes"], lines)
+    shown = table([*header, "under `dvc exp run`", "mended, to the same bytes"], lines)
+    broken = {f"- {row['stage']}, `{row['command']}`: {row['outcome']}" for row in rows("kills")}
+    broken = sorted(line for line in broken if not line.endswith("the same bytes"))
+    return "\n".join([shown, *(["", "Not mended:", "", *broken] if broken else [])])
 
 
 def situations() -> str:
