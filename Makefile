@@ -33,10 +33,12 @@ faults: env  ## what kills, damage, odd input and full disks do, into docs/relia
 	python faults/page.py
 
 recover:  ## mend what a kill can leave: a dvc.lock cut off (which goes where git has none), stale locks, half-written files
+	@for lock in .scratch/running_*/lock; do \
+	  if [ -s "$$lock" ] && command -v flock >/dev/null && ! flock --timeout 60 "$$lock" true; then \
+	    echo "$$lock: process $$(cat "$$lock") is at work: wait for it, or stop it"; exit 1; fi; done
+	rm -f "$$(git rev-parse --git-path index.lock 2>/dev/null)"
 	for lock in dvc.lock corpora/dvc.lock gpu/dvc.lock; do \
-		test "$$(tail -c 1 $$lock 2>/dev/null | wc -l)" -eq 1 \
-			|| git checkout --quiet -- $$lock 2>/dev/null || rm -f $$lock; \
-	done
+	  test "$$(tail -c 1 $$lock 2>/dev/null | wc -l)" -eq 1 || git checkout --quiet -- $$lock 2>/dev/null || rm -f $$lock; done
 	rm -f .dvc/tmp/rwlock .dvc/tmp/lock
 	find data reports gpu -name '.*.tmp' -prune -exec rm -rf {} + 2>/dev/null || true
 

@@ -63,7 +63,10 @@ def kills() -> str:
         for stage, own in found.items()
     ]
     header = ["stage", "kills", "of all processes", "of DVC alone", "while the stage was at work"]
-    return table([*header, "under `dvc exp run`", "mended, to the same bytes"], lines)
+    shown = table([*header, "under `dvc exp run`", "mended, to the same bytes"], lines)
+    broken = {f"- {row['stage']}, `{row['command']}`: {row['outcome']}" for row in rows("kills")}
+    broken = sorted(line for line in broken if not line.endswith("the same bytes"))
+    return "\n".join([shown, *(["", "Not mended:", "", *broken] if broken else [])])
 
 
 def situations() -> str:
@@ -92,15 +95,16 @@ def repeat() -> str:
 def main() -> None:
     """Fills the template."""
     text = TEMPLATE.read_text("utf-8")
-    for name, content in {
-        "kills": kills(),
-        "situations": situations(),
-        "corruption": by("corruption", "kind"),
-        "damage": by("corruption", "damage"),
-        "inputs": by("inputs", "kind"),
-        "repeat": repeat(),
-    }.items():
-        text = text.replace("{" + name + "}", content)
+    for name, campaign, make in (
+        ("kills", "kills", kills),
+        ("situations", "situations", situations),
+        ("corruption", "corruption", lambda: by("corruption", "kind")),
+        ("damage", "corruption", lambda: by("corruption", "damage")),
+        ("inputs", "inputs", lambda: by("inputs", "kind")),
+        ("repeat", "repeat", repeat),
+    ):
+        done = (REPORTS / f"{campaign}.json").exists()
+        text = text.replace("{" + name + "}", make() if done else f"Not tried yet: there is no {campaign}.json.")
     write_text(PAGE, text)
 
 

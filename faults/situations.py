@@ -7,6 +7,8 @@ that is mounted read-only. Both need the right to mount: root's, or that of `uns
 Afterwards space is made, or the file system taken away, and `make recover && dvc repro` must give every file the bytes
 that it had before, but for what is measured.
 
+A campaign that was stopped goes on; remove its output to begin anew.
+
 Writes  reports/reliability/situations.json
 """
 
@@ -14,24 +16,24 @@ import argparse
 import os
 import random
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from kills import FORCED, contents
 from tqdm import tqdm
 from workspace import REPOSITORY, Workspace, durations, finished_workspace
 
-from dynaroute.artifacts import write_json
+from dynaroute.artifacts import read_json, write_json
 
 OUTPUT = REPOSITORY / "reports/reliability/situations.json"
 TOGETHER = 3  # times that two pipelines are started at once
-QUEUED = 3  # times that a queue is killed
+QUEUED = 2  # times that a queue is killed
 OUTPUTS = {
     "train_dwr": "data/dwr/train",
     "export_experts": "data/dwr/expert_store",
@@ -47,12 +49,14 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, required=True, help="a finished run, made if it is not there")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    pristine, draw, rows = finished_workspace(arguments.workspace), random.Random(arguments.seed), []
+    pristine, draw = finished_workspace(arguments.workspace), random.Random(arguments.seed)
+    rows: list[dict[str, Any]] = read_json(OUTPUT)["rows"] if OUTPUT.exists() else []
+    done = {(row["situation"], row["stage"]) for row in rows}
     expected = contents(pristine.root)
     with tempfile.TemporaryDirectory() as folder:
-        parts = (full_disks, read_only_outputs, pipelines_at_once, killed_queues)
+        parts = (pipelines_at_once, read_only_outputs, full_disks, killed_queues)
         for part in parts:
-            for row in tqdm(part(pristine, Path(folder) / part.__name__, expected, draw), desc=part.__name__):
+            for row in tqdm(part(pristine, Path(folder) / part.__name__, expected, draw, done), desc=part.__name__):
                 rows.append(row)
                 write_json(OUTPUT, {"rows": rows})
 
@@ -65,6 +69,14 @@ def mounted(place: Path, *options: str) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def kill_all_in(root: Path) -> None:
+    """SIGKILL to every process that works in a folder: the worker of a queue is in no process group of ours."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(root) and process.pid != os.getpid():
+                process.kill()
 
 
 def mended(workspace: Workspace, expected: dict[str, str], *command: str) -> str:
@@ -89,11 +101,13 @@ def said(done: subprocess.CompletedProcess, words: str) -> str:
 
 
 def full_disks(
-    pristine: Workspace, root: Path, expected: dict[str, str], draw: random.Random
+    pristine: Workspace, root: Path, expected: dict[str, str], draw: random.Random, done: set[tuple[str, str]]
 ) -> Iterator[dict[str, Any]]:
     """Every stage once, with room for a part of its outputs."""
     size = sum(path.stat().st_size for path in pristine.root.rglob("*") if path.is_file())
     for stage in durations(pristine):
+        if ("the disk is full", stage) in done:
+            continue
         root.mkdir(exist_ok=True)
         with mounted(root, "-o", f"size={2 * size + 2**24}"):
             workspace = finished_workspace(pristine.copy(root / "workspace").root)
@@ -105,17 +119,19 @@ def full_disks(
             room = draw.randrange((state.f_bavail - before) * state.f_frsize)  # part of what is needed
             with filler.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, state.f_bavail * state.f_frsize - room)
-            done = workspace.run("dvc", "repro", *FORCED, stage, check=False)
+            ended = workspace.run("dvc", "repro", *FORCED, stage, check=False)
             filler.unlink()
             row = {"situation": "the disk is full", "stage": stage, "room": room}
-            yield row | {"then": said(done, "No space left"), "outcome": mended(workspace, expected)}
+            yield row | {"then": said(ended, "No space left"), "outcome": mended(workspace, expected)}
 
 
 def read_only_outputs(
-    pristine: Workspace, root: Path, expected: dict[str, str], draw: random.Random
+    pristine: Workspace, root: Path, expected: dict[str, str], draw: random.Random, done: set[tuple[str, str]]
 ) -> Iterator[dict[str, Any]]:
     """A stage whose output, or the folder around it, is on a file system that is mounted read-only."""
     for stage, output in OUTPUTS.items():
+        if ("the output is read-only", stage) in done:
+            continue
         workspace = finished_workspace(pristine.copy(root).root)
         place = (root / output).parent
         kept = root.with_name("kept")
@@ -123,19 +139,21 @@ def read_only_outputs(
         with mounted(place):
             shutil.copytree(kept, place, dirs_exist_ok=True)
             subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
-            done = workspace.run("dvc", "repro", *FORCED, stage, check=False)
+            ended = workspace.run("dvc", "repro", *FORCED, stage, check=False)
         row = {"situation": "the output is read-only", "stage": stage}
-        yield row | {"then": said(done, "ead-only"), "outcome": mended(workspace, expected)}
+        yield row | {"then": said(ended, "ead-only"), "outcome": mended(workspace, expected)}
         shutil.rmtree(root)
         shutil.rmtree(kept)
 
 
 def pipelines_at_once(
-    pristine: Workspace, root: Path, expected: dict[str, str], draw: random.Random
+    pristine: Workspace, root: Path, expected: dict[str, str], draw: random.Random, done: set[tuple[str, str]]
 ) -> Iterator[dict[str, Any]]:
     """Two pipelines that run the same stage by force, the second a moment after the first."""
     stages = list(durations(pristine))
     for stage in draw.sample(stages, TOGETHER):
+        if ("two pipelines at once", stage) in done:
+            continue
         workspace = finished_workspace(pristine.copy(root).root)
         processes = []
         for _ in range(2):
@@ -149,10 +167,12 @@ def pipelines_at_once(
 
 
 def killed_queues(
-    pristine: Workspace, root: Path, expected: dict[str, str], draw: random.Random
+    pristine: Workspace, root: Path, expected: dict[str, str], draw: random.Random, done: set[tuple[str, str]]
 ) -> Iterator[dict[str, Any]]:
     """An experiment of a queue whose processes are all killed; it is queued again, and applied."""
     for number in range(QUEUED):
+        if ("a queue is killed", f"number {number + 1}") in done:
+            continue
         workspace = finished_workspace(pristine.copy(root).root)
         changed = (
             "dvc",
@@ -168,14 +188,14 @@ def killed_queues(
         process = workspace.start("dvc", "exp", "run", "--run-all")
         moment = draw.uniform(5, 25)
         time.sleep(moment)
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_all_in(workspace.root)
         process.wait()
         workspace.run("make", "recover")
         again = workspace.run(*("again" if part == "first" else part for part in changed), check=False)
-        done = workspace.run("dvc", "exp", "run", "--run-all", check=False)
-        row = {"situation": "a queue is killed", "stage": f"after {moment:.0f} s"}
-        if again.returncode or done.returncode:
-            text = (again.stdout + again.stderr + done.stdout + done.stderr).strip()
+        ended = workspace.run("dvc", "exp", "run", "--run-all", check=False)
+        row = {"situation": "a queue is killed", "stage": f"number {number + 1}", "seconds": moment}
+        if again.returncode or ended.returncode:
+            text = (again.stdout + again.stderr + ended.stdout + ended.stderr).strip()
             yield row | {"then": "failed", "outcome": "failed: " + " / ".join(text.splitlines()[-3:])}
         else:
             workspace.run("dvc", "exp", "apply", "again")

@@ -191,10 +191,19 @@ def test_recover_mends_an_empty_lock_file_also_where_git_has_none(tmp_path, comm
     (tmp_path / "dvc.lock").write_text("")
     (tmp_path / ".dvc/tmp").mkdir(parents=True)
     (tmp_path / ".dvc/tmp/rwlock").write_text("")
+    (tmp_path / "data/dwr/.train.tmp/below").mkdir(parents=True)
+    (tmp_path / ".git/index.lock").write_text("")  # of a killed `dvc exp run`; with it git checks nothing out
+    (tmp_path / ".scratch/running_train_dwr").mkdir(parents=True)
+    (tmp_path / ".scratch/running_train_dwr/lock").write_text("1")  # of a process that is gone
     workspace.run("make", "recover")
     assert not (tmp_path / ".dvc/tmp/rwlock").exists()
+    assert not list((tmp_path / "data/dwr").iterdir())
+    assert not (tmp_path / ".git/index.lock").exists()
     assert (tmp_path / "dvc.lock").exists() == committed
     if committed:
+        assert (tmp_path / "dvc.lock").read_text() == "schema: '2.0'\n"
+        (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages:\n  tra")  # cut off
+        workspace.run("make", "recover")
         assert (tmp_path / "dvc.lock").read_text() == "schema: '2.0'\n"
         (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
         workspace.run("make", "recover")
