@@ -237,26 +237,36 @@ def write_wirings(folder: Path, index: int, layers: int = LAYERS, heads: int = H
     save_checkpoint(folder / "wirings.safetensors", tensors, {"sources": ["numpy", "python"], "num_heads": heads})
 
 
-def change_of(difference: float, n: int = 13) -> dict:
-    return {"difference": difference, "low": difference - 0.003, "high": difference + 0.003, "n": n}
+def change_of(difference: float, p: float = 0.5) -> dict:
+    found = {"difference": difference, "low": difference - 0.003, "high": difference + 0.003, "n": 13, "documents": 11}
+    return found | {"p_corrected": p, "detectable": 0.0123}
 
 
 def write_sensitivity(root: Path, layers: int, heads: int) -> None:
     folder = root / "reports/dagformer"
     pairs = [(source, target) for source in range(layers) for target in range(source + 1, layers)]
-    shape = {"n": 53, "gates": len(pairs) * heads**2, "size": 4.14e-4, "size_of_mean": 7.27e-5}
+    shape = {"n": 53, "documents": 17, "gates": len(pairs) * heads**2, "size": 4.14e-4, "size_of_mean": 7.27e-5}
     shape |= {"size_by_chance": 6.9e-5, "p": 0.237, "helpful": 0.0, "harmful": 0.0, "sign_consistency": 0.123}
-    counts = {"better": 0, "worse": 2, "no_difference_shown": len(pairs) - 2}
+    counts = {"better": 0, "worse": 2, "no_difference_shown": len(pairs) - 2, "detectable": 0.0234}
     oracle = {"same": -0.2717, "next": 0.022, "other": 0.0357}
     summary = {
         "base": "b" * 64,
         "num_layers": layers,
         "num_heads": heads,
-        "flatness": {**shape, "sign_consistency_by_chance": 0.101, "flat": True},
+        "flatness": {**shape, "sign_consistency_by_chance": 0.101, "slopes": False},
         "adjacent_minus_skip": {**comparison(1.7e-4, 0.0002), "adjacent": 5.4e-4, "skip": 3.7e-4},
-        "removal": {"n": 13, "layer_pairs": counts, "heads": {**counts, "no_difference_shown": layers * heads - 2}},
-        "oracle": {"steps": 33, "lr": 0.05}
-        | {text: {"mean": mean, "low": mean - 0.04, "high": mean + 0.04, "n": 9} for text, mean in oracle.items()},
+        "removal": {
+            "n": 13,
+            "orders": [
+                {"order": order, "fraction": fraction, **change_of(0.01 * fraction)}
+                for order in ("least_gradient", "expected_gain")
+                for fraction in (0.1, 0.5)
+            ],
+            "layer_pairs": counts,
+            "heads": {**counts, "no_difference_shown": layers * heads - 2},
+        },
+        "oracle": {"steps": 33, "lr": 0.05, "carried_over": {"mean": -0.08, "low": -0.2, "high": 0.1, "n": 9}}
+        | {text: change_of(mean, 0.002 if text == "same" else 0.5) for text, mean in oracle.items()},
         "checks": {"gradients_and_removals_are_of_different_documents": True},
     }
     write_json(folder / "sensitivity.json", summary)
@@ -273,15 +283,15 @@ def write_sensitivity(root: Path, layers: int, heads: int) -> None:
     write_csv(
         folder / "removal.csv",
         [
-            {"order": order, "fraction": fraction, **change_of(rise * fraction)}
+            {"order": order, "fraction": fraction, "draws": 3, **change_of(rise * fraction, 0.01)}
             for order, rise in (("random", 0.15), ("least_gradient", 0.1), ("expected_gain", 0.2))
             for fraction in (0.1, 0.5, 1.0)
         ],
     )
-    rows = [{"source": s, "target": t, **change_of(0.01 * (t - s)), "p_holm": 0.02 * (s + 1)} for s, t in pairs]
+    rows = [{"source": s, "target": t, **change_of(0.01 * (t - s), 0.02 * (s + 1))} for s, t in pairs]
     write_csv(folder / "removal_layer_pairs.csv", rows)
     nodes = [(layer, head) for layer in range(layers) for head in range(heads)]
-    rows = [{"layer": one, "head": h, **change_of(0.001 * (one + h)), "p_holm": 1.0} for one, h in nodes]
+    rows = [{"layer": one, "head": h, **change_of(0.001 * (one + h), 1.0)} for one, h in nodes]
     write_csv(folder / "removal_heads.csv", rows)
 
 
@@ -298,7 +308,7 @@ def write_comparisons(root: Path, settings: Settings) -> None:
                 for mode in MODES[:2]:
                     row = {"family": family, "ours": ours, "theirs": theirs, "protocol": protocol, "mode": mode}
                     row |= comparison(0.0105 + index / 1000)
-                    rows.append(row | {"p_holm": 0.0321 if index < 3 else 0.5, "verdict": _verdict(index)})
+                    rows.append(row | {"p_corrected": 0.0321 if index < 3 else 0.5, "verdict": _verdict(index)})
     write_csv(root / "reports/statistics/comparisons.csv", rows)
     seeds = {name: settings.variant(name).seed for name in names if name in ("P1", "P1s1", "P1s2")}
     found = {"seeds": seeds}

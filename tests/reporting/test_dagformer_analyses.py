@@ -96,52 +96,78 @@ def test_text_of_one_source_has_no_domains():
 
 def test_flat_or_not():
     assert glance("X3").startswith(
-        "- X3: NLL is flat at A = 1, as far as first order shows (mean gradient of all gates"
+        "- X3: That NLL is not flat at A = 1 is not shown (mean gradient of all gates together p = 0.24 by document"
     )
-    edit_json(SENSITIVITY, lambda data: data["flatness"].update(flat=False, p=0.0002, harmful=0.25, helpful=0.125))
+    edit_json(SENSITIVITY, lambda data: data["flatness"].update(slopes=True, p=0.0002, harmful=0.25, helpful=0.125))
     assert "NLL is not flat at A = 1 (mean gradient of all gates together p = 0.0002" in glance("X3")
-    assert "certain: 37.5% of 54" in glance("X3")
+    assert "certain: 37.5% of 54; n = 53 windows of 17 documents)" in glance("X3")
     assert row_of(section(report(), "X3"), "gates that closing would help, after correction")[1] == "25.0%"
 
 
-def test_removals_that_help_are_named_and_so_is_that_there_are_none():
-    assert "No removal lowers NLL. Removing 100% of edges changes NLL by +0.1500" in glance("X3")
+@pytest.mark.parametrize(
+    ("name", "row", "words"),
+    [
+        ("removal", 6, "expected gain first 10%"),
+        ("removal_layer_pairs", 1, "layers 0 → 2"),
+        ("removal_heads", 4, "head 1, 1"),
+    ],
+)
+def test_removals_that_help_are_named_and_so_is_that_there_are_none(name, row, words):
+    none = "No removal is shown to lower NLL, of 27 removals, by order and fraction, layer pair or head. Removing 100%"
+    assert f"{none} of edges changes NLL by +0.1500" in glance("X3")
+    lower = dict(zip(["difference", "low", "high"], [-0.02, -0.03, -0.01], strict=True))
+    edit_csv(REPORTS / f"{name}.csv", lambda rows: rows.__setitem__("p_corrected", 0.06))
+    edit_csv(REPORTS / f"{name}.csv", lambda rows: rows.loc.__setitem__((row, list(lower)), list(lower.values())))
+    assert none in glance("X3")  # not after correction
+    edit_csv(REPORTS / f"{name}.csv", lambda rows: rows.loc.__setitem__((row, "p_corrected"), 0.04))
+    assert f"layer pair or head: {words} (-0.0200 [-0.0300, -0.0100], n = 13)." in glance("X3")
 
-    def change(rows: pd.DataFrame) -> None:
-        rows.loc[(rows["order"] == "expected_gain") & (rows["fraction"] == 0.1), ["difference", "low", "high"]] = [
-            -0.02,
-            -0.03,
-            -0.01,
-        ]
 
-    edit_csv(REPORTS / "removal.csv", change)
-    expected = "Removing edges lowers NLL for: expected gain first 10% (-0.0200 [-0.0300, -0.0100], n = 13)."
-    assert expected in glance("X3")
-    cells = row_of(section(report(), "X3"), "expected gain first")
-    assert cells[1] == "-0.0200 [-0.0300, -0.0100] better"
+def test_the_orders_of_removal_are_compared_with_the_random_one():
+    assert "least gradient first: no difference is shown at 10% (+0.0010" in section(report(), "X3")
+
+    def change(data):
+        data["removal"]["orders"][2].update(difference=0.0306, low=0.02, high=0.04, p_corrected=0.003)
+
+    edit_json(SENSITIVITY, change)
+    expected = "expected gain first: is worse at 10% (+0.0306 [+0.0200, +0.0400], p = 0.003), no difference is shown"
+    assert expected in section(report(), "X3")
+    edit_json(SENSITIVITY, lambda data: data["removal"].update(orders=[]))
+    assert "no order is compared" in section(report(), "X3")
 
 
 @pytest.mark.parametrize(
     ("own", "after", "words"),
     [
-        (-0.4, -0.1, "25% of the gain carries over to the text that follows"),
-        (-0.4, 0.0, "No part of the gain is shown to carry over"),
-        (0.0, -0.1, "It gains nothing, so there is nothing to explain"),
+        ((-0.4, 0.01), (-0.1, 0.01), "keeps 25% [10%, 40%] of the gain (bootstrap of documents): a part of it is"),
+        (
+            (-0.4, 0.01),
+            (-0.1, 0.06),
+            "keeps 25% [10%, 40%] of the gain (bootstrap of documents): that any part does is",
+        ),
+        ((-0.4, 0.01), (0.1, 0.01), "a part of it is lost, and more than it"),
+        ((-0.4, 0.06), (-0.1, 0.01), "A gain is not shown, so there is nothing to explain"),
     ],
 )
 def test_how_much_of_the_oracle_is_memorised(own, after, words):
     def change(data):
-        for text, mean in (("same", own), ("next", after)):
-            data["oracle"][text].update(mean=mean, low=mean - 0.01, high=mean + 0.01)
+        for text, (difference, p) in (("same", own), ("next", after)):
+            data["oracle"][text].update(difference=difference, p_corrected=p)
+        data["oracle"]["carried_over"].update(mean=0.25, low=0.1, high=0.4)
 
     edit_json(SENSITIVITY, change)
     assert words in glance("Gates optimised directly")
     assert words in section(report(), "X3")
 
 
+def test_what_single_removals_could_have_shown_is_said():
+    edit_json(SENSITIVITY, lambda data: data["removal"]["heads"].update(detectable=0.0567))
+    assert "A change of 0.0567 (median) would be shown four times in five" in section(report(), "X3")
+
+
 def test_the_layer_pairs_and_heads_that_matter_most_are_shown_with_corrected_verdicts():
     edit_csv(REPORTS / "removal_heads.csv", lambda rows: rows.__setitem__("difference", range(len(rows))))
-    edit_csv(REPORTS / "removal_heads.csv", lambda rows: rows.__setitem__("p_holm", 0.0123))
+    edit_csv(REPORTS / "removal_heads.csv", lambda rows: rows.__setitem__("p_corrected", 0.0123))
     text = section(report(), "X3")
     heads = [row for row in table_rows(text.split("**Heads**", 1)[1]) if re.fullmatch(r"\d, \d", row[0])]
     assert [row[0] for row in heads] == ["3, 2", "3, 1", "3, 0", "2, 2", "2, 1"]
@@ -212,7 +238,7 @@ def test_verdicts_are_counted_before_and_after_correction():
 def test_what_lies_under_p1_against_the_baseline_is_shown():
     def change(rows: pd.DataFrame) -> None:
         own = (rows["family"] == "baseline") & (rows["ours"] == "P1") & (rows["protocol"] == "prefix")
-        rows.loc[own, ["bootstrap_low", "bootstrap_high", "p", "p_holm"]] = [-0.1111, 0.2222, 0.0333, 0.4444]
+        rows.loc[own, ["bootstrap_low", "bootstrap_high", "p", "p_corrected"]] = [-0.1111, 0.2222, 0.0333, 0.4444]
         rows.loc[own, "effect_size"] = [float("nan"), -1.5]
         rows.loc[own, "detectable"] = 0.0555
 

@@ -14,14 +14,25 @@ if TYPE_CHECKING:
 
 ANALYSED = Path("data/analysis")
 STATISTICS = Path("reports/statistics")
-DIFFERENCE = ["difference", "low", "high", "n"]
+DIFFERENCE = ["difference", "low", "high", "n", "documents", "p_corrected"]
 COLUMNS = {  # of the tables of numbers
     "gate_gradients": ["source", "target", "gates", "mean", "size", "sign_consistency", "helpful", "harmful"],
-    "removal": ["fraction", *DIFFERENCE],
-    "removal_layer_pairs": ["source", "target", *DIFFERENCE, "p_holm"],
-    "removal_heads": ["layer", "head", *DIFFERENCE, "p_holm"],
+    "removal": ["fraction", "draws", *DIFFERENCE],
+    "removal_layer_pairs": ["source", "target", *DIFFERENCE],
+    "removal_heads": ["layer", "head", *DIFFERENCE],
 }
-COMPARISONS = ["mean", "low", "high", "n", "bootstrap_low", "bootstrap_high", "groups", "p", "detectable", "p_holm"]
+COMPARISONS = [
+    "mean",
+    "low",
+    "high",
+    "n",
+    "bootstrap_low",
+    "bootstrap_high",
+    "groups",
+    "p",
+    "detectable",
+    "p_corrected",
+]
 
 
 class Analyses(NamedTuple):

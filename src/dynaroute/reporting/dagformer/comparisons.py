@@ -143,7 +143,7 @@ def statistics(analyses: Analyses) -> str:
 
 
 def _cells(row: dict) -> list[str]:
-    return [interval(_interval(row)), resampled(row), f"{row['verdict']} (p = {row['p_holm']:.2g})"]
+    return [interval(_interval(row)), resampled(row), f"{row['verdict']} (p = {row['p_corrected']:.2g})"]
 
 
 _POWER = {
