@@ -2,7 +2,7 @@
 
     python stages/analyze_topology.py P1
 
-Everything is on windows of the test split, which no training has seen.
+Everything is on windows of the test split, whose documents no training has read.
 
 Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/base, data/dagformer/embeddings, data/dagformer/<id>,
         data/eval/<id>, reports/dagformer/<id>/nll.csv

@@ -86,6 +86,7 @@ def test_one_topology_for_all_texts_is_shown_as_such(analyze):
         for mode in ("soft", "hard"):
             varied = found["variation"][protocol][mode]
             assert varied.pop("distinct") == 1
+            assert (varied.pop("entropy_bits") > 0) == (mode == "soft")
             assert varied == pytest.approx(dict.fromkeys(varied, 0.0), abs=1e-12)
         assert found["swapped"][protocol]["mean"] == 0
         assert found["swapped"][protocol]["p"] == 1

@@ -31,7 +31,7 @@ def write_dagformer_tree(root: Path, layers: int = LAYERS, heads: int = HEADS, w
     settings = load_settings(root / "params.yaml")
     split = {"num_tokens": 100_003, "num_documents": 57, "unigram_entropy": 6.25}
     tokens = {"corpus": "docs", "tokenizer": {"kind": "bpe"}, "vocab_size": 300, "sources": ["numpy", "python"]}
-    splits = {"train": split, "validation": split, "test": {**split, "num_tokens": 5_227}}
+    splits = {"train": split, "validation": split, "test": {**split, "num_tokens": 5_227, "share_in_train": 0.0321}}
     write_json(root / "data/tokens/docs/metadata.json", {**tokens, "splits": splits})
     write_base(root, layers, heads)
     for index, name in enumerate(settings.variants):
@@ -184,7 +184,12 @@ def write_topology(root: Path, name: str, index: int, layers: int, heads: int, w
     """P1 follows the text and its domain, the second variant varies without, the third (C1) does not vary."""
     p, scale = ((0.0004, 1.0), (0.31, 0.5), (1.0, 0.0))[min(index, 2)]
     varied = {"gate_variance": 0.01234 * scale, "distance_mean": 0.1357 * scale, "distance_variance": 0.00246 * scale}
-    varied |= {"information_bits": 0.0789 * scale, "effective_rank": 7.7 * scale, "distinct": windows if scale else 1}
+    varied |= {
+        "entropy_bits": 0.2468,
+        "information_bits": 0.0789 * scale,
+        "effective_rank": 7.7 * scale,
+        "distinct": windows if scale else 1,
+    }
     tests = {mode: chance(0.0654 * scale, p, 0.0002 * scale) for mode in MODES[:2]}
     pairs = [
         {
@@ -298,7 +303,7 @@ def write_sensitivity(root: Path, layers: int, heads: int) -> None:
 def write_comparisons(root: Path, settings: Settings) -> None:
     names = list(settings.variants)
     members = {"baseline": [(name, "baseline") for name in names]}
-    members["reference"] = [(name, "P1") for name in names if name.startswith("A")]
+    members["reference"] = [(name, "P1") for name in names if name not in ("S1", "P1", "P1s1", "P1s2", "J1", "J0")]
     members["control"] = [("P1", "C1")] if "C1" in names else []
     members["joint"] = [("J1", "J0")] if {"J1", "J0"} <= set(names) else []
     rows = []

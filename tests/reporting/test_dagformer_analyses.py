@@ -27,35 +27,38 @@ def edit_topology(name: str, change) -> None:
 # --- X1 ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_predictor_that_follows_the_text_one_that_only_varies_and_one_topology_for_all_are_told_apart():
+def test_wirings_that_serve_their_text_that_only_vary_and_one_for_all_are_told_apart():
+    edit_topology("P1", lambda data: data["swapped"]["window"].update(mean=-0.02, low=-0.03, high=-0.01, p=0.02))
+    edit_topology("A9", lambda data: data["swapped"]["window"].update(p=0.03))  # 0.06 after correction
     lines = [line for line in section(report(), "At a glance").splitlines() if line.startswith("- X1")]
-    assert lines[0].startswith("- X1: P1: yes (mean distance 0.1357, shuffled texts p = 0.0004, n = 12).")
-    assert lines[1].startswith("- X1: A9: wirings vary, but that they follow the text is not shown (mean distance")
+    own = "wirings vary (mean distance 0.1357); a text's own wiring serves it better than another text's"
+    numbers = (
+        "(window protocol: -0.0200 [-0.0300, -0.0100], n = 37, p = 0.04); that a text's own wiring serves it better"
+    )
+    assert lines[0].startswith(f"- X1: P1: {own} {numbers} is not shown (prefix protocol")
+    assert lines[1].startswith(
+        "- X1: A9: wirings vary (mean distance 0.0678); that a text's own wiring serves it better"
+    )
     assert lines[2] == "- X1: C1: no, one wiring for all 12 texts."
 
 
-@pytest.mark.parametrize(
-    ("mean", "words"),
-    [
-        (-0.02, "better than another text's by the window protocol (-0.0200 [-0.0242, -0.0158], n = 37)"),
-        (0.02, "worse than another text's by the window protocol"),
-        (0.001, "no better than another text's, as far as shown by the window protocol"),
-    ],
-)
-def test_what_a_texts_own_wiring_is_worth(mean, words):
-    def change(data):
-        data["swapped"]["window"].update(mean=mean, low=mean - 0.0042, high=mean + 0.0042)
+def test_a_text_may_be_served_worse_by_its_own_wiring():
+    edit_topology("P1", lambda data: data["swapped"]["prefix"].update(mean=0.02, p=0.001))
+    assert "serves it worse than another text's (prefix protocol: +0.0200" in glance("X1: P1")
 
-    edit_topology("P1", change)
-    assert words in glance("X1: P1")
+
+def test_alike_wirings_of_one_text_decide_nothing():
+    before = glance("X1: P1")
+    edit_topology("P1", lambda data: data["same_text"]["soft"].update(p=0.9))
+    assert glance("X1: P1") == before
 
 
 def test_every_measure_of_variation_is_shown():
     values = {"gate_variance": 0.04321, "distance_mean": 0.4321, "distance_variance": 0.06543}
-    values |= {"information_bits": 0.7654, "effective_rank": 11.1, "distinct": 1234}
+    values |= {"entropy_bits": 0.3579, "information_bits": 0.7654, "effective_rank": 11.1, "distinct": 1234}
     edit_topology("A9", lambda data: data["variation"]["window"]["hard"].update(values))
     rows = [row for row in table_rows(section(report(), "X1")) if row[:2] == ["A9", "hard"]]
-    assert rows[0][2:] == ["0.04321", "0.4321", "0.06543", "0.7654", "11.1", "1,234"]
+    assert rows[0][2:] == ["0.04321", "0.4321", "0.06543", "0.3579", "0.7654", "11.1", "1,234"]
 
 
 # --- X2 ------------------------------------------------------------------------------------------------------------
@@ -68,6 +71,10 @@ def test_domains_are_told_or_not():
     text = section(report(), "X2")
     assert "**P1**: mean distance from source to source" in text
     assert "**A9**" not in text
+    nothing = {"observed": 0.5, "chance": 0.5, "p": 0.9}
+    edit_topology("P1", lambda data: data["domains"].update(probe=nothing, soft=data["domains"]["hard"]))
+    edit_topology("P1", lambda data: data["domains"]["soft"].update(separation=nothing))
+    assert "**P1**: mean distance from source to source" in section(report(), "X2")  # P1's are always shown
 
 
 def test_layer_pairs_that_differ_by_source_come_first_with_their_means():
@@ -139,13 +146,13 @@ def test_the_orders_of_removal_are_compared_with_the_random_one():
 @pytest.mark.parametrize(
     ("own", "after", "words"),
     [
-        ((-0.4, 0.01), (-0.1, 0.01), "keeps 25% [10%, 40%] of the gain (bootstrap of documents): a part of it is"),
+        ((-0.4, 0.01), (-0.1, 0.01), "keeps 25% [10%, 40%] of the gain (bootstrap of documents): some of it is"),
         (
             (-0.4, 0.01),
             (-0.1, 0.06),
-            "keeps 25% [10%, 40%] of the gain (bootstrap of documents): that any part does is",
+            "(bootstrap of documents): that any of it carries over is not shown",
         ),
-        ((-0.4, 0.01), (0.1, 0.01), "a part of it is lost, and more than it"),
+        ((-0.4, 0.01), (0.1, 0.01), "(bootstrap of documents): these gates are shown to harm it"),
         ((-0.4, 0.06), (-0.1, 0.01), "A gain is not shown, so there is nothing to explain"),
     ],
 )
@@ -195,9 +202,18 @@ def test_joint_training_has_its_outcome_after_correction(verdict):
         rows.loc[rows["family"] == "joint", "verdict"] = verdict
 
     edit_csv(STATISTICS / "comparisons.csv", change)
-    line = "J1 against J0: " + verdict + ": soft (window), hard (window), soft (prefix), hard (prefix)."
+    line = (
+        "J1 against J0, one seed of each: " + verdict + ": soft (window), hard (window), soft (prefix), hard (prefix)."
+    )
     assert line in glance("Joint training")
     assert line in section(report(), "7. Joint training")
+
+
+@pytest.mark.parametrize(("density", "open_gates"), [(0.9901, True), (0.99, False), (0.4, False)])
+def test_joint_training_whose_gates_stayed_open_says_nothing_of_the_method(density, open_gates):
+    edit_json(REPORTS / "J1/nll.json", lambda data: data["window"].update(density_hard=density))
+    assert ("says nothing of the method" in glance("Joint training")) == open_gates
+    assert f"{density:.1%} of J1's hard gates are open" in glance("Joint training")
 
 
 def test_the_joint_base_is_also_shown_with_its_gates_open():
@@ -232,7 +248,7 @@ def test_verdicts_are_counted_before_and_after_correction():
 
     edit_csv(STATISTICS / "comparisons.csv", change)
     row = row_of(section(report(), "8. Statistics"), "every ablation against P1")
-    assert row[1:] == ["44", "44 → 0", "0 → 0", "0 → 44"]
+    assert row[1:] == ["60", "60 → 0", "0 → 0", "0 → 60"]
 
 
 def test_what_lies_under_p1_against_the_baseline_is_shown():
@@ -282,3 +298,12 @@ def test_p1_must_be_analysed():
     edit_yaml("params.yaml", lambda params: params["analysis"].update(variants=["A9"]))
     assert refusal() == "analysis.variants: the report shows P1, which params.yaml does not list"
     assert load_settings().analysis.variants == ["A9"]
+
+
+def test_text_that_the_splits_share_is_said_to_be_shared():
+    path = "data/tokens/docs/metadata.json"
+    edit_json(path, lambda data: data["splits"]["test"].__setitem__("share_in_train", 0.1234))
+    for title in ("1. What was run", "6. Analysis experiments"):
+        assert "12.3%, in spans of 32 tokens or longer" in section(report(), title)
+    edit_json(path, lambda data: data["splits"]["test"].__setitem__("share_in_train", None))
+    assert "also stand in the training split: not looked for" in section(report(), "6. Analysis experiments")

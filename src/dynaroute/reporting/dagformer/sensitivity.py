@@ -132,11 +132,9 @@ def oracle_sentence(found: Record) -> str:
     if _verdict(own) != "better":
         return f"{gain} A gain is not shown, so there is nothing to explain."
     carried = f"{share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"
-    shown = {"better": "is shown to carry over", "worse": "is lost, and more than it"}.get(_verdict(after))
-    outcome = f"The text that follows keeps {carried} of the gain (bootstrap of documents)"
-    return (
-        f"{gain} {outcome}: a part of it {shown}." if shown else f"{gain} {outcome}: that any part does is not shown."
-    )
+    shown = {"better": "some of it is shown to carry over", "worse": "these gates are shown to harm it"}
+    outcome = shown.get(_verdict(after), "that any of it carries over is not shown")
+    return f"{gain} The text that follows keeps {carried} of the gain (bootstrap of documents): {outcome}."
 
 
 def _consistency(shape: Record) -> str:
@@ -181,8 +179,8 @@ def _cells(row: "pd.Series | Record") -> list[str]:
 def _outcomes(found: Record) -> str:
     return (
         f"{found['worse']} raise NLL, {found['better']} lower it and for {found['no_difference_shown']} no difference "
-        f"is shown (corrected p below {SIGNIFICANT}). A change of {found['detectable']:.4f} (median) would be shown four "
-        "times in five"
+        f"is shown (corrected p below {SIGNIFICANT}). A change of {found['detectable']:.4f} (median) would be shown "
+        "four times in five"
     )
 
 
