@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dynaroute.artifacts import move_directory, read_json, sha256, write_json
 from dynaroute.config import BaseEncoder, HubEncoder
 from dynaroute.dagformer.pretrained import load_model, load_tokenizer
-from dynaroute.dagformer.windows import Subset
+from dynaroute.dagformer.windows import Selection
 from dynaroute.data.tokenizers import Tokenizer
 from dynaroute.errors import DynarouteError
 
@@ -136,7 +136,7 @@ def load_encoder(settings: BaseEncoder | HubEncoder, base: str | Path, corpus: T
 def write_embeddings(
     encoder: Encoder,
     identity: dict[str, Any],
-    windows: dict[str, Subset],
+    windows: dict[str, Selection],
     prefix_tokens: int | None,
     directory: str | Path,
     scratch: str | Path,
@@ -160,8 +160,7 @@ def write_embeddings(
     folder, note = scratch / "embeddings", scratch / "progress.json"
     done: dict[str, int] = read_json(note) if note.exists() and folder.is_dir() else {}  # windows by file
     folder.mkdir(exist_ok=True)
-    seq_len = next(iter(windows.values())).seq_len
-    parts = {split: (own, seq_len) for split, own in windows.items()}
+    parts = {split: (own, own.seq_len) for split, own in windows.items()}
     if prefix_tokens is not None:
         parts |= {f"{split}_prefix": (own, prefix_tokens) for split, own in windows.items()}
     total, files = sum(len(own) for own, _ in parts.values()), {}
@@ -182,7 +181,7 @@ def write_embeddings(
 
 
 def _write_vectors(
-    path: Path, encoder: Encoder, windows: Subset, tokens_read: int, done: int, progress: tqdm
+    path: Path, encoder: Encoder, windows: Selection, tokens_read: int, done: int, progress: tqdm
 ) -> Iterator[int]:
     """Writes the vectors of the windows from `done` on; yields, now and then and at the end, how many are on disk."""
     shape = len(windows), encoder.embedding_size

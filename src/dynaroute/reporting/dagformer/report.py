@@ -9,9 +9,9 @@ from dynaroute.evaluation.statistics import SIGNIFICANT
 from dynaroute.reporting.dagformer import ablations, comparisons, phase1, sanity, sensitivity, topology
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results
-from dynaroute.reporting.dagformer.setup import health_sentence, setup, shared_text, variants
+from dynaroute.reporting.dagformer.setup import health_sentence, setup, variants
 from dynaroute.reporting.dagformer.wording import by_verdict
-from dynaroute.reporting.tables import count, figure, published, table
+from dynaroute.reporting.tables import count, figure, published, shared_text, table
 
 
 def page(results: Results, analyses: Analyses) -> str:
@@ -173,11 +173,12 @@ def protocols(results: Results) -> str:
 
 def analysis_data(results: Results) -> str:
     """What the analyses are made on."""
+    shared = shared_text(results.tokens["splits"]["test"])
     return (
         "All on windows of the test split. No training has read its documents, though they share text with others: "
-        f"tokens of it that also stand in the training split: {shared_text(results.tokens)}. Permutation tests "
-        "exchange what would be exchangeable if there were nothing to find; p is the share of exchanges that show "
-        "as much, the true order counted."
+        f"tokens of it that also stand in the training split: {shared}. Permutation tests exchange what would be "
+        "exchangeable if there were nothing to find; p is the share of exchanges that show as much, the true order "
+        "counted."
     )
 
 

@@ -1,10 +1,9 @@
 """What was run: the base, the text, and the variants."""
 
-from dynaroute.data.overlap import SPAN
 from dynaroute.reporting.dagformer.results import Results, Variant
 from dynaroute.reporting.dagformer.wording import budget
 from dynaroute.reporting.inputs import Record
-from dynaroute.reporting.tables import NONE, count, published, table
+from dynaroute.reporting.tables import NONE, count, published, shared_text, table
 
 
 def setup(results: Results) -> str:
@@ -20,7 +19,7 @@ def setup(results: Results) -> str:
         ["Parameters of P1's predictor", f"{results.main.training['predictor_parameters']:,}"],
         ["Encoder of the text, frozen", _encoder_name(shared["encoder"])],
         ["Corpus", f"`{shared['corpus']}`: {tokens['train']['num_tokens']:,} tokens for training"],
-        ["Test tokens that also stand in the training split", shared_text(results.tokens)],
+        ["Test tokens that also stand in the training split", shared_text(tokens["test"])],
         ["Sources", ", ".join(results.tokens["sources"])],
         ["Window", f"{shared['seq_len']:,} tokens"],
         ["Training windows", train_windows],
@@ -37,12 +36,6 @@ def setup(results: Results) -> str:
             "reported, not as a target: only differences to the baseline of the same run mean something.",
         ]
     )
-
-
-def shared_text(tokens: Record) -> str:
-    """How much of the test split training has read in other documents."""
-    share = tokens["splits"]["test"].get("share_in_train")
-    return "not looked for" if share is None else f"{share:.1%}, in spans of {SPAN} tokens or longer"
 
 
 def base_name(base: Record) -> str:
