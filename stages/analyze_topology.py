@@ -2,7 +2,7 @@
 
     python stages/analyze_topology.py P1
 
-Everything is on windows of the test split, which no training has seen.
+Everything is on windows of the test split, whose documents no training has read.
 
 Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/base, data/dagformer/embeddings, data/dagformer/<id>,
         data/eval/<id>, reports/dagformer/<id>/nll.csv
@@ -31,13 +31,14 @@ from tqdm import tqdm
 from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings
 from dynaroute.dagformer.base import load_base
-from dynaroute.dagformer.encoders import load_embeddings, load_encoder
+from dynaroute.dagformer.encoders import load_embeddings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.dagformer.trained import load_predictor
 from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.data.windows import Selection, Subset
+from dynaroute.data.windows import Subset
+from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.domains import Domains, DomainWindows, domain_windows, main_documents
 from dynaroute.evaluation.nll import Wiring, read_nll, sequence_nll, wire, wired_nll
 from dynaroute.evaluation.statistics import compare, holm
@@ -99,7 +100,12 @@ def main(settings: Settings, name: str) -> None:
     tensors["variance"] = wirings["window"].soft.var(0, correction=0)
     report["domains"] = None
     if drawn is not None:
-        vectors = encode(settings, shards, Selection(windows, drawn.windows))
+        folder = DATA / "embeddings/domains"
+        vectors = load_embeddings(folder).get("domains", np.empty(0))
+        if len(vectors) != len(drawn.windows):
+            found = f"{len(vectors)} texts of domains, not {len(drawn.windows)}"
+            raise DynarouteError(f"{folder}: {found}: run stages/encode_windows.py again")
+        vectors = torch.from_numpy(vectors)
         report["domains"], tensors["mean_by_source"] = analyze_domains(settings, predictor, drawn, vectors)
     write_csv(
         REPORTS / name / "swaps.csv",
@@ -174,14 +180,6 @@ def reading(
         pairs["read_minus_not_read"] = read, not_read[mode]
         found[mode] = {key: compare(*pair, documents, seed)._asdict() for key, pair in pairs.items()}
     return found
-
-
-def encode(settings: Settings, shards: TokenShards, windows: Selection) -> Tensor:
-    """The text vectors of windows, [n, E]."""
-    encoder = load_encoder(settings.dagformer.encoder, DATA / "base", shards.tokenizer(), settings.device)
-    batches = range(0, len(windows), BATCH)
-    parts = [windows.batch(range(start, min(start + BATCH, len(windows))))[0] for start in batches]
-    return torch.cat([encoder.encode(tokens) for tokens in tqdm(parts, desc="encode", unit="batch", disable=None)])
 
 
 def analyze_domains(

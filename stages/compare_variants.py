@@ -2,7 +2,7 @@
 
     python stages/compare_variants.py
 
-Families, each corrected for its own number of tests by Holm:
+Families, each corrected for its own number of tests by `westfall_young`:
     baseline    every variant against the base with all gates at one
     reference   every ablation against P1, at its own budget where that was run
     control     P1 and its other seeds against C1, one topology for all texts
@@ -11,7 +11,7 @@ Families, each corrected for its own number of tests by Holm:
 Reads   reports/dagformer/<id>/* and data/dagformer/<id>/run.json of every variant in params.yaml;
         data/tokens/<dagformer.corpus> (test), for the document that each window is of
 Writes  reports/statistics/comparisons.csv  a row for each comparison, protocol and mode: family, ours, theirs,
-            protocol, mode; what `dynaroute.evaluation.statistics.compare` gives; p_holm; verdict, by the rule of
+            protocol, mode; what `dynaroute.evaluation.statistics.compare` gives; p_corrected; verdict, by the rule of
             `corrected_verdict`
         reports/statistics/seeds.json       seeds, by variant; by protocol and mode: differences, to the baseline, by
             variant; spread, their standard deviation; mean, low, high, n of the t interval over seeds; verdict
@@ -28,7 +28,7 @@ from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings
 from dynaroute.data.shards import TokenShards
 from dynaroute.evaluation.domains import main_documents
-from dynaroute.evaluation.statistics import compare, corrected_verdict, holm, paired_difference, verdict
+from dynaroute.evaluation.statistics import compare, corrected_verdict, paired_difference, verdict, westfall_young
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant, read_results
 from dynaroute.stage import run
 
@@ -44,8 +44,9 @@ def main(settings: Settings) -> None:
     rows = []
     for family, members in families(results).items():
         own = list(compare_family(family, members, documents, settings.seed))
-        for row, p in zip(own, holm([row["p"] for row in own]), strict=True):
-            rows.append(row | {"p_holm": float(p), "verdict": corrected_verdict(row["mean"], float(p))})
+        differences = np.stack([nll[0] - nll[1] for _, nll in own], axis=1)  # [n, tests]
+        for (row, _), p in zip(own, westfall_young(differences, documents, settings.seed), strict=True):
+            rows.append(row | {"p_corrected": float(p), "verdict": corrected_verdict(row["mean"], float(p))})
     write_csv(REPORTS / "comparisons.csv", rows)
     write_json(REPORTS / "seeds.json", over_seeds(results.seeds()))
 
@@ -69,21 +70,16 @@ def families(results: Results) -> dict[str, list[tuple[Variant, Variant | None]]
 
 def compare_family(
     family: str, members: list[tuple[Variant, Variant | None]], documents: np.ndarray, seed: int
-) -> Iterator[dict[str, Any]]:
-    """A row for each pair, protocol and mode."""
+) -> Iterator[tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]]:
+    """A row for each pair, protocol and mode, and the NLL [n] of both."""
     for ours, theirs in tqdm(members, desc=family, unit="pair", disable=None):
+        names = {"family": family, "ours": ours.name, "theirs": "baseline" if theirs is None else theirs.name}
         for protocol in PROTOCOLS:
             for mode in MODES:
                 mine = ours.window_nll(mode, protocol)
                 others = ours.window_nll("baseline", protocol) if theirs is None else theirs.window_nll(mode, protocol)
-                names = {"ours": ours.name, "theirs": "baseline" if theirs is None else theirs.name}
-                yield {
-                    "family": family,
-                    **names,
-                    "protocol": protocol,
-                    "mode": mode,
-                    **compare(mine, others, documents, seed)._asdict(),
-                }
+                row = names | {"protocol": protocol, "mode": mode}
+                yield row | compare(mine, others, documents, seed)._asdict(), (mine, others)
 
 
 def over_seeds(seeds: list[Variant]) -> dict[str, Any]:

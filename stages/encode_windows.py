@@ -7,7 +7,8 @@ The encoder is frozen, so a text's vector never changes. For the prefix protocol
 
 Reads   data/tokens/<dagformer.corpus>; data/dagformer/base where dagformer.encoder.kind is base
 Writes  data/dagformer/embeddings/   training/train.npy, validation.npy; evaluation/test.npy, test_prefix.npy
-                                     (float32 [windows, E]); metadata.json beside them
+                                     (float32 [windows, E]); metadata.json beside them. domains/domains.npy, of
+                                     windows of each source alone; without that file if there is but one source
 
 A run that was stopped goes on from where it was, in .scratch/encode_windows/.
 """
@@ -20,7 +21,8 @@ from dynaroute.artifacts import sha256
 from dynaroute.config import BaseEncoder, Settings
 from dynaroute.dagformer.encoders import load_encoder, write_embeddings
 from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.data.windows import KEYS, Subset
+from dynaroute.data.windows import KEYS, Selection, Subset
+from dynaroute.evaluation.domains import domain_windows
 from dynaroute.stage import run
 from dynaroute.training.scratch import exclusive, run_id, scratch_folder
 
@@ -42,7 +44,11 @@ def main(settings: Settings) -> None:
     folders = {
         "training": ({split: windows[split] for split in ("train", "validation")}, None),
         "evaluation": ({"test": windows["test"]}, dagformer.prefix_tokens),
+        "domains": ({}, None),
     }
+    drawn = domain_windows(shards["test"], dagformer.seq_len, settings.analysis.domain_windows)
+    if drawn is not None:
+        folders["domains"][0]["domains"] = Selection(windows["test"].windows, drawn.windows)
     for name, (own, prefix_tokens) in folders.items():
         identity = {
             "windows": {split: len(part) for split, part in own.items()},

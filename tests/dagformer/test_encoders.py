@@ -19,6 +19,7 @@ from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.data.tokenizers import load_tokenizer, save_tokenizer
 from dynaroute.data.windows import KEYS, Subset
 from dynaroute.errors import DynarouteError
+from dynaroute.evaluation.domains import domain_windows
 
 BASE = BaseEncoder(kind="base")
 SEQ_LEN, PREFIX, WIDTH, VOCABULARY = 8, 3, 16, 280
@@ -412,6 +413,11 @@ def test_the_stage_encodes_the_windows_that_the_settings_ask_for(base, tokens, t
     assert {name: len(vectors) for name, vectors in found.items()} == {"train": 4, "validation": 1}
     held_out = load_embeddings("data/dagformer/embeddings/evaluation")
     assert {name: len(vectors) for name, vectors in held_out.items()} == {"test": 2, "test_prefix": 2}
+    drawn = domain_windows(TokenShards(tokens, "test"), SEQ_LEN, settings.analysis.domain_windows)
+    domains = load_embeddings("data/dagformer/embeddings/domains")
+    assert {name: len(vectors) for name, vectors in domains.items()} == (
+        {} if drawn is None else {"domains": len(drawn.windows)}
+    )
     train = Subset(Windows(TokenShards(tokens, "train"), SEQ_LEN, keep_tail=False), 4)
     expected = load_encoder(BASE, base, None, "cpu").encode(train.batch(range(4))[0])
     assert torch.equal(torch.from_numpy(found["train"]), expected)

@@ -73,6 +73,18 @@ def test_a_docstring_that_repeats_is_kept_once(package):
     assert [text for *_, text in installed_docs.modules(["documented"])] == ["Same.", "Other."]
 
 
+def test_a_long_paragraph_is_kept_only_where_it_comes_first(package):
+    long = "A paragraph that classes inherit, which stands in more than one file."
+    other = "Another one, as long as it, but which stands in no file other than b.py."
+    (package / "a.py").write_text(f'"""Of a.\n\n{long}\n\nReturns\n"""')
+    (package / "b.py").write_text(f'def f():\n    """Of b.\n\n    {long}\n\n    {other}\n\n    Returns\n    """')
+    (package / "c.py").write_text(f'"""{long}"""')
+    texts = {module_id: text for _, module_id, text in installed_docs.modules(["documented"])}
+    assert texts["documented/a.py"] == f"Of a.\n\n{long}\n\nReturns"
+    assert texts["documented/b.py"] == f"Of b.\n\n{other}\n\nReturns"
+    assert "documented/c.py" not in texts
+
+
 @pytest.mark.parametrize("damage", [b"def f(:", b'"""nul \0 byte"""', b'"""\xff not UTF-8"""'])
 def test_a_file_that_does_not_parse_is_skipped(package, damage):
     (package / "bad.py").write_bytes(damage)

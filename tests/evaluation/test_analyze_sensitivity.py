@@ -71,16 +71,23 @@ def test_removing_everything_is_the_base_without_any_connection(tree, stage):
     assert [row["order"] for row in whole] == ["random", "least_gradient", "expected_gain"]
     assert len({row["difference"] for row in whole}) == 1
     nll = nll_without_connections(stage)
-    expected = paired_difference(nll[0], nll[1])
+    documents = stage.windows_of_documents(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN)
+    own = documents[scored_windows(stage)]
+    change = np.array([(nll[0] - nll[1])[own == document].mean() for document in np.unique(own)])
+    expected = paired_difference(change, np.zeros_like(change))
     assert float(whole[0]["difference"]) == pytest.approx(expected.mean, abs=1e-5)
     assert float(whole[0]["low"]) == pytest.approx(expected.low, abs=1e-5)
+
+
+def scored_windows(stage: ModuleType) -> list[int]:
+    documents = stage.windows_of_documents(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN)
+    return stage.halves(documents, settings().analysis)[1]
 
 
 def nll_without_connections(stage: ModuleType) -> np.ndarray:
     """NLL of the windows that removals are scored on, by a plain forward with no gate open, and by transformers."""
     windows = stage.Windows(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN, keep_tail=False)
-    documents = stage.windows_of_documents(windows.shards, SEQ_LEN)
-    tokens, targets = windows.batch(stage.halves(documents, settings().analysis)[1])
+    tokens, targets = windows.batch(scored_windows(stage))
     base = make_base()
     with torch.no_grad():
         logits = [DagForward(base)(tokens, torch.zeros(4, LAYERS * HEADS, LAYERS * HEADS)), base(tokens).logits]
@@ -99,15 +106,33 @@ def test_there_is_a_row_for_each_layer_pair_head_order_and_text(tree, stage):
     assert len(rows("removal")) == 3 * 2
     found = json.loads((REPORTS / "sensitivity.json").read_text())
     for kind, of in (("layer_pairs", 3), ("heads", LAYERS * HEADS)):
-        assert sum(found["removal"][kind].values()) == of
+        own = found["removal"][kind]
+        assert own["better"] + own["worse"] + own["no_difference_shown"] == of
+        assert own["detectable"] == pytest.approx(
+            np.median([float(row["detectable"]) for row in rows(f"removal_{kind}")])
+        )
+    total = {}
     for text in ("same", "next", "other"):
         own = [row for row in rows("oracle") if row["text"] == text]
-        gain = paired_difference([float(r["nll_oracle"]) for r in own], [float(r["nll_baseline"]) for r in own])
-        assert found["oracle"][text]["mean"] == pytest.approx(gain.mean)
+        gains = [float(row["nll_oracle"]) - float(row["nll_baseline"]) for row in own]
+        assert len({row["document"] for row in own}) == found["oracle"][text]["documents"] == 3
+        assert found["oracle"][text]["difference"] == pytest.approx(np.mean(gains))
+        total[text] = sum(gains)
         assert found["oracle"][text]["n"] == 3
         shift = {"same": 0, "next": 1}.get(text)
         assert shift is None or all(int(row["scored_window"]) - int(row["window"]) == shift for row in own)
-    assert found["oracle"]["same"]["mean"] < 0
+    assert found["oracle"]["same"]["difference"] < 0
+    assert found["oracle"]["carried_over"]["mean"] == pytest.approx(total["next"] / total["same"])
+
+
+def test_orders_are_compared_with_the_random_one_where_there_is_an_order(tree, stage):
+    stage.main(settings())
+    found = json.loads((REPORTS / "sensitivity.json").read_text())["removal"]["orders"]
+    assert [(row["order"], row["fraction"]) for row in found] == [("least_gradient", 0.25), ("expected_gain", 0.25)]
+    written = {(row["order"], row["fraction"]): float(row["difference"]) for row in rows("removal")}
+    for row in found:
+        apart = written[row["order"], "0.25"] - written["random", "0.25"]
+        assert row["difference"] == pytest.approx(apart, abs=1e-9)
 
 
 def test_gradients_and_removals_never_share_a_document(stage):
@@ -120,6 +145,14 @@ def test_gradients_and_removals_never_share_a_document(stage):
     assert [len(half) for half in few] == [2, 3]
 
 
+def test_windows_are_chosen_evenly_over_documents_however_long_they_are(stage):
+    documents = np.repeat(np.arange(8), [90, 80, 3, 3, 3, 3, 3, 3])
+    chosen = stage.halves(documents, settings(gradient_windows=8, removal_windows=4).analysis)
+    assert [np.bincount(documents[half])[parity::2].tolist() for parity, half in enumerate(chosen)] == [
+        *([2, 2, 2, 2], [1, 1, 1, 1])
+    ]
+
+
 @pytest.mark.parametrize("documents", [[0, 0, 0, -1], [0, 1, 2, -1], [-1, -1]])
 def test_too_few_documents_are_refused(stage, documents):
     with pytest.raises(DynarouteError, match=r"analysis: too few documents .* hold a whole window \(\d\)"):
@@ -127,5 +160,5 @@ def test_too_few_documents_are_refused(stage, documents):
 
 
 def test_text_without_windows_that_go_on_is_refused(stage):
-    with pytest.raises(DynarouteError, match=r"analysis.oracle_windows = 3: 1 windows .* of their document"):
+    with pytest.raises(DynarouteError, match=r"analysis.oracle_windows = 3: 1 documents .* in a row"):
         stage.followed_windows(np.array([-1, 0, 0, 1, 2, -1, 3]), settings().analysis)

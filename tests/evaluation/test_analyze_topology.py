@@ -9,11 +9,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from small_base import EMBEDDING
 from small_dagformer import (
     HEADS,
     LAYERS,
     PREFIX,
     REPOSITORY,
+    SEQ_LEN,
     WINDOWS,
     make_base,
     make_predictor,
@@ -23,10 +25,13 @@ from small_dagformer import (
     write_variant,
 )
 
+from dynaroute.artifacts import sha256, write_json
 from dynaroute.config import Settings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
+from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
+from dynaroute.evaluation.domains import domain_windows
 from dynaroute.evaluation.statistics import paired_difference
 from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
 
@@ -46,11 +51,17 @@ def stage_of(name: str) -> ModuleType:
     return module
 
 
-class EncoderOfSums:
-    """Stands in for the base's own states, whose width is not that of these predictors."""
-
-    def encode(self, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.stack([(tokens * (k + 1)).sum(1).sin() for k in range(12)], dim=1)
+def write_domains() -> None:
+    """What encode_windows leaves of the windows of each source: here, sums of their tokens."""
+    shards = TokenShards("data/tokens/docs", "test")
+    drawn = domain_windows(shards, SEQ_LEN, settings().analysis.domain_windows)
+    tokens, _ = Windows(shards, SEQ_LEN, keep_tail=False).batch(drawn.windows)
+    vectors = torch.stack([(tokens * (k + 1)).sum(1).sin() for k in range(EMBEDDING)], dim=1).numpy()
+    folder = Path("data/dagformer/embeddings/domains")
+    folder.mkdir()
+    np.save(folder / "domains.npy", vectors)
+    files = {"domains": {"file": "domains.npy", "windows": len(vectors), "sha256": sha256(folder / "domains.npy")}}
+    write_json(folder / "metadata.json", {"embedding_size": EMBEDDING, "files": files})
 
 
 @pytest.fixture
@@ -58,9 +69,8 @@ def analyze(tmp_path, monkeypatch):
     """Evaluates and analyses P1 as a predictor with the given knobs, in the working directory; returns the report."""
     monkeypatch.chdir(tmp_path)
     write_all(settings())
+    write_domains()
     stage = stage_of("analyze_topology")
-    monkeypatch.setattr(stage, "load_encoder", lambda *_: EncoderOfSums())
-    monkeypatch.setattr(stage.TokenShards, "tokenizer", lambda _: None)  # it reads tokens, not text
 
     def analyze(again: bool = False, **knobs) -> dict:
         if not again:
@@ -86,6 +96,7 @@ def test_one_topology_for_all_texts_is_shown_as_such(analyze):
         for mode in ("soft", "hard"):
             varied = found["variation"][protocol][mode]
             assert varied.pop("distinct") == 1
+            assert (varied.pop("entropy_bits") > 0) == (mode == "soft")
             assert varied == pytest.approx(dict.fromkeys(varied, 0.0), abs=1e-12)
         assert found["swapped"][protocol]["mean"] == 0
         assert found["swapped"][protocol]["p"] == 1
@@ -196,4 +207,12 @@ def test_a_damaged_evaluation_is_named(analyze, content, message):
     path = Path("reports/dagformer/P1/nll.csv")
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(DynarouteError, match=f"{path}: {message}"):
+        analyze(again=True)
+
+
+def test_vectors_of_other_windows_are_refused(analyze):
+    analyze()
+    path = Path("data/dagformer/embeddings/domains/metadata.json")
+    write_json(path, {"embedding_size": EMBEDDING, "files": {}})
+    with pytest.raises(DynarouteError, match=r"embeddings/domains: 0 texts of domains, not \d+: run stages/encode_w"):
         analyze(again=True)

@@ -21,6 +21,7 @@ from dynaroute.evaluation.sensitivity import (
     without_head,
     without_layer_pair,
 )
+from dynaroute.evaluation.statistics import benjamini_hochberg, t_test_p
 
 VALID = dag_mask(LAYERS, HEADS)
 EDGES = [(i, j) for i, j in itertools.product(range(LAYERS * HEADS), repeat=2) if i // HEADS < j // HEADS]
@@ -115,29 +116,44 @@ def test_each_window_is_optimised_by_itself(graph, tmp_path):
 # --- flat, or not --------------------------------------------------------------------------------------------------
 
 
-def gradients(mean: float, seed: int, windows: int = 40, gates: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients whose mean is 0 for the first 40 gates and `mean` for the others, and the documents of the windows."""
-    rng, documents = np.random.default_rng(seed), np.arange(windows) // 2
-    found = rng.normal(size=(windows, gates))
+def gradients(mean: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of 60 gates whose mean is 0 for the first 40 and `mean` for the others, and the windows' documents.
+
+    Windows of one document are alike, as those of real text are, and one document has half of all.
+    """
+    rng = np.random.default_rng(seed)
+    documents = np.repeat(np.arange(16), [30, *[2] * 15])
+    found = rng.normal(size=(16, 60))[documents] + 0.5 * rng.normal(size=(60, 60))
     found[:, 40:] += mean
     return found, documents
 
 
 def test_a_slope_that_was_planted_is_found_with_its_sign_and_its_gates():
-    for mean, words in ((1.0, "harmful"), (-1.0, "helpful")):
+    for mean, words in ((1.5, "harmful"), (-1.5, "helpful")):
         values, documents = gradients(mean, seed=0)
         found = flatness(values, documents, 199, 0)
-        assert not found["flat"]
-        assert found["p"] == 1 / 200
-        assert found[words] == pytest.approx(20 / 60, abs=0.04)
+        assert found["slopes"]
+        assert found["p"] <= 2 / 200
+        assert (found["n"], found["documents"]) == (60, 16)
+        assert found[words] == pytest.approx(20 / 60, abs=0.07)
         assert found["harmful"] + found["helpful"] == pytest.approx(found[words], abs=0.04)
         assert found["sign_consistency"] > found["sign_consistency_by_chance"] + 0.1
 
 
-def test_no_slope_is_flat():
-    flat = [flatness(*gradients(0.0, seed), 99, 0) for seed in range(40)]
-    assert np.mean([found["flat"] for found in flat]) > 0.8  # two tests at 0.05
-    assert np.mean([found["sign_consistency"] for found in flat]) == pytest.approx(chance_consistency(40), rel=0.03)
+def test_documents_that_differ_are_no_slope():
+    found = [flatness(*gradients(0.0, seed), 99, 0) for seed in range(60)]
+    assert np.mean([one["slopes"] for one in found]) < 0.15
+    assert np.mean([one["helpful"] + one["harmful"] > 0 for one in found]) < 0.15
+    # With windows taken as independent every one of these would have gates that are certain.
+    values, documents = gradients(0.0, 0)
+    assert (benjamini_hochberg(t_test_p(values)) < 0.05).mean() > 0.2
+    assert not (describe_gradients(values, documents)["p"] < 0.05).any()
+
+
+def test_the_sign_consistency_of_independent_windows_is_that_of_chance():
+    values = np.random.default_rng(0).normal(size=(40, 2000))
+    found = flatness(values, np.arange(40), 9, 0)
+    assert found["sign_consistency"] == pytest.approx(chance_consistency(40), rel=0.05)
 
 
 def test_the_consistency_of_coins_is_that_of_all_throws():
@@ -148,7 +164,7 @@ def test_the_consistency_of_coins_is_that_of_all_throws():
 
 def test_gates_are_described_one_by_one():
     values = np.array([[1.0, -2.0, 0.0], [3.0, -2.0, 0.0], [-1.0, -5.0, 0.0]])
-    found = describe_gradients(values)
+    found = describe_gradients(values, np.arange(3))
     assert found["mean"].tolist() == [1.0, -3.0, 0.0]
     assert found["spread"].tolist() == [2.0, pytest.approx(3**0.5), 0.0]
     assert found["size"].tolist() == [pytest.approx(5 / 3), 3.0, 0.0]

@@ -10,9 +10,11 @@ from dynaroute.evaluation.statistics import (
     Interval,
     benjamini_hochberg,
     bootstrap_difference,
+    bootstrap_ratio,
     compare,
     corrected_verdict,
     effect_size,
+    group_means,
     holm,
     mean_vector_test,
     minimum_detectable_difference,
@@ -21,6 +23,7 @@ from dynaroute.evaluation.statistics import (
     sign_flip_p,
     t_test_p,
     verdict,
+    westfall_young,
 )
 
 
@@ -238,6 +241,77 @@ def test_holm_keeps_false_findings_among_many_tests_rare():
     p = rng.uniform(size=(400, 30))  # 30 tests without any effect
     assert np.mean(p.min(1) < 0.05) > 0.7
     assert np.mean([holm(row).min() < 0.05 for row in p]) < 0.08
+
+
+def documents_apart(rng: np.random.Generator, effect: float) -> tuple[np.ndarray, np.ndarray]:
+    """Forty differences over 48 windows, in pairs that are nearly equal; documents differ, and one has a third of all.
+
+    The first pair of them has the effect.
+    """
+    groups = np.repeat(np.arange(17), [16, *[2] * 16])
+    own = rng.normal(size=(17, 20))[groups] + 0.3 * rng.normal(size=(48, 20))
+    own[:, 0] += effect
+    return np.repeat(own, 2, axis=1) + 0.05 * rng.normal(size=(48, 40)), groups
+
+
+def test_the_largest_of_many_differences_is_found_if_it_was_planted_and_seldom_if_not():
+    rng = np.random.default_rng(13)
+    null = [westfall_young(*documents_apart(rng, 0.0), 0).min() < 0.05 for _ in range(60)]
+    assert np.mean(null) < 0.15  # 0.05, and three standard errors
+    alone = [scipy.stats.ttest_1samp(documents_apart(rng, 0.0)[0], 0).pvalue.min() * 40 < 0.05 for _ in range(20)]
+    assert np.mean(alone) > 0.8  # windows taken as independent: Bonferroni's correction does not help
+    p = westfall_young(*documents_apart(rng, 2.0), 0)
+    assert (p[:2] < 0.05).all()
+    assert (p[2:] > 0.05).mean() > 0.9
+
+
+def test_differences_that_go_together_cost_less_than_by_holm():
+    values, groups = documents_apart(np.random.default_rng(14), 2.0)
+    single = np.array([sign_flip_p(column, np.zeros(48), groups, 0) for column in values.T])
+    corrected = westfall_young(values, groups, 0)
+    assert (corrected >= single - 0.01).all()
+    assert (corrected[:2] < holm(single)[:2]).all()
+
+
+def test_one_difference_alone_is_not_corrected():
+    ours, theirs, groups = clustered(np.random.default_rng(15), 0.5)
+    found = westfall_young((ours - theirs)[:, None], groups, 0)
+    assert found[0] == pytest.approx(sign_flip_p(ours, theirs, groups, 0), abs=0.02)
+    nothing = westfall_young(np.zeros((6, 2)), np.arange(6), 0)
+    assert nothing.tolist() == [1.0, 1.0]
+
+
+def test_step_down_is_that_of_a_plain_loop_over_all_flips():
+    values = np.random.default_rng(16).normal(0.9, 1, (8, 3))
+    flips = np.array(list(itertools.product((1, -1), repeat=8)))  # the first one flips nothing
+    sums = np.abs(flips @ values).round(9)
+    p = np.array([[(column >= value).mean() for value in column] for column in sums.T]).T
+    expected, largest, rest = np.empty(3), 0.0, {0, 1, 2}
+    for column in sorted(rest, key=lambda index: p[0, index]):
+        largest = max(largest, (p[:, sorted(rest)].min(1) <= p[0, column]).mean())
+        expected[column] = largest
+        rest.remove(column)
+    assert westfall_young(values, np.arange(8), 0) == pytest.approx(expected, abs=0.02)
+
+
+def test_means_of_groups_are_those_of_a_loop():
+    values, groups = np.random.default_rng(17).normal(size=(7, 2)), np.array([5, 5, 1, 5, 1, 9, 9])
+    expected = [[values[groups == group, column].mean() for column in range(2)] for group in (1, 5, 9)]
+    assert group_means(values, groups) == pytest.approx(np.array(expected))
+    assert group_means(values[:, 0], groups) == pytest.approx(np.array(expected)[:, 0])
+
+
+def test_the_interval_of_a_ratio_holds_the_true_one_and_is_by_group():
+    rng, covered = np.random.default_rng(18), 0
+    groups = np.repeat(np.arange(30), 2)
+    for _ in range(60):
+        wholes = rng.normal(4, 1, 30)[groups]
+        parts = 0.25 * wholes + rng.normal(0, 0.5, 30)[groups]  # of the document
+        found = bootstrap_ratio(parts, wholes, groups, 0)
+        assert found.mean == pytest.approx(parts.sum() / wholes.sum())
+        assert found.n == 30
+        covered += found.low < 0.25 < found.high
+    assert covered / 60 > 0.83
 
 
 def test_the_t_test_of_many_columns_is_that_of_scipy():

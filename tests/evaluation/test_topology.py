@@ -108,8 +108,10 @@ def test_wirings_without_any_edge_are_equal_and_as_far_as_can_be_from_any_other(
 
 
 def test_one_wiring_for_all_texts_does_not_vary():
-    found = variation(random_gates(1).expand(9, -1))  # of values whose mean over nine does not round to themselves
+    gates = random_gates(1)
+    found = variation(gates.expand(9, -1))  # of values whose mean over nine does not round to themselves
     assert found.pop("distinct") == 1
+    assert found.pop("entropy_bits") == pytest.approx(float(gate_entropy(gates.double()).mean()))
     assert found == pytest.approx(dict.fromkeys(found, 0.0), abs=1e-15)
 
 

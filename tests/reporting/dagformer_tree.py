@@ -31,7 +31,7 @@ def write_dagformer_tree(root: Path, layers: int = LAYERS, heads: int = HEADS, w
     settings = load_settings(root / "params.yaml")
     split = {"num_tokens": 100_003, "num_documents": 57, "unigram_entropy": 6.25}
     tokens = {"corpus": "docs", "tokenizer": {"kind": "bpe"}, "vocab_size": 300, "sources": ["numpy", "python"]}
-    splits = {"train": split, "validation": split, "test": {**split, "num_tokens": 5_227}}
+    splits = {"train": split, "validation": split, "test": {**split, "num_tokens": 5_227, "share_in_train": 0.0321}}
     write_json(root / "data/tokens/docs/metadata.json", {**tokens, "splits": splits})
     write_base(root, layers, heads)
     for index, name in enumerate(settings.variants):
@@ -184,7 +184,12 @@ def write_topology(root: Path, name: str, index: int, layers: int, heads: int, w
     """P1 follows the text and its domain, the second variant varies without, the third (C1) does not vary."""
     p, scale = ((0.0004, 1.0), (0.31, 0.5), (1.0, 0.0))[min(index, 2)]
     varied = {"gate_variance": 0.01234 * scale, "distance_mean": 0.1357 * scale, "distance_variance": 0.00246 * scale}
-    varied |= {"information_bits": 0.0789 * scale, "effective_rank": 7.7 * scale, "distinct": windows if scale else 1}
+    varied |= {
+        "entropy_bits": 0.2468,
+        "information_bits": 0.0789 * scale,
+        "effective_rank": 7.7 * scale,
+        "distinct": windows if scale else 1,
+    }
     tests = {mode: chance(0.0654 * scale, p, 0.0002 * scale) for mode in MODES[:2]}
     pairs = [
         {
@@ -237,26 +242,36 @@ def write_wirings(folder: Path, index: int, layers: int = LAYERS, heads: int = H
     save_checkpoint(folder / "wirings.safetensors", tensors, {"sources": ["numpy", "python"], "num_heads": heads})
 
 
-def change_of(difference: float, n: int = 13) -> dict:
-    return {"difference": difference, "low": difference - 0.003, "high": difference + 0.003, "n": n}
+def change_of(difference: float, p: float = 0.5) -> dict:
+    found = {"difference": difference, "low": difference - 0.003, "high": difference + 0.003, "n": 13, "documents": 11}
+    return found | {"p_corrected": p, "detectable": 0.0123}
 
 
 def write_sensitivity(root: Path, layers: int, heads: int) -> None:
     folder = root / "reports/dagformer"
     pairs = [(source, target) for source in range(layers) for target in range(source + 1, layers)]
-    shape = {"n": 53, "gates": len(pairs) * heads**2, "size": 4.14e-4, "size_of_mean": 7.27e-5}
+    shape = {"n": 53, "documents": 17, "gates": len(pairs) * heads**2, "size": 4.14e-4, "size_of_mean": 7.27e-5}
     shape |= {"size_by_chance": 6.9e-5, "p": 0.237, "helpful": 0.0, "harmful": 0.0, "sign_consistency": 0.123}
-    counts = {"better": 0, "worse": 2, "no_difference_shown": len(pairs) - 2}
+    counts = {"better": 0, "worse": 2, "no_difference_shown": len(pairs) - 2, "detectable": 0.0234}
     oracle = {"same": -0.2717, "next": 0.022, "other": 0.0357}
     summary = {
         "base": "b" * 64,
         "num_layers": layers,
         "num_heads": heads,
-        "flatness": {**shape, "sign_consistency_by_chance": 0.101, "flat": True},
+        "flatness": {**shape, "sign_consistency_by_chance": 0.101, "slopes": False},
         "adjacent_minus_skip": {**comparison(1.7e-4, 0.0002), "adjacent": 5.4e-4, "skip": 3.7e-4},
-        "removal": {"n": 13, "layer_pairs": counts, "heads": {**counts, "no_difference_shown": layers * heads - 2}},
-        "oracle": {"steps": 33, "lr": 0.05}
-        | {text: {"mean": mean, "low": mean - 0.04, "high": mean + 0.04, "n": 9} for text, mean in oracle.items()},
+        "removal": {
+            "n": 13,
+            "orders": [
+                {"order": order, "fraction": fraction, **change_of(0.01 * fraction)}
+                for order in ("least_gradient", "expected_gain")
+                for fraction in (0.1, 0.5)
+            ],
+            "layer_pairs": counts,
+            "heads": {**counts, "no_difference_shown": layers * heads - 2},
+        },
+        "oracle": {"steps": 33, "lr": 0.05, "carried_over": {"mean": -0.08, "low": -0.2, "high": 0.1, "n": 9}}
+        | {text: change_of(mean, 0.002 if text == "same" else 0.5) for text, mean in oracle.items()},
         "checks": {"gradients_and_removals_are_of_different_documents": True},
     }
     write_json(folder / "sensitivity.json", summary)
@@ -273,22 +288,22 @@ def write_sensitivity(root: Path, layers: int, heads: int) -> None:
     write_csv(
         folder / "removal.csv",
         [
-            {"order": order, "fraction": fraction, **change_of(rise * fraction)}
+            {"order": order, "fraction": fraction, "draws": 3, **change_of(rise * fraction, 0.01)}
             for order, rise in (("random", 0.15), ("least_gradient", 0.1), ("expected_gain", 0.2))
             for fraction in (0.1, 0.5, 1.0)
         ],
     )
-    rows = [{"source": s, "target": t, **change_of(0.01 * (t - s)), "p_holm": 0.02 * (s + 1)} for s, t in pairs]
+    rows = [{"source": s, "target": t, **change_of(0.01 * (t - s), 0.02 * (s + 1))} for s, t in pairs]
     write_csv(folder / "removal_layer_pairs.csv", rows)
     nodes = [(layer, head) for layer in range(layers) for head in range(heads)]
-    rows = [{"layer": one, "head": h, **change_of(0.001 * (one + h)), "p_holm": 1.0} for one, h in nodes]
+    rows = [{"layer": one, "head": h, **change_of(0.001 * (one + h), 1.0)} for one, h in nodes]
     write_csv(folder / "removal_heads.csv", rows)
 
 
 def write_comparisons(root: Path, settings: Settings) -> None:
     names = list(settings.variants)
     members = {"baseline": [(name, "baseline") for name in names]}
-    members["reference"] = [(name, "P1") for name in names if name.startswith("A")]
+    members["reference"] = [(name, "P1") for name in names if name not in ("S1", "P1", "P1s1", "P1s2", "J1", "J0")]
     members["control"] = [("P1", "C1")] if "C1" in names else []
     members["joint"] = [("J1", "J0")] if {"J1", "J0"} <= set(names) else []
     rows = []
@@ -298,7 +313,7 @@ def write_comparisons(root: Path, settings: Settings) -> None:
                 for mode in MODES[:2]:
                     row = {"family": family, "ours": ours, "theirs": theirs, "protocol": protocol, "mode": mode}
                     row |= comparison(0.0105 + index / 1000)
-                    rows.append(row | {"p_holm": 0.0321 if index < 3 else 0.5, "verdict": _verdict(index)})
+                    rows.append(row | {"p_corrected": 0.0321 if index < 3 else 0.5, "verdict": _verdict(index)})
     write_csv(root / "reports/statistics/comparisons.csv", rows)
     seeds = {name: settings.variant(name).seed for name in names if name in ("P1", "P1s1", "P1s2")}
     found = {"seeds": seeds}

@@ -27,35 +27,38 @@ def edit_topology(name: str, change) -> None:
 # --- X1 ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_predictor_that_follows_the_text_one_that_only_varies_and_one_topology_for_all_are_told_apart():
+def test_wirings_that_serve_their_text_that_only_vary_and_one_for_all_are_told_apart():
+    edit_topology("P1", lambda data: data["swapped"]["window"].update(mean=-0.02, low=-0.03, high=-0.01, p=0.02))
+    edit_topology("A9", lambda data: data["swapped"]["window"].update(p=0.03))  # 0.06 after correction
     lines = [line for line in section(report(), "At a glance").splitlines() if line.startswith("- X1")]
-    assert lines[0].startswith("- X1: P1: yes (mean distance 0.1357, shuffled texts p = 0.0004, n = 12).")
-    assert lines[1].startswith("- X1: A9: wirings vary, but that they follow the text is not shown (mean distance")
+    own = "wirings vary (mean distance 0.1357); a text's own wiring serves it better than another text's"
+    numbers = (
+        "(window protocol: -0.0200 [-0.0300, -0.0100], n = 37, p = 0.04); that a text's own wiring serves it better"
+    )
+    assert lines[0].startswith(f"- X1: P1: {own} {numbers} is not shown (prefix protocol")
+    assert lines[1].startswith(
+        "- X1: A9: wirings vary (mean distance 0.0678); that a text's own wiring serves it better"
+    )
     assert lines[2] == "- X1: C1: no, one wiring for all 12 texts."
 
 
-@pytest.mark.parametrize(
-    ("mean", "words"),
-    [
-        (-0.02, "better than another text's by the window protocol (-0.0200 [-0.0242, -0.0158], n = 37)"),
-        (0.02, "worse than another text's by the window protocol"),
-        (0.001, "no better than another text's, as far as shown by the window protocol"),
-    ],
-)
-def test_what_a_texts_own_wiring_is_worth(mean, words):
-    def change(data):
-        data["swapped"]["window"].update(mean=mean, low=mean - 0.0042, high=mean + 0.0042)
+def test_a_text_may_be_served_worse_by_its_own_wiring():
+    edit_topology("P1", lambda data: data["swapped"]["prefix"].update(mean=0.02, p=0.001))
+    assert "serves it worse than another text's (prefix protocol: +0.0200" in glance("X1: P1")
 
-    edit_topology("P1", change)
-    assert words in glance("X1: P1")
+
+def test_alike_wirings_of_one_text_decide_nothing():
+    before = glance("X1: P1")
+    edit_topology("P1", lambda data: data["same_text"]["soft"].update(p=0.9))
+    assert glance("X1: P1") == before
 
 
 def test_every_measure_of_variation_is_shown():
     values = {"gate_variance": 0.04321, "distance_mean": 0.4321, "distance_variance": 0.06543}
-    values |= {"information_bits": 0.7654, "effective_rank": 11.1, "distinct": 1234}
+    values |= {"entropy_bits": 0.3579, "information_bits": 0.7654, "effective_rank": 11.1, "distinct": 1234}
     edit_topology("A9", lambda data: data["variation"]["window"]["hard"].update(values))
     rows = [row for row in table_rows(section(report(), "X1")) if row[:2] == ["A9", "hard"]]
-    assert rows[0][2:] == ["0.04321", "0.4321", "0.06543", "0.7654", "11.1", "1,234"]
+    assert rows[0][2:] == ["0.04321", "0.4321", "0.06543", "0.3579", "0.7654", "11.1", "1,234"]
 
 
 # --- X2 ------------------------------------------------------------------------------------------------------------
@@ -68,6 +71,10 @@ def test_domains_are_told_or_not():
     text = section(report(), "X2")
     assert "**P1**: mean distance from source to source" in text
     assert "**A9**" not in text
+    nothing = {"observed": 0.5, "chance": 0.5, "p": 0.9}
+    edit_topology("P1", lambda data: data["domains"].update(probe=nothing, soft=data["domains"]["hard"]))
+    edit_topology("P1", lambda data: data["domains"]["soft"].update(separation=nothing))
+    assert "**P1**: mean distance from source to source" in section(report(), "X2")  # P1's are always shown
 
 
 def test_layer_pairs_that_differ_by_source_come_first_with_their_means():
@@ -96,52 +103,78 @@ def test_text_of_one_source_has_no_domains():
 
 def test_flat_or_not():
     assert glance("X3").startswith(
-        "- X3: NLL is flat at A = 1, as far as first order shows (mean gradient of all gates"
+        "- X3: That NLL is not flat at A = 1 is not shown (mean gradient of all gates together p = 0.24 by document"
     )
-    edit_json(SENSITIVITY, lambda data: data["flatness"].update(flat=False, p=0.0002, harmful=0.25, helpful=0.125))
+    edit_json(SENSITIVITY, lambda data: data["flatness"].update(slopes=True, p=0.0002, harmful=0.25, helpful=0.125))
     assert "NLL is not flat at A = 1 (mean gradient of all gates together p = 0.0002" in glance("X3")
-    assert "certain: 37.5% of 54" in glance("X3")
+    assert "certain: 37.5% of 54; n = 53 windows of 17 documents)" in glance("X3")
     assert row_of(section(report(), "X3"), "gates that closing would help, after correction")[1] == "25.0%"
 
 
-def test_removals_that_help_are_named_and_so_is_that_there_are_none():
-    assert "No removal lowers NLL. Removing 100% of edges changes NLL by +0.1500" in glance("X3")
+@pytest.mark.parametrize(
+    ("name", "row", "words"),
+    [
+        ("removal", 6, "expected gain first 10%"),
+        ("removal_layer_pairs", 1, "layers 0 → 2"),
+        ("removal_heads", 4, "head 1, 1"),
+    ],
+)
+def test_removals_that_help_are_named_and_so_is_that_there_are_none(name, row, words):
+    none = "No removal is shown to lower NLL, of 27 removals, by order and fraction, layer pair or head. Removing 100%"
+    assert f"{none} of edges changes NLL by +0.1500" in glance("X3")
+    lower = dict(zip(["difference", "low", "high"], [-0.02, -0.03, -0.01], strict=True))
+    edit_csv(REPORTS / f"{name}.csv", lambda rows: rows.__setitem__("p_corrected", 0.06))
+    edit_csv(REPORTS / f"{name}.csv", lambda rows: rows.loc.__setitem__((row, list(lower)), list(lower.values())))
+    assert none in glance("X3")  # not after correction
+    edit_csv(REPORTS / f"{name}.csv", lambda rows: rows.loc.__setitem__((row, "p_corrected"), 0.04))
+    assert f"layer pair or head: {words} (-0.0200 [-0.0300, -0.0100], n = 13)." in glance("X3")
 
-    def change(rows: pd.DataFrame) -> None:
-        rows.loc[(rows["order"] == "expected_gain") & (rows["fraction"] == 0.1), ["difference", "low", "high"]] = [
-            -0.02,
-            -0.03,
-            -0.01,
-        ]
 
-    edit_csv(REPORTS / "removal.csv", change)
-    expected = "Removing edges lowers NLL for: expected gain first 10% (-0.0200 [-0.0300, -0.0100], n = 13)."
-    assert expected in glance("X3")
-    cells = row_of(section(report(), "X3"), "expected gain first")
-    assert cells[1] == "-0.0200 [-0.0300, -0.0100] better"
+def test_the_orders_of_removal_are_compared_with_the_random_one():
+    assert "least gradient first: no difference is shown at 10% (+0.0010" in section(report(), "X3")
+
+    def change(data):
+        data["removal"]["orders"][2].update(difference=0.0306, low=0.02, high=0.04, p_corrected=0.003)
+
+    edit_json(SENSITIVITY, change)
+    expected = "expected gain first: is worse at 10% (+0.0306 [+0.0200, +0.0400], p = 0.003), no difference is shown"
+    assert expected in section(report(), "X3")
+    edit_json(SENSITIVITY, lambda data: data["removal"].update(orders=[]))
+    assert "no order is compared" in section(report(), "X3")
 
 
 @pytest.mark.parametrize(
     ("own", "after", "words"),
     [
-        (-0.4, -0.1, "25% of the gain carries over to the text that follows"),
-        (-0.4, 0.0, "No part of the gain is shown to carry over"),
-        (0.0, -0.1, "It gains nothing, so there is nothing to explain"),
+        ((-0.4, 0.01), (-0.1, 0.01), "keeps 25% [10%, 40%] of the gain (bootstrap of documents): some of it is"),
+        (
+            (-0.4, 0.01),
+            (-0.1, 0.06),
+            "(bootstrap of documents): that any of it carries over is not shown",
+        ),
+        ((-0.4, 0.01), (0.1, 0.01), "(bootstrap of documents): these gates are shown to harm it"),
+        ((-0.4, 0.06), (-0.1, 0.01), "A gain is not shown, so there is nothing to explain"),
     ],
 )
 def test_how_much_of_the_oracle_is_memorised(own, after, words):
     def change(data):
-        for text, mean in (("same", own), ("next", after)):
-            data["oracle"][text].update(mean=mean, low=mean - 0.01, high=mean + 0.01)
+        for text, (difference, p) in (("same", own), ("next", after)):
+            data["oracle"][text].update(difference=difference, p_corrected=p)
+        data["oracle"]["carried_over"].update(mean=0.25, low=0.1, high=0.4)
 
     edit_json(SENSITIVITY, change)
     assert words in glance("Gates optimised directly")
     assert words in section(report(), "X3")
 
 
+def test_what_single_removals_could_have_shown_is_said():
+    edit_json(SENSITIVITY, lambda data: data["removal"]["heads"].update(detectable=0.0567))
+    assert "A change of 0.0567 (median) would be shown four times in five" in section(report(), "X3")
+
+
 def test_the_layer_pairs_and_heads_that_matter_most_are_shown_with_corrected_verdicts():
     edit_csv(REPORTS / "removal_heads.csv", lambda rows: rows.__setitem__("difference", range(len(rows))))
-    edit_csv(REPORTS / "removal_heads.csv", lambda rows: rows.__setitem__("p_holm", 0.0123))
+    edit_csv(REPORTS / "removal_heads.csv", lambda rows: rows.__setitem__("p_corrected", 0.0123))
     text = section(report(), "X3")
     heads = [row for row in table_rows(text.split("**Heads**", 1)[1]) if re.fullmatch(r"\d, \d", row[0])]
     assert [row[0] for row in heads] == ["3, 2", "3, 1", "3, 0", "2, 2", "2, 1"]
@@ -169,9 +202,18 @@ def test_joint_training_has_its_outcome_after_correction(verdict):
         rows.loc[rows["family"] == "joint", "verdict"] = verdict
 
     edit_csv(STATISTICS / "comparisons.csv", change)
-    line = "J1 against J0: " + verdict + ": soft (window), hard (window), soft (prefix), hard (prefix)."
+    line = (
+        "J1 against J0, one seed of each: " + verdict + ": soft (window), hard (window), soft (prefix), hard (prefix)."
+    )
     assert line in glance("Joint training")
     assert line in section(report(), "7. Joint training")
+
+
+@pytest.mark.parametrize(("density", "open_gates"), [(0.9901, True), (0.99, False), (0.4, False)])
+def test_joint_training_whose_gates_stayed_open_says_nothing_of_the_method(density, open_gates):
+    edit_json(REPORTS / "J1/nll.json", lambda data: data["window"].update(density_hard=density))
+    assert ("says nothing of the method" in glance("Joint training")) == open_gates
+    assert f"{density:.1%} of J1's hard gates are open" in glance("Joint training")
 
 
 def test_the_joint_base_is_also_shown_with_its_gates_open():
@@ -206,13 +248,13 @@ def test_verdicts_are_counted_before_and_after_correction():
 
     edit_csv(STATISTICS / "comparisons.csv", change)
     row = row_of(section(report(), "8. Statistics"), "every ablation against P1")
-    assert row[1:] == ["44", "44 → 0", "0 → 0", "0 → 44"]
+    assert row[1:] == ["60", "60 → 0", "0 → 0", "0 → 60"]
 
 
 def test_what_lies_under_p1_against_the_baseline_is_shown():
     def change(rows: pd.DataFrame) -> None:
         own = (rows["family"] == "baseline") & (rows["ours"] == "P1") & (rows["protocol"] == "prefix")
-        rows.loc[own, ["bootstrap_low", "bootstrap_high", "p", "p_holm"]] = [-0.1111, 0.2222, 0.0333, 0.4444]
+        rows.loc[own, ["bootstrap_low", "bootstrap_high", "p", "p_corrected"]] = [-0.1111, 0.2222, 0.0333, 0.4444]
         rows.loc[own, "effect_size"] = [float("nan"), -1.5]
         rows.loc[own, "detectable"] = 0.0555
 
@@ -256,3 +298,12 @@ def test_p1_must_be_analysed():
     edit_yaml("params.yaml", lambda params: params["analysis"].update(variants=["A9"]))
     assert refusal() == "analysis.variants: the report shows P1, which params.yaml does not list"
     assert load_settings().analysis.variants == ["A9"]
+
+
+def test_text_that_the_splits_share_is_said_to_be_shared():
+    path = "data/tokens/docs/metadata.json"
+    edit_json(path, lambda data: data["splits"]["test"].__setitem__("share_in_train", 0.1234))
+    for title in ("1. What was run", "6. Analysis experiments"):
+        assert "12.3%, in spans of 32 tokens or longer" in section(report(), title)
+    edit_json(path, lambda data: data["splits"]["test"].__setitem__("share_in_train", None))
+    assert "also stand in the training split: not looked for" in section(report(), "6. Analysis experiments")

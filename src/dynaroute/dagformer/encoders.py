@@ -22,7 +22,7 @@ from dynaroute.artifacts import checked, move_directory, read_json, read_note, s
 from dynaroute.config import BaseEncoder, HubEncoder
 from dynaroute.dagformer.pretrained import load_model, load_tokenizer
 from dynaroute.data.tokenizers import Tokenizer
-from dynaroute.data.windows import Subset
+from dynaroute.data.windows import Selection
 from dynaroute.errors import DynarouteError
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def load_encoder(settings: BaseEncoder | HubEncoder, base: str | Path, corpus: T
 def write_embeddings(
     encoder: Encoder,
     identity: dict[str, Any],
-    windows: dict[str, Subset],
+    windows: dict[str, Selection],
     prefix_tokens: int | None,
     directory: str | Path,
     scratch: str | Path,
@@ -163,8 +163,7 @@ def write_embeddings(
     # By file, how many of its windows are on disk, and the SHA-256 of their vectors.
     done: dict[str, tuple[int, str]] = read_note(note) if note.exists() and folder.is_dir() else {}
     folder.mkdir(exist_ok=True)
-    seq_len = next(iter(windows.values())).seq_len
-    parts = {split: (own, seq_len) for split, own in windows.items()}
+    parts = {split: (own, own.seq_len) for split, own in windows.items()}
     if prefix_tokens is not None:
         parts |= {f"{split}_prefix": (own, prefix_tokens) for split, own in windows.items()}
     total, files = sum(len(own) for own, _ in parts.values()), {}
@@ -187,7 +186,7 @@ def write_embeddings(
 
 
 def _write_vectors(
-    path: Path, encoder: Encoder, windows: Subset, tokens_read: int, noted: tuple[int, str] | None, progress: tqdm
+    path: Path, encoder: Encoder, windows: Selection, tokens_read: int, noted: tuple[int, str] | None, progress: tqdm
 ) -> Iterator[tuple[int, str]]:
     """Writes the vectors of the windows after those noted; yields, now and then and at the end, what is to be noted."""
     shape = len(windows), encoder.embedding_size

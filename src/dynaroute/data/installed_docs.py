@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from dynaroute.errors import DynarouteError
 
+PARAGRAPH = 60  # characters: shorter ones, such as headings and lines of examples, may repeat
 # Tests document nothing, and what lies in the other folders is not the package's own.
 SKIPPED_FOLDERS = {
     *("test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"),
@@ -44,19 +46,33 @@ def modules(packages: list[str]) -> Iterator[tuple[str, str, str]]:
     """Yields (package, id, text) of every documented module, by package as given and then sorted by path.
 
     The id is the module's path from the package on, such as "numpy/linalg/_linalg.py". The text is its docstrings in
-    source order, cleaned of indentation, with blank lines between; a docstring that an earlier one repeats word for
-    word is left out. Files that do not parse are skipped.
+    source order, cleaned of indentation, with blank lines between. A docstring that repeats an earlier one word for
+    word is left out, and so is a paragraph of more than PARAGRAPH characters: classes inherit docstrings, and what
+    stands in several modules would be both trained on and held out. Files that do not parse are skipped.
 
     Raises:
         DynarouteError: a package is not installed.
     """
     seen: set[str] = set()
+    paragraphs: set[str] = set()
     for package in packages:
         for module_id, path in sorted(_source_files(package)):
-            new = [docstring for docstring in dict.fromkeys(_docstrings(_parse(path))) if docstring not in seen]
+            docstrings = [docstring for docstring in dict.fromkeys(_docstrings(_parse(path))) if docstring not in seen]
+            seen.update(docstrings)
+            new = [text for docstring in docstrings if (text := _new_paragraphs(docstring, paragraphs))]
             if new:
-                seen.update(new)
                 yield package, module_id, "\n\n".join(new)
+
+
+def _new_paragraphs(docstring: str, seen: set[str]) -> str:
+    """A docstring without the paragraphs that were seen before, but for short ones; what is new is noted."""
+    kept = []
+    for paragraph in re.split(r"\n\s*\n", docstring):
+        words = paragraph.strip()
+        if len(words) <= PARAGRAPH or words not in seen:
+            kept.append(paragraph)
+            seen.add(words)
+    return "\n\n".join(kept)
 
 
 def _source_files(package: str) -> Iterator[tuple[str, Path]]:

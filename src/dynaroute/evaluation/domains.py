@@ -163,7 +163,7 @@ def domain_windows(shards: TokenShards, seq_len: int, most: int) -> DomainWindow
     number = min(most, *(sum(map(len, own.values())) for own in usable.values()))
     windows, documents, labels = [], [], []
     for label, own in enumerate(usable.values()):
-        for drawn in _evenly(list(own.values()), number):
+        for drawn in evenly(list(own.values()), number):
             if drawn:
                 windows += drawn
                 documents += [len(labels)] * len(drawn)
@@ -190,11 +190,14 @@ def main_documents(shards: TokenShards, seq_len: int, windows: list[int]) -> np.
     return np.array(found)
 
 
-def _evenly(groups: list[list[int]], number: int) -> list[list[int]]:
+def evenly(groups: list[list[int]], number: int) -> list[list[int]]:
     """`number` items in all, as even a number from each group as its size allows, evenly spaced within it.
 
-    There must be that many.
+    There must be that many. Where there are more groups than items, the groups that give one are evenly spaced too.
     """
+    if number < len(groups):
+        chosen = {i * len(groups) // number for i in range(number)}
+        return [group[:1] if index in chosen else [] for index, group in enumerate(groups)]
     wanted = [0] * len(groups)
     while sum(wanted) < number:
         for index, group in enumerate(groups):

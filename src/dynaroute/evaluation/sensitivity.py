@@ -19,7 +19,7 @@ from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.shards import IGNORED_TARGET
 from dynaroute.evaluation.nll import WindowSet, sequence_nll, token_nll, wired_nll
-from dynaroute.evaluation.statistics import SIGNIFICANT, benjamini_hochberg, mean_vector_test, t_test_p
+from dynaroute.evaluation.statistics import SIGNIFICANT, benjamini_hochberg, group_means, mean_vector_test, t_test_p
 
 
 def gate_gradients(graph: DagForward, windows: WindowSet, batch_size: int) -> Tensor:
@@ -34,24 +34,29 @@ def gate_gradients(graph: DagForward, windows: WindowSet, batch_size: int) -> Te
     return torch.cat(gradients)
 
 
-def describe_gradients(gradients: np.ndarray) -> dict[str, np.ndarray]:
+def describe_gradients(gradients: np.ndarray, documents: np.ndarray) -> dict[str, np.ndarray]:
     """What the gradients of each gate are over n windows, [E] each.
 
     Args:
         gradients: [n, E].
+        documents: [n], which document each window is of.
 
     Returns:
         mean; spread, the standard deviation over windows.
         size: mean absolute value.
         sign_consistency: |positive - negative| / n: 1 if all windows agree, see `chance_consistency`.
-        p: of Student's t test that the mean is 0, corrected by Benjamini and Hochberg over the gates.
+        p: of Student's t test that the mean over documents is 0, corrected by Benjamini and Hochberg over the gates.
+            A document's windows are alike, so that its mean is one number of the test.
+
+    Raises:
+        DynarouteError: there are fewer than two documents.
     """
     return {
         "mean": gradients.mean(0),
         "spread": gradients.std(0, ddof=1),
         "size": np.abs(gradients).mean(0),
         "sign_consistency": np.abs(np.sign(gradients).mean(0)),
-        "p": benjamini_hochberg(t_test_p(gradients)),
+        "p": benjamini_hochberg(t_test_p(group_means(gradients, documents))),
     }
 
 
@@ -61,7 +66,7 @@ def chance_consistency(n: int) -> float:
 
 
 def flatness(gradients: np.ndarray, documents: np.ndarray, permutations: int, seed: int) -> dict[str, Any]:
-    """Whether NLL is flat at A = 1, to first order: whether its mean gradient can be told from 0.
+    """Whether NLL is shown not to be flat at A = 1: whether its mean gradient can be told from 0.
 
     Args:
         gradients: [n, E].
@@ -70,16 +75,18 @@ def flatness(gradients: np.ndarray, documents: np.ndarray, permutations: int, se
         seed: of those.
 
     Returns:
-        n, gates; size, the mean absolute gradient of a gate in a window; size_of_mean, that of a gate's mean, with
-        size_by_chance and p, see `mean_vector_test`; helpful, harmful: shares of gates whose own mean gradient is
-        below or above 0 by a corrected p below SIGNIFICANT: opening them lowers NLL, or closing them does;
-        sign_consistency and sign_consistency_by_chance; flat, whether neither test finds anything.
+        n, documents, gates; size, the mean absolute gradient of a gate in a window; size_of_mean, that of a gate's
+        mean, with size_by_chance and p, see `mean_vector_test`; helpful, harmful: shares of gates whose own mean
+        gradient is below or above 0 by a corrected p below SIGNIFICANT: opening them lowers NLL, or closing them does;
+        sign_consistency and sign_consistency_by_chance; slopes, whether the test of all gates together finds a mean
+        gradient. That it does not is no proof that there is none.
     """
-    found = describe_gradients(gradients)
+    found = describe_gradients(gradients, documents)
     certain = found["p"] < SIGNIFICANT
     together = mean_vector_test(gradients, documents, permutations, seed)
     return {
         "n": len(gradients),
+        "documents": len(set(documents.tolist())),
         "gates": gradients.shape[1],
         "size": float(found["size"].mean()),
         "size_of_mean": together.observed,
@@ -89,7 +96,7 @@ def flatness(gradients: np.ndarray, documents: np.ndarray, permutations: int, se
         "harmful": float((certain & (found["mean"] > 0)).mean()),
         "sign_consistency": float(found["sign_consistency"].mean()),
         "sign_consistency_by_chance": chance_consistency(len(gradients)),
-        "flat": bool(together.p >= SIGNIFICANT and not certain.any()),
+        "slopes": together.p < SIGNIFICANT,
     }
 
 

@@ -93,7 +93,7 @@ def jaccard_distances(one: Tensor, other: Tensor) -> Tensor:
 
 
 def variation(gates: Tensor) -> dict[str, float | int]:
-    """How much wirings differ from text to text; all 0 but for `distinct`, which is 1, if they are all the same.
+    """How much wirings differ from text to text, by measures that are 0 if they are all the same; and entropy.
 
     Args:
         gates: soft or hard, [n, E], n > 1.
@@ -101,19 +101,22 @@ def variation(gates: Tensor) -> dict[str, float | int]:
     Returns:
         gate_variance: variance of a gate over texts, mean over gates.
         distance_mean, distance_variance: of `jaccard_distances` over all pairs of texts.
+        entropy_bits: of a gate in one text, mean over gates and texts; see `gate_entropy`.
         information_bits: what a gate's being open or shut tells about the text, mean over gates: the entropy of its
             mean less its mean entropy.
         effective_rank: see `effective_rank`.
-        distinct: different wirings among the n.
+        distinct: different wirings among the n, 1 if they are all the same.
     """
     gates = gates.double()
     first, second = torch.triu_indices(len(gates), len(gates), 1)
     distances = jaccard_distances(gates, gates)[first, second]
-    information = gate_entropy(gates.mean(0)) - gate_entropy(gates).mean(0)
+    entropy = gate_entropy(gates)
+    information = gate_entropy(gates.mean(0)) - entropy.mean(0)
     return {
         "gate_variance": float(gates.var(0, correction=0).mean()),
         "distance_mean": float(distances.mean()),
         "distance_variance": float(distances.var(correction=0)),
+        "entropy_bits": float(entropy.mean()),
         "information_bits": max(0.0, float(information.mean())),  # it is never negative but for rounding
         "effective_rank": effective_rank(gates),
         "distinct": len(gates.unique(dim=0)),
@@ -137,6 +140,9 @@ def effective_rank(gates: Tensor) -> float:
 
 def same_text_test(one: Tensor, other: Tensor, permutations: int, seed: int) -> PermutationTest:
     """Whether two wirings of the same text, from different parts of it, are more alike than of two texts.
+
+    Any map of a text's vector passes but a constant one, so this shows that wirings follow the text, not that they are
+    of use to it.
 
     Args:
         one: gates of n texts, [n, E].

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from dynaroute.evaluation.statistics import Interval, verdict
+from dynaroute.evaluation.statistics import Verdict
+from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import JOINT, MODES, PROTOCOLS, REFERENCE_VARIANT, Results, Variant
 from dynaroute.reporting.dagformer.setup import changes, health
 from dynaroute.reporting.dagformer.wording import (
     TOPOLOGY,
     by_verdict,
     course,
-    difference,
     interval,
     numbers,
     published_steps,
@@ -67,7 +67,7 @@ def present(results: Results, group: Group) -> list[Variant]:
     return [variant for variant in own if variant is not None]
 
 
-def ablation(results: Results, group: Group) -> str:
+def ablation(results: Results, analyses: Analyses, group: Group) -> str:
     """The table of a group of ablations, and what it shows."""
     own = present(results, group)
     rows: list[Variant] = []
@@ -77,12 +77,12 @@ def ablation(results: Results, group: Group) -> str:
             rows += [one for one in results.peers() if one is results.main or one.knobs["steps"] in budgets]
         elif name in results.variants:
             rows.append(results.variants[name])
-    return f"{_table(results, rows, group)}\n\n{group_sentence(results, own)}"
+    return f"{_table(results, rows, group)}\n\n{group_sentence(results, analyses, own)}"
 
 
-def group_sentence(results: Results, own: list[Variant]) -> str:
+def group_sentence(results: Results, analyses: Analyses, own: list[Variant]) -> str:
     """What the paired differences of ablations to their reference show."""
-    found = {mode: _against_peers(results, own, mode) for mode in MODES}
+    found = {mode: _against_peers(results, analyses, own, mode) for mode in MODES}
     if not found["soft"]:
         return "P1 was not run at this budget, so nothing is compared with it."
     peers = {peer.name for variant in own if (peer := results.peer(variant)) is not None}
@@ -90,9 +90,9 @@ def group_sentence(results: Results, own: list[Variant]) -> str:
     return f"Against {' and '.join(sorted(peers))} on the same windows (window protocol): {lines}."
 
 
-def _against_peers(results: Results, own: list[Variant], mode: str) -> dict[str, Interval]:
-    pairs = [(variant, results.peer(variant)) for variant in own]
-    return {variant.name: variant.minus(peer, mode, "window") for variant, peer in pairs if peer is not None}
+def _against_peers(results: Results, analyses: Analyses, own: list[Variant], mode: str) -> dict[str, Verdict]:
+    names = [variant.name for variant in own if results.peer(variant) is not None]
+    return {name: analyses.verdict("reference", name, mode, "window") for name in names}
 
 
 def _table(results: Results, rows: list[Variant], group: Group) -> str:
@@ -137,10 +137,10 @@ def _notes(results: Results, variant: Variant, reference: bool) -> str:
     return ", ".join(notes)
 
 
-def first_layer(results: Results, variant: Variant) -> str:
+def first_layer(results: Results, analyses: Analyses, variant: Variant) -> str:
     """L0: the cascading gate without the exemption of layer 0, in place of the published preliminary data."""
     theirs = results.reference["first_layer_gated"]
-    parts = [first_layer_sentence(results, variant)]
+    parts = [first_layer_sentence(results, analyses, variant)]
     rows = [one for one in (results.peer(variant), variant) if one is not None]
     header = ["ID", "layer 0", *_NLL_HEADER, "mean_A", "hard density"]
     cells = [
@@ -162,7 +162,7 @@ def first_layer(results: Results, variant: Variant) -> str:
     return "\n\n".join(parts)
 
 
-def first_layer_sentence(results: Results, variant: Variant) -> str:
+def first_layer_sentence(results: Results, analyses: Analyses, variant: Variant) -> str:
     """What gating layer 0 does to hard NLL."""
     why = (
         "Layer 0 has no incoming connections by construction. A cascading gate that does not exempt it takes it for "
@@ -170,22 +170,23 @@ def first_layer_sentence(results: Results, variant: Variant) -> str:
     )
     peer = results.peer(variant)
     if peer is None:
-        return f"{why} Hard NLL against the baseline: {difference(variant.to_baseline('hard', 'window'))}."
+        words = analyses.verdict("baseline", variant.name, "hard", "window")
+        return f"{why} Hard NLL against the baseline: {numbers(variant.to_baseline('hard', 'window'))}: {words}."
     found = variant.minus(peer, "hard", "window")
     outcome = {
         "worse": "Without the exemption hard NLL is worse",
         "better": "Without the exemption hard NLL is better",
-    }.get(verdict(found), "No difference in hard NLL was shown here")
+    }.get(analyses.verdict("reference", variant.name, "hard", "window"), "No difference in hard NLL was shown here")
     return f"{why} {outcome}: {numbers(found)} against {peer.name}, by the window protocol."
 
 
-def control(results: Results, variant: Variant) -> str:
+def control(results: Results, analyses: Analyses, variant: Variant) -> str:
     """C1: one learned topology for all texts."""
     peer = results.peer(variant)
     header = ["ID", "protocol", *_NLL_HEADER]
     shown = [one for one in (peer, variant) if one is not None]
     parts = [
-        control_sentence(results, variant),
+        control_sentence(results, analyses, variant),
         table(header, [[one.name, protocol, *_nll_cells(one, protocol)] for protocol in PROTOCOLS for one in shown]),
     ]
     if peer is not None:
@@ -196,15 +197,19 @@ def control(results: Results, variant: Variant) -> str:
     return "\n\n".join(parts)
 
 
-def control_sentence(results: Results, variant: Variant) -> str:
+def control_sentence(results: Results, analyses: Analyses, variant: Variant) -> str:
     """What reading the text adds to one topology for all texts."""
     peer = results.peer(variant)
     if peer is None:
         return f"{variant.name} learns one topology for all texts; P1 was not run at its budget."
-    found = {f"{mode} ({protocol})": peer.minus(variant, mode, protocol) for protocol in PROTOCOLS for mode in MODES}
+    found = {
+        f"{mode} ({protocol})": analyses.verdict("control", peer.name, mode, protocol)
+        for protocol in PROTOCOLS
+        for mode in MODES
+    }
     return (
         f"{variant.name} learns one topology for all texts. What reading the text adds, {peer.name} - {variant.name}: "
-        f"{by_verdict(found)}."
+        f"{by_verdict(found)}. {variant.name} was run with one seed."
     )
 
 
@@ -250,10 +255,10 @@ def topologies(results: Results) -> str:
     return table(["ID", *(name for name, _ in TOPOLOGY), "training"], rows)
 
 
-def ablation_sentence(results: Results) -> str:
+def ablation_sentence(results: Results, analyses: Analyses) -> str:
     """All ablations against P1 in hard mode, in one line."""
     own = [variant for group in GROUPS for variant in present(results, group)]
-    found = _against_peers(results, own, "hard")
+    found = _against_peers(results, analyses, own, "hard")
     if not found:
         return "No ablation was run at a budget of P1's."
     return f"Ablations against P1 in hard mode (window protocol): {by_verdict(found)}."

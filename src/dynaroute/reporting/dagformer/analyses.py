@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dynaroute.config import Settings
 from dynaroute.errors import DynarouteError
+from dynaroute.evaluation.statistics import Verdict
 from dynaroute.reporting.dagformer.results import REPORTS, Results
 from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_csv, read_record
 
@@ -14,14 +15,25 @@ if TYPE_CHECKING:
 
 ANALYSED = Path("data/analysis")
 STATISTICS = Path("reports/statistics")
-DIFFERENCE = ["difference", "low", "high", "n"]
+DIFFERENCE = ["difference", "low", "high", "n", "documents", "p_corrected"]
 COLUMNS = {  # of the tables of numbers
     "gate_gradients": ["source", "target", "gates", "mean", "size", "sign_consistency", "helpful", "harmful"],
-    "removal": ["fraction", *DIFFERENCE],
-    "removal_layer_pairs": ["source", "target", *DIFFERENCE, "p_holm"],
-    "removal_heads": ["layer", "head", *DIFFERENCE, "p_holm"],
+    "removal": ["fraction", "draws", *DIFFERENCE],
+    "removal_layer_pairs": ["source", "target", *DIFFERENCE],
+    "removal_heads": ["layer", "head", *DIFFERENCE],
 }
-COMPARISONS = ["mean", "low", "high", "n", "bootstrap_low", "bootstrap_high", "groups", "p", "detectable", "p_holm"]
+COMPARISONS = [
+    "mean",
+    "low",
+    "high",
+    "n",
+    "bootstrap_low",
+    "bootstrap_high",
+    "groups",
+    "p",
+    "detectable",
+    "p_corrected",
+]
 
 
 class Analyses(NamedTuple):
@@ -35,6 +47,14 @@ class Analyses(NamedTuple):
     heads: "pd.DataFrame"  # removal_heads.csv
     comparisons: "pd.DataFrame"  # comparisons.csv of the statistics
     seeds: Record  # seeds.json of the statistics
+
+    def verdict(self, family: str, ours: str, mode: str, protocol: str) -> Verdict | None:
+        """What a difference of a family shows, corrected for its other tests; None where it was not compared."""
+        rows = self.comparisons
+        keys = {"family": family, "ours": ours, "mode": mode, "protocol": protocol}
+        for key, value in keys.items():
+            rows = rows[rows[key] == value]
+        return None if rows.empty else rows["verdict"].iloc[0]
 
 
 def read_analyses(settings: Settings, results: Results) -> Analyses:

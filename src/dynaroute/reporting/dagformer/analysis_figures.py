@@ -8,7 +8,6 @@ from dynaroute.evaluation.statistics import Interval
 from dynaroute.reporting.dagformer.analyses import Analyses, Wirings
 from dynaroute.reporting.dagformer.figures import mark_no_connection, name_layers
 from dynaroute.reporting.dagformer.sensitivity import ORDERS, TEXTS
-from dynaroute.reporting.dagformer.topology import to_interval
 from dynaroute.reporting.figures import BLACK, BLUE, GREEN, ORANGE, VERMILION, saved_figure
 from dynaroute.reporting.tables import count
 
@@ -69,9 +68,10 @@ def plot_domains(wirings: Wirings, path: str | Path) -> None:
 def plot_sensitivity(analyses: Analyses, path: str | Path) -> None:
     """X3: size of gradients by layer pair, and the change of NLL without each layer pair and without each head."""
     import numpy as np
+    from matplotlib.ticker import MaxNLocator
 
     layers, heads = (analyses.sensitivity[f"num_{name}"] for name in ("layers", "heads"))
-    with saved_figure(path, 7.2, 3.1) as figure:
+    with saved_figure(path, 7.2, 4.0) as figure:
         gradients, pairs, single = figure.subplots(1, 3)
         size, change = (np.full((layers, layers), np.nan) for _ in range(2))
         for table, values, column in ((analyses.gradients, size, "size"), (analyses.layer_pairs, change, "difference")):
@@ -81,7 +81,9 @@ def plot_sensitivity(analyses: Analyses, path: str | Path) -> None:
             "difference"
         ]
         image = _map(gradients, size, 1, cmap="cividis", vmin=0, vmax=max(np.nanmax(size), 1e-12))
-        figure.colorbar(image, ax=gradients, location="bottom", label="mean |dNLL/dA| at A = 1", format="%.1e")
+        bar = figure.colorbar(image, ax=gradients, location="bottom", label="mean |dNLL/dA| at A = 1")
+        bar.locator = MaxNLocator(3)
+        bar.formatter.set_powerlimits((0, 0))  # one factor for all labels
         gradients.set_title("gradient of a gate")
         most = max(np.nanmax(np.abs(change)), np.nanmax(np.abs(by_head)), 1e-6)
         _map(pairs, change, 1, cmap="PuOr", vmin=-most, vmax=most)
@@ -112,7 +114,8 @@ def plot_removal(analyses: Analyses, path: str | Path) -> None:
         removal.set_ylabel("NLL less that at A = 1\n(nats per token)")
         removal.set_title(f"removal, {count(int(analyses.removal['n'].iloc[0]), 'window')}")
         removal.legend()
-        found = [to_interval(analyses.sensitivity["oracle"][text]) for text in TEXTS]
+        rows = [analyses.sensitivity["oracle"][text] for text in TEXTS]
+        found = [Interval(row["difference"], row["low"], row["high"], row["n"]) for row in rows]
         _bars(oracle, found)
         oracle.set_xticks(range(len(TEXTS)), ["itself", "next text", "other text"])
         oracle.set_xlabel("scored on")

@@ -21,6 +21,7 @@ FAMILIES = {
     "control": "P1 and its seeds against C1",
     "joint": "J1 against J0",
 }
+OPEN = 0.99  # hard density above which joint training left the gates as they were
 VERDICTS = ("better", "worse", "no difference shown")
 
 
@@ -65,8 +66,16 @@ def joint_sentence(results: Results, analyses: Analyses) -> str:
     found = {f"{row['mode']} ({row['protocol']})": row for row in _rows(analyses.comparisons, "joint")}
     groups = {words: [name for name, row in found.items() if row["verdict"] == words] for words in VERDICTS}
     outcome = "; ".join(f"{words}: {', '.join(names)}" for words, names in groups.items() if names)
-    soft = _interval(found["soft (prefix)"])
-    return f"{ours.name} against {alone.name}: {outcome}. Soft, by the prefix protocol: {numbers(soft)}."
+    soft, density = _interval(found["soft (prefix)"]), ours.evaluation["window"]["density_hard"]
+    sentence = (
+        f"{ours.name} against {alone.name}, one seed of each: {outcome}. Soft, by the prefix protocol: {numbers(soft)}."
+    )
+    if density > OPEN:
+        return (
+            f"{sentence} But {density:.1%} of {ours.name}'s hard gates are open, more than {OPEN:.0%}: the gates "
+            "stayed open, so the two are nearly the same model, and the comparison says nothing of the method."
+        )
+    return f"{sentence} {density:.1%} of {ours.name}'s hard gates are open."
 
 
 # --- seeds ---------------------------------------------------------------------------------------------------------
@@ -122,9 +131,9 @@ def statistics(analyses: Analyses) -> str:
     return "\n\n".join(
         [
             "**Families of tests.** Interval verdicts look at one difference alone. Of many, some exclude 0 by chance, "
-            "so each family is corrected for its number of tests (Holm, p below "
-            f"{SIGNIFICANT}), with p-values of paired permutation tests that exchange whole documents. Counts are by "
-            "interval → after correction. " + statistics_sentence(analyses),
+            f"so each family is corrected for its number of tests: p below {SIGNIFICANT} by the step-down procedure of "
+            "Westfall and Young, whose permutations exchange the two sides of whole documents, for all tests of the "
+            "family together. Counts are by interval → after correction. " + statistics_sentence(analyses),
             table(["family", "tests", *VERDICTS], families),
             "**P1 against the baseline.** The t interval takes windows as independent. The bootstrap draws whole "
             f"documents ({RESAMPLES:,} times), and the permutation test exchanges them. Effect size is the mean "
@@ -143,7 +152,7 @@ def statistics(analyses: Analyses) -> str:
 
 
 def _cells(row: dict) -> list[str]:
-    return [interval(_interval(row)), resampled(row), f"{row['verdict']} (p = {row['p_holm']:.2g})"]
+    return [interval(_interval(row)), resampled(row), f"{row['verdict']} (p = {row['p_corrected']:.2g})"]
 
 
 _POWER = {

@@ -1,9 +1,9 @@
 """What the numbers of DAGFormer runs say, by rules that are written down here and printed with every finding.
 
-A rule has an answer for each outcome. Whether a difference is one is `dynaroute.evaluation.statistics`' verdict.
+A rule has an answer for each outcome. Whether a difference is one is the corrected verdict of `compare_variants`.
 """
 
-from dynaroute.evaluation.statistics import verdict
+from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, Variant
 
 WITHIN = 0.01  # S1's criterion, as published: NLL within 1 % of the baseline
@@ -20,9 +20,9 @@ def reproduces_baseline(variant: Variant) -> bool:
     return all(abs(relative(variant, mode)) <= WITHIN for mode in MODES)
 
 
-def better_modes(variant: Variant, protocol: str) -> list[str]:
-    """The modes in which a variant beats the baseline."""
-    return [mode for mode in MODES if verdict(variant.to_baseline(mode, protocol)) == "better"]
+def better_modes(variant: Variant, analyses: Analyses, protocol: str) -> list[str]:
+    """The modes in which a variant is shown to beat the baseline, corrected for all variants' being tried."""
+    return [mode for mode in MODES if analyses.verdict("baseline", variant.name, mode, protocol) == "better"]
 
 
 def gates_moved(variant: Variant) -> bool:

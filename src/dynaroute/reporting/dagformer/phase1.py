@@ -1,6 +1,7 @@
 """Phase 1: P1, the default configuration, and P2, which goes on from its end."""
 
-from dynaroute.evaluation.statistics import Interval, verdict
+from dynaroute.evaluation.statistics import Interval
+from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant
 from dynaroute.reporting.dagformer.setup import health
 from dynaroute.reporting.dagformer.wording import budget, interval, knobs, metrics, numbers, steps, to_baseline
@@ -9,13 +10,13 @@ from dynaroute.reporting.tables import count, figure, published, table
 COURSE = ("validation_density_hard", "validation_tau", "validation_lambda")
 
 
-def default(results: Results) -> str:
+def default(results: Results, analyses: Analyses) -> str:
     """P1."""
     variant = results.main
     return "\n\n".join(
         [
             _items(results, variant),
-            default_sentence(variant),
+            default_sentence(variant, analyses),
             metrics(variant),
             "By step, on validation windows:",
             steps(variant, *COURSE),
@@ -38,13 +39,13 @@ def default(results: Results) -> str:
     )
 
 
-def default_sentence(variant: Variant) -> str:
+def default_sentence(variant: Variant, analyses: Analyses) -> str:
     """How P1 ends."""
     density = variant.evaluation["window"]["density_hard"]
-    return f"P1 ends with {density:.1%} of its hard gates open. Against the baseline: {to_baseline(variant)}."
+    return f"P1 ends with {density:.1%} of its hard gates open. Against the baseline: {to_baseline(variant, analyses)}."
 
 
-def extended(results: Results, variant: Variant) -> str:
+def extended(results: Results, analyses: Analyses, variant: Variant) -> str:
     """P2."""
     start = results.variants.get(variant.run["from"])
     parts = [_items(results, variant)]
@@ -53,16 +54,17 @@ def extended(results: Results, variant: Variant) -> str:
             [protocol, mode, interval(variant.minus(start, mode, protocol))] for protocol in PROTOCOLS for mode in MODES
         ]
         header = ["protocol", "mode", f"{variant.name} - {start.name}, NLL [95 %]"]
-        parts += [extended_sentence(variant, start), table(header, rows)]
+        parts += [extended_sentence(analyses, variant, start), table(header, rows)]
     return "\n\n".join([*parts, metrics(variant), "By step, on validation windows:", steps(variant, *COURSE)])
 
 
-def extended_sentence(variant: Variant, start: Variant) -> str:
+def extended_sentence(analyses: Analyses, variant: Variant, start: Variant) -> str:
     """Whether going on improved what it started from, and at which learning rate it did."""
     outcomes: dict[str, list[tuple[str, Interval]]] = {}  # by verdict
     for mode in MODES:
         found = variant.minus(start, mode, "window")
-        outcomes.setdefault(verdict(found), []).append((mode, found))
+        words = analyses.verdict("reference", variant.name, mode, "window") or "not tested"  # of another budget
+        outcomes.setdefault(words, []).append((mode, found))
     outcome = "; ".join(
         f"{words} in {' and '.join(mode for mode, _ in members)} mode: "
         + ", ".join(numbers(found) for _, found in members)

@@ -5,13 +5,13 @@ the page of `measured.py`. Numbers of the reference appear in columns headed "pu
 with "Published", and nowhere else.
 """
 
-from dynaroute.evaluation.statistics import verdict
+from dynaroute.evaluation.statistics import SIGNIFICANT
 from dynaroute.reporting.dagformer import ablations, comparisons, phase1, sanity, sensitivity, topology
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results
 from dynaroute.reporting.dagformer.setup import health_sentence, setup, variants
 from dynaroute.reporting.dagformer.wording import by_verdict
-from dynaroute.reporting.tables import count, figure, published, table
+from dynaroute.reporting.tables import count, figure, published, shared_text, table
 
 
 def page(results: Results, analyses: Analyses) -> str:
@@ -27,29 +27,32 @@ def page(results: Results, analyses: Analyses) -> str:
         *("### S0: dense baseline", sanity.dense_baseline(results)),
     ]
     if "S1" in runs:
-        parts += ["### S1: the predictor starts as the dense model", sanity.identity_init(results, runs["S1"])]
+        parts += [
+            "### S1: the predictor starts as the dense model",
+            sanity.identity_init(results, analyses, runs["S1"]),
+        ]
     if "S2" in runs:
-        parts += ["### S2: gradient flow", sanity.gradient_flow(results, runs["S2"])]
-    parts += ["## 3. Phase 1", "### P1: default configuration", phase1.default(results)]
+        parts += ["### S2: gradient flow", sanity.gradient_flow(results, analyses, runs["S2"])]
+    parts += ["## 3. Phase 1", "### P1: default configuration", phase1.default(results, analyses)]
     if "P2" in runs:
-        parts += ["### P2: extended", phase1.extended(results, runs["P2"])]
+        parts += ["### P2: extended", phase1.extended(results, analyses, runs["P2"])]
     parts += ["## 4. Ablations", ABLATIONS]
     for group in ablations.GROUPS:
         if ablations.present(results, group):
-            parts += [f"### {group.title}", ablations.ablation(results, group)]
+            parts += [f"### {group.title}", ablations.ablation(results, analyses, group)]
     if "L0" in runs:
         parts += [
             "### L0: the cascading gate without the exemption of layer 0",
-            ablations.first_layer(results, runs["L0"]),
+            ablations.first_layer(results, analyses, runs["L0"]),
         ]
     if "C1" in runs:
-        parts += ["### C1: one topology for all texts", ablations.control(results, runs["C1"])]
+        parts += ["### C1: one topology for all texts", ablations.control(results, analyses, runs["C1"])]
     if ablations.others(results):
         parts += ["### Other variants", ablations.other_variants(results)]
     parts += [
         *("## 5. Both protocols", protocols(results)),
         *("### What reading the answer is worth", topology.reading(analyses)),
-        *("## 6. Analysis experiments", ANALYSES, published("X1, X2 and X3 were not started there.")),
+        *("## 6. Analysis experiments", analysis_data(results), published("X1, X2 and X3 were not started there.")),
         *("### X1: topology variance", topology.variance(analyses)),
         *("### X2: domain-specific topology", topology.domains(analyses)),
         *("### X3: topology-NLL sensitivity", sensitivity.sensitivity(analyses)),
@@ -78,8 +81,11 @@ def introduction(results: Results) -> str:
         "and packages give the same bytes. Times and memory are on [a page of their own](dagformer_measured.md).\n\n"
         "Modes: **soft** gates lie between 0 and 1; **hard** gates are 0 or 1; the **baseline** has all gates at 1. "
         f"Every difference is paired over the same windows, {results.num_windows:,} held-out ones unless another n is "
-        "given, and comes with its 95 % interval (Student's t). Verdicts are made by rule: better if the whole "
-        "interval lies below 0, worse if it lies above, else no difference shown."
+        "given. Intervals of 95 % are Student's t, which takes windows as independent; several can be of one document, "
+        "so they are somewhat too narrow, and words beside an interval in a table (better if all of it lies below 0, "
+        "worse if above) are of that one difference alone, **uncorrected**. Verdicts in sentences are made by rule "
+        "from p-values of sign flips of whole documents, corrected for all comparisons of the family (section 8): "
+        f"better or worse where p is below {SIGNIFICANT}, else no difference shown."
     )
 
 
@@ -93,19 +99,20 @@ def at_a_glance(results: Results, analyses: Analyses) -> str:
     if "S1" in runs:
         lines.append(f"S1 {sanity.identity_sentence(runs['S1'])}")
     if "S2" in runs:
-        lines.append(f"S2: {sanity.flow_sentence(runs['S2'])}")
-    lines += [phase1.default_sentence(results.main), *baseline_sentences(results)]
+        lines.append(f"S2: {sanity.flow_sentence(analyses, runs['S2'])}")
+    lines += [phase1.default_sentence(results.main, analyses), *baseline_sentences(results, analyses)]
     if "P2" in runs and runs["P2"].run["from"] in runs:
-        lines.append(f"P2: {phase1.extended_sentence(runs['P2'], runs[runs['P2'].run['from']])}")
-    lines.append(ablations.ablation_sentence(results))
+        lines.append(f"P2: {phase1.extended_sentence(analyses, runs['P2'], runs[runs['P2'].run['from']])}")
+    lines.append(ablations.ablation_sentence(results, analyses))
     if "L0" in runs:
-        lines.append(f"L0: {ablations.first_layer_sentence(results, runs['L0'])}")
+        lines.append(f"L0: {ablations.first_layer_sentence(results, analyses, runs['L0'])}")
     if "C1" in runs:
-        lines.append(f"C1: {ablations.control_sentence(results, runs['C1'])}")
+        lines.append(f"C1: {ablations.control_sentence(results, analyses, runs['C1'])}")
     lines += [f"X1: {topology.variance_sentence(name, found)}" for name, found in analyses.topology.items()]
     by_domain = {name: found["domains"] for name, found in analyses.topology.items()}
     lines += [f"X2: {topology.domain_sentence(name, own)}" for name, own in by_domain.items() if own is not None]
     lines.append(f"X3: {sensitivity.flat_sentence(analyses.sensitivity)} {sensitivity.removal_sentence(analyses)}")
+    lines.append(f"Orders of removal: {sensitivity.order_sentence(analyses.sensitivity)}")
     lines.append(f"Gates optimised directly: {sensitivity.oracle_sentence(analyses.sensitivity)}")
     if results.joint is not None:
         lines.append(f"Joint training: {comparisons.joint_sentence(results, analyses)}")
@@ -118,14 +125,14 @@ def at_a_glance(results: Results, analyses: Analyses) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def baseline_sentences(results: Results) -> list[str]:
-    """Which variants are better than the baseline, worse or neither, for each mode and protocol."""
+def baseline_sentences(results: Results, analyses: Analyses) -> list[str]:
+    """Which variants are better than the baseline, worse or neither, for each mode and protocol; corrected."""
     total = count(len(results.variants), "variant")
     lines = []
     for protocol in PROTOCOLS:
         for mode in MODES:
-            found = {name: one.to_baseline(mode, protocol) for name, one in results.variants.items()}
-            none = "" if any(verdict(one) == "better" for one in found.values()) else "better: none; "
+            found = {name: analyses.verdict("baseline", name, mode, protocol) for name in results.variants}
+            none = "" if "better" in found.values() else "better: none; "
             words = f"{total} against the baseline in {mode} mode ({protocol} protocol)"
             lines.append(f"{words}: {none}{by_verdict(found)}.")
     return lines
@@ -164,10 +171,15 @@ def protocols(results: Results) -> str:
     )
 
 
-ANALYSES = (
-    "All on windows of the test split, which no training has seen. Permutation tests exchange what would be "
-    "exchangeable if there were nothing to find; p is the share of exchanges that show as much, the true order counted."
-)
+def analysis_data(results: Results) -> str:
+    """What the analyses are made on."""
+    shared = shared_text(results.tokens["splits"]["test"])
+    return (
+        "All on windows of the test split. No training has read its documents, though they share text with others: "
+        f"tokens of it that also stand in the training split: {shared}. Permutation tests exchange what would be "
+        "exchangeable if there were nothing to find; p is the share of exchanges that show as much, the true order "
+        "counted."
+    )
 
 
 def properties(results: Results, analyses: Analyses) -> str:
@@ -209,11 +221,13 @@ def limitations(results: Results) -> str:
         f"**Scale.** The base has {results.base['parameters']:,} parameters, and P1 was trained on "
         f"{results.main.training['tokens']:,} tokens. What holds here need not hold for a larger base or budget.",
         "**Few seeds.** Intervals are over windows of text, for these trained predictors. P1 alone was run with "
-        "several seeds; section 8 has their spread.",
+        "several seeds; section 8 has their spread. Every difference between two others, P1 - C1 and J1 - J0 among "
+        "them, has one run on at least one side: it is of these runs, and not yet of the methods.",
         f"**Many comparisons.** There are {intervals} intervals against the baseline alone. Without any effect, about "
-        "one in 20 would still exclude 0. Section 8 corrects for their number; verdicts elsewhere do not.",
-        "**Windows are not independent**: several can be from one document, so t intervals are somewhat too narrow. "
-        "Columns headed by document do not share this.",
+        "one in 20 would still exclude 0. Verdicts in sentences are corrected for their number; words beside an "
+        "interval are not.",
+        "**Windows are not independent**: several can be from one document, so t intervals over windows are somewhat "
+        "too narrow. Columns headed by document, corrected verdicts and section 6's X3 do not share this.",
         "**A frozen base.** It was trained with all connections open and never adapts to a wiring, but for section 7.",
         "**The final state is evaluated**, whatever validation said on the way.",
         "**Window protocol.** The predictor has read the tokens that are scored; see section 5.",

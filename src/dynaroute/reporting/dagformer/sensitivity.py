@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from dynaroute.evaluation.statistics import SIGNIFICANT, Interval, corrected_verdict, verdict
+from dynaroute.evaluation.statistics import SIGNIFICANT, Interval, corrected_verdict
 from dynaroute.reporting.dagformer.analyses import Analyses
-from dynaroute.reporting.dagformer.topology import p_value, to_interval
-from dynaroute.reporting.dagformer.wording import interval, numbers
+from dynaroute.reporting.dagformer.topology import p_value
+from dynaroute.reporting.dagformer.wording import numbers, signed
 from dynaroute.reporting.inputs import Record
 from dynaroute.reporting.tables import count, figure, table
 
@@ -21,7 +21,7 @@ def sensitivity(analyses: Analyses) -> str:
     """The whole section."""
     found, shape = analyses.sensitivity, analyses.sensitivity["flatness"]
     gradient_rows = [
-        ["windows, gates", f"{shape['n']:,}, {shape['gates']:,}"],
+        ["windows, documents, gates", f"{shape['n']:,}, {shape['documents']:,}, {shape['gates']:,}"],
         ["mean size of a gate's gradient in one window", f"{shape['size']:.2e}"],
         ["mean size of a gate's mean gradient", f"{shape['size_of_mean']:.2e}"],
         ["the same with signs flipped by document", f"{shape['size_by_chance']:.2e}, {p_value(shape['p'])}"],
@@ -33,15 +33,20 @@ def sensitivity(analyses: Analyses) -> str:
     return "\n\n".join(
         [
             "No predictor takes part here. " + flat_sentence(found),
+            "Windows are evenly chosen over documents, and documents are what every test here counts, since windows of "
+            "one document are alike: intervals are Student's t over the means of documents, and p-values are of sign "
+            "flips of whole documents, corrected within a table (Westfall and Young, step-down).",
             "Gradients of each window's NLL with respect to every gate, at A = 1:",
             table(["measure", "found"], gradient_rows),
             f"Gates between adjacent layers have gradients of mean size {own['adjacent']:.2e}, those that skip layers "
-            f"{own['skip']:.2e}: the difference is {own['mean']:+.2e} [{own['low']:+.2e}, {own['high']:+.2e}], "
-            f"n = {own['n']:,}, {p_value(own['p'])} by document.",
+            f"{own['skip']:.2e}: the difference is {own['mean']:+.2e}, over documents "
+            f"[{own['bootstrap_low']:+.2e}, {own['bootstrap_high']:+.2e}], {p_value(own['p'])}, "
+            f"{count(own['groups'], 'document')}.",
             "**Edges removed for real.** NLL less that at A = 1, on windows of other documents than those that the "
             "orders come from. Least gradient first removes what matters least to first order. Expected gain first "
             "removes the edge whose gradient says that NLL falls most. " + removal_sentence(analyses),
             _removal(analyses.removal),
+            order_sentence(found),
             f"**Layer pairs**, each removed alone: {_outcomes(found['removal']['layer_pairs'])}. The largest changes:",
             _worst(analyses.layer_pairs, "layers", lambda row: f"{row['source']:.0f} → {row['target']:.0f}"),
             "**Heads**, each cut off from all others alone, in and out; it still adds to MLPs and output: "
@@ -54,9 +59,9 @@ def sensitivity(analyses: Analyses) -> str:
             "**An upper reference.** Gates optimised directly on one window for "
             f"{count(found['oracle']['steps'], 'step')} from A = 1. {oracle_sentence(found)}",
             table(
-                ["scored on", "optimised gates - A = 1 [95 %]", "n"],
-                [[words, interval(to_interval(found["oracle"][text])), f"{found['oracle'][text]['n']}"]
-                 for text, words in TEXTS.items()],
+                ["scored on", "optimised gates - A = 1 [95 %]", "p, corrected", "verdict", "detectable", "documents"],
+                [[words, *_cells(own), f"{own['detectable']:.4f}", f"{own['documents']}"]
+                 for text, words in TEXTS.items() for own in [found["oracle"][text]]],
             ),
             figure(
                 "figures/dagformer_removal.png",
@@ -67,41 +72,69 @@ def sensitivity(analyses: Analyses) -> str:
 
 
 def flat_sentence(found: Record) -> str:
-    """Whether NLL is flat at A = 1, by rule."""
+    """Whether NLL is flat at A = 1, by rule: by the test of all gates together."""
     shape = found["flatness"]
     rests = (
-        f"mean gradient of all gates together {p_value(shape['p'])}; gates whose own mean gradient is certain: "
-        f"{shape['harmful'] + shape['helpful']:.1%} of {shape['gates']:,}; n = {shape['n']:,}"
+        f"mean gradient of all gates together {p_value(shape['p'])} by document; gates whose own mean gradient is "
+        f"certain: {shape['harmful'] + shape['helpful']:.1%} of {shape['gates']:,}; {_size(shape)}"
     )
-    if shape["flat"]:
-        return f"NLL is flat at A = 1, as far as first order shows ({rests})."
-    return f"NLL is not flat at A = 1 ({rests})."
+    outcome = "NLL is not flat at A = 1" if shape["slopes"] else "That NLL is not flat at A = 1 is not shown"
+    return f"{outcome} ({rests})."
 
 
 def removal_sentence(analyses: Analyses) -> str:
-    """Whether removing edges ever helped, by rule, and what removing all costs."""
-    table = analyses.removal
-    better = [row for row in table.to_dict("records") if verdict(_interval(row)) == "better"]
+    """What any removal was shown to do, by corrected verdicts, and what removing all costs."""
+    found = {
+        **{f"{ORDERS[row['order']]} {row['fraction']:.0%}": row for row in analyses.removal.to_dict("records")},
+        **{f"layers {row['source']} → {row['target']}": row for row in analyses.layer_pairs.to_dict("records")},
+        **{f"head {row['layer']}, {row['head']}": row for row in analyses.heads.to_dict("records")},
+    }
+    better = [f"{name} ({numbers(_interval(row))})" for name, row in found.items() if _verdict(row) == "better"]
+    tried = f"of {len(found):,} removals, by order and fraction, layer pair or head"
     if better:
-        words = ", ".join(f"{ORDERS[row['order']]} {row['fraction']:.0%} ({numbers(_interval(row))})" for row in better)
-        outcome = f"Removing edges lowers NLL for: {words}."
+        outcome = f"Removing edges lowers NLL for, {tried}: {', '.join(better)}."
     else:
-        outcome = "No removal lowers NLL."
-    largest = table[table["fraction"] == table["fraction"].max()].iloc[0]
-    return f"{outcome} Removing {largest['fraction']:.0%} of edges changes NLL by {numbers(_interval(largest))}."
+        outcome = f"No removal is shown to lower NLL, {tried}."
+    largest = analyses.removal[analyses.removal["fraction"] == analyses.removal["fraction"].max()].iloc[0]
+    return (
+        f"{outcome} Removing {largest['fraction']:.0%} of edges changes NLL by {numbers(_interval(largest))}: "
+        f"{_verdict(largest)}."
+    )
+
+
+def order_sentence(found: Record) -> str:
+    """How the orders that gradients give compare with the random one, on the same windows, by corrected verdicts."""
+    rows = found["removal"]["orders"]
+    if not rows:
+        return "No part of the edges was removed, so no order is compared with another."
+    words = {"better": "is better", "worse": "is worse", "no difference shown": "no difference is shown"}
+    parts = []
+    for order in dict.fromkeys(row["order"] for row in rows):
+        own = [row for row in rows if row["order"] == order]
+        outcomes = [
+            f"{words[_verdict(row)]} at {row['fraction']:.0%} ({_change(row)}, {p_value(row['p_corrected'])})"
+            for row in own
+        ]
+        parts.append(f"{ORDERS[order]}: {', '.join(outcomes)}")
+    return (
+        "NLL less that of the random order at the same fraction, paired, which shows whether gradients foretell what "
+        f"removal does: {'; '.join(parts)}; {_size(rows[0])}."
+    )
 
 
 def oracle_sentence(found: Record) -> str:
     """How much of the oracle's gain is memorisation, by rule."""
-    own, after = (to_interval(found["oracle"][text]) for text in ("same", "next"))
-    gain = f"On its own window it changes NLL by {numbers(own)}; on the text that follows by {numbers(after)}."
-    if verdict(own) != "better":
-        return f"{gain} It gains nothing, so there is nothing to explain."
-    if verdict(after) == "better":
-        return (
-            f"{gain} {after.mean / own.mean:.0%} of the gain carries over to the text that follows; the rest does not."
-        )
-    return f"{gain} No part of the gain is shown to carry over: what it finds is that window's own."
+    own, after, share = (found["oracle"][key] for key in ("same", "next", "carried_over"))
+    gain = (
+        f"On its own window it changes NLL by {_change(own)}: {_verdict(own)}; on the text that follows by "
+        f"{_change(after)}: {_verdict(after)}; {_size(own)}."
+    )
+    if _verdict(own) != "better":
+        return f"{gain} A gain is not shown, so there is nothing to explain."
+    carried = f"{share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"
+    shown = {"better": "some of it is shown to carry over", "worse": "these gates are shown to harm it"}
+    outcome = shown.get(_verdict(after), "that any of it carries over is not shown")
+    return f"{gain} The text that follows keeps {carried} of the gain (bootstrap of documents): {outcome}."
 
 
 def _consistency(shape: Record) -> str:
@@ -113,31 +146,45 @@ def _removal(removal: "pd.DataFrame") -> str:
     rows = []
     for order, words in ORDERS.items():
         own = removal[removal["order"] == order].set_index("fraction")
-        rows.append([words, *(interval(_interval(own.loc[fraction])) for fraction in fractions)])
-    n = int(removal["n"].iloc[0])
-    return f"{table(['order', *(f'{fraction:.0%}' for fraction in fractions)], rows)}\n\nn = {count(n, 'window')}."
+        rows.append([words, *(f"{_change(own.loc[one])} {_verdict(own.loc[one])}" for one in fractions)])
+    first = removal[removal["order"] == "random"].iloc[0]
+    return (
+        f"{table(['order', *(f'{fraction:.0%}' for fraction in fractions)], rows)}\n\n{_size(first)}. The random order "
+        f"is the mean of {count(int(first['draws']), 'draw')}; its interval is over documents, for these draws, and "
+        "leaves out how draws differ."
+    )
 
 
-def _interval(row: "pd.Series | dict") -> Interval:
+def _interval(row: "pd.Series | Record") -> Interval:
     return Interval(row["difference"], row["low"], row["high"], int(row["n"]))
+
+
+def _change(row: "pd.Series | Record") -> str:
+    """A difference with its interval, for a sentence or cell that says verdict and n elsewhere."""
+    return f"{signed(row['difference'])} [{signed(row['low'])}, {signed(row['high'])}]"
+
+
+def _verdict(row: "pd.Series | Record") -> str:
+    return corrected_verdict(row["difference"], row["p_corrected"])
+
+
+def _size(row: "pd.Series | Record") -> str:
+    return f"n = {count(int(row['n']), 'window')} of {count(int(row['documents']), 'document')}"
+
+
+def _cells(row: "pd.Series | Record") -> list[str]:
+    return [_change(row), f"{row['p_corrected']:.2g}", _verdict(row)]
 
 
 def _outcomes(found: Record) -> str:
     return (
         f"{found['worse']} raise NLL, {found['better']} lower it and for {found['no_difference_shown']} no difference "
-        f"is shown (p corrected by Holm, below {SIGNIFICANT})"
+        f"is shown (corrected p below {SIGNIFICANT}). A change of {found['detectable']:.4f} (median) would be shown "
+        "four times in five"
     )
 
 
 def _worst(rows: "pd.DataFrame", title: str, name: object) -> str:
     worst = rows.sort_values("difference", ascending=False, kind="stable").head(SHOWN)
-    cells = [
-        [
-            name(row),
-            interval(_interval(row)).removesuffix(f" {verdict(_interval(row))}"),
-            f"{row['p_holm']:.2g}",
-            corrected_verdict(row["difference"], row["p_holm"]),
-        ]
-        for _, row in worst.iterrows()
-    ]
+    cells = [[name(row), *_cells(row)] for _, row in worst.iterrows()]
     return table([title, "NLL - NLL at A = 1 [95 %]", "p, corrected", "verdict"], cells)

@@ -3,7 +3,7 @@
 from dynaroute.reporting.dagformer.results import Results, Variant
 from dynaroute.reporting.dagformer.wording import budget
 from dynaroute.reporting.inputs import Record
-from dynaroute.reporting.tables import NONE, count, published, table
+from dynaroute.reporting.tables import NONE, count, published, shared_text, table
 
 
 def setup(results: Results) -> str:
@@ -19,6 +19,7 @@ def setup(results: Results) -> str:
         ["Parameters of P1's predictor", f"{results.main.training['predictor_parameters']:,}"],
         ["Encoder of the text, frozen", _encoder_name(shared["encoder"])],
         ["Corpus", f"`{shared['corpus']}`: {tokens['train']['num_tokens']:,} tokens for training"],
+        ["Test tokens that also stand in the training split", shared_text(tokens["test"])],
         ["Sources", ", ".join(results.tokens["sources"])],
         ["Window", f"{shared['seq_len']:,} tokens"],
         ["Training windows", train_windows],

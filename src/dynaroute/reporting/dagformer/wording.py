@@ -1,6 +1,7 @@
 """Cells, sentences and tables that several sections of the report share."""
 
-from dynaroute.evaluation.statistics import Interval, verdict
+from dynaroute.evaluation.statistics import Interval, Verdict, verdict
+from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant
 from dynaroute.reporting.inputs import Record
 from dynaroute.reporting.tables import NONE, count, table
@@ -30,9 +31,13 @@ def difference(found: Interval) -> str:
     return f"{numbers(found)}: {verdict(found)}"
 
 
-def to_baseline(variant: Variant, protocol: str = "window") -> str:
-    """Both modes against the baseline, for a sentence."""
-    return "; ".join(f"{mode} {difference(variant.to_baseline(mode, protocol))}" for mode in MODES)
+def to_baseline(variant: Variant, analyses: Analyses) -> str:
+    """Both modes against the baseline by the window protocol, with corrected verdicts, for a sentence."""
+    return "; ".join(
+        f"{mode} {numbers(variant.to_baseline(mode, 'window'))}: "
+        f"{analyses.verdict('baseline', variant.name, mode, 'window')}"
+        for mode in MODES
+    )
 
 
 def course(start: float, end: float) -> str:
@@ -53,9 +58,9 @@ def budget(results: Results, variant: Variant) -> str:
     return f"{variant.training['tokens']:,} ({count(variant.training['steps'], 'step')} of {batch})"
 
 
-def by_verdict(found: dict[str, Interval]) -> str:
-    """What a number of differences show, by verdict: "better: A1; no difference shown: A2, A3"."""
-    groups = {words: [name for name, one in found.items() if verdict(one) == words] for words in _VERDICTS}
+def by_verdict(found: dict[str, Verdict]) -> str:
+    """Sorts a number of differences by verdict: "better: A1; no difference shown: A2, A3"."""
+    groups = {words: [name for name, one in found.items() if one == words] for words in _VERDICTS}
     return "; ".join(f"{words}: {', '.join(members)}" for words, members in groups.items() if members)
 
 

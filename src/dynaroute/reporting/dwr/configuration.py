@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dynaroute.reporting.dwr.results import Corpus, Results
-from dynaroute.reporting.tables import NONE, count, size, table
+from dynaroute.reporting.tables import NONE, count, shared_text, size, table
 
 
 def configuration(results: Results) -> str:
@@ -24,6 +24,7 @@ def configuration(results: Results) -> str:
         ("Active parameters per token", f"{summary['active_parameters']:,}", NONE),
         ("– without the token embedding", f"{unembedded:,}", f"about {theirs['active_parameters']:,}"),
         ("Tokens in the training split", f"{train['num_tokens']:,}", f"about {theirs['training_tokens']:,}"),
+        ("Test tokens that also stand there", shared_text(results.corpus.tokens["splits"]["test"]), NONE),
         ("Optimizer steps", f"{summary['steps']:,} of {summary['steps_planned']:,}", f"{theirs['steps']:,}"),
         ("Device", results.run["identity"]["device"], theirs["hardware"]),
         ("Seed", str(results.run["identity"]["seed"]), NONE),

@@ -1,0 +1,53 @@
+"""What two splits have in common is what a plain search finds."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_tokens import write_tokens
+
+from dynaroute.data import overlap
+from dynaroute.data.overlap import SPAN, shared_share
+
+VOCABULARY = 300
+
+
+def plain_share(held_out: list[int], training: list[int]) -> float:
+    """Every span of both, compared as it is."""
+    spans = {tuple(training[i : i + SPAN]) for i in range(len(training) - SPAN + 1)}
+    covered = set()
+    for start in range(len(held_out) - SPAN + 1):
+        if tuple(held_out[start : start + SPAN]) in spans:
+            covered |= set(range(start, start + SPAN))
+    return len(covered) / len(held_out)
+
+
+def split(folder: Path, training: list[list[int]], test: list[list[int]]) -> float | None:
+    return shared_share(write_tokens(folder, VOCABULARY, train=training, test=test), "test")
+
+
+@pytest.mark.parametrize("chunk", [7, 50, 2**22])
+def test_the_share_is_that_of_a_plain_search(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(overlap, "CHUNK", chunk)
+    rng = np.random.default_rng(0)
+    training = rng.integers(1, VOCABULARY - 1, 400).tolist()
+    own = rng.integers(1, VOCABULARY - 1, 300).tolist()
+    test = own[:50] + training[100:140] + own[50:90] + training[180:211] + own[90:] + training[380:] + training[:45]
+    folder = write_tokens(tmp_path, VOCABULARY, train=[training], test=[test])
+    streams = [overlap.TokenShards(folder, name) for name in ("test", "train")]
+    expected = plain_share(*(stream.read(0, stream.num_tokens).tolist() for stream in streams))
+    assert 0.1 < expected < 0.5
+    assert shared_share(folder, "test") == pytest.approx(expected)
+
+
+def test_all_or_nothing(tmp_path):
+    text = np.random.default_rng(1).integers(1, VOCABULARY - 1, 100).tolist()
+    assert split(tmp_path / "same", [text], [text]) == 1
+    assert split(tmp_path / "reversed", [text], [text[::-1]]) == 0
+    assert split(tmp_path / "short", [text], [text[: SPAN - 2]]) == 0  # end-of-text makes one more
+
+
+def test_a_corpus_that_is_too_large_is_not_searched(tmp_path, monkeypatch):
+    monkeypatch.setattr(overlap, "MAX_TRAINING_TOKENS", 50)
+    text = list(range(1, 100))
+    assert split(tmp_path, [text], [text]) is None
