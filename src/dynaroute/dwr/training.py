@@ -38,7 +38,6 @@ def other_windows(corpus: str, trained: TokenShards, seq_len: int) -> Windows:
         raise DynarouteError(
             f"params.yaml: dwr.also_validate_on = {corpus!r}: its tokenizer is not that of {trained.directory.name}"
         )
-    shards.verify()
     return Windows(shards, seq_len, keep_tail=True)
 
 
