@@ -11,7 +11,7 @@ repro: env  ## run the default pipeline: reports/ and data/
 	dvc repro
 
 test: env  ## the test suite
-	pytest
+	pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: env  ## style and formatting
 	ruff check .
