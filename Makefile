@@ -17,8 +17,10 @@ lint: env  ## style and formatting
 	ruff check .
 	ruff format --check .
 
-benchmarks: env  ## layer benchmarks at the paper's sizes, into reports/benchmarks/
+benchmarks: env  ## layers, peers and tokenization at the paper's sizes, into reports/benchmarks/ and the reports
 	dvc repro benchmarks/dvc.yaml
+	dvc repro --single-item --force report_cached_inference
+	dvc repro --single-item --force report_dagformer
 
 gpu: env  ## what takes a GPU, by gpu/params.yaml, into reports/gpu.md; what is done is not run again
 	@python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: this machine shows no CUDA device")'
