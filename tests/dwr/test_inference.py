@@ -1,13 +1,13 @@
 """A model run from its store: the same bits as the trained one, resident or at any capacity of the cache."""
 
 import itertools
+import random
 
 import pytest
 import torch
 from small_store import export, make_model, mapped_files
 
-from dynaroute.dwr.experts import ExpertCache, make_policy, make_prefetcher
-from dynaroute.dwr.experts.store import ExpertStore
+from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store, make_policy, make_prefetcher
 from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, load_resident, sample
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.errors import DynarouteError
@@ -72,6 +72,25 @@ def test_no_policy_prefetcher_or_precision_changes_a_logit(tmp_path, policy, pre
         with ExpertCache(store, capacity, make_policy(policy, store.usage.load), per_layer, prefetcher) as cache:
             bind_experts(cached, cache)
             assert all(map(torch.equal, greedy_decode(cached, tokens, 8), expected))
+
+
+@pytest.mark.parametrize(("top_k", "batch", "capacity"), [(2, 4, 4), (3, 1, 5), (3, 1, 7), (4, 1, 8)])
+@pytest.mark.parametrize("policy", ["lfu", "weighted_lru", "pinned"])
+@pytest.mark.parametrize("prefetch", ["frequency", "gate"])
+def test_calls_of_many_experts_go_with_prefetching(tmp_path, top_k, batch, capacity, policy, prefetch):
+    """A read that waits for an expert still in use must not be in the way of a prefetch of what it evicts."""
+    model = make_model(num_layers=3, num_experts=8, top_k=top_k)
+    draw = random.Random(1)
+    load = [[draw.random() for _ in range(8)] for _ in range(3)]  # uneven, so that policies have favourites
+    transitions = [[[draw.randint(1, 9) for _ in range(8)] for _ in range(8)] for _ in range(2)]
+    export_store(model, "run", Usage(load=load, transitions=transitions), tmp_path / "store")
+    store = ExpertStore(tmp_path / "store")
+    tokens, cached = prompts(model, batch), load_backbone(store)
+    expected = list(greedy_decode(load_resident(store), tokens, 12))
+    prefetcher = make_prefetcher(prefetch, store, cached, top_k)
+    with ExpertCache(store, capacity, make_policy(policy, load), False, prefetcher) as cache:
+        bind_experts(cached, cache)
+        assert all(map(torch.equal, greedy_decode(cached, tokens, 12), expected))
 
 
 def test_a_flipped_bit_is_refused_before_it_makes_a_token(tmp_path):

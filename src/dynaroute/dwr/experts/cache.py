@@ -156,9 +156,13 @@ class ExpertCache:
         self._ahead = {key for key in self._ahead if key[0] != layer}
 
     def _start(self, waiting: deque[Load], unused: dict[Key, None]) -> None:
-        """Begins to read what is missing, as far as nothing has to make way that is still to be used."""
-        while waiting and waiting[0].victim not in unused:
-            load = waiting.popleft()
+        """Begins to read what is missing, unless what has to make way is still to be used.
+
+        All of it, not up to the first that has to wait: a slot is only kept by experts of the layer at hand, which no
+        prefetch asks for.
+        """
+        for load in [load for load in waiting if load.victim not in unused]:
+            waiting.remove(load)
             slot = self._assign(load)
             if load.key != next(iter(unused)):  # which this thread reads itself: it could only wait
                 self._readers.submit(self._fill, slot, load.key)
