@@ -41,7 +41,8 @@ recover:  ## mend what a kill can leave: a dvc.lock cut off (which goes where gi
 	rm -f "$$(git rev-parse --git-path index.lock 2>/dev/null)"
 	for lock in dvc.lock corpora/dvc.lock gpu/dvc.lock; do \
 	  test "$$(tail -c 1 $$lock 2>/dev/null | wc -l)" -eq 1 || git checkout --quiet -- $$lock 2>/dev/null || rm -f $$lock; done
-	rm -f .dvc/tmp/rwlock .dvc/tmp/lock
+	git reset --quiet -- .dvc/tmp/repro.dat 2>/dev/null || true
+	rm -f .dvc/tmp/rwlock .dvc/tmp/lock .dvc/tmp/repro.dat
 	find data reports gpu -name '.*.tmp' -prune -exec rm -rf {} + 2>/dev/null || true
 
 env: $(READY)
