@@ -1,10 +1,10 @@
 """The stage prepare_base, for a base that exists: from a local directory, through the calls that load from the hub."""
 
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
+import prepare_base
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,8 +52,7 @@ def prepare(path: Path) -> None:
     settings = load_settings(REPOSITORY / "params.yaml")
     base = LoadedBase(kind="load", path=str(path), revision=None)
     update = {"base": base, "seq_len": SEQ_LEN, "validation_windows": 5}
-    stage = runpy.run_path(str(REPOSITORY / "stages/prepare_base.py"))
-    stage["main"](settings.model_copy(update={"dagformer": settings.dagformer.model_copy(update=update)}))
+    prepare_base.main(settings.model_copy(update={"dagformer": settings.dagformer.model_copy(update=update)}))
 
 
 @torch.no_grad()

@@ -1,11 +1,10 @@
 """Export and benchmark as stages: what they write, that it repeats, and that a wrong logit stops them."""
 
 import csv
-import importlib.util
 import json
 import sys
+from importlib import import_module as stage
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -31,13 +30,6 @@ CELLS = [
     for policy in ("lru", "lfu")
     for prefetch in ("none", "gate")
 ]
-
-
-def stage(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / f"stages/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def tiny_settings(**benchmark_cache) -> Settings:

@@ -1,15 +1,14 @@
 """The stage from files to files: what it says is what plain computations of the same windows say."""
 
 import csv
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
+import analyze_sensitivity as stage
 import numpy as np
 import pytest
 import torch
-from small_dagformer import HEADS, LAYERS, REPOSITORY, SEQ_LEN, make_base, tiny_settings, write_all
+from small_dagformer import HEADS, LAYERS, SEQ_LEN, make_base, tiny_settings, write_all
 
 from dynaroute.config import Settings
 from dynaroute.dagformer.graph import DagForward
@@ -33,14 +32,6 @@ def settings(**changes) -> Settings:
     return tiny.model_copy(update={"analysis": tiny.analysis.model_copy(update=ANALYSIS | changes)})
 
 
-@pytest.fixture(scope="module")
-def stage() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("analyze_sensitivity", REPOSITORY / "stages/analyze_sensitivity.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def tree(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -53,7 +44,7 @@ def rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_two_runs_write_the_same_bytes(tree, stage):
+def test_two_runs_write_the_same_bytes(tree):
     contents = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -62,7 +53,7 @@ def test_two_runs_write_the_same_bytes(tree, stage):
     assert contents[0] == contents[1]
 
 
-def test_removing_everything_is_the_base_without_any_connection(tree, stage):
+def test_removing_everything_is_the_base_without_any_connection(tree):
     stage.main(settings())
     found = json.loads((REPORTS / "sensitivity.json").read_text())
     assert all(passed is True for passed in found["checks"].values())
@@ -70,24 +61,24 @@ def test_removing_everything_is_the_base_without_any_connection(tree, stage):
     whole = [row for row in rows("removal") if row["fraction"] == "1.0"]
     assert [row["order"] for row in whole] == ["random", "least_gradient", "expected_gain"]
     assert len({row["difference"] for row in whole}) == 1
-    nll = nll_without_connections(stage)
+    nll = nll_without_connections()
     documents = stage.windows_of_documents(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN)
-    own = documents[scored_windows(stage)]
+    own = documents[scored_windows()]
     change = np.array([(nll[0] - nll[1])[own == document].mean() for document in np.unique(own)])
     expected = paired_difference(change, np.zeros_like(change))
     assert float(whole[0]["difference"]) == pytest.approx(expected.mean, abs=1e-5)
     assert float(whole[0]["low"]) == pytest.approx(expected.low, abs=1e-5)
 
 
-def scored_windows(stage: ModuleType) -> list[int]:
+def scored_windows() -> list[int]:
     documents = stage.windows_of_documents(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN)
     return stage.halves(documents, settings().analysis)[1]
 
 
-def nll_without_connections(stage: ModuleType) -> np.ndarray:
+def nll_without_connections() -> np.ndarray:
     """NLL of the windows that removals are scored on, by a plain forward with no gate open, and by transformers."""
     windows = stage.Windows(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN, keep_tail=False)
-    tokens, targets = windows.batch(scored_windows(stage))
+    tokens, targets = windows.batch(scored_windows())
     base = make_base()
     with torch.no_grad():
         logits = [DagForward(base)(tokens, torch.zeros(4, LAYERS * HEADS, LAYERS * HEADS)), base(tokens).logits]
@@ -95,7 +86,7 @@ def nll_without_connections(stage: ModuleType) -> np.ndarray:
     return torch.stack(losses).numpy()
 
 
-def test_there_is_a_row_for_each_layer_pair_head_order_and_text(tree, stage):
+def test_there_is_a_row_for_each_layer_pair_head_order_and_text(tree):
     stage.main(settings())
     pairs = [("0", "1"), ("0", "2"), ("1", "2")]
     for name in ("gate_gradients", "removal_layer_pairs"):
@@ -125,7 +116,7 @@ def test_there_is_a_row_for_each_layer_pair_head_order_and_text(tree, stage):
     assert found["oracle"]["carried_over"]["mean"] == pytest.approx(total["next"] / total["same"])
 
 
-def test_orders_are_compared_with_the_random_one_where_there_is_an_order(tree, stage):
+def test_orders_are_compared_with_the_random_one_where_there_is_an_order(tree):
     stage.main(settings())
     found = json.loads((REPORTS / "sensitivity.json").read_text())["removal"]["orders"]
     assert [(row["order"], row["fraction"]) for row in found] == [("least_gradient", 0.25), ("expected_gain", 0.25)]
@@ -135,7 +126,7 @@ def test_orders_are_compared_with_the_random_one_where_there_is_an_order(tree, s
         assert row["difference"] == pytest.approx(apart, abs=1e-9)
 
 
-def test_gradients_and_removals_never_share_a_document(stage):
+def test_gradients_and_removals_never_share_a_document():
     documents = np.array([-1, 0, 0, 3, 3, -1, 4, 5, 5, 5, -1, 7, 9])
     analysis = settings(gradient_windows=99, removal_windows=99).analysis
     first, second = ({int(documents[window]) for window in half} for half in stage.halves(documents, analysis))
@@ -145,7 +136,7 @@ def test_gradients_and_removals_never_share_a_document(stage):
     assert [len(half) for half in few] == [2, 3]
 
 
-def test_windows_are_chosen_evenly_over_documents_however_long_they_are(stage):
+def test_windows_are_chosen_evenly_over_documents_however_long_they_are():
     documents = np.repeat(np.arange(8), [90, 80, 3, 3, 3, 3, 3, 3])
     chosen = stage.halves(documents, settings(gradient_windows=8, removal_windows=4).analysis)
     assert [np.bincount(documents[half])[parity::2].tolist() for parity, half in enumerate(chosen)] == [
@@ -154,11 +145,11 @@ def test_windows_are_chosen_evenly_over_documents_however_long_they_are(stage):
 
 
 @pytest.mark.parametrize("documents", [[0, 0, 0, -1], [0, 1, 2, -1], [-1, -1]])
-def test_too_few_documents_are_refused(stage, documents):
+def test_too_few_documents_are_refused(documents):
     with pytest.raises(DynarouteError, match=r"analysis: too few documents .* hold a whole window \(\d\)"):
         stage.halves(np.array(documents), settings().analysis)
 
 
-def test_text_without_windows_that_go_on_is_refused(stage):
+def test_text_without_windows_that_go_on_is_refused():
     with pytest.raises(DynarouteError, match=r"analysis.oracle_windows = 3: 1 documents .* in a row"):
         stage.followed_windows(np.array([-1, 0, 0, 1, 2, -1, 3]), settings().analysis)

@@ -1,11 +1,11 @@
 """The stage from files to files, on a tiny base and predictor whose text comes from two sources."""
 
 import csv
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
+import analyze_topology as stage
+import evaluate_nll
 import numpy as np
 import pytest
 import torch
@@ -14,7 +14,6 @@ from small_dagformer import (
     HEADS,
     LAYERS,
     PREFIX,
-    REPOSITORY,
     SEQ_LEN,
     WINDOWS,
     make_base,
@@ -44,13 +43,6 @@ def settings() -> Settings:
     return tiny.model_copy(update={"analysis": changed})
 
 
-def stage_of(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / f"stages/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def write_domains() -> None:
     """What encode_windows leaves of the windows of each source: here, sums of their tokens."""
     shards = TokenShards("data/tokens/docs", "test")
@@ -70,12 +62,11 @@ def analyze(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_all(settings())
     write_domains()
-    stage = stage_of("analyze_topology")
 
     def analyze(again: bool = False, **knobs) -> dict:
         if not again:
             write_variant("P1", make_predictor(**knobs))
-            stage_of("evaluate_nll").main(settings(), "P1")
+            evaluate_nll.main(settings(), "P1")
         stage.main(settings(), "P1")
         return json.loads(Path(FILES[0]).read_text())
 

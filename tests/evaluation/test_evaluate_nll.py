@@ -1,15 +1,14 @@
 """The stage evaluate_nll, from files to files."""
 
 import csv
-import importlib.util
 import json
 import math
 import runpy
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import evaluate_nll as stage
 import numpy as np
 import pytest
 import torch
@@ -26,14 +25,6 @@ from dynaroute.evaluation.nll import check_same_baseline
 from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
 
 OUTPUTS = ["reports/dagformer/{}/nll.csv", "reports/dagformer/{}/nll.json", "data/eval/{}/gates.safetensors"]
-
-
-@pytest.fixture(scope="module")
-def stage() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evaluate_nll", REPOSITORY / "stages/evaluate_nll.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -64,7 +55,7 @@ def plain_nll(logits: torch.Tensor, targets: list[int], first: int) -> float:
 
 
 @pytest.mark.parametrize("input_norm", ["none", "rms_post"])
-def test_every_number_of_a_row_is_what_the_protocols_say(tree, stage, input_norm):
+def test_every_number_of_a_row_is_what_the_protocols_say(tree, input_norm):
     predictor = make_predictor(input_norm=input_norm)
     write_variant("P1", predictor)
     stage.main(tiny_settings(), "P1")
@@ -95,7 +86,7 @@ def test_every_number_of_a_row_is_what_the_protocols_say(tree, stage, input_norm
             assert float(row[f"nll_{mode}"]) == pytest.approx(plain_nll(values[0], stream[1:], first), abs=1e-5)
 
 
-def test_the_prefix_protocol_does_not_see_the_vectors_of_whole_windows(tree, stage):
+def test_the_prefix_protocol_does_not_see_the_vectors_of_whole_windows(tree):
     stage.main(tiny_settings(), "P1")
     before, report = rows_of("P1"), report_of("P1")
     path = Path("data/dagformer/embeddings/evaluation/test.npy")
@@ -112,7 +103,7 @@ def test_the_prefix_protocol_does_not_see_the_vectors_of_whole_windows(tree, sta
     assert report["prefix"] == report_of("P1")["prefix"]
 
 
-def test_the_summary_follows_from_the_rows(tree, stage):
+def test_the_summary_follows_from_the_rows(tree):
     stage.main(tiny_settings(), "P1")
     rows, report = rows_of("P1"), report_of("P1")
     assert (report["run"], report["variant"], report["n"]) == (RUN, "P1", WINDOWS)
@@ -136,7 +127,7 @@ def test_the_summary_follows_from_the_rows(tree, stage):
 
 
 @pytest.mark.parametrize("knobs", [{}, {"cascade": "learnable"}, {"cascade": "off"}, {"exempt_first_layer": False}])
-def test_gates_can_be_made_again_from_the_stored_logits(tree, stage, knobs):
+def test_gates_can_be_made_again_from_the_stored_logits(tree, knobs):
     predictor = make_predictor(**knobs)
     if predictor.log_k is not None:
         predictor.log_k.data += 1.0  # as if it had been trained
@@ -158,7 +149,7 @@ def test_gates_can_be_made_again_from_the_stored_logits(tree, stage, knobs):
             assert report[protocol][name] == pytest.approx(gates[:, mask].mean().item(), rel=1e-5)
 
 
-def test_two_runs_write_the_same_bytes(tree, stage):
+def test_two_runs_write_the_same_bytes(tree):
     contents = []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -168,7 +159,7 @@ def test_two_runs_write_the_same_bytes(tree, stage):
 
 
 @pytest.mark.parametrize("knobs", [{"predictor_input": "none"}, {"input_norm": "rms_post"}, {"rank": 5}])
-def test_the_baseline_is_the_same_for_every_variant(tree, stage, knobs):
+def test_the_baseline_is_the_same_for_every_variant(tree, knobs):
     write_variant("A1", make_predictor(seed=9, **knobs))
     for name in ("P1", "A1"):
         stage.main(tiny_settings(), name)
@@ -176,7 +167,7 @@ def test_the_baseline_is_the_same_for_every_variant(tree, stage, knobs):
     assert nll_of(rows_of("P1"), "window", "soft").tolist() != nll_of(rows_of("A1"), "window", "soft").tolist()
 
 
-def test_a_predictor_that_opens_everything_shows_no_difference(tree, stage):
+def test_a_predictor_that_opens_everything_shows_no_difference(tree):
     write_variant("S1", make_predictor(init_logit=1000.0))
     stage.main(tiny_settings(), "S1")
     for protocol in ("window", "prefix"):
@@ -189,7 +180,7 @@ def test_a_predictor_that_opens_everything_shows_no_difference(tree, stage):
         assert found["mean_A"] == pytest.approx(1.0, abs=1e-4)  # sigmoid(5 * 2) of the cascade
 
 
-def test_a_joint_variant_is_scored_on_its_own_base_but_for_the_baseline(tree, stage):
+def test_a_joint_variant_is_scored_on_its_own_base_but_for_the_baseline(tree):
     own = make_base(seed=5)
     write_variant("A1", make_predictor())
     write_variant("J1", make_predictor(base_lr=1e-3))
@@ -216,14 +207,14 @@ def test_a_joint_variant_is_scored_on_its_own_base_but_for_the_baseline(tree, st
     assert nll_of(rows_of("J1"), "window", "soft") == pytest.approx(expected, abs=1e-5)
 
 
-def test_another_base_than_the_one_trained_on_fails_its_check(tree, stage):
+def test_another_base_than_the_one_trained_on_fails_its_check(tree):
     make_base(seed=5).save_pretrained("data/dagformer/base")
     stage.main(tiny_settings(), "P1")
     failed = [name for name, passed in report_of("P1")["checks"].items() if not passed]
     assert failed == ["base_is_the_file_that_the_variant_was_trained_on"]
 
 
-def test_input_that_does_not_fit_is_an_error_in_one_line(tree, stage):
+def test_input_that_does_not_fit_is_an_error_in_one_line(tree):
     with pytest.raises(
         DynarouteError, match=r"data/dagformer/embeddings/evaluation: 11 texts of test, not .*eval_windows = 4"
     ):

@@ -1,15 +1,14 @@
 """The stage that compares all variants: which pairs, on which windows, corrected within which family."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
+import compare_variants as stage
 import numpy as np
 import pandas as pd
 import pytest
 from dagformer_tree import WINDOWS
-from dwr_tree import REPOSITORY, edit_csv, edit_yaml
+from dwr_tree import edit_csv, edit_yaml
 
 from dynaroute.config import load_settings
 from dynaroute.evaluation.statistics import compare, westfall_young
@@ -20,16 +19,8 @@ REPORTS, STATISTICS = Path("reports/dagformer"), Path("reports/statistics")
 DOCUMENTS = np.arange(WINDOWS) // 2
 
 
-@pytest.fixture(scope="module")
-def stage() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_variants", REPOSITORY / "stages/compare_variants.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def compared(stage, monkeypatch):
+def compared(monkeypatch):
     """Runs the stage on windows of six documents, and returns its rows."""
     monkeypatch.setattr(stage, "TokenShards", lambda *_: None)
     monkeypatch.setattr(stage, "main_documents", lambda shards, seq_len, windows: np.array(windows) // 2)
