@@ -9,7 +9,6 @@ none), or a DynarouteError that names the file. Every case runs in a process of 
 Writes  reports/reliability/corruption.json
 """
 
-import argparse
 import dataclasses
 import hashlib
 import os
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from workspace import REPOSITORY, finished_workspace
+from workspace import REPOSITORY, finished_workspace, parse_arguments
 
 from dynaroute import artifacts
 from dynaroute.artifacts import CHECKSUMS, read_json, read_note, write_json, write_note
@@ -261,11 +260,7 @@ def judge(found: str, undisturbed: str, path: Path) -> str:
 
 def main() -> None:
     """Damages, reads, judges, restores; writes a row for each case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workspace", type=Path, required=True, help="a finished run, made if it is not there")
-    parser.add_argument("--cases", type=int, default=660)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, cases=660, seed=0)
     os.chdir(finished_workspace(arguments.workspace).root)
     os.environ["DVC_STAGE"] = "faults"  # as a stage that DVC runs: single files are compared with dvc.lock
     torch.set_num_threads(1)

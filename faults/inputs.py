@@ -12,7 +12,6 @@ must stop in the first stage.
 Writes  reports/reliability/inputs.json
 """
 
-import argparse
 import copy
 import gzip
 import json
@@ -26,7 +25,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from tqdm import tqdm
-from workspace import REPOSITORY, finished_workspace
+from workspace import LOCATE, REPOSITORY, finished_workspace, parse_arguments
 
 from dynaroute.artifacts import write_json
 from dynaroute.config import Corpus, load_settings, read_yaml
@@ -185,18 +184,14 @@ def judge_override(workspace: Any, override: str) -> str:
     said = [line for line in text.splitlines() if line.startswith("locate: params.yaml: ")]
     ran = [line.split("'")[1] for line in text.splitlines() if line.startswith("Running stage")]
     workspace.run("git", "checkout", "params.yaml")
-    if done.returncode and ran in ([], ["locate@docs"]) and (len(said) == 1 or not ran):
+    if done.returncode and ran in ([], [LOCATE]) and (len(said) == 1 or not ran):
         return "refused in one line by the first stage" if said else "refused by DVC itself"
     return f"ran {', '.join(ran)}: {text.strip()[-200:]}"
 
 
 def main() -> None:
     """Tries all, and writes a row for each case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workspace", type=Path, required=True, help="a finished run, made if it is not there")
-    parser.add_argument("--cases", type=int, default=900)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, cases=900, seed=0)
     draw, rows = random.Random(arguments.seed), []
     for number in tqdm(range(arguments.cases), desc="inputs", unit="case"):
         with tempfile.TemporaryDirectory() as name:

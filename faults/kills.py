@@ -12,7 +12,6 @@ A campaign that was stopped goes on; remove its output to begin anew.
 Writes  reports/reliability/kills.json
 """
 
-import argparse
 import hashlib
 import os
 import random
@@ -25,7 +24,7 @@ from typing import Any
 
 import psutil
 from tqdm import tqdm
-from workspace import MEASURED, REPOSITORY, Workspace, durations, finished_workspace
+from workspace import MEASURED, REPOSITORY, Workspace, durations, finished_workspace, parse_arguments
 
 from dynaroute.artifacts import read_json, write_json
 
@@ -37,11 +36,7 @@ COMMANDS = {"dvc repro": ["dvc", "repro"], "dvc exp run": ["dvc", "exp", "run"]}
 
 def main() -> None:
     """Kills, recovers, compares, and writes a row for each kill."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workspace", type=Path, required=True, help="a finished run, made if it is not there")
-    parser.add_argument("--kills", type=int, default=108)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, kills=108, seed=0)
     pristine = finished_workspace(arguments.workspace)
     with tempfile.TemporaryDirectory() as folder:
         run(pristine, Path(folder) / "workspace", arguments.kills, arguments.seed)

@@ -9,7 +9,6 @@ figures of the evaluation within TOLERANCE.
 Writes  reports/reliability/repeat.json
 """
 
-import argparse
 import csv
 import json
 import tempfile
@@ -18,7 +17,7 @@ from typing import Any
 
 from kills import contents
 from tiny_pipeline import TINY, VARIANTS
-from workspace import REPOSITORY, Workspace, finished_workspace
+from workspace import REPOSITORY, Workspace, finished_workspace, parse_arguments
 
 from dynaroute.artifacts import write_json
 
@@ -68,9 +67,7 @@ def again(workspace: Workspace, threads: int) -> dict[str, Any]:
 
 def main() -> None:
     """Runs, compares, and writes a row for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workspace", type=Path, required=True, help="a finished run with one thread")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__)
     pristine, rows = finished_workspace(arguments.workspace), []
     for threads in (1, 2):
         with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,6 @@ A campaign that was stopped goes on; remove its output to begin anew.
 Writes  reports/reliability/situations.json
 """
 
-import argparse
 import os
 import random
 import shutil
@@ -27,7 +26,7 @@ from typing import Any
 import psutil
 from kills import FORCED, contents
 from tqdm import tqdm
-from workspace import REPOSITORY, Workspace, durations, finished_workspace
+from workspace import REPOSITORY, Workspace, durations, finished_workspace, parse_arguments
 
 from dynaroute.artifacts import read_json, write_json
 
@@ -45,10 +44,7 @@ OUTPUTS = {
 
 def main() -> None:
     """Makes the situations, and writes a row for each case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workspace", type=Path, required=True, help="a finished run, made if it is not there")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__, seed=0)
     pristine, draw = finished_workspace(arguments.workspace), random.Random(arguments.seed)
     rows: list[dict[str, Any]] = read_json(OUTPUT)["rows"] if OUTPUT.exists() else []
     done = {(row["situation"], row["stage"]) for row in rows}

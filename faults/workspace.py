@@ -1,5 +1,6 @@
-"""The finished run of the tiny pipeline that the campaigns work on."""
+"""What the campaigns share: their command line, and the finished run of the tiny pipeline that they work on."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -9,10 +10,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from repository import REPOSITORY as REPOSITORY
+from tiny_pipeline import LOCATE as LOCATE
 from tiny_pipeline import MEASURED as MEASURED
 from tiny_pipeline import Workspace
 
 DURATIONS = ".scratch/durations.json"
+
+
+def parse_arguments(doc: str, **numbers: int) -> argparse.Namespace:
+    """The command line of a campaign: where it works, and numbers with their defaults."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workspace", type=Path, required=True, help="a finished run, made if it is not there")
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
+    return parser.parse_args()
 
 
 def finished_workspace(root: Path) -> Workspace:
