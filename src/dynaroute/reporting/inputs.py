@@ -34,6 +34,18 @@ def read_record(path: str | Path) -> Record:
     return Record(data, path)
 
 
+def read_checkpoint(path: str | Path) -> tuple[Record, Record]:
+    """Tensors and state of a checkpoint.
+
+    Raises:
+        DynarouteError: the file is missing or damaged; later, when a key is asked for that it lacks.
+    """
+    from dynaroute.training.checkpoints import load_checkpoint  # torch is slow to import
+
+    tensors, state = load_checkpoint(path)
+    return Record(tensors, path), Record(state, path)
+
+
 def read_csv(path: str | Path, columns: list[str], names: list[str] | None = None) -> "pd.DataFrame":
     """Reads CSV; every column in `columns` holds a number in every row, every column in `names` a text.
 

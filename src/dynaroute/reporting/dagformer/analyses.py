@@ -7,7 +7,7 @@ from dynaroute.config import Settings
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.statistics import Verdict
 from dynaroute.reporting.dagformer.results import REPORTS, Results
-from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_csv, read_record
+from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_checkpoint, read_csv, read_record
 
 if TYPE_CHECKING:
     import pandas as pd  # at run time where tables are read: it is slow to import
@@ -112,12 +112,6 @@ def read_wirings(name: str) -> Wirings:
     Raises:
         DynarouteError: the file is missing or damaged.
     """
-    from dynaroute.training.checkpoints import load_checkpoint  # torch is slow to import
-
-    path = ANALYSED / name / "wirings.safetensors"
-    tensors, state = load_checkpoint(path)
-    try:
-        found = [tensors[key] for key in ("variance", "distances", "same_text")]
-        return Wirings(*found, tensors.get("mean_by_source"), state["sources"], state["num_heads"])
-    except KeyError as error:
-        raise DynarouteError(f"{path}: lacks {error}: {REMEDY}") from error
+    tensors, state = read_checkpoint(ANALYSED / name / "wirings.safetensors")
+    found = [tensors[key] for key in ("variance", "distances", "same_text")]
+    return Wirings(*found, tensors.get("mean_by_source"), state["sources"], state["num_heads"])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynaroute.config import Settings
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.statistics import Interval, paired_difference
-from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_csv, read_record
+from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_checkpoint, read_csv, read_record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -230,14 +230,8 @@ def read_mean_gates(name: str) -> MeanGates:
     Raises:
         DynarouteError: the file is missing or damaged.
     """
-    from dynaroute.training.checkpoints import load_checkpoint  # torch is slow to import
-
-    path = EVALUATIONS / name / "gates.safetensors"
-    tensors, state = load_checkpoint(path)
-    try:
-        return MeanGates(tensors["window.mean_soft"], tensors["window.mean_hard"], state["num_heads"])
-    except KeyError as error:
-        raise DynarouteError(f"{path}: lacks {error}: {REMEDY}") from error
+    tensors, state = read_checkpoint(EVALUATIONS / name / "gates.safetensors")
+    return MeanGates(tensors["window.mean_soft"], tensors["window.mean_hard"], state["num_heads"])
 
 
 def to_baseline(evaluation: Record, mode: str, protocol: str) -> Interval:
