@@ -2,7 +2,7 @@
 
     python stages/train_dwr_run.py reference
 
-Reads   data/tokens/<corpus of the run>
+Reads   data/dwr/runs/<name>.yaml, data/tokens/<corpus of the run>
 Writes  reports/dwr_runs/<name>.json  what was found; weights are not kept
 
 A run that was stopped goes on from its last checkpoint in .scratch/train_dwr_run/.
@@ -11,9 +11,10 @@ A run that was stopped goes on from its last checkpoint in .scratch/train_dwr_ru
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
-from dynaroute.artifacts import write_json
-from dynaroute.config import Settings
+from dynaroute.artifacts import checked, write_json
+from dynaroute.config import DWRRun, Settings, read_yaml
 from dynaroute.data.shards import Windows
 from dynaroute.data.windows import Selection, Subset
 from dynaroute.dwr.experts.policies import LRU, Belady, NextUse
@@ -21,6 +22,7 @@ from dynaroute.dwr.experts.residency import Residency
 from dynaroute.dwr.simulate import replay
 from dynaroute.dwr.trace import Trace, record_routing
 from dynaroute.dwr.training import make_trainer, open_tokens
+from dynaroute.errors import DynarouteError
 from dynaroute.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 from dynaroute.training.scratch import run_id
@@ -31,7 +33,7 @@ REPORTS = Path("reports/dwr_runs")
 def main(settings: Settings, name: str) -> None:
     """Trains, scores the last and the best weights, and replays the routing of the best through caches."""
     torch.set_num_threads(settings.num_threads)
-    dwr, section = settings.dwr_run(name), f"dwr_runs.{name}"
+    dwr, section = read_run(name), f"dwr_runs.{name}"
     shards = open_tokens(dwr.corpus)
     training = Subset(Windows(shards["train"], dwr.max_seq_len, keep_tail=False), dwr.train_windows, section)
     held_out = {split: Windows(shards[split], dwr.max_seq_len, keep_tail=True) for split in ("validation", "test")}
@@ -87,6 +89,19 @@ def main(settings: Settings, name: str) -> None:
             },
         )
         trainer.discard_scratch()
+
+
+def read_run(name: str) -> DWRRun:
+    """All knobs of a run, as resolve_variants wrote them.
+
+    Raises:
+        DynarouteError: the file is missing or damaged.
+    """
+    path = Path("data/dwr/runs") / f"{name}.yaml"
+    try:
+        return DWRRun.model_validate(read_yaml(checked(path)))
+    except ValidationError as error:
+        raise DynarouteError(f"{path}: not the knobs of a run: run resolve_variants again") from error
 
 
 def hit_rates(trace: Trace, num_experts: int, capacity: int) -> dict[str, float]:
