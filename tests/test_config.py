@@ -89,7 +89,7 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"dwr.top_k": True}, "dwr.top_k = True: input should be a valid integer"),
         ({"dwr.training.lr": -1.0}, "dwr.training.lr = -1.0: input should be greater than 0"),
         ({"dwr.training.lr": float("nan")}, "dwr.training.lr = nan: input should be"),
-        ({"dwr.training.micro_batch_size": 5}, "dwr.training.micro_batch_size = 5: must divide batch_size = 16"),
+        ({"dwr.training.micro_batch_size": 5}, "dwr.training.micro_batch_size = 5: must divide batch_size = 8"),
         ({"dwr.training.min_lr": 1.0}, "dwr.training.min_lr = 1.0: must be at most lr"),
         ({"dwr.training.validate_every": "never"}, "dwr.training.validate_every = 'never': input should be 'epoch' or"),
         ({"dwr.topk": 3}, "dwr.topk = 3: unknown key; did you mean top_k?"),
