@@ -13,9 +13,10 @@ two active experts.
 Training: whole optimizer steps of params.yaml's model as train_dwr takes them, on one micro-batch of the training
 split. `plain_loop` has the same weights at the start and differs in the dispatch alone: both route, keep to the
 capacity, record router statistics, and minimise NLL and balance loss. `dense` has an FFN of width top_k * d_ff in place
-of every MoE layer, so that as many of its parameters are active, and no router. On CUDA also `_compiled` ones:
-torch.compile on every block, but for our dispatch, which depends on the data; and peak memory, with weights, gradients
-and optimizer states. The ratios of tokens/s are medians over rounds, each a pair.
+of every MoE layer, so that as many of its parameters are active, and no router. On CUDA also `_compiled` ones,
+torch.compile on every block, and peak memory, with weights, gradients and optimizer states. Ours runs its experts one
+after another on a CPU, and in bf16 on CUDA all at once (`ResidentExperts.run_all`). The ratios of tokens/s are medians
+over rounds, each a pair.
 
 Candidates take turns, so that what else the machine does falls on all of them alike; medians are reported.
 """
@@ -194,11 +195,11 @@ def training_models(config: DWRConfig) -> dict[str, DWRTransformer]:
 
 
 def compiled(model: DWRTransformer) -> DWRTransformer:
-    """A copy whose blocks are compiled, but for dispatch: how many tokens an expert gets changes at every step."""
+    """A copy whose blocks are compiled, but for a loop over experts: how many tokens each gets is new at every step."""
     model = copy.deepcopy(model)
     for layer in model.layers:
         if isinstance(layer.moe, MoE):
-            layer.moe.dispatch = torch.compiler.disable(layer.moe.dispatch)
+            layer.moe._run_experts = torch.compiler.disable(layer.moe._run_experts)
         layer.compile()
     return model
 

@@ -238,6 +238,18 @@ def test_the_committed_page_is_what_the_committed_results_give(tmp_path, monkeyp
     assert (tmp_path / "reports/gpu.md").read_text() == (REPOSITORY / "reports/gpu.md").read_text()
 
 
+def test_a_size_that_the_memory_could_not_hold_is_named_and_not_judged(workspace):
+    before = report().partition("## Machine")[0]
+
+    def without_the_second(data):
+        data["results"][1] |= {"candidates": {}, "failed": {"ours": "OutOfMemoryError: CUDA out of memory"}}
+
+    edit("benchmarks/dag", lambda data: data["results"].insert(0, data["results"][0]))
+    edit("benchmarks/dag", without_the_second)
+    assert "batch 1, 8 tokens**\n\nNot measured: ours failed: OutOfMemoryError: CUDA out of memory.\n" in report()
+    assert report().partition("## Machine")[0] == before
+
+
 def test_results_of_two_runs_are_not_mixed(workspace):
     edit("benchmarks/gpu_cache", lambda data: data.update(run="another"))
     with pytest.raises(DynarouteError, match=r"gpu_cache\.json: belongs to run another"):

@@ -28,6 +28,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **({"cuda": torch.version.cuda} if device == "cuda" else {}),
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
     }

@@ -1,6 +1,7 @@
 """The benchmark of the DAG forward: what it compares computes the same, and its bounds and records are right."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import benchmark_dag as benchmark
@@ -67,6 +68,32 @@ def test_every_size_is_recorded_with_what_failed(tmp_path, monkeypatch):
     assert result["largest_difference_to_reference"] is None
     ours = result["candidates"]["ours"]["forward_backward"]["ratio_to_dense"]
     assert result["fraction_of_byte_bound"] == pytest.approx(result["bounds"]["squares_byte_bound"] / ours)
+
+
+def test_a_size_that_the_memory_cannot_hold_is_named_and_the_others_are_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(benchmark.SIZES, "cpu", (TINY, replace(TINY, B=4)))
+    monkeypatch.setattr(benchmark, "ROUNDS", 2)
+    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(benchmark, "peaks", lambda _, names, __: {name: {"forward_peak_mib": 1.0} for name in names})
+    forward = benchmark.DagForward.forward
+
+    def limited(self, tokens, adjacency):
+        if len(tokens) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nOf 22 GiB, none is free.")
+        return forward(self, tokens, adjacency)
+
+    monkeypatch.setattr(benchmark.DagForward, "forward", limited)
+    settings = load_settings(REPOSITORY / "params.yaml")
+    limit = TINY.B
+    benchmark.main(settings)
+    small, large = json.loads(Path("reports/benchmarks/dag.json").read_text())["results"]
+    assert small["candidates"] and not small["failed"]
+    assert large["size"] == small["size"] | {"B": 4}
+    assert large["candidates"] == {} and large["failed"] == {"ours": "OutOfMemoryError: CUDA out of memory."}
+    limit = 0
+    with pytest.raises(DynarouteError, match=r"no size could be measured: .*'B': 2.*out of memory"):
+        benchmark.main(settings)
 
 
 def test_compiled_candidates_compute_what_the_others_do(monkeypatch):

@@ -148,6 +148,58 @@ def test_values_and_gradients_match_the_formulas_node_by_node(layers, heads, bat
     assert (gradients[0][:, ~valid] == 0).all()
 
 
+@pytest.fixture
+def heads_in_one_pass(monkeypatch):
+    """Heads are sent as on a GPU."""
+    make = graph._Exchange.__init__
+
+    def make_for_a_gpu(self, *arguments):
+        make(self, *arguments)
+        self.in_one_pass = True
+
+    monkeypatch.setattr(graph._Exchange, "__init__", make_for_a_gpu)
+
+
+@pytest.mark.usefixtures("exact_norms", "heads_in_one_pass")
+@pytest.mark.parametrize("input_norm", ["none", "gate_mean", "rms_post", "ln_post"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("layers", "heads", "batch"), [(2, 3, 1), (5, 2, 2)])
+def test_heads_sent_in_one_pass_match_the_formulas(layers, heads, batch, input_norm, checkpointing, monkeypatch):
+    monkeypatch.setattr(graph._Send, "forward", None)  # is not called
+    test_values_and_gradients_match_the_formulas_node_by_node(layers, heads, batch, input_norm, checkpointing)
+
+
+def test_heads_sent_in_one_pass_are_as_close_to_fp32_in_bf16(request):
+    tokens = make_tokens(4, 32)
+
+    def results(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        base = make_base(6, 4, 64, dtype)
+        gates = (0.5 + 0.5 * random_gates(base, 4, torch.float32)).requires_grad_()
+        logits = DagForward(base)(tokens, gates).float()
+        nll(logits, tokens).backward()
+        return logits.detach(), gates.grad[:, dag_mask(6, 4)]
+
+    exact, usual = results(torch.float32), results(torch.bfloat16)
+    request.getfixturevalue("heads_in_one_pass")
+    for truth, other, found in zip(exact, usual, results(torch.bfloat16), strict=True):
+        assert not torch.equal(found, other)
+        assert (found - truth).norm() < 1.1 * (other - truth).norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+@pytest.mark.parametrize("input_norm", INPUT_NORMS)
+def test_a_gpu_computes_what_a_cpu_does(input_norm):
+    base = make_base(5, 4, 64)
+    tokens, adjacency = make_tokens(2, 32), random_gates(base, 2, torch.float32)
+    found = []
+    for device in ("cpu", "cuda"):
+        gates = adjacency.to(device).requires_grad_()
+        logits = DagForward(base.to(device), input_norm)(tokens.to(device), gates)
+        nll(logits, tokens.to(device)).backward()
+        found.append((logits.detach().cpu(), gates.grad.cpu()))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("input_norm", INPUT_NORMS)
 @pytest.mark.parametrize("checkpointing", [False, True])

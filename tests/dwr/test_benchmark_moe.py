@@ -97,6 +97,25 @@ def test_a_model_with_compiled_blocks_computes_the_same(monkeypatch):
         torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)
 
 
+def test_all_experts_at_once_compile_whole(monkeypatch):
+    compile_module = torch.nn.Module.compile
+
+    def compile_whole(module):
+        compile_module(module, backend="aot_eager", fullgraph=True)  # or it raises; the backward pass is traced too
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_whole)
+    monkeypatch.setattr(MoE, "_run_at_once", lambda self, x: True)
+    model = make_model(num_layers=1)
+    compiled = benchmark_moe.compiled(model)
+    tokens, found = torch.arange(20)[None] % 64, []
+    for one in (model, compiled):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = one(tokens).logits
+        found.append([logits, *torch.autograd.grad(logits.float().square().mean(), list(one.parameters()))])
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other)
+
+
 def test_a_model_that_cannot_be_trained_is_told_and_the_others_are_timed(tree, monkeypatch):
     def broken(self, x):
         raise RuntimeError("no kernel\nof that name")

@@ -94,6 +94,56 @@ def test_moe_equals_a_plain_loop_in_values_and_gradients(top_k, shape):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_all_experts_at_once_equal_a_plain_loop_in_values_and_gradients(monkeypatch, top_k):
+    monkeypatch.setattr(MoE, "_run_at_once", lambda self, x: True)  # as on a GPU in bf16; here in fp32
+    moe = make(MoE, top_k=top_k)
+    with torch.no_grad():
+        moe.router.bias[3] = -100.0 if top_k < 5 else 0.0  # an expert without tokens
+    x = torch.randn(2, 16, 32, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(2, 16, 32, dtype=torch.float64)
+    theirs, taken = plain_moe(moe, x)
+    assert (0 in taken) == (top_k < 5)
+    expected = torch.autograd.grad(theirs, [x, *moe.parameters()], cotangent, materialize_grads=True)
+    x = x.detach().float().requires_grad_()
+    moe.float()
+    ours, _ = moe(x)
+    found = torch.autograd.grad(ours, [x, *moe.parameters()], cotangent.float())
+    for one, other in zip([ours, *found], [theirs, *expected], strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
+def test_all_experts_at_once_work_in_the_dtype_of_autocast(monkeypatch):
+    moe = make(MoE).float()
+    x = torch.randn(2, 16, 32)
+    expected, _ = moe(x)
+    monkeypatch.setattr(MoE, "_run_at_once", lambda self, x: True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = moe(x)
+    assert found.dtype == torch.bfloat16
+    assert 1e-4 < (found.float() - expected).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_on_a_gpu_in_bf16_the_host_waits_for_nothing_and_the_gradients_are_those_of_the_loop():
+    moe = make(MoE).float().cuda()
+    x = torch.randn(2, 16, 32, device="cuda", requires_grad=True)
+    found = []
+    with torch.autocast("cuda", torch.bfloat16):
+        assert moe._run_at_once(x)
+        for mode in ("error", "default"):
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                y, _ = moe(x)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            gradients = torch.autograd.grad(y.float().square().sum(), [x, *moe.parameters()], materialize_grads=True)
+            found.append([y, *gradients])
+            moe._run_at_once = lambda x: False
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 3e-2 * other.norm()
+
+
 def test_moe_gradients_are_the_numerical_ones():
     moe = make(MoE, d_model=16, num_heads=1, d_ff=16, num_experts=3)
     x = torch.randn(1, 4, 16, dtype=torch.float64, requires_grad=True)

@@ -181,10 +181,12 @@ class DagForward(nn.Module):
         z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling)
         z = z.transpose(1, 2).flatten(2)  # [B, T, H*K]
         n = attention.layer_idx
-        if n < self.num_layers - 1:
-            total = _Send.apply(z, exchange, n, attention.o_proj.weight, norm.weight, norm.variance_epsilon)
-        else:  # nobody listens to the heads of the last layer
+        if n == self.num_layers - 1:  # nobody listens to its heads
             total = attention.o_proj(z)
+        elif exchange.in_one_pass:
+            total = _send_in_one_pass(z, exchange, n, attention.o_proj, norm)
+        else:
+            total = _Send.apply(z, exchange, n, attention.o_proj.weight, norm.weight, norm.variance_epsilon)
         attended = norm(total)
         hidden = hidden + attended
         mlp = layer.post_feedforward_layernorm(layer.mlp(hidden))
@@ -236,6 +238,8 @@ class _Exchange:
         self.eps = owner.base.config.rms_norm_eps
         self.normalise_sent = owner.input_norm == "rms_pre"
         self.first_sender = 0 if owner.trainable else 1  # layer 0 depends on no gate, but on weights
+        # How heads are sent: a GPU, which is bound by their bytes, has products to spare for fewer passes over them.
+        self.in_one_pass = hidden.is_cuda and not (owner.trainable or self.normalise_sent)
         self.gates = gates.detach().to(hidden.dtype)
         _, senders, receivers = gates.shape
         per_token = B * T * D
@@ -363,6 +367,45 @@ class _Send(torch.autograd.Function):
             d_w_o = torch.bmm(z.reshape(B * T, H, -1).permute(1, 2, 0), d_raw.transpose(0, 1))  # [H, K, D]
             d_w_o = d_w_o.permute(2, 0, 1).reshape(D, -1)
         return d_z.transpose(0, 1).reshape(B, T, -1), None, None, d_w_o, d_w, None
+
+
+def _send_in_one_pass(z: Tensor, exchange: _Exchange, n: int, o_proj: nn.Linear, norm: nn.Module) -> Tensor:
+    """What `_Send` computes, with the heads written once and the gradients at them read once, and nothing else done to
+    them: `inverse`, the norm's factor for each token, is applied to z, and its weight w to W_o.
+
+    head = (inverse * z_h) (w * W_o[:, h])^T. The gradient of `inverse` is then an inner product over z, of a head's
+    size instead of H * D.
+    """
+    total = o_proj(z)
+    inverse = torch.rsqrt(_wide(total).square().mean(-1, keepdim=True) + norm.variance_epsilon)  # [B, T, 1]
+    w_o = (o_proj.weight * norm.weight[:, None]).view(len(norm.weight), exchange.H, -1).permute(1, 2, 0)  # [H, K, D]
+    return _SendScaled.apply((z * inverse).to(z.dtype), total, exchange, n, w_o)
+
+
+class _SendScaled(torch.autograd.Function):
+    """Layer n sends the heads z_h w_o[h], of z [B, T, H*K] and w_o [H, K, D]. Returns `total` as it is.
+
+    Whatever depends on these heads also depends on `total`: so by the time that the backward pass comes here, all
+    later layers have added to `d_sent` what they owe to them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, total: Tensor, exchange: _Exchange, n: int, w_o: Tensor) -> Tensor:
+        B, T, D = total.shape
+        heads = exchange.sent[:, :, exchange.senders(n)].view(B * T, exchange.S, D)[:, :-1]
+        torch.bmm(z.view(B * T, exchange.H, -1).transpose(0, 1), w_o, out=heads.transpose(0, 1))
+        ctx.save_for_backward(w_o)
+        ctx.exchange, ctx.n = exchange, n
+        return total.view_as(total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        (w_o,) = ctx.saved_tensors
+        exchange, (B, T, D) = ctx.exchange, d_total.shape
+        d_heads = exchange.d_sent[:, :, exchange.senders(ctx.n)].view(B * T, exchange.S, D)[:, :-1]
+        d_z = torch.bmm(d_heads.transpose(0, 1), w_o.transpose(1, 2))  # [H, B*T, K]
+        return d_z.transpose(0, 1).reshape(B, T, -1), d_total, None, None, None
 
 
 def _wide(x: Tensor) -> Tensor:

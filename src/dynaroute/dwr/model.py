@@ -83,6 +83,26 @@ class ResidentExperts(nn.Module):
             weights = self._modules[str(expert)]
             yield expert, ExpertWeights(weights["w1"], weights["b1"], weights["w2"], weights["b2"])
 
+    def run_all(self, x: Tensor, expert: Tensor, counts: Tensor) -> Tensor:
+        """Every expert on its tokens at once, without a look at how many they are, for which a GPU would be waited for.
+
+        Args:
+            x: [S', D], sorted by expert.
+            expert: [S'] int64, whose each is.
+            counts: [E] int64, how many each has.
+
+        Returns:
+            [S', D], in the dtype of x, like all of the work.
+        """
+        num_experts = len(self._modules)
+        every = zip(*(weights for _, weights in self.fetch(list(range(num_experts)))), strict=True)
+        w1, b1, w2, b2 = (torch.stack(tensors).to(x.dtype) for tensors in every)  # [E, ...]
+        ends = counts.cumsum(0, dtype=torch.int32)
+        # Biases by a product too: picked by index, a thousand tokens' gradients would be added to each one by one.
+        owner = (expert[:, None] == torch.arange(num_experts, device=x.device)).to(x.dtype)  # [S', E]
+        hidden = F.gelu(torch.addmm(F.grouped_mm(x, w1, offs=ends), owner, b1))  # [S', F]
+        return torch.addmm(F.grouped_mm(hidden, w2, offs=ends), owner, b2)
+
 
 class RouterStatistics(NamedTuple):
     """What one layer's router did with S tokens."""
@@ -122,6 +142,12 @@ class _Gather(torch.autograd.Function):
         return gathered, None, None, None
 
 
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """In which a matrix product with x is done."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class MoE(nn.Module):
     """Top-k routing, renormalised; tokens are sorted by expert, and experts without tokens cost nothing."""
 
@@ -140,7 +166,8 @@ class MoE(nn.Module):
         probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # not in bf16
         weights, chosen = probabilities.topk(top_k)  # [S, K]
         weights = weights / weights.sum(-1, keepdim=True)
-        counts = torch.bincount(chosen.flatten(), minlength=num_experts)  # [E]
+        # Not bincount, for whose size a GPU is waited for.
+        counts = (chosen.reshape(-1, 1) == torch.arange(num_experts, device=x.device)).sum(0)  # [E]
         y = self.dispatch(x, weights, chosen, counts)  # [S, D]
 
         tokens = x.shape[0]
@@ -162,10 +189,24 @@ class MoE(nn.Module):
         order = chosen.flatten().argsort(stable=True)  # [S*K], assignments sorted by expert, then token
         inverse = torch.empty_like(order)
         inverse[order] = torch.arange(order.numel(), device=order.device)
+        at_once = self._run_at_once(x)
+        if at_once:
+            x = x.to(_compute_dtype(x))  # before it is copied
         sorted_x = _Gather.apply(x, order // top_k, inverse, top_k)  # [S*K, D]
-        sorted_y = self._run_experts(sorted_x, counts.tolist())  # [S*K, D]
+        if at_once:
+            sorted_y = self.experts.run_all(sorted_x, chosen.flatten()[order], counts)  # [S*K, D]
+        else:
+            sorted_y = self._run_experts(sorted_x, counts.tolist())  # [S*K, D]
         y = _Gather.apply(sorted_y, inverse, order, 1).view(-1, top_k, x.shape[-1])  # [S, K, D]
         return (y * weights.unsqueeze(-1).to(y.dtype)).sum(1)  # [S, D], always summed in top-k order
+
+    def _run_at_once(self, x: Tensor) -> bool:
+        """Whether `ResidentExperts.run_all` takes the place of a loop: in bf16 on a GPU, which a loop keeps waiting.
+
+        Experts without tokens then have a gradient of zero, not none.
+        """
+        resident = isinstance(self.experts, ResidentExperts) and self.config.capacity_factor is None
+        return resident and x.is_cuda and _compute_dtype(x) == torch.bfloat16
 
     def capacity(self, tokens: int) -> int:
         """Assignments that one expert takes of a batch of `tokens`; all of them when dropless."""

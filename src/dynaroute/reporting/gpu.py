@@ -107,9 +107,10 @@ def goals(results: Results) -> list[Goal]:
         cached = best["ratio_to_resident"]
         where["cached"] = f"{best['experts_in']}, {best['policy']}, {best['prefetch']}"
     if results.dag:
-        worst = max(results.dag["results"], key=_ratio_of_the_fastest)
+        measured = [result for result in results.dag["results"] if result["candidates"]]
+        worst = max(measured, key=_ratio_of_the_fastest)
         ratio, where["ratio"] = _ratio_of_the_fastest(worst), _shape(worst)
-        worst = min(results.dag["results"], key=lambda result: result["fraction_of_byte_bound"])
+        worst = min(measured, key=lambda result: result["fraction_of_byte_bound"])
         share, where["share"] = worst["fraction_of_byte_bound"], _shape(worst)
     resident = results.cache and results.cache["resident_tokens_per_second"]
     return [
@@ -137,7 +138,7 @@ def _goals(results: Results, device: str) -> str:
     return (
         f"{table(['goal', 'bound', 'value', 'of', 'verdict'], rows)}\n\n"
         "Of a model and its compiled form the faster counts, for ours and for dense; of cached decoding at about a "
-        "third of the experts the fastest cell; of the sizes of the DAG forward the worst."
+        "third of the experts the fastest cell; of the sizes of the DAG forward that ran the worst."
     )
 
 
@@ -374,6 +375,9 @@ def _dag(dag: Record | None) -> str:
 
 
 def _dag_size(result: Record) -> str:
+    failed = [f"{name.replace('_', ' ')} failed: {reason}." for name, reason in result["failed"].items()]
+    if not result["candidates"]:
+        return f"**{_shape(result)}**\n\nNot measured: {' '.join(failed)}"
     rows = [
         [
             name.replace("_", " "),
@@ -390,7 +394,6 @@ def _dag_size(result: Record) -> str:
     ]
     header = ["", "forward (to dense)", "forward + backward (to dense)", "peak, forward", "peak, forward + backward"]
     bounds = result["bounds"]
-    failed = [f"{name.replace('_', ' ')} failed: {reason}." for name, reason in result["failed"].items()]
     verdict = (
         f"Bound by FLOPs {bounds['flop_bound']:.2f}, by bytes {bounds['squares_byte_bound']:.2f} of dense; ours "
         f"reaches {result['fraction_of_byte_bound']:.0%} of the bound by bytes."
