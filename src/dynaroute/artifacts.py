@@ -20,7 +20,7 @@ CHECKSUMS = "checksums.json"
 REMEDY = "run the stage that makes it again"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Forces a file or folder to disk: a rename may otherwise outlive the data that it names in a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -37,9 +37,9 @@ def output_file(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")  # the same name always: what a kill left is written over
     try:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -73,11 +73,11 @@ def _take_place(temporary: Path, path: Path) -> None:
     files = sorted(file for file in temporary.rglob("*") if file.is_file())
     write_json(temporary / CHECKSUMS, {file.relative_to(temporary).as_posix(): sha256(file) for file in files})
     for file in temporary.rglob("*"):
-        _flush(file)
+        flush(file)
     if path.exists():
         shutil.rmtree(path)
     temporary.replace(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:

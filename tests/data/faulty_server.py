@@ -11,10 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class FaultyServer:
     """Serves `files`, {name: bytes}; `faults[name]` says what befalls the next requests for it, one after the other.
 
-    drop: the connection closes after a third; stall: nothing comes after a third; truncate: a third is served as if it
-    were all; garble: a byte is another one; empty: no byte is served as if that were all; page: something else is
-    served; reset: the connection closes at once; ignore_range, wrong_range: the range asked for is not what comes;
-    labelled: the gzip is said to be the encoding of the file, as some servers do; a number: that status.
+    drop: the connection closes after a third; stall: nothing comes after a third; trickle: a byte comes every hundredth
+    of a second while the client stays; truncate: a third is served as if it were all; garble: a byte is another one;
+    empty: no byte is served as if that were all; page: something else is served; reset: the connection closes at once;
+    ignore_range, wrong_range: the range asked for is not what comes; labelled: the gzip is said to be the encoding of
+    the file, as some servers do; a number: that status.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -79,7 +80,11 @@ class FaultyServer:
             handler.send_header("Content-Encoding", "gzip")
         handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
-        if fault in ("drop", "stall"):
+        if fault == "trickle":
+            for place in range(len(body)):
+                handler.wfile.write(body[place : place + 1])
+                time.sleep(0.01)
+        elif fault in ("drop", "stall"):
             handler.wfile.write(body[: len(body) // 3])
             handler.wfile.flush()
             if fault == "stall":

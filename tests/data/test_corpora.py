@@ -116,6 +116,15 @@ def test_a_file_that_is_not_gzip_is_named(tmp_path):
         list(documents(Dolma(kind="dolma", paths=[str(tmp_path / "a.gz")])))
 
 
+def test_an_empty_file_is_no_empty_gzip(tmp_path):
+    source = write_dolma(tmp_path / "a.gz", row("1"))
+    (tmp_path / "b.gz").write_bytes(gzip.compress(b""))
+    assert [document.id for document in documents(source)] == ["1"]
+    (tmp_path / "b.gz").write_bytes(b"")
+    with pytest.raises(DynarouteError, match=r"b\.gz: an empty file, not even a gzip of nothing: fetch the file again"):
+        list(documents(source))
+
+
 # --- files -------------------------------------------------------------------------------------------------------
 
 

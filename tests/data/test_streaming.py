@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -20,6 +21,7 @@ from ruamel.yaml import YAML
 from dynaroute.config import ByteBPE, Corpus, read_yaml
 from dynaroute.data import download, streaming, tokenization
 from dynaroute.data.collection import collect
+from dynaroute.data.download import fetch_gzip
 from dynaroute.data.shards import ShardWriter, TokenShards
 from dynaroute.data.streaming import list_addresses, tokenize_stream
 from dynaroute.data.tokenization import tokenize
@@ -57,6 +59,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # what only a power cut needs takes most of the time here
     monkeypatch.setattr(download, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(download, "LEAST_BYTES", 64)  # of files of some thousand
     monkeypatch.setattr(download, "FIRST_DELAY", 0.001)
     monkeypatch.setattr(download, "LONGEST_DELAY", 0.01)
     monkeypatch.setattr(streaming, "NOTE_CHARACTERS", 1500)  # some notes in each file
@@ -156,7 +159,7 @@ def test_the_region_is_held_out_and_stays_the_same_when_more_files_follow(tmp_pa
     assert held_out[0] == held_out[1]
 
 
-FAULTS = ["drop", "stall", "truncate", "garble", "empty", "page", "reset", "labelled", 416, 429, 500, 503]
+FAULTS = ["drop", "stall", "trickle", "truncate", "garble", "empty", "page", "reset", "labelled", 416, 429, 500, 503]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -180,7 +183,7 @@ def test_a_fault_within_a_resumed_download_changes_nothing(tmp_path, server, add
 @pytest.mark.parametrize("seed", range(4))
 def test_any_mixture_of_faults_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, seed):
     draw = random.Random(seed)
-    faults = [fault for fault in FAULTS if fault != "stall"]  # which takes long
+    faults = [fault for fault in FAULTS if fault not in ("stall", "trickle")]  # which take long
     server.faults = {name: draw.choices([*faults, "ignore_range", "wrong_range"], k=5) for name in server.files}
     stream = Stream(tmp_path / "faulty", address, server, tokenizer)
     stream.run()
@@ -256,10 +259,10 @@ def documents_noted(stream: Stream) -> int:
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(download, "CHUNK_BYTES", 2**12)
     peaks, sizes = [], []
-    for documents in (40, 800):
+    for number, documents in enumerate((40, 40, 1600)):  # the first time, modules are loaded as well
         server = FaultyServer(make_files(2, documents))
         with server.running() as address:
-            stream = Stream(tmp_path / str(documents), address, server, tokenizer)
+            stream = Stream(tmp_path / str(number), address, server, tokenizer)
             stream.scratch.mkdir()
             folders = (stream.root / "raw", stream.tokens, stream.scratch)
             tracemalloc.start()
@@ -267,10 +270,10 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, monkeypatch):
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
             sizes.append(sum(len(gzip.decompress(data)) for data in server.files.values()))
-    assert metadata["splits"]["train"]["num_documents"] == 2 * 799 - 15
-    assert sizes[1] > 15 * sizes[0] > 0
-    assert peaks[1] < 1.3 * peaks[0]
-    assert sizes[1] > 0.5 * peaks[1]  # or all of it could be held without notice
+    assert metadata["splits"]["train"]["num_documents"] == 2 * 1599 - 15
+    assert sizes[2] > 30 * sizes[1] > 0
+    assert peaks[2] < 1.5 * peaks[1]
+    assert sizes[2] > peaks[2]  # or all of it could be held without notice
 
 
 def test_few_files_lie_on_disk_at_once(tmp_path, tokenizer, monkeypatch):
@@ -322,6 +325,45 @@ def test_a_server_that_never_recovers_is_given_up_and_the_run_goes_on_when_it_ha
     server.faults = {}
     stream.run()
     assert stream.content() == undisturbed
+
+
+def test_a_server_that_trickles_is_given_up(tmp_path, server, address, monkeypatch):
+    monkeypatch.setattr(download, "FAILURES", 3)
+    server.faults = {"2.json.gz": ["trickle"] * 30}
+    with pytest.raises(DynarouteError, match=r"2\.json\.gz: 3 failures without progress, .*: stalled: \d+ bytes"):
+        fetch_gzip(f"{address}/2.json.gz", tmp_path / "2.gz", threading.Event())
+    starts = [start for _, start in server.requests]
+    assert len(starts) == 3
+    assert starts == sorted(set(starts))  # what did come was kept
+    server.faults = {}
+    fetch_gzip(f"{address}/2.json.gz", tmp_path / "2.gz", threading.Event())
+    assert (tmp_path / "2.gz").read_bytes() == server.files["2.json.gz"]
+    assert server.requests[-1][1] > 0
+
+
+@pytest.mark.parametrize("keep", [0, 500, 10**6], ids=["empty", "truncated", "garbled"])
+def test_a_finished_download_that_a_power_cut_damaged_is_fetched_again(
+    tmp_path, server, address, tokenizer, undisturbed, files, keep
+):
+    stream = Stream(tmp_path / "stream", address, server, tokenizer)
+    (stream.scratch / "downloads").mkdir(parents=True)
+    for number, data in enumerate(files.values()):
+        damaged = bytearray(data[:keep])
+        if keep > len(data):
+            damaged[300] ^= 1
+        (stream.scratch / f"downloads/{number:06d}.gz").write_bytes(data if number == 3 else damaged)
+    stream.run()
+    assert stream.content() == undisturbed
+    assert sorted(name for name, _ in server.requests) == ["0.json.gz", "1.json.gz", "2.json.gz"]  # the last was whole
+
+
+def test_a_download_is_on_disk_before_it_has_its_name_and_its_name_before_it_is_used(
+    tmp_path, server, address, monkeypatch
+):
+    path, flushed = tmp_path / "0.gz", []
+    monkeypatch.setattr(download, "flush", lambda what: flushed.append((what.name, path.exists())))
+    fetch_gzip(f"{address}/0.json.gz", path, threading.Event())
+    assert flushed == [("0.gz.part", False), (tmp_path.name, True)]
 
 
 def test_a_damaged_line_is_named_by_address(tmp_path, server, address, tokenizer):

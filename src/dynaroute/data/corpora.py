@@ -166,10 +166,13 @@ def read_dolma(file: BinaryIO, name: str) -> Iterator[Document]:
     """Streams the documents of one gzip of JSON lines; blank lines are skipped.
 
     Raises:
-        DynarouteError: beginning with `name`; a line or the gzip is damaged.
+        DynarouteError: beginning with `name`; a line or the gzip is damaged, or the file is empty.
     """
     number = 0
     try:
+        if not file.read(1):  # which gzip takes for no text; a power cut can leave such a file
+            raise DynarouteError(f"{name}: an empty file, not even a gzip of nothing: fetch the file again")
+        file.seek(0)
         with gzip.open(file) as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.isspace():

@@ -2,16 +2,19 @@
 
 import gzip
 import threading
+import time
 import zlib
 from pathlib import Path
 
 import requests
 import urllib3
 
+from dynaroute.artifacts import flush
 from dynaroute.errors import DynarouteError
 
-CONNECT_SECONDS, READ_SECONDS = 20.0, 60.0  # without a byte for that long, a read has stalled
-FAILURES = 15  # in a row, none of which brought a byte that was not there before: then it is given up, after 20 minutes
+CONNECT_SECONDS = 20.0
+READ_SECONDS, LEAST_BYTES = 60.0, 2**16  # a read that brings less than that in that time has stalled
+FAILURES = 15  # in a row, each with less than LEAST_BYTES that were not there before: given up after 20 to 35 minutes
 FIRST_DELAY, LONGEST_DELAY = 1.0, 120.0  # seconds between failures, doubling
 FINAL_STATUSES = {400, 401, 403, 404, 405, 406, 410, 451}  # what asking again does not change
 CHUNK_BYTES = 2**20
@@ -24,19 +27,24 @@ class _FailureError(Exception):
 def fetch_gzip(address: str, path: Path, stop: threading.Event) -> None:
     """Downloads a gzip file unless it is there, and checks it: its length, and its own checksums over all its content.
 
-    Connections that fail, drop or stall, server errors, and content that turns out truncated or altered are tried
-    again, with growing delays; a download that broke off goes on where it stopped, also in a later process.
+    Connections that fail, drop, stall or hardly bring anything, server errors, and content that turns out truncated or
+    altered are tried again, with growing delays; a download that broke off goes on where it stopped, also in a later
+    process. One that an earlier process finished is checked again, and fetched again if it is damaged.
 
     Args:
         address: http or https.
-        path: where the file appears once it is whole.
+        path: where the file appears once it is whole, and on disk.
         stop: set to leave.
 
     Raises:
         DynarouteError: the server refuses the file, or goes on failing, or `stop` was set.
     """
     if path.exists():
-        return
+        try:
+            _check(path)
+            return
+        except _FailureError:
+            path.unlink()
     part = path.with_name(f"{path.name}.part")
     failures, furthest = 0, 0
     while True:
@@ -45,7 +53,7 @@ def fetch_gzip(address: str, path: Path, stop: threading.Event) -> None:
             _check(part)
         except (_FailureError, requests.RequestException, urllib3.exceptions.HTTPError) as error:
             size = part.stat().st_size if part.exists() else 0
-            failures = 0 if size > furthest else failures + 1
+            failures = 0 if size >= furthest + LEAST_BYTES else failures + 1
             furthest = max(furthest, size)
             if isinstance(error, _FailureError):
                 part.unlink(missing_ok=True)  # what is there is not the file's beginning
@@ -58,7 +66,9 @@ def fetch_gzip(address: str, path: Path, stop: threading.Event) -> None:
             if stop.wait(min(LONGEST_DELAY, FIRST_DELAY * 2**failures)):
                 raise DynarouteError(f"{address}: left") from error
         else:
+            flush(part)
             part.replace(path)
+            flush(path.parent)
             return
 
 
@@ -84,10 +94,17 @@ def _go_on(address: str, part: Path, stop: threading.Event) -> None:
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             raise _FailureError("the server answers with another range than was asked for")
         with part.open("ab" if resumed else "wb") as file:
-            for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
+            since, received = time.monotonic(), 0
+            # read1 returns what has come, whereas read would wait for a whole chunk, however slowly it comes.
+            while chunk := response.raw.read1(CHUNK_BYTES, decode_content=False):
                 file.write(chunk)
                 if stop.is_set():
                     raise DynarouteError(f"{address}: left")
+                received += len(chunk)
+                if (seconds := time.monotonic() - since) >= READ_SECONDS:
+                    if received < LEAST_BYTES:
+                        raise requests.ConnectionError(f"stalled: {received} bytes in {seconds:.1f} seconds")
+                    since, received = time.monotonic(), 0
 
 
 def _check(path: Path) -> None:
