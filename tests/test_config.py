@@ -112,6 +112,7 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"dwr.also_validate_on": ["dosc"]}, "dwr.also_validate_on = 'dosc': must be one of corpora: docs"),
         ({"dwr.also_validate_on": ["docs"]}, "dwr.also_validate_on = 'docs': must not name dwr.corpus"),
         ({"launcher": " "}, "launcher = ' ': must be a command"),
+        ({"launcher": "torchrun 'x"}, """launcher = "torchrun 'x": must be a command"""),
         ({"seed": 2**63}, "seed = 9223372036854775808: input should be less than 9223372036854775808"),
         ({"steps": 5, "warmup_steps": 6}, "warmup_steps = 6: must be at most steps = 5"),
         ({"variants.A5.steps": 1, "warmup_steps": 2}, "variants.A5.warmup_steps = 2: must be at most steps = 1"),

@@ -5,6 +5,7 @@ hold no defaults: params.yaml is the only place that holds values, and a test pi
 """
 
 import difflib
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -514,7 +515,11 @@ class Settings(Variant):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        if not self.launcher.strip():
+        try:
+            words = shlex.split(self.launcher)
+        except ValueError:  # a quotation that does not end
+            words = []
+        if not words:
             raise invalid("launcher", self.launcher, "must be a command, such as python")
         used = [("dwr.corpus", self.dwr.corpus), ("dagformer.corpus", self.dagformer.corpus)]
         for key, name in [*used, *(("dwr.also_validate_on", name) for name in self.dwr.also_validate_on)]:

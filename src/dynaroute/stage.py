@@ -1,9 +1,14 @@
-"""What all stage scripts share: `--help` from the docstring, validated settings, errors in one line, one at a time."""
+"""What all stage scripts share: `--help` from the docstring, validated settings, errors in one line, one at a time.
+
+The launcher of training stages is read here and not put into commands of dvc.yaml, where another number of GPUs would
+make finished trainings count as changed.
+"""
 
 import argparse
 import contextlib
 import errno
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -13,19 +18,21 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dynaroute.config import load_settings
+from dynaroute.config import Settings, load_settings
 from dynaroute.errors import DynarouteError
 from dynaroute.training.scratch import exclusive
 
 # What no code can put right: a full or failing disk, and files that may not be written.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+LAUNCHED = "DYNAROUTE_LAUNCHED"  # set for what `launcher` starts, which must not launch it once more
 
 
-def run(main: Callable[..., None], doc: str, *arguments: str) -> None:
+def run(main: Callable[..., None], doc: str, *arguments: str, launched: bool = False) -> None:
     """Parses the command line, loads params.yaml and calls `main(settings, *values of the positional arguments)`.
 
     An argument that is not given is what follows the @ in the name of the stage that DVC runs: names from params.yaml
-    never pass through a shell.
+    never pass through a shell. With `launched`, params.yaml's `launcher` takes this process's place and starts the
+    script again, unless that is `python` or a launcher has started this process.
 
     Ends the process with status 1 and one line on stderr when the user can put the mistake right.
     """
@@ -40,6 +47,8 @@ def run(main: Callable[..., None], doc: str, *arguments: str) -> None:
     leads = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started
     try:
         settings = load_settings()
+        if launched:
+            _launch(settings)
         with exclusive(Path(".scratch") / stage) if leads else contextlib.nullcontext():
             if "DVC_STAGE" in os.environ:
                 _end_with_dvc()
@@ -53,6 +62,22 @@ def run(main: Callable[..., None], doc: str, *arguments: str) -> None:
             raise
         place = f"{error.filename}: " if error.filename else ""
         sys.exit(f"{Path(sys.argv[0]).stem}: {place}{error.strerror}")
+
+
+def _launch(settings: Settings) -> None:
+    """Becomes the launcher, which keeps the process's number, so that signals reach it.
+
+    Raises:
+        DynarouteError: there is no such command.
+    """
+    if settings.launcher == "python" or LAUNCHED in os.environ or "RANK" in os.environ:  # the last by hand
+        return
+    command = [*shlex.split(settings.launcher), *sys.argv]
+    try:
+        os.execvpe(command[0], command, os.environ | {LAUNCHED: "1"})
+    except OSError as error:
+        found = f"{command[0]} cannot be run: {error.strerror}"
+        raise DynarouteError(f"params.yaml: launcher = {settings.launcher!r}: {found}") from error
 
 
 def _end_with_dvc() -> None:
