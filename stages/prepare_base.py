@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from dynaroute.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.config import LoadedBase, Settings
@@ -42,8 +43,10 @@ def main(settings: Settings) -> None:
     """Makes or loads the base, and measures how much its wiring matters."""
     torch.set_num_threads(settings.num_threads)
     dagformer = settings.dagformer
-    tokens = Path("data/tokens") / dagformer.corpus
-    shards = {split: TokenShards(tokens, split) for split in ("train", "validation")}
+    precision = "fp32" if isinstance(dagformer.base, LoadedBase) else dagformer.base.training.precision
+    accelerator = make_accelerator(settings.device, precision)  # first: it gives each process its own GPU
+    tokens, check = Path("data/tokens") / dagformer.corpus, accelerator.is_main_process
+    shards = {split: TokenShards(tokens, split, check) for split in ("train", "validation")}
     identity = {
         "base": dagformer.base.model_dump(),
         "seed": settings.seed,
@@ -54,9 +57,11 @@ def main(settings: Settings) -> None:
     }
     report = {"run": run_id(identity), "kind": dagformer.base.kind}
     if isinstance(dagformer.base, LoadedBase):
+        if not check:
+            return
         model, history, timing = load_existing(settings, shards["train"])
     else:
-        model, history, timing = pretrain(settings, shards, report["run"])
+        model, history, timing = pretrain(settings, accelerator, shards, report["run"])
     if model is None:
         return  # not the main process
     write_csv(REPORTS / "base.csv", history)
@@ -80,7 +85,7 @@ def main(settings: Settings) -> None:
 
 
 def pretrain(
-    settings: Settings, shards: dict[str, TokenShards], identifier: str
+    settings: Settings, accelerator: Accelerator, shards: dict[str, TokenShards], identifier: str
 ) -> tuple[torch.nn.Module | None, list[dict[str, Any]], dict[str, float]]:
     """Trains a small base and writes it with the corpus's tokenizer; model, history and timing."""
     dagformer, wanted = settings.dagformer, settings.dagformer.base
@@ -94,15 +99,15 @@ def pretrain(
         Windows(shards["validation"], dagformer.seq_len, keep_tail=True),
         wanted.training,
         total_steps=steps_in_epochs(wanted.training, len(training)),
-        accelerator=make_accelerator(settings.device, wanted.training.precision),
+        accelerator=accelerator,
         seed=settings.seed,
         scratch=scratch_folder("prepare_base", identifier),
     )
     with trainer:
         state = trainer.run()
-        if not trainer.accelerator.is_main_process:
+        if not accelerator.is_main_process:
             return None, [], {}
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = accelerator.unwrap_model(trainer.model)
         weights, _ = load_checkpoint(trainer.best_path)
         load_weights(model, weights, trainer.best_path)
         with output_directory(BASE) as folder:
@@ -114,10 +119,8 @@ def pretrain(
 
 def load_existing(
     settings: Settings, shards: TokenShards
-) -> tuple[torch.nn.Module | None, list[dict[str, Any]], dict[str, float]]:
+) -> tuple[torch.nn.Module, list[dict[str, Any]], dict[str, float]]:
     """Loads a base that exists, checks that it reads this corpus's tokens, and writes it; model, history, timing."""
-    if not make_accelerator(settings.device, "fp32").is_main_process:
-        return None, [], {}
     wanted = settings.dagformer.base
     model = load_base(wanted.path, "cpu", wanted.revision)
     if model.config.vocab_size < shards.vocab_size:
@@ -179,4 +182,4 @@ def wiring_matters(settings: Settings, shards: TokenShards) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(main, __doc__, launched=True)

@@ -50,11 +50,12 @@ def main(settings: Settings, name: str) -> None:
     dagformer = settings.dagformer
     start, variant = read_variant(name)
     accelerator = make_accelerator(settings.device, variant.precision)  # first: it gives each process its own GPU
-    shards = {split: TokenShards(Path("data/tokens") / dagformer.corpus, split) for split in ("train", "validation")}
+    tokens, check = Path("data/tokens") / dagformer.corpus, accelerator.is_main_process
+    shards = {split: TokenShards(tokens, split, check) for split in ("train", "validation")}
     windows = {split: Windows(own, dagformer.seq_len, keep_tail=False) for split, own in shards.items()}
     training = Subset(windows["train"], dagformer.train_windows)
     validation = Subset(windows["validation"], dagformer.validation_windows)
-    embeddings = load_embeddings(DATA / "embeddings/training")
+    embeddings = load_embeddings(DATA / "embeddings/training", check)
     joint = variant.base_lr > 0
     frozen = load_base(DATA / "base", settings.device)
     base_before = fingerprint(frozen)
@@ -196,4 +197,4 @@ def fingerprint(model: torch.nn.Module) -> list[int]:
 
 
 if __name__ == "__main__":
-    run(main, __doc__, "name")
+    run(main, __doc__, "name", launched=True)

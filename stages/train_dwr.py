@@ -26,7 +26,7 @@ from dynaroute.dwr.training import make_trainer, open_tokens
 from dynaroute.machine import describe_machine, peak_memory
 from dynaroute.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
-from dynaroute.training.loop import Trainer, with_all_columns
+from dynaroute.training.loop import Trainer, make_accelerator, own_share, with_all_columns
 from dynaroute.training.scratch import run_id
 
 REPORTS = Path("reports/dwr")
@@ -36,12 +36,14 @@ def main(settings: Settings) -> None:
     """Trains, then publishes the checkpoints and what was found."""
     dwr = settings.dwr
     torch.set_num_threads(settings.num_threads)
-    shards = open_tokens(dwr.corpus)
+    accelerator = make_accelerator(settings.device, dwr.training.precision)
+    shards = open_tokens(dwr.corpus, check=accelerator.is_main_process)
     training = Windows(shards["train"], dwr.max_seq_len, keep_tail=False)
     validation, test = (Windows(shards[split], dwr.max_seq_len, keep_tail=True) for split in ("validation", "test"))
-    trainer, identity = make_trainer(settings, dwr, shards["train"], training, validation, "train_dwr")
-    identifier, accelerator, objective = run_id(identity), trainer.accelerator, trainer.objective
+    trainer, identity = make_trainer(settings, dwr, accelerator, shards["train"], training, validation, "train_dwr")
+    identifier, objective = run_id(identity), trainer.objective
     model, config = accelerator.unwrap_model(trainer.model), objective.config
+    own_share(test, accelerator)  # refuses too few now, and not after the training
     with trainer:
         state = trainer.run()
         gradients = router_gradients(trainer, training)
@@ -146,4 +148,4 @@ def router_rows(model: DWRTransformer, sums: dict[str, torch.Tensor]) -> list[di
 
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(main, __doc__, launched=True)

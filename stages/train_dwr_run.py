@@ -25,6 +25,7 @@ from dynaroute.dwr.training import make_trainer, open_tokens
 from dynaroute.errors import DynarouteError
 from dynaroute.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
+from dynaroute.training.loop import make_accelerator, own_share
 from dynaroute.training.scratch import run_id
 
 REPORTS = Path("reports/dwr_runs")
@@ -34,12 +35,13 @@ def main(settings: Settings, name: str) -> None:
     """Trains, scores the last and the best weights, and replays the routing of the best through caches."""
     torch.set_num_threads(settings.num_threads)
     dwr, section = read_run(name), f"dwr_runs.{name}"
-    shards = open_tokens(dwr.corpus)
+    accelerator = make_accelerator(settings.device, dwr.training.precision)
+    shards = open_tokens(dwr.corpus, check=accelerator.is_main_process)
     training = Subset(Windows(shards["train"], dwr.max_seq_len, keep_tail=False), dwr.train_windows, section)
     held_out = {split: Windows(shards[split], dwr.max_seq_len, keep_tail=True) for split in ("validation", "test")}
     validation = Subset(held_out["validation"], dwr.validation_windows, section)
     test = Subset(held_out["test"], dwr.eval_windows, section)
-    trainer, identity = make_trainer(settings, dwr, shards["train"], training, validation, "train_dwr_run")
+    trainer, identity = make_trainer(settings, dwr, accelerator, shards["train"], training, validation, "train_dwr_run")
     # As many windows of the training text as of the validation text: the same loss, without dropout.
     scored = min(len(validation), len(training))
     seen = Selection(training, [index * len(training) // scored for index in range(scored)])
@@ -47,15 +49,16 @@ def main(settings: Settings, name: str) -> None:
     def loss(windows: Selection) -> float:
         return trainer.objective.validation_metrics(trainer.validation_sums(windows))["loss"]
 
+    own_share(test, accelerator)  # refuses too few now, and not after the training
     with trainer:
         state = trainer.run()
         final_train_loss = loss(seen)
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = accelerator.unwrap_model(trainer.model)
         weights, best = load_checkpoint(trainer.best_path)
         load_weights(model, weights, trainer.best_path)
         sums = trainer.validation_sums(validation)
         train_loss, test_loss = loss(seen), loss(test)
-        if not trainer.accelerator.is_main_process:
+        if not accelerator.is_main_process:
             return
         identifier, config = run_id(identity), trainer.objective.config
         load = sums["assigned"] / sums["assigned"].mean(1, keepdim=True)  # [L, E], 1 is uniform
@@ -117,4 +120,4 @@ def hit_rates(trace: Trace, num_experts: int, capacity: int) -> dict[str, float]
 
 
 if __name__ == "__main__":
-    run(main, __doc__, "name")
+    run(main, __doc__, "name", launched=True)

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -54,10 +55,18 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "DVC_ROOT"} | {"OMP_NUM_THREADS": "1"}
 
 
-def run(root: Path, launcher: list[str], stage: str, *arguments: str) -> None:
+def run(
+    root: Path, launcher: list[str], stage: str, *arguments: str, check: bool = True
+) -> subprocess.CompletedProcess:
     command = [*launcher, str(STAGES / stage), *arguments]
     done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def set_launcher(root: Path, launcher: list[str]) -> None:
+    path = root / "params.yaml"
+    YAML(typ="safe").dump(read_yaml(path) | {"launcher": shlex.join(launcher)}, path)
 
 
 def rows(path: Path) -> list[dict[str, float]]:
@@ -66,8 +75,10 @@ def rows(path: Path) -> list[dict[str, float]]:
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    for name, launcher in (("one", PYTHON), ("two", TORCHRUN)):
-        run(make_tree(tmp_path / name, epochs=1), launcher, "train_dwr.py")
+    for name, launcher in (("one", ["python"]), ("two", TORCHRUN)):
+        root = make_tree(tmp_path / name, epochs=1)
+        set_launcher(root, launcher)
+        run(root, PYTHON, "train_dwr.py")
     one, two = tmp_path / "one/reports/dwr", tmp_path / "two/reports/dwr"
     assert len(rows(one / "training.csv")) > 2
     for table in ("training.csv", "router.csv"):  # losses; gate norms, load and probability of every expert
@@ -78,6 +89,49 @@ def test_two_processes_give_what_one_gives(tmp_path):
     report = json.loads((two / "training.json").read_text())
     assert all(holds for name, holds in report["checks"].items() if name != "validation_loss_is_below_unigram_entropy")
     assert not list((tmp_path / "two/.scratch/train_dwr").iterdir())
+
+
+def test_a_launcher_takes_the_place_of_the_stage_and_no_shell_reads_it(tmp_path):
+    root = make_tree(tmp_path / "tree")
+    (root / "probe.py").write_text("import json, os, sys; print(json.dumps([os.getpid(), sys.argv]))")
+    set_launcher(root, [sys.executable, "probe.py", "--log", "$(touch x); touch x"])
+    script = str(STAGES / "train_dagformer.py")
+    stage = subprocess.Popen([*PYTHON, script, "P1"], cwd=root, env=environment(), stdout=subprocess.PIPE, text=True)
+    found, _ = stage.communicate(timeout=300)
+    assert json.loads(found) == [stage.pid, ["probe.py", "--log", "$(touch x); touch x", script, "P1"]]
+    assert not (root / "x").exists()
+
+
+def test_a_launcher_that_is_not_there_is_named(tmp_path):
+    root = make_tree(tmp_path / "tree")
+    set_launcher(root, ["torchrunn", "--standalone"])
+    done = run(root, PYTHON, "train_dwr.py", check=False)
+    assert done.returncode == 1
+    expected = "train_dwr: params.yaml: launcher = 'torchrunn --standalone': torchrunn cannot be run: "
+    assert done.stderr == f"{expected}No such file or directory\n"
+
+
+def test_a_damaged_shard_stops_two_processes_by_name_before_they_train(tmp_path):
+    """Only the main process looks at all bits."""
+    root = make_tree(tmp_path / "tree")
+    shard = root / "data/tokens/docs/train-00000.npy"
+    data = bytearray(shard.read_bytes())
+    data[-2] ^= 1
+    shard.write_bytes(data)
+    done = run(root, TORCHRUN, "train_dwr.py", check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("train_dwr: data/tokens/docs/train-00000.npy: SHA-256 is ") == 1
+    assert not (root / ".scratch/train_dwr").exists()
+
+
+def test_fewer_windows_to_validate_on_than_processes_are_refused_before_training(tmp_path):
+    root = make_tree(tmp_path / "tree")
+    write_tokens(root / "data/tokens/docs", VOCABULARY, train=[[1] * 1700], validation=[[1] * 15], test=[[1] * 200])
+    done = run(root, TORCHRUN, "train_dwr.py", check=False)
+    assert done.returncode != 0
+    expected = "train_dwr: params.yaml: launcher starts 2 processes, but they have 1 windows to score together: "
+    assert expected in done.stderr
+    assert not (root / ".scratch/train_dwr").exists()
 
 
 def make_dagformer_tree(root: Path) -> Path:

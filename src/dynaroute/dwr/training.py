@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from dynaroute.artifacts import sha256
 from dynaroute.config import DWR, Settings
@@ -12,26 +13,26 @@ from dynaroute.data.windows import Selection
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 from dynaroute.dwr.objective import DWRObjective
 from dynaroute.errors import DynarouteError
-from dynaroute.training.loop import Trainer, make_accelerator, steps_in_epochs
+from dynaroute.training.loop import Trainer, steps_in_epochs
 from dynaroute.training.scratch import run_id, scratch_folder
 
 
-def open_tokens(corpus: str) -> dict[str, TokenShards]:
-    """The splits train, validation and test of a tokenized corpus, by name.
+def open_tokens(corpus: str, check: bool) -> dict[str, TokenShards]:
+    """The splits train, validation and test of a tokenized corpus, by name; `check`: see `TokenShards`.
 
     Raises:
         DynarouteError: a file is missing or damaged.
     """
-    return {split: TokenShards(Path("data/tokens") / corpus, split) for split in ("train", "validation", "test")}
+    return {split: TokenShards(Path("data/tokens") / corpus, split, check) for split in ("train", "validation", "test")}
 
 
-def other_windows(corpus: str, trained: TokenShards, seq_len: int) -> Windows:
+def other_windows(corpus: str, trained: TokenShards, seq_len: int, check: bool) -> Windows:
     """All of the training split of a corpus that is not trained on.
 
     Raises:
         DynarouteError: its tokens are missing, damaged, or another tokenizer's than those that are trained on.
     """
-    shards = TokenShards(Path("data/tokens") / corpus, "train")
+    shards = TokenShards(Path("data/tokens") / corpus, "train", check)
     folders = (split.directory / "tokenizer" for split in (shards, trained))
     own, expected = ([sha256(path) for path in sorted(folder.glob("*"))] for folder in folders)
     if own != expected:
@@ -44,6 +45,7 @@ def other_windows(corpus: str, trained: TokenShards, seq_len: int) -> Windows:
 def make_trainer(
     settings: Settings,
     dwr: DWR,
+    accelerator: Accelerator,
     shards: TokenShards,
     training: Windows | Selection,
     validation: Windows | Selection,
@@ -54,19 +56,20 @@ def make_trainer(
     Args:
         settings: seed, device and threads.
         dwr: the model and its training.
+        accelerator: of `dwr.training.precision`.
         shards: the training split, whose vocabulary the model has.
         training: windows of it.
         validation: windows that decide which weights are best.
         stage: that trains, and has the scratch folder.
 
     Raises:
-        DynarouteError: the device is not there, or the training does not fit the windows and processes; or what
-            `other_windows` raises of a corpus in `dwr.also_validate_on`.
+        DynarouteError: the training does not fit the windows and processes; or what `other_windows` raises of a corpus
+            in `dwr.also_validate_on`.
     """
     sizes = dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"})
     config = DWRConfig(vocab_size=shards.padded_vocab_size, **sizes)
-    others = {corpus: other_windows(corpus, shards, dwr.max_seq_len) for corpus in dwr.also_validate_on}
-    accelerator = make_accelerator(settings.device, dwr.training.precision)
+    check = accelerator.is_main_process
+    others = {corpus: other_windows(corpus, shards, dwr.max_seq_len, check) for corpus in dwr.also_validate_on}
     identity = {
         "dwr": dwr.model_dump(),
         "seed": settings.seed,

@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -89,7 +90,9 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     bf16 = precision == "bf16" and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     # An expert that no token of a batch chose is not part of that step's graph.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device == "cpu", kwargs_handlers=[unused])
+    # The others wait while the main process checks the tokens, at the published scale 40 GB.
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device == "cpu", kwargs_handlers=[unused, patient])
 
 
 def steps_in_epochs(settings: EpochTraining, num_windows: int) -> int:
@@ -110,6 +113,20 @@ def steps_per_epoch(num_windows: int, batch_size: int) -> int:
     if num_windows < batch_size:
         raise DynarouteError(f"the training split has {num_windows} windows, less than batch_size = {batch_size}")
     return num_windows // batch_size
+
+
+def own_share(windows: Windows, accelerator: Accelerator) -> range:
+    """The windows that this process scores when all share them out.
+
+    Raises:
+        DynarouteError: there are too few for every process to have one.
+    """
+    if len(windows) < accelerator.num_processes:
+        raise DynarouteError(
+            f"params.yaml: launcher starts {accelerator.num_processes} processes, but they have {len(windows)} windows "
+            "to score together: must be at most as many: start fewer, or score more windows"
+        )
+    return range(accelerator.process_index, len(windows), accelerator.num_processes)
 
 
 class Trainer:
@@ -139,8 +156,8 @@ class Trainer:
         Of each text in `also_validate_on`, by its name, every validation records the loss, which decides nothing.
 
         Raises:
-            DynarouteError: batches do not divide among the processes, there is not one whole batch, or the run would
-                end within its warm-up.
+            DynarouteError: batches do not divide among the processes, there is not one whole batch, the run would end
+                within its warm-up, or what `own_share` raises of a text to validate on.
         """
         processes = accelerator.num_processes
         if settings.batch_size % (settings.micro_batch_size * processes):
@@ -148,6 +165,8 @@ class Trainer:
                 f"batch_size = {settings.batch_size} must be a multiple of micro_batch_size = "
                 f"{settings.micro_batch_size} times the number of processes = {processes}"
             )
+        for windows in (validation, *(also_validate_on or {}).values()):
+            own_share(windows, accelerator)
         if settings.warmup_steps > total_steps:
             raise DynarouteError(
                 f"warmup_steps = {settings.warmup_steps}: must be at most the {total_steps} steps that this run takes"
@@ -353,7 +372,7 @@ class Trainer:
         """The objective's sums over all windows, shared out among the processes and added up exactly once each."""
         accelerator = self.accelerator
         self.model.eval()
-        own = range(accelerator.process_index, len(windows), accelerator.num_processes)
+        own = own_share(windows, accelerator)
         sums: dict[str, Tensor] = {}
         for start in range(0, len(own), self.settings.micro_batch_size):
             part = np.asarray(own[start : start + self.settings.micro_batch_size])
