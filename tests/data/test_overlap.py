@@ -7,7 +7,7 @@ import pytest
 from small_tokens import write_tokens
 
 from dynaroute.data import overlap
-from dynaroute.data.overlap import SPAN, shared_share
+from dynaroute.data.overlap import SPAN, shared_shares
 
 VOCABULARY = 300
 
@@ -23,7 +23,7 @@ def plain_share(held_out: list[int], training: list[int]) -> float:
 
 
 def split(folder: Path, training: list[list[int]], test: list[list[int]]) -> float | None:
-    return shared_share(write_tokens(folder, VOCABULARY, train=training, test=test), "test")
+    return shared_shares(write_tokens(folder, VOCABULARY, train=training, test=test), ["test"])["test"]
 
 
 @pytest.mark.parametrize("chunk", [7, 50, 2**22])
@@ -33,11 +33,15 @@ def test_the_share_is_that_of_a_plain_search(tmp_path, monkeypatch, chunk):
     training = rng.integers(1, VOCABULARY - 1, 400).tolist()
     own = rng.integers(1, VOCABULARY - 1, 300).tolist()
     test = own[:50] + training[100:140] + own[50:90] + training[180:211] + own[90:] + training[380:] + training[:45]
-    folder = write_tokens(tmp_path, VOCABULARY, train=[training], test=[test])
-    streams = [overlap.TokenShards(folder, name) for name in ("test", "train")]
-    expected = plain_share(*(stream.read(0, stream.num_tokens).tolist() for stream in streams))
-    assert 0.1 < expected < 0.5
-    assert shared_share(folder, "test") == pytest.approx(expected)
+    other = training[-60:] + own[:200]
+    folder = write_tokens(tmp_path, VOCABULARY, train=[training], validation=[other], test=[test])
+    splits = {name: overlap.TokenShards(folder, name) for name in ("train", "validation", "test")}
+    streams = {name: stream.read(0, stream.num_tokens).tolist() for name, stream in splits.items()}
+    expected = {name: plain_share(streams[name], streams["train"]) for name in ("validation", "test")}
+    assert 0.1 < expected["test"] < 0.5
+    assert 0.1 < expected["validation"] < 0.5
+    assert expected["validation"] != expected["test"]
+    assert shared_shares(folder, ["validation", "test"]) == pytest.approx(expected)
 
 
 def test_all_or_nothing(tmp_path):

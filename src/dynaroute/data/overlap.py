@@ -1,6 +1,6 @@
 """How much of a held-out split stands word for word in the training split, though no document is in both."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,32 +13,40 @@ MAX_TRAINING_TOKENS = 10**8  # of a corpus that is looked through: seconds for e
 CHUNK = 2**22  # tokens of the training split that are in memory at once
 
 
-def shared_share(directory: str | Path, split: str) -> float | None:
-    """The share of a split's tokens that lie in spans of SPAN tokens which also stand in the training split.
+def shared_shares(directory: str | Path, splits: Sequence[str]) -> dict[str, float | None]:
+    """The share of each split's tokens that lie in spans of SPAN tokens which also stand in the training split.
 
     Spans are told apart by 64-bit hashes, so a false match is next to impossible.
 
     Args:
-        directory: a folder of tokens.
-        split: the held-out one.
+        directory: a folder of tokens that this process has written.
+        splits: the held-out ones.
 
     Returns:
-        Between 0 and 1, 0 for an empty split; None if the training split has more than MAX_TRAINING_TOKENS.
+        By split, between 0 and 1, 0 for an empty one; None if the training split has more than MAX_TRAINING_TOKENS.
 
     Raises:
-        DynarouteError: a file is missing or damaged.
+        DynarouteError: a file is missing.
     """
-    training, held_out = TokenShards(directory, "train"), TokenShards(directory, split)
+    training = TokenShards(directory, "train", check=False)
     if training.num_tokens > MAX_TRAINING_TOKENS:
-        return None
-    spans = span_hashes(held_out.read(0, held_out.num_tokens))
-    found = np.zeros(len(spans), bool)
+        return dict.fromkeys(splits)
+    held_out = {split: TokenShards(directory, split, check=False) for split in splits}
+    spans = {split: span_hashes(own.read(0, own.num_tokens)) for split, own in held_out.items()}
+    found = {split: np.zeros(len(own), bool) for split, own in spans.items()}
     for chunk in _chunks(training):
-        found |= np.isin(spans, span_hashes(chunk))
-    edges = np.zeros(held_out.num_tokens + 1, np.int64)
+        hashes = span_hashes(chunk)
+        for split, own in spans.items():
+            found[split] |= np.isin(own, hashes)
+    return {split: _covered(found[split], held_out[split].num_tokens) for split in splits}
+
+
+def _covered(found: np.ndarray, num_tokens: int) -> float:
+    """The share of tokens that lie in one of the spans that were found; bool [number of spans]."""
+    edges = np.zeros(num_tokens + 1, np.int64)
     np.add.at(edges, np.flatnonzero(found), 1)
     np.add.at(edges, np.flatnonzero(found) + SPAN, -1)
-    return int((edges.cumsum()[:-1] > 0).sum()) / max(1, held_out.num_tokens)
+    return int((edges.cumsum()[:-1] > 0).sum()) / max(1, num_tokens)
 
 
 def span_hashes(tokens: np.ndarray) -> np.ndarray:

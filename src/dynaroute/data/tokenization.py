@@ -12,7 +12,7 @@ from dynaroute.artifacts import output_directory, read_json, write_json
 from dynaroute.config import GPT2, ByteBPE, HubTokenizer
 from dynaroute.data.collection import SPLITS, read_documents
 from dynaroute.data.corpora import Document
-from dynaroute.data.overlap import shared_share
+from dynaroute.data.overlap import shared_shares
 from dynaroute.data.parallel import in_order
 from dynaroute.data.shards import SHARD_TOKENS, ShardWriter, padded, token_dtype
 from dynaroute.data.tokenizers import Tokenizer, save_tokenizer
@@ -34,7 +34,7 @@ def tokenize(
     Memory does not grow with the corpus, except for what training a BPE needs.
 
     Returns:
-        The metadata of the folder. Held-out splits have a `share_in_train`, see `shared_share`.
+        The metadata of the folder. Held-out splits have a `share_in_train`, see `shared_shares`.
 
     Raises:
         DynarouteError: a file is missing or damaged, or the tokenizer cannot be made.
@@ -60,9 +60,8 @@ def tokenize(
                         f"{raw[split]['documents']}: run the stage collect again"
                     )
         write_json(folder / "metadata.json", metadata)
-        for split in SPLITS:
-            if split != "train":
-                metadata["splits"][split]["share_in_train"] = shared_share(folder, split)
+        for split, share in shared_shares(folder, SPLITS[1:]).items():
+            metadata["splits"][split]["share_in_train"] = share
         write_json(folder / "metadata.json", metadata)
     return metadata
 
