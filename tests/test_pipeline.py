@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from tiny_pipeline import LOCATE, TINY, VARIANTS, Workspace
 
 from dynaroute.config import read_yaml
+from dynaroute.training.checkpoints import load_checkpoint
 
 # What the scripts that work on one corpus, run or variant are told.
 ARGUMENTS = defaultdict(list, {name: ["docs"] for name in ("locate", "collect", "tokenize_corpus")})
@@ -73,7 +74,7 @@ def test_a_knob_retrains_the_variants_that_inherit_it_and_a_new_variant_trains_a
     assert ran(workspace.run("dvc", "repro").stdout) == collected | {"train_dagformer@A8", "evaluate_nll@A8"}
 
 
-def test_a_slurm_job_is_requeued_at_its_time_limit_and_ends_as_one_without_a_limit(finished, tmp_path):
+def test_a_slurm_job_is_requeued_at_its_time_limit_alone_and_ends_as_one_without_a_limit(finished, tmp_path):
     longer = {"dwr.training": {**TINY["dwr.training"], "epochs": 0.4}}
     undisturbed, limited = (finished.copy(tmp_path / name) for name in ("undisturbed", "limited"))
     for workspace in (undisturbed, limited):
@@ -85,19 +86,31 @@ def test_a_slurm_job_is_requeued_at_its_time_limit_and_ends_as_one_without_a_lim
     (tmp_path / "bin" / "scontrol").chmod(0o755)
     limited.environment["PATH"] = f"{tmp_path / 'bin'}:{limited.environment['PATH']}"
     limited.environment["SLURM_JOB_ID"] = "17"
-    # Left by a process that is gone: its number, which is another one's by now, must not be sent a signal.
-    stale = limited.root / ".scratch/train_dwr/other/lock"
-    stale.parent.mkdir(parents=True)
-    bystander = subprocess.Popen(["sleep", "600"])
-    stale.write_text(str(bystander.pid))
+    # No signal for the trainer of another job, nor for a process with the number of one that is gone.
+    bystanders = []
+    for name in ("other", "stale"):
+        lock = limited.root / f".scratch/train_dwr/{name}/lock"
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        held = ["flock", "--no-fork", str(lock)] if name == "other" else []
+        bystanders.append(subprocess.Popen([*held, "sleep", "600"]))
+        lock.write_text(str(bystanders[-1].pid))
     job = limited.start("bash", "slurm/repro.sbatch", "train_dwr")
     limited.wait_for_checkpoint(3)
+    job.send_signal(signal.SIGTERM)  # as `scancel` does
+    assert job.wait(timeout=60) == 143
+    assert not requeued.exists()
+    (checkpoint,) = limited.root.glob(".scratch/train_dwr/*/last.safetensors")
+    saved = load_checkpoint(checkpoint)[1]["step"]
+    job = limited.start("bash", "slurm/repro.sbatch", "train_dwr")
+    limited.wait_for_checkpoint(saved + 3)
     job.send_signal(signal.SIGUSR1)  # as `--signal=B:USR1@900` does: to the batch script alone
     assert job.wait(timeout=60) == 0
     assert requeued.read_text() == "requeue 17\n"
-    assert bystander.poll() is None
-    bystander.kill()
-    bystander.wait()
+    for bystander in bystanders:
+        assert bystander.poll() is None
+        bystander.kill()
+        bystander.wait()
     assert not (limited.root / "data/dwr/train").exists()
     limited.run("bash", "slurm/repro.sbatch", "train_dwr")  # what Slurm does next
     assert requeued.read_text() == "requeue 17\n"
@@ -159,6 +172,11 @@ def test_nothing_runs_when_nothing_changed_and_only_what_depends_on_a_change_doe
     output = finished.run("dvc", "repro").stdout
     assert ran(output) == {LOCATE}
     workspace = finished.copy(tmp_path / "changed")
+    before = workspace.run("dvc", "status", "--json").stdout
+    path = workspace.root / "params.yaml"
+    launcher = {"launcher": "torchrun --standalone --nproc_per_node 4"}
+    YAML(typ="safe").dump(read_yaml(path) | launcher, path)
+    assert workspace.run("dvc", "status", "--json").stdout == before
     workspace.set_params({"dwr": {**TINY["dwr"], "top_k": 1}})
     changed = set(json.loads(workspace.run("dvc", "status", "--json").stdout))
     assert "train_dwr" in changed
