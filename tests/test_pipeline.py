@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from repository import REPOSITORY
 from ruamel.yaml import YAML
 from tiny_pipeline import LOCATE, TINY, VARIANTS, Workspace
 
-from dynaroute.config import read_yaml
+from dynaroute.config import load_settings, read_yaml
 from dynaroute.training.checkpoints import load_checkpoint
 
 # What the scripts that work on one corpus, run or variant are told.
@@ -160,6 +161,32 @@ def test_a_clone_pulls_the_results_that_were_pushed(finished, tmp_path):
 def ran(output: str) -> set[str]:
     """The stages that DVC says it ran."""
     return {line.split("'")[1] for line in output.splitlines() if line.startswith("Running")}
+
+
+def test_the_core_of_the_published_scale_has_a_report_of_its_own(finished, tmp_path):
+    """The command of docs/paper-scale.md, which leaves out the variants that take longest."""
+    workspace = finished.copy(tmp_path / "paper")
+    shutil.copyfile(REPOSITORY / "params.paper.yaml", workspace.root / "params.yaml")
+    (command,) = re.findall(r"^sed -i .*$", (REPOSITORY / "docs/paper-scale.md").read_text(), re.MULTILINE)
+    workspace.run("bash", "-c", command)
+    assert list(load_settings(workspace.root / "params.yaml").variants) == ["S1", "S2", "P1"]
+    stages = re.findall(r'"(?:\S*:)?(\w+@\w+)"', workspace.run("dvc", "dag", "--dot", "report_dagformer").stdout)
+    found = {stage for stage in stages if stage.startswith(("train_dagformer", "evaluate_nll", "analyze_topology"))}
+    expected = {f"{stage}@{name}" for stage in ("train_dagformer", "evaluate_nll") for name in ("S1", "S2", "P1")}
+    assert found == expected | {"analyze_topology@P1"}
+
+
+def test_results_that_dvc_did_not_live_to_record_are_recorded_without_training_again(finished, tmp_path):
+    workspace = finished.copy(tmp_path / "unrecorded")
+    lock = read_yaml(workspace.root / "dvc.lock")
+    for out in lock["stages"]["train_dwr"]["outs"]:  # what was trained, once it is neither in the lock file nor cached
+        (workspace.root / f".dvc/cache/files/md5/{out['md5'][:2]}/{out['md5'][2:]}").unlink(missing_ok=True)
+    del lock["stages"]["train_dwr"]
+    YAML(typ="safe").dump(lock, workspace.root / "dvc.lock")
+    assert "train_dwr" in json.loads(workspace.run("dvc", "status", "--json").stdout)
+    workspace.run("dvc", "commit", "--force", "train_dwr")
+    assert workspace.lock() == finished.lock()
+    assert ran(workspace.run("dvc", "repro", "export_experts").stdout) == {LOCATE}
 
 
 def test_a_second_run_from_scratch_gives_the_same_hashes(finished, tmp_path):
