@@ -29,7 +29,7 @@ def tree(tmp_path, monkeypatch) -> Path:
     rows = [{"id": str(number), "text": text, "source": "s"} for number, text in enumerate(TEXTS)]
     collected.write_text("".join(json.dumps(row) + "\n" for row in rows))
     save_tokenizer(BPE, TEXTS, tmp_path / "data/tokens" / corpus / "tokenizer")
-    for name, value in {"PIECE": 100, "ROUNDS": 2}.items():
+    for name, value in {"PIECE": 100, "ROUNDS": 2, "CHARACTERS": sum(map(len, TEXTS))}.items():
         monkeypatch.setattr(benchmark, name, value)
     return collected
 
@@ -54,11 +54,12 @@ def test_both_give_the_same_tokens(tree, tmp_path, request, monkeypatch, kind):
     assert TokenShards(tmp_path / "shards", "train").read(0, 10**6).tolist() == expected
 
 
-def test_pieces_are_the_text_up_to_the_limit(tree, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "CHARACTERS", len(TEXTS[0]) + 150)
+@pytest.mark.parametrize("characters", [len(TEXTS[0]) + 150, sum(map(len, TEXTS)) + 130])
+def test_pieces_are_the_text_up_to_the_limit_and_begin_again_below_it(tree, tmp_path, monkeypatch, characters):
+    monkeypatch.setattr(benchmark, "CHARACTERS", characters)
     benchmark.write_pieces(tree, tmp_path / "pieces.jsonl")
     texts = [document.text for document in read_documents(tmp_path / "pieces.jsonl")]
-    assert "".join(texts) == "".join(TEXTS)[: benchmark.CHARACTERS]
+    assert "".join(texts) == ("".join(TEXTS) * 2)[:characters]
     assert max(map(len, texts)) == 100
 
 
