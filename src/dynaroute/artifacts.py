@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,24 +54,28 @@ def output_directory(path: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _take_place(temporary, path)
+        _take_place(temporary, path, {})
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def move_directory(folder: str | Path, path: str | Path) -> None:
-    """Moves a finished folder to `path`, whose old content goes; it may lie on another file system."""
+def move_directory(folder: str | Path, path: str | Path, known: Mapping[str, str]) -> None:
+    """Moves a finished folder to `path`, whose old content goes; it may lie on another file system.
+
+    `known`: the SHA-256 of files by name, which are not read for it once more.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.move(folder, temporary)
-    _take_place(temporary, path)
+    _take_place(temporary, path, known)
 
 
-def _take_place(temporary: Path, path: Path) -> None:
+def _take_place(temporary: Path, path: Path, known: Mapping[str, str]) -> None:
     files = sorted(file for file in temporary.rglob("*") if file.is_file())
-    write_json(temporary / CHECKSUMS, {file.relative_to(temporary).as_posix(): sha256(file) for file in files})
+    names = {file.relative_to(temporary).as_posix(): file for file in files}
+    write_json(temporary / CHECKSUMS, {name: known.get(name) or sha256(file) for name, file in names.items()})
     for file in temporary.rglob("*"):
         flush(file)
     if path.exists():

@@ -12,6 +12,7 @@ from repository import REPOSITORY
 from safetensors.torch import load_file, save_file
 from small_tokens import write_tokens
 
+from dynaroute.artifacts import checked
 from dynaroute.config import BaseEncoder, ByteBPE, HubEncoder, load_settings
 from dynaroute.dagformer import encoders
 from dynaroute.dagformer.encoders import load_embeddings, load_encoder, write_embeddings
@@ -276,7 +277,7 @@ def test_written_embeddings_are_those_of_the_windows_and_their_prefixes(
     settings = BASE if kind == "base" else hub(text_encoder)
     encoder = load_encoder(settings, base, load_tokenizer(tokens / "tokenizer"), "cpu")
     write(encoder, settings, windows, tmp_path / "embeddings")
-    found = load_embeddings(tmp_path / "embeddings")
+    found = load_embeddings(checked(tmp_path / "embeddings"))
     assert set(found) == {"train", "validation", "test", "train_prefix", "validation_prefix", "test_prefix"}
     for name, vectors in found.items():
         own = windows[name.removesuffix("_prefix")]

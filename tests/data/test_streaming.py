@@ -18,6 +18,7 @@ from faulty_server import FaultyServer
 from repository import REPOSITORY
 from ruamel.yaml import YAML
 
+from dynaroute.artifacts import checked
 from dynaroute.config import ByteBPE, Corpus, read_yaml
 from dynaroute.data import download, streaming, tokenization
 from dynaroute.data.collection import collect
@@ -145,6 +146,7 @@ def test_a_stream_gives_the_tokens_that_local_files_give(tmp_path, server, addre
         for key in ("num_tokens", "num_documents", "num_characters", "unigram_entropy", "tokens_by_source"):
             assert one[key] == other[key], key
     assert not stream.scratch.exists()
+    assert checked(stream.tokens)  # its files are those of its checksums
 
 
 def test_the_region_is_held_out_and_stays_the_same_when_more_files_follow(tmp_path, files, tokenizer):

@@ -181,7 +181,7 @@ def write_embeddings(
             }  # fmt: skip
     metadata = identity | {"embedding_size": encoder.embedding_size, "files": files}
     write_json(folder / "metadata.json", metadata)
-    move_directory(folder, directory)
+    move_directory(folder, directory, {file["file"]: file["sha256"] for file in files.values()})
     shutil.rmtree(scratch)
 
 

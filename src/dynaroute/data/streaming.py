@@ -186,7 +186,8 @@ def tokenize_stream(
     refuse_unfilled_splits(name, corpus.split, {split: own["num_documents"] for split, own in splits.items()})
     metadata |= {"sources": run.sources, "splits": splits, "files": run.files}
     write_json(folder / "metadata.json", metadata)
-    move_directory(folder, directory)
+    known = [file for own in splits.values() for file in (*own["shards"], own["offsets"], own["document_sources"])]
+    move_directory(folder, directory, {file["file"]: file["sha256"] for file in known})
     shutil.rmtree(scratch)
     return metadata
 
