@@ -30,8 +30,10 @@ def rows(name: str) -> list[Row]:
 def extent(name: str) -> str:
     """Which code it tried, and how far it got."""
     found = campaign(name)
-    stopped = "" if found["cases_tried"] == found["cases_planned"] else ", where it was stopped"
-    return f"At commit {found['commit']}: {found['cases_tried']} of {found['cases_planned']} cases{stopped}."
+    broken = "".join(
+        f"\n- {case}: the campaign failed: {text.splitlines()[0]}" for case, text in found["errors"].items()
+    )
+    return f"At commit {found['commit']}: {found['cases_tried']} of {found['cases_planned']} cases.{broken}"
 
 
 def table(header: list[str], lines: list[list[object]]) -> str:

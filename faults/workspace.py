@@ -63,6 +63,7 @@ def run_campaign(
     """
     kept = _folder_of_this_code(arguments.workspace) / f"{name}_seed{arguments.seed}.jsonl"
     rows: dict[str, list[Row]] = {}
+    errors: dict[str, str] = {}
     for line in kept.read_text("utf-8").splitlines(keepends=True) if kept.exists() else ():
         if line.endswith("\n"):  # the last one may be cut off
             rows |= json.loads(line)
@@ -76,6 +77,10 @@ def run_campaign(
             futures = {pool.submit(try_case, case): case for case in left}
             for future in as_completed(futures):
                 case = futures[future]
+                if error := future.exception():  # of the campaign itself: tried again when it is started again
+                    errors[case] = f"{type(error).__name__}: {error}".strip()
+                    progress.write(f"{case}: {errors[case]}")
+                    continue
                 rows[case] = future.result()
                 file.write(json.dumps({case: rows[case]}) + "\n")
                 file.flush()
@@ -89,6 +94,7 @@ def run_campaign(
                 "commit": _commit(),
                 "cases_planned": len(cases),
                 "cases_tried": len(tried),
+                "errors": errors,
                 "rows": [row for case in tried for row in rows[case]],
             },
         )
