@@ -41,17 +41,16 @@ recover:  ## mend what a kill can leave: a cut dvc.lock (which goes where git ha
 	    echo "$$lock: process $$(cat "$$lock") is at work: wait for it, or stop it"; exit 1; fi; done
 	rm -f "$$(git rev-parse --git-path index.lock 2>/dev/null)" .dvc/tmp/rwlock .dvc/tmp/lock
 	@# A killed `dvc exp run` leaves git without a branch, and its own experiment for the next one to run as well.
-	@if ! git symbolic-ref --quiet HEAD >/dev/null && tip=$$(git rev-parse --quiet --verify '@{-1}') && \
-	  { [ "$$(git rev-parse HEAD)" = "$$tip" ] || \
+	@if ! git symbolic-ref --quiet HEAD >/dev/null && branch=$$(git rev-parse --symbolic-full-name '@{-1}' 2>/dev/null) && \
+	  [ "$$branch" ] && tip=$$(git rev-parse "$$branch") && { [ "$$(git rev-parse HEAD)" = "$$tip" ] || \
 	    [ "$$(git rev-parse --quiet --verify refs/exps/exec/EXEC_BASELINE)" = "$$tip" ]; }; then \
-	    echo "git is on $$(git rev-parse --abbrev-ref '@{-1}') again"; \
-	    git symbolic-ref HEAD "$$(git rev-parse --symbolic-full-name '@{-1}')"; git reset --quiet; fi
+	    git symbolic-ref HEAD "$$branch"; git reset --quiet; echo "git is on $$branch again"; fi
 	git update-ref -d refs/exps/stash 2>/dev/null || true
 	git reset --quiet -- .dvc/tmp/repro.dat 2>/dev/null || true
 	rm -f .dvc/tmp/repro.dat
 	@# Cut off within a line, or so that DVC refuses it. What else a cut takes away, DVC does again.
 	for lock in dvc.lock corpora/dvc.lock gpu/dvc.lock; do \
-	  if [ -e $$lock ] && { [ "$$(tail -c 1 $$lock | wc -l)" -ne 1 ] || \
+	  if [ -e $$lock ] && [ "$$(git status --porcelain -- $$lock 2>&1)" ] && { [ "$$(tail -c 1 $$lock | wc -l)" -ne 1 ] || \
 	    dvc stage list $${lock%lock}yaml 2>&1 | grep -q "dvc.lock' validation failed"; }; then \
 	    git checkout --quiet -- $$lock 2>/dev/null || rm -f $$lock; fi; done
 	find data reports gpu -name '.*.tmp' -prune -exec rm -rf {} + 2>/dev/null || true

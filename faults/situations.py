@@ -7,7 +7,8 @@ that is mounted read-only. Both need the right to mount: root's, or that of `uns
 which `make faults` uses where it is granted; where it is not, their rows say so.
 
 Afterwards space is made, or the file system taken away, and `make recover && dvc repro` must give every file the bytes
-that it had before, but for what is measured. A campaign that was stopped goes on when it is started again.
+that it had before, but for what is measured. Two cases are tried side by side. A campaign that was stopped goes on when
+it is started again.
 
 Writes  reports/reliability/situations.json
 """
@@ -69,7 +70,7 @@ def main() -> None:
             root.mkdir()
             return [{"situation": what, "stage": which, **situations[what][0](pristine, root, which, draw)}]
 
-        run_campaign("situations", arguments, list(cases), try_case)
+        run_campaign("situations", arguments, list(cases), try_case, at_once=2)
 
 
 @functools.cache
