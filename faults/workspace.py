@@ -62,6 +62,7 @@ def run_campaign(
     started again.
     """
     kept = _folder_of_this_code(arguments.workspace) / f"{name}_seed{arguments.seed}.jsonl"
+    commit = _commit()
     rows: dict[str, list[Row]] = {}
     errors: dict[str, str] = {}
     for line in kept.read_text("utf-8").splitlines(keepends=True) if kept.exists() else ():
@@ -91,7 +92,7 @@ def run_campaign(
         write_json(
             REPOSITORY / REPORTS / f"{name}.json",
             {
-                "commit": _commit(),
+                "commit": commit,
                 "cases_planned": len(cases),
                 "cases_tried": len(tried),
                 "errors": errors,
