@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from workspace import REPOSITORY, finished_workspace, parse_arguments
+from workspace import REPOSITORY, Row, finished_workspace, parse_arguments, run_campaign
 
 from dynaroute import artifacts
-from dynaroute.artifacts import CHECKSUMS, read_json, read_note, write_json, write_note
+from dynaroute.artifacts import CHECKSUMS, read_json, read_note, write_note
 from dynaroute.config import Settings, load_settings
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
@@ -47,9 +47,8 @@ sys.path.insert(0, str(REPOSITORY / "stages"))
 
 import export_experts
 import train_dagformer
-from tqdm import tqdm
 
-OUTPUT = REPOSITORY / "reports/reliability/corruption.json"
+DAMAGED = Path(".scratch/damaged.json")  # what a file was, while it is damaged
 SPLITS = ("train", "validation", "test")
 TOKENS, STORE, DAGFORMER = Path("data/tokens/docs"), Path("data/dwr/expert_store"), Path("data/dagformer")
 STOPPED = Path(".scratch/stopped")  # a run that was stopped
@@ -265,25 +264,38 @@ def main() -> None:
     os.environ["DVC_STAGE"] = "faults"  # as a stage that DVC runs: single files are compared with dvc.lock
     torch.set_num_threads(1)
     stop_a_run()
-    draw, rows = random.Random(arguments.seed), []
     ways = kinds(load_settings())
-    undisturbed = {kind: read(load) for kind, (_, load) in ways.items()}
-    for kind, found in undisturbed.items():
-        assert found.startswith("values"), f"{kind}: {found}"
-    for number in tqdm(range(arguments.cases), desc="corruption", unit="case"):
-        kind = list(ways)[number % len(ways)]
+    undisturbed: dict[str, str] = {}
+    restore()
+
+    def try_case(case: str) -> list[Row]:
+        kind = list(ways)[int(case) % len(ways)]
         patterns, load = ways[kind]
+        if kind not in undisturbed:
+            undisturbed[kind] = read(load)
+            assert undisturbed[kind].startswith("values"), f"{kind}: {undisturbed[kind]}"
+        draw = random.Random(f"{arguments.seed}, {case}")
         files = sorted(path for pattern in patterns for path in Path().glob(pattern) if path.is_file())
         path = draw.choice([path for path in files if path.stat().st_size])
         content = path.read_bytes()
         what, changed = damage(content, draw)
+        write_note(DAMAGED, {"path": str(path), "content": content.hex()})
         path.write_bytes(changed)
         try:
             outcome = judge(read(load), undisturbed[kind], path)
         finally:
-            path.write_bytes(content)
-        rows.append({"kind": kind, "file": str(path), "damage": what, "outcome": outcome})
-    write_json(OUTPUT, {"rows": rows})
+            restore()
+        return [{"kind": kind, "file": str(path), "damage": what, "outcome": outcome}]
+
+    run_campaign("corruption", arguments, [str(number) for number in range(arguments.cases)], try_case)
+
+
+def restore() -> None:
+    """Gives a damaged file its content again, also one that a killed campaign left."""
+    if DAMAGED.exists():
+        note = read_note(DAMAGED)
+        Path(note["path"]).write_bytes(bytes.fromhex(note["content"]))
+        DAMAGED.unlink()
 
 
 if __name__ == "__main__":

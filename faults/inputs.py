@@ -6,8 +6,11 @@ Settings are those of the repository with one thing changed at random: a value o
 misspelt, added or moved, or bytes of the file. They must be refused in one line that names params.yaml, or accepted
 with every variant resolved. Corpora are made of odd pieces: byte-order marks, carriage returns, special tokens, bytes
 that are not UTF-8, half surrogate pairs, blank documents, ids that occur twice. They must be refused in one line, or
-decode from their tokens to the very text that a plain reading gives. Some overrides go through `dvc exp run -S`: it
-must stop in the first stage.
+decode from their tokens to the very text that a plain reading gives. A gigabyte on one line, in a gzip and as a file,
+meets `collect` in two gigabytes of address space. Some overrides go through `dvc exp run -S`: it must stop in the first
+stage.
+
+A campaign that was stopped goes on when it is started again.
 
 Writes  reports/reliability/inputs.json
 """
@@ -24,17 +27,24 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from tqdm import tqdm
-from workspace import LOCATE, REPOSITORY, finished_workspace, parse_arguments
+from workspace import (
+    LOCATE,
+    REPOSITORY,
+    Row,
+    Workspace,
+    change_params,
+    copy_of,
+    finished_workspace,
+    parse_arguments,
+    run_campaign,
+)
 
-from dynaroute.artifacts import write_json
 from dynaroute.config import Corpus, load_settings, read_yaml
 from dynaroute.data.collection import SPLITS, collect
 from dynaroute.data.shards import TokenShards
 from dynaroute.data.tokenization import tokenize
 from dynaroute.errors import DynarouteError
 
-OUTPUT = REPOSITORY / "reports/reliability/inputs.json"
 VALUES = [
     None, True, "", "x", "1e400", "../x", "a b", "\0", "ü" * 300, [], [1], {}, {"kind": "?"}, 0, -1, 1, 2**31,
     2**70,     -(2**70), 0.5, -0.0, 1e-308, 1e308, math.inf, -math.inf, math.nan,
@@ -43,6 +53,8 @@ PIECES = [
     "the cat sat on the mat ", "\r\n", "\n", "\ufeff", "<|endoftext|>", "\0", "\t", "über 数学 🙂 ", "e\u0301",
     "   ",     "\u2028", "[INST]", "'s", "3.14159", "\x85",
 ]  # fmt: skip
+HUGE = {"dolma": "texts.json.gz", "files": "texts.txt"}  # kinds of sources, and a file for each
+GIGABYTE = 2**30
 OVERRIDES = ["tau_fnal=0.1", "tau_final=cold", "dwr.top_k=99", "dwr.training.lr=-1", "variants.P1.rank=0", "seed=[1]"]
 
 
@@ -108,7 +120,7 @@ def judge_settings(path: Path) -> str:
 def odd_text(draw: random.Random) -> str:
     """A text of odd pieces, mostly short."""
     text = "".join(draw.choices(PIECES, k=draw.choice([0, 1, 1, 5, 20, 200])))
-    return text * 20_000 if draw.random() < 0.01 else text
+    return text * (50_000 // (len(text) + 1)) if draw.random() < 0.01 else text
 
 
 def odd_corpus(draw: random.Random, folder: Path) -> tuple[str, dict[str, Any], dict[str, str] | None]:
@@ -177,7 +189,7 @@ def judge_corpus(source: dict[str, Any], plain: dict[str, str] | None, folder: P
     return "the very text" if sorted(found) == expected else "another text"
 
 
-def judge_override(workspace: Any, override: str) -> str:
+def judge_override(workspace: Workspace, override: str) -> str:
     """What `dvc exp run -S` does."""
     done = workspace.run("dvc", "exp", "run", "-S", override, check=False)
     text = done.stdout + done.stderr
@@ -189,25 +201,54 @@ def judge_override(workspace: Any, override: str) -> str:
     return f"ran {', '.join(ran)}: {text.strip()[-200:]}"
 
 
+def judge_huge_document(workspace: Workspace, kind: str) -> str:
+    """What `collect` does with a gigabyte on one line, in two gigabytes of address space, Python's own included."""
+    path = workspace.root / HUGE[kind]
+    if kind == "dolma":
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            file.write(b'{"id": "0", "source": "a", "text": "')
+            for _ in range(GIGABYTE // 2**20):
+                file.write(b"a" * 2**20)
+            file.write(b'"}\n')
+    else:
+        with path.open("wb") as file:
+            file.truncate(GIGABYTE + 1)  # zeros, which are text, and take no room on the disk
+    corpora = read_yaml(workspace.root / "params.yaml")["corpora"]
+    corpora["huge"] = corpora["docs"] | {"source": {"kind": kind, "paths": [path.name]}}
+    change_params(workspace, corpora=corpora)
+    limited = f"ulimit -v {2 * GIGABYTE // 1024}; PYTHONPATH=src exec python stages/collect.py huge"
+    done = workspace.run("bash", "-c", limited, check=False)
+    said = done.stderr.strip().splitlines()[-1:]
+    if not done.returncode:
+        return "accepted"
+    refused = "Traceback" not in done.stderr and said and said[0].startswith(f"collect: {path.name}")
+    return "refused in one line" if refused else f"crash: {''.join(said)}"[:300]
+
+
 def main() -> None:
     """Tries all, and writes a row for each case."""
     arguments = parse_arguments(__doc__, cases=900, seed=0)
-    draw, rows = random.Random(arguments.seed), []
-    for number in tqdm(range(arguments.cases), desc="inputs", unit="case"):
+    pristine = finished_workspace(arguments.workspace)
+
+    def try_case(case: str) -> list[Row]:
+        draw = random.Random(f"{arguments.seed}, {case}")
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            if number % 5:
+            if case.startswith("-S "):
+                override = case.removeprefix("-S ")
+                with copy_of(pristine, folder / "workspace") as workspace:
+                    return [{"kind": "override", "what": override, "outcome": judge_override(workspace, override)}]
+            if case in HUGE:
+                with copy_of(pristine, folder / "workspace") as workspace:
+                    return [{"kind": "gigabyte line", "what": case, "outcome": judge_huge_document(workspace, case)}]
+            if int(case) % 5:
                 what = changed_settings(draw, folder / "params.yaml")
-                rows.append({"kind": "settings", "what": what, "outcome": judge_settings(folder / "params.yaml")})
-            else:
-                kind, source, plain = odd_corpus(draw, folder)
-                rows.append({"kind": "corpus", "what": kind, "outcome": judge_corpus(source, plain, folder)})
-        write_json(OUTPUT, {"rows": rows})
-    with tempfile.TemporaryDirectory() as name:
-        workspace = finished_workspace(finished_workspace(arguments.workspace).copy(Path(name) / "workspace").root)
-        for override in tqdm(OVERRIDES, desc="overrides", unit="case"):
-            rows.append({"kind": "override", "what": override, "outcome": judge_override(workspace, override)})
-            write_json(OUTPUT, {"rows": rows})
+                return [{"kind": "settings", "what": what, "outcome": judge_settings(folder / "params.yaml")}]
+            kind, source, plain = odd_corpus(draw, folder)
+            return [{"kind": "corpus", "what": kind, "outcome": judge_corpus(source, plain, folder)}]
+
+    cases = [*HUGE, *(f"-S {override}" for override in OVERRIDES), *map(str, range(arguments.cases))]
+    run_campaign("inputs", arguments, cases, try_case)
 
 
 if __name__ == "__main__":

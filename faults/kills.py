@@ -2,102 +2,104 @@
 
     python faults/kills.py --workspace .scratch/faults --kills 108
 
-In a copy of the repository with a finished run, in turn for every stage: the stage is run again by force and killed at
-a moment drawn over the time that it takes undisturbed, DVC's own work before and after it included, with SIGKILL to all
-processes or to DVC alone; then `make recover`; and so three times more; then it is run to its end, and after it a plain
-`dvc repro` (or `dvc exp run`). Then every file must have the bytes that it had before, but for what is measured.
+In a copy of a finished run, in turn for every stage, under `dvc repro` and then again under `dvc exp run`: the stage's
+outputs and what dvc.lock says of it are removed; the pipeline is started and killed with SIGKILL, all processes or DVC
+alone, at a moment drawn over the time that the stage takes (of four kills, one while DVC is at work before it); then
+`make recover`; and the same once more. After that, `make recover` and the same command as it stands must give every
+file the bytes that it had before, but for what is measured.
 
-A campaign that was stopped goes on; remove its output to begin anew.
+Two stages are tried side by side. A campaign that was stopped goes on when it is started again.
 
 Writes  reports/reliability/kills.json
 """
 
-import hashlib
 import os
 import random
-import shutil
 import signal
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
-from tqdm import tqdm
-from workspace import MEASURED, REPOSITORY, Workspace, durations, finished_workspace, parse_arguments
+from ruamel.yaml import YAML
+from workspace import (
+    Row,
+    Workspace,
+    copy_of,
+    durations,
+    finished_workspace,
+    mended,
+    parse_arguments,
+    run_campaign,
+)
 
-from dynaroute.artifacts import read_json, write_json
-
-OUTPUT = REPOSITORY / "reports/reliability/kills.json"
-CHAIN = 4  # kills before a repro that may end
-FORCED = ("--single-item", "--force")
-COMMANDS = {"dvc repro": ["dvc", "repro"], "dvc exp run": ["dvc", "exp", "run"]}
+CHAIN = 2  # kills before a run that may end
+AT_ONCE = 2
+COMMANDS = (("dvc", "repro"), ("dvc", "exp", "run"))
 
 
 def main() -> None:
     """Kills, recovers, compares, and writes a row for each kill."""
     arguments = parse_arguments(__doc__, kills=108, seed=0)
     pristine = finished_workspace(arguments.workspace)
+    stages = [stage for stage in durations(pristine) if stage]
+    cases = {}
+    for number in range(-(-arguments.kills // CHAIN)):
+        again, place = divmod(number, len(stages))
+        command = COMMANDS[again % len(COMMANDS)]
+        cases[f"{stages[place]}, {' '.join(command)}, {again // len(COMMANDS)}"] = stages[place], command
     with tempfile.TemporaryDirectory() as folder:
-        run(pristine, Path(folder) / "workspace", arguments.kills, arguments.seed)
+
+        def try_case(case: str) -> list[Row]:
+            draw = random.Random(f"{arguments.seed}, {case}")
+            root = Path(folder) / case.replace("/", "_")
+            return kill_and_mend(pristine, root, *cases[case], draw)
+
+        run_campaign("kills", arguments, list(cases), try_case, AT_ONCE)
 
 
-def contents(root: Path) -> dict[str, str]:
-    """The hash of every file that must repeat."""
-    files = [path for part in ("data", "reports") for path in (root / part).rglob("*") if path.is_file()]
-    names = {path.relative_to(root).as_posix(): path for path in files}
-    return {
-        name: hashlib.md5(path.read_bytes()).hexdigest()
-        for name, path in names.items()
-        if not any(word in name for word in MEASURED)
-    }
-
-
-def run(pristine: Workspace, root: Path, kills: int, seed: int) -> None:
-    """Kills until there are enough; a workspace that was not mended is replaced by a copy of the finished one."""
-    expected, locked, seconds = contents(pristine.root), pristine.hashes(), durations(pristine)
-    workspace = finished_workspace(pristine.copy(root).root)
-    rows: list[dict[str, Any]] = read_json(OUTPUT)["rows"] if OUTPUT.exists() else []  # of a campaign that was stopped
-    left = [number for number in range(-(-kills // CHAIN)) if number not in {row["chain"] for row in rows}]
-    with tqdm(total=len(left) * CHAIN, desc="kills", unit="kill") as progress:
-        for number in left:
-            draw = random.Random(f"{seed}, {number}")
-            stage = list(seconds)[number % len(seconds)]
-            name = list(COMMANDS)[number % 4 == 3]
-            chain = []
-            while len(chain) < CHAIN:
-                row = {
-                    "chain": number,
-                    "stage": stage,
-                    "command": name,
-                    **kill(workspace, COMMANDS[name], stage, seconds[stage], draw),
-                }
+def kill_and_mend(
+    pristine: Workspace, root: Path, stage: str, command: tuple[str, ...], draw: random.Random
+) -> list[Row]:
+    """Kills one stage CHAIN times; a row for each kill, all with what came of them."""
+    seconds, rows = durations(pristine), []
+    with copy_of(pristine, root) as workspace:
+        forget(workspace, stage)
+        while len(rows) < CHAIN:
+            row = kill(workspace, command, stage, seconds, draw)
+            if row["alive"]:
+                rows.append({"stage": stage, "command": " ".join(command), **row})
+            else:  # it came to its end; so it is quicker than it was
+                seconds[stage] *= 0.7
+                forget(workspace, stage)
+            if len(rows) < CHAIN:
                 workspace.run("make", "recover")
-                if row["alive"]:
-                    chain.append(row)
-            # By force, for DVC would take the killed stage's results from its cache; then all, as a user would.
-            done = workspace.run(*COMMANDS[name], *FORCED, stage, check=False)
-            if not done.returncode:
-                done = workspace.run(*COMMANDS[name], check=False)
-            outcome = "the same bytes"
-            if done.returncode:
-                outcome = "failed: " + " / ".join((done.stdout + done.stderr).strip().splitlines()[-4:])
-            elif (found := contents(root)) != expected or workspace.hashes() != locked:
-                differing = sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name))
-                outcome = f"differs: {', '.join(differing[:5]) or 'dvc.lock'}"
-            rows += [row | {"outcome": outcome} for row in chain]
-            progress.update(len(chain))
-            if outcome != "the same bytes":
-                progress.write(f"{stage}: {outcome}")
-                shutil.rmtree(root)
-                pristine.copy(root)
-            write_json(OUTPUT, {"rows": rows})
+        outcome = mended(workspace, pristine, *command)
+    return [row | {"outcome": outcome} for row in rows]
 
 
-def kill(workspace: Workspace, command: list[str], stage: str, seconds: float, draw: random.Random) -> dict[str, Any]:
-    """Runs one stage by force, and kills it at a random moment; whether it was alive then, and who was killed when."""
-    alone, moment = draw.random() < 0.5, draw.uniform(0.0, seconds)
-    process = workspace.start(*command, *FORCED, stage)
+def forget(workspace: Workspace, stage: str) -> None:
+    """Makes it as if a stage never ran: no outputs, no word of it in dvc.lock, nor in git."""
+    file_name, _, name = stage.rpartition(":")
+    lock = workspace.root / Path(file_name).parent / "dvc.lock"
+    recorded = YAML(typ="safe").load(lock)
+    for out in recorded["stages"].pop(name)["outs"]:
+        workspace.run("rm", "-rf", out["path"])
+    with lock.open("w", encoding="utf-8") as file:
+        YAML(typ="safe").dump(recorded, file)
+    workspace.commit(f"without {name}")
+
+
+def kill(
+    workspace: Workspace, command: tuple[str, ...], stage: str, seconds: dict[str, float], draw: random.Random
+) -> Row:
+    """Starts the pipeline and kills it at a random moment; whether it was alive then, and who was killed when."""
+    alone, before = draw.random() < 0.5, draw.random() < 0.25
+    moment = draw.uniform(0, seconds[""] if before else seconds[stage])
+    said = workspace.root / ".scratch/said"
+    process = workspace.start(*command, output=said)
+    while not before and f"Running stage '{stage}'" not in said.read_text() and process.poll() is None:
+        time.sleep(0.02)
     deadline = time.monotonic() + moment
     while time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)

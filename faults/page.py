@@ -10,17 +10,30 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from workspace import REPOSITORY
+from workspace import PAGE, REPORTS, REPOSITORY, Row
 
 from dynaroute.artifacts import read_json, write_text
 
-REPORTS, PAGE = REPOSITORY / "reports/reliability", REPOSITORY / "docs/reliability.md"
 TEMPLATE = Path(__file__).with_name("reliability.md")
 
 
-def rows(name: str) -> list[dict[str, Any]]:
+def campaign(name: str) -> dict[str, Any]:
     """What a campaign wrote."""
-    return read_json(REPORTS / f"{name}.json")["rows"]
+    return read_json(REPOSITORY / REPORTS / f"{name}.json")
+
+
+def rows(name: str) -> list[Row]:
+    """What came of its cases."""
+    return campaign(name)["rows"]
+
+
+def extent(name: str) -> str:
+    """Which code it tried, and how far it got."""
+    found = campaign(name)
+    broken = "".join(
+        f"\n- {case}: the campaign failed: {text.splitlines()[0]}" for case, text in found["errors"].items()
+    )
+    return f"At commit {found['commit']}: {found['cases_tried']} of {found['cases_planned']} cases.{broken}"
 
 
 def table(header: list[str], lines: list[list[object]]) -> str:
@@ -42,12 +55,12 @@ def by(name: str, key: str, outcome: str = "outcome") -> str:
 
 def kills() -> str:
     """Kills by stage: how many, when, whom, and what came of it."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[Row]] = {}
     for row in rows("kills"):
         found.setdefault(row["stage"].partition("@")[0], []).append(row)
     found["all"] = rows("kills")
 
-    def count(own: list[dict[str, Any]], **wanted: object) -> int:
+    def count(own: list[Row], **wanted: object) -> int:
         return sum(all(row[key] == value for key, value in wanted.items()) for row in own)
 
     lines = [
@@ -95,7 +108,7 @@ def repeat() -> str:
 def main() -> None:
     """Fills the template."""
     text = TEMPLATE.read_text("utf-8")
-    for name, campaign, make in (
+    for name, source, make in (
         ("kills", "kills", kills),
         ("situations", "situations", situations),
         ("corruption", "corruption", lambda: by("corruption", "kind")),
@@ -103,9 +116,11 @@ def main() -> None:
         ("inputs", "inputs", lambda: by("inputs", "kind")),
         ("repeat", "repeat", repeat),
     ):
-        done = (REPORTS / f"{campaign}.json").exists()
-        text = text.replace("{" + name + "}", make() if done else f"Not tried yet: there is no {campaign}.json.")
-    write_text(PAGE, text)
+        if (REPOSITORY / REPORTS / f"{source}.json").exists() and rows(source):
+            text = text.replace("{" + name + "}", f"{make()}\n\n{extent(source)}")
+        else:
+            text = text.replace("{" + name + "}", "Not tried yet.")
+    write_text(REPOSITORY / PAGE, text)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,34 @@ import csv
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from kills import contents
-from tiny_pipeline import TINY, VARIANTS
-from workspace import REPOSITORY, Workspace, finished_workspace, parse_arguments
+from workspace import (
+    OWN_VARIANTS,
+    Row,
+    Workspace,
+    change_params,
+    contents,
+    copy_of,
+    finished_workspace,
+    parse_arguments,
+    run_campaign,
+)
 
-from dynaroute.artifacts import write_json
-
-OUTPUT = REPOSITORY / "reports/reliability/repeat.json"
 TOLERANCE = 1e-3  # relative, of losses
+THREADS = {"one thread": 1, "two threads": 2}
+
+
+def main() -> None:
+    """Runs, compares, and writes a row for each."""
+    arguments = parse_arguments(__doc__, seed=0)
+    pristine = finished_workspace(arguments.workspace)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def try_case(case: str) -> list[Row]:
+            with copy_of(pristine, Path(folder) / "workspace") as workspace:
+                return [again(workspace, THREADS[case])]
+
+        run_campaign("repeat", arguments, list(THREADS), try_case)
 
 
 def losses(root: Path) -> dict[str, float]:
@@ -33,7 +51,7 @@ def losses(root: Path) -> dict[str, float]:
     export = json.loads((root / "reports/dwr/export.json").read_text())
     found |= {f"export, NLL in {row['precision']}": row["nll"] for row in export["precisions"]}
     found["base validation_loss"] = json.loads((root / "reports/dagformer/base.json").read_text())["validation_loss"]
-    for variant in VARIANTS:
+    for variant in OWN_VARIANTS:
         with (root / f"reports/dagformer/{variant}/nll.csv").open(newline="") as file:
             for row in csv.DictReader(file):
                 for mode in ("soft", "hard", "baseline"):
@@ -42,12 +60,10 @@ def losses(root: Path) -> dict[str, float]:
     return found
 
 
-def again(workspace: Workspace, threads: int) -> dict[str, Any]:
+def again(workspace: Workspace, threads: int) -> Row:
     """Runs all stages by force, and compares with the first run."""
     before, losses_before = contents(workspace.root), losses(workspace.root)
-    if threads != 1:
-        own = {key: value for key, value in TINY.items() if not isinstance(value, dict)}
-        workspace.set_params({"": own | {"num_threads": threads}})
+    change_params(workspace, num_threads=threads)
     workspace.run("dvc", "repro", "--force", "--no-run-cache")
     after, losses_after = contents(workspace.root), losses(workspace.root)
     same = {name for name in before if after.get(name) == before[name]}
@@ -63,16 +79,6 @@ def again(workspace: Workspace, threads: int) -> dict[str, Any]:
         "tolerance": TOLERANCE,
         "differing": sorted(before.keys() - same)[:10],
     }
-
-
-def main() -> None:
-    """Runs, compares, and writes a row for each."""
-    arguments = parse_arguments(__doc__)
-    pristine, rows = finished_workspace(arguments.workspace), []
-    for threads in (1, 2):
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(again(finished_workspace(pristine.copy(Path(folder) / "workspace").root), threads))
-        write_json(OUTPUT, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""Full disks, outputs that may not be written, two pipelines at once, and a killed queue, on the tiny pipeline.
+"""Full disks, outputs that may not be written, cut lock files, two pipelines at once, and a killed queue.
 
     python faults/situations.py --workspace .scratch/faults
 
 A disk that is full is a small file system in memory, almost filled up; an output that may not be written lies on one
-that is mounted read-only. Both need the right to mount: root's, or that of `unshare --user --map-root-user --mount`.
-Afterwards space is made, or the file system taken away, and `make recover && dvc repro` must give every file the bytes
-that it had before, but for what is measured.
+that is mounted read-only. Both need the right to mount: root's, or that of `unshare --user --map-root-user --mount`,
+which `make faults` uses where it is granted; where it is not, their rows say so.
 
-A campaign that was stopped goes on; remove its output to begin anew.
+Afterwards space is made, or the file system taken away, and `make recover && dvc repro` must give every file the bytes
+that it had before, but for what is measured. Two cases are tried side by side. A campaign that was stopped goes on when
+it is started again.
 
 Writes  reports/reliability/situations.json
 """
 
+import functools
 import os
 import random
 import shutil
@@ -21,18 +23,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
-from kills import FORCED, contents
-from tqdm import tqdm
-from workspace import REPOSITORY, Workspace, durations, finished_workspace, parse_arguments
+from workspace import (
+    Row,
+    Workspace,
+    copy_of,
+    durations,
+    finished_workspace,
+    mended,
+    parse_arguments,
+    run_campaign,
+)
 
-from dynaroute.artifacts import read_json, write_json
-
-OUTPUT = REPOSITORY / "reports/reliability/situations.json"
-TOGETHER = 3  # times that two pipelines are started at once
-QUEUED = 2  # times that a queue is killed
+FORCED = ("--single-item", "--force")
 OUTPUTS = {
     "train_dwr": "data/dwr/train",
     "export_experts": "data/dwr/expert_store",
@@ -40,21 +44,49 @@ OUTPUTS = {
     "train_dagformer@P1": "data/dagformer/P1",
     "report_dwr": "reports/dwr.md",
 }
+TOGETHER = ("tokenize@docs", "train_dwr", "train_dagformer@J1")  # stages of which two are started at once
+CUTS = 8  # lock files cut off at the end of a line
+QUEUED = 2  # times that a queue is killed
+CHANGE = ("-S", "variants.J1.tau_final=0.3")  # of the experiment in the queue
 
 
 def main() -> None:
     """Makes the situations, and writes a row for each case."""
     arguments = parse_arguments(__doc__, seed=0)
-    pristine, draw = finished_workspace(arguments.workspace), random.Random(arguments.seed)
-    rows: list[dict[str, Any]] = read_json(OUTPUT)["rows"] if OUTPUT.exists() else []
-    done = {(row["situation"], row["stage"]) for row in rows}
-    expected = contents(pristine.root)
+    pristine = finished_workspace(arguments.workspace)
+    situations = {
+        "two pipelines at once": (two_pipelines, TOGETHER),
+        "the output is read-only": (read_only_output, tuple(OUTPUTS)),
+        "the disk is full": (full_disk, tuple(stage for stage in durations(pristine) if stage)),
+        "dvc.lock is cut off at the end of a line": (cut_lock_file, tuple(f"number {n + 1}" for n in range(CUTS))),
+        "a queue is killed": (killed_queue, tuple(f"number {n + 1}" for n in range(QUEUED))),
+    }
+    cases = {f"{what}, {which}": (what, which) for what, (_, whole) in situations.items() for which in whole}
     with tempfile.TemporaryDirectory() as folder:
-        parts = (pipelines_at_once, read_only_outputs, full_disks, killed_queues)
-        for part in parts:
-            for row in tqdm(part(pristine, Path(folder) / part.__name__, expected, draw, done), desc=part.__name__):
-                rows.append(row)
-                write_json(OUTPUT, {"rows": rows})
+
+        def try_case(case: str) -> list[Row]:
+            what, which = cases[case]
+            draw, root = random.Random(f"{arguments.seed}, {case}"), Path(folder) / case.replace("/", "_")
+            root.mkdir()
+            return [{"situation": what, "stage": which, **situations[what][0](pristine, root, which, draw)}]
+
+        run_campaign("situations", arguments, list(cases), try_case, at_once=2)
+
+
+@functools.cache
+def refusal_to_mount() -> str | None:
+    """Why this process may not mount, or None."""
+    with tempfile.TemporaryDirectory() as place:
+        done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True, text=True)
+        if done.returncode:
+            return done.stderr.strip().partition("\n")[0] or f"mount ended with status {done.returncode}"
+        subprocess.run(["umount", "--lazy", place], check=True)
+    return None
+
+
+def not_tried(reason: str) -> Row:
+    """What is written of a case that this machine does not allow."""
+    return {"then": f"not tried: {reason}", "outcome": "not tried"}
 
 
 @contextmanager
@@ -67,25 +99,6 @@ def mounted(place: Path, *options: str) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def kill_all_in(root: Path) -> None:
-    """SIGKILL to every process that works in a folder: the worker of a queue is in no process group of ours."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if Path(process.cwd()).is_relative_to(root) and process.pid != os.getpid():
-                process.kill()
-
-
-def mended(workspace: Workspace, expected: dict[str, str], *command: str) -> str:
-    """What `make recover` and a pipeline to its end give."""
-    workspace.run("make", "recover")
-    done = workspace.run(*(command or ("dvc", "repro")), check=False)
-    if done.returncode:
-        return "failed: " + " / ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
-    found = contents(workspace.root)
-    differing = sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name))
-    return f"differs: {', '.join(differing[:5])}" if differing else "the same bytes"
-
-
 def said(done: subprocess.CompletedProcess, words: str) -> str:
     """Whether a command failed, and with a line that says why."""
     if not done.returncode:
@@ -96,111 +109,98 @@ def said(done: subprocess.CompletedProcess, words: str) -> str:
     return "failed and said why" if any(words in line for line in lines) else "failed: " + " / ".join(lines[-3:])
 
 
-def full_disks(
-    pristine: Workspace, root: Path, expected: dict[str, str], draw: random.Random, done: set[tuple[str, str]]
-) -> Iterator[dict[str, Any]]:
-    """Every stage once, with room for a part of its outputs."""
+def full_disk(pristine: Workspace, root: Path, stage: str, draw: random.Random) -> Row:
+    """A stage with room for a part of its outputs."""
+    if reason := refusal_to_mount():
+        return not_tried(reason)
     size = sum(path.stat().st_size for path in pristine.root.rglob("*") if path.is_file())
-    for stage in durations(pristine):
-        if ("the disk is full", stage) in done:
-            continue
-        root.mkdir(exist_ok=True)
-        with mounted(root, "-o", f"size={2 * size + 2**24}"):
-            workspace = finished_workspace(pristine.copy(root / "workspace").root)
-            filler, before = root / "filler", os.statvfs(root).f_bavail
-            for out in workspace.lock()[stage]["outs"]:  # DVC would remove them, and so make room
-                path = workspace.root / out["path"]
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            state = os.statvfs(root)
-            room = draw.randrange((state.f_bavail - before) * state.f_frsize)  # part of what is needed
-            with filler.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, state.f_bavail * state.f_frsize - room)
-            ended = workspace.run("dvc", "repro", *FORCED, stage, check=False)
-            filler.unlink()
-            row = {"situation": "the disk is full", "stage": stage, "room": room}
-            yield row | {"then": said(ended, "No space left"), "outcome": mended(workspace, expected)}
+    with mounted(root, "-o", f"size={2 * size + 2**24}"), copy_of(pristine, root / "workspace") as workspace:
+        filler, before = root / "filler", os.statvfs(root).f_bavail
+        for out in workspace.lock()[stage.rpartition(":")[2]]["outs"]:  # DVC would remove them, and so make room
+            path = workspace.root / out["path"]
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        state = os.statvfs(root)
+        room = draw.randrange((state.f_bavail - before) * state.f_frsize)  # part of what is needed
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, state.f_bavail * state.f_frsize - room)
+        ended = workspace.run("dvc", "repro", *FORCED, stage, check=False)
+        filler.unlink()
+        return {
+            "room": room,
+            "then": said(ended, "No space left"),
+            "outcome": mended(workspace, pristine, "dvc", "repro"),
+        }
 
 
-def read_only_outputs(
-    pristine: Workspace, root: Path, expected: dict[str, str], draw: random.Random, done: set[tuple[str, str]]
-) -> Iterator[dict[str, Any]]:
+def read_only_output(pristine: Workspace, root: Path, stage: str, draw: random.Random) -> Row:
     """A stage whose output, or the folder around it, is on a file system that is mounted read-only."""
-    for stage, output in OUTPUTS.items():
-        if ("the output is read-only", stage) in done:
-            continue
-        workspace = finished_workspace(pristine.copy(root).root)
-        place = (root / output).parent
-        kept = root.with_name("kept")
-        shutil.copytree(place, kept)
+    if reason := refusal_to_mount():
+        return not_tried(reason)
+    with copy_of(pristine, root / "workspace") as workspace:
+        place = (workspace.root / OUTPUTS[stage]).parent
+        shutil.copytree(place, root / "kept")
         with mounted(place):
-            shutil.copytree(kept, place, dirs_exist_ok=True)
+            shutil.copytree(root / "kept", place, dirs_exist_ok=True)
             subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
             ended = workspace.run("dvc", "repro", *FORCED, stage, check=False)
-        row = {"situation": "the output is read-only", "stage": stage}
-        yield row | {"then": said(ended, "ead-only"), "outcome": mended(workspace, expected)}
-        shutil.rmtree(root)
-        shutil.rmtree(kept)
+        return {"then": said(ended, "ead-only"), "outcome": mended(workspace, pristine, "dvc", "repro")}
 
 
-def pipelines_at_once(
-    pristine: Workspace, root: Path, expected: dict[str, str], draw: random.Random, done: set[tuple[str, str]]
-) -> Iterator[dict[str, Any]]:
+def cut_lock_file(pristine: Workspace, root: Path, which: str, draw: random.Random) -> Row:
+    """A dvc.lock that ends with a whole line, so that only what it says can show that there was more."""
+    with copy_of(pristine, root / "workspace") as workspace:
+        path = workspace.root / "dvc.lock"
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        kept = draw.randrange(1, len(lines))
+        path.write_text("".join(lines[:kept]), "utf-8")
+        workspace.run("make", "recover")
+        same = len(path.read_text("utf-8").splitlines()) == kept
+        then = "kept: DVC can read it" if same else "taken from git: DVC cannot read it"
+        return {"lines": kept, "then": then, "outcome": mended(workspace, pristine, "dvc", "repro")}
+
+
+def two_pipelines(pristine: Workspace, root: Path, stage: str, draw: random.Random) -> Row:
     """Two pipelines that run the same stage by force, the second a moment after the first."""
-    stages = list(durations(pristine))
-    for stage in draw.sample(stages, TOGETHER):
-        if ("two pipelines at once", stage) in done:
-            continue
-        workspace = finished_workspace(pristine.copy(root).root)
+    with copy_of(pristine, root / "workspace") as workspace:
         processes = []
         for _ in range(2):
             processes.append(workspace.start("dvc", "repro", *FORCED, stage))
             time.sleep(draw.uniform(0, 3))
-        statuses = sorted(process.wait() for process in processes)
-        then = {0: "both ended well", 1: "one ended well, one was refused"}.get(sum(map(bool, statuses)), "both failed")
-        row = {"situation": "two pipelines at once", "stage": stage}
-        yield row | {"then": then, "outcome": mended(workspace, expected)}
-        shutil.rmtree(root)
+        failed = sum(bool(process.wait()) for process in processes)
+        then = ("both ended well", "one ended well, one was refused", "both failed")[failed]
+        return {"then": then, "outcome": mended(workspace, pristine, "dvc", "repro")}
 
 
-def killed_queues(
-    pristine: Workspace, root: Path, expected: dict[str, str], draw: random.Random, done: set[tuple[str, str]]
-) -> Iterator[dict[str, Any]]:
+def killed_queue(pristine: Workspace, root: Path, which: str, draw: random.Random) -> Row:
     """An experiment of a queue whose processes are all killed; it is queued again, and applied."""
-    for number in range(QUEUED):
-        if ("a queue is killed", f"number {number + 1}") in done:
-            continue
-        workspace = finished_workspace(pristine.copy(root).root)
-        changed = (
-            "dvc",
-            "exp",
-            "run",
-            "--queue",
-            "--name",
-            "first",
-            "-S",
-            f"dwr.training.epochs={0.06 + number / 100}",
-        )
-        workspace.run(*changed)
+    with (
+        copy_of(pristine, root / "undisturbed") as undisturbed,
+        copy_of(pristine, root / "workspace") as workspace,
+    ):
+        undisturbed.run("dvc", "exp", "run", *CHANGE)
+        workspace.run("dvc", "exp", "run", "--queue", "--name", "first", *CHANGE)
         process = workspace.start("dvc", "exp", "run", "--run-all")
         moment = draw.uniform(5, 25)
         time.sleep(moment)
         kill_all_in(workspace.root)
         process.wait()
         workspace.run("make", "recover")
-        again = workspace.run(*("again" if part == "first" else part for part in changed), check=False)
+        again = workspace.run("dvc", "exp", "run", "--queue", "--name", "again", *CHANGE, check=False)
         ended = workspace.run("dvc", "exp", "run", "--run-all", check=False)
-        row = {"situation": "a queue is killed", "stage": f"number {number + 1}", "seconds": moment}
-        if again.returncode or ended.returncode:
-            text = (again.stdout + again.stderr + ended.stdout + ended.stderr).strip()
-            yield row | {"then": "failed", "outcome": "failed: " + " / ".join(text.splitlines()[-3:])}
-        else:
-            workspace.run("dvc", "exp", "apply", "again")
-            undisturbed = finished_workspace(pristine.copy(root.with_name("undisturbed")).root)
-            undisturbed.run("dvc", "exp", "run", *changed[-2:])
-            want = contents(undisturbed.root)
-            yield row | {"then": "queued again and run", "outcome": mended(workspace, want)}
-            shutil.rmtree(undisturbed.root)
-        shutil.rmtree(root)
+        applied = workspace.run("dvc", "exp", "apply", "again", check=False)
+        row: Row = {"seconds": moment}
+        if again.returncode or ended.returncode or applied.returncode:
+            texts = [done.stdout + done.stderr for done in (again, ended, applied)]
+            return row | {"then": "failed", "outcome": "failed: " + " / ".join("".join(texts).splitlines()[-3:])}
+        return row | {"then": "queued again and run", "outcome": mended(workspace, undisturbed, "dvc", "repro")}
+
+
+def kill_all_in(root: Path) -> None:
+    """SIGKILL to every process that works in a folder: the worker of a queue is in no process group of ours."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(root) and process.pid != os.getpid():
+                process.kill()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The real pipeline, end to end: `dvc repro` and `dvc exp run` in a copy of the repository, with tiny settings."""
 
 import csv
+import fcntl
 import json
 import os
 import re
@@ -253,6 +254,52 @@ def test_recover_mends_an_empty_lock_file_also_where_git_has_none(tmp_path, comm
         (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
         workspace.run("make", "recover")
         assert "stages" in (tmp_path / "dvc.lock").read_text()  # what is not empty stays
+
+
+def test_a_lock_file_cut_off_at_a_line_end_is_mended_or_only_costs_runs(finished, tmp_path):
+    lines = (finished.root / "dvc.lock").read_text().splitlines(keepends=True)
+    own_outs = lines.index("  resolve_variants:\n") + lines[lines.index("  resolve_variants:\n") :].index("    outs:\n")
+    for what, kept, then in (
+        ("refused by DVC", own_outs + 1, len(lines)),  # "outs:" and nothing below it
+        ("read by DVC", own_outs + 2, own_outs + 2),  # a stage's output without its hash, and no stage after it
+    ):
+        workspace = finished.copy(tmp_path / what)
+        (workspace.root / "dvc.lock").write_text("".join(lines[:kept]))
+        workspace.run("make", "recover")
+        assert len((workspace.root / "dvc.lock").read_text().splitlines()) == then, what
+        workspace.run("dvc", "repro")
+        assert workspace.hashes() == finished.hashes(), what
+
+
+def test_recover_waits_for_no_lock_but_that_of_a_stage_at_work_also_of_the_gpu_pipeline(tmp_path):
+    workspace = Workspace(tmp_path)
+    text = (REPOSITORY / "Makefile").read_text()
+    (tmp_path / "Makefile").write_text(text.replace("--timeout 60", "--timeout 0.1"))
+    workspace.run("git", "init", "-q")
+    lock = tmp_path / "gpu/.scratch/running_train_dwr/lock"
+    lock.parent.mkdir(parents=True)
+    lock.write_text("17")
+    workspace.run("make", "recover")
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused = workspace.run("make", "recover", check=False)
+    assert refused.returncode
+    assert "gpu/.scratch/running_train_dwr/lock: process 17 is at work" in refused.stdout
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_recover_puts_git_back_on_the_branch_that_a_killed_experiment_left(tmp_path, own):
+    workspace = Workspace(tmp_path)
+    shutil.copyfile(REPOSITORY / "Makefile", tmp_path / "Makefile")
+    workspace.run("git", "init", "-q", "-b", "work")
+    workspace.commit("first")
+    (tmp_path / "notes").write_text("mine")
+    workspace.commit("second")
+    workspace.run("git", "checkout", "-q", "--detach", "HEAD~1" if own else "HEAD")  # as a person, or as DVC does
+    (tmp_path / "notes").write_text("not committed yet")
+    workspace.run("make", "recover")
+    assert workspace.run("git", "rev-parse", "--abbrev-ref", "HEAD").stdout.strip() == ("HEAD" if own else "work")
+    assert (tmp_path / "notes").read_text() == "not committed yet"
 
 
 @pytest.mark.parametrize("command", [("repro", "train_dwr"), ("exp", "run", "train_dwr")], ids=["repro", "exp_run"])

@@ -51,6 +51,15 @@ LOCATE = "corpora/dvc.yaml:locate@docs"  # runs every time
 MEASURED = ("timing", "measured")
 
 
+def project_files() -> list[str]:
+    """The project's files as git sees them, with those that are not yet added, but not what DVC recorded."""
+    files = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    ).stdout.split("\0")  # fmt: skip
+    return [name for name in files if name and (REPOSITORY / name).is_file() and not name.endswith("dvc.lock")]
+
+
 class Workspace:
     """A git repository with the project's files, in which commands run as a user would type them."""
 
@@ -68,14 +77,9 @@ class Workspace:
 
     @classmethod
     def create(cls, root: Path) -> "Workspace":
-        files = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=REPOSITORY, capture_output=True, text=True, check=True,
-        ).stdout.split("\0")  # fmt: skip
-        for name in files:
-            if name and (REPOSITORY / name).is_file() and not name.endswith("dvc.lock"):
-                (root / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(REPOSITORY / name, root / name)
+        for name in project_files():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(REPOSITORY / name, root / name)
         workspace = cls(root)
         workspace.set_params({})
         workspace.run("git", "init", "-q")
@@ -114,12 +118,12 @@ class Workspace:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(zip(scripts, pool.map(lambda command: self.run(*command, check=False), commands), strict=True))
 
-    def start(self, *command: str) -> subprocess.Popen:
+    def start(self, *command: str, output: Path = Path(os.devnull)) -> subprocess.Popen:
         """Starts a command in a process group of its own, so that all of it can be killed."""
-        return subprocess.Popen(
-            command, cwd=self.root, env=self.environment, start_new_session=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        with output.open("wb") as file:
+            return subprocess.Popen(
+                command, cwd=self.root, env=self.environment, start_new_session=True, stdout=file, stderr=file
+            )
 
     def commit(self, message: str) -> None:
         self.run("git", "add", "-A")

@@ -11,6 +11,7 @@ from repository import REPOSITORY
 from ruamel.yaml import YAML
 
 from dynaroute.config import Dolma, Files, Hub, InstalledDocs, read_yaml
+from dynaroute.data import corpora
 from dynaroute.data.corpora import Document, documents, locate
 from dynaroute.errors import DynarouteError
 
@@ -101,6 +102,23 @@ def test_blank_lines_are_skipped_and_counted_as_lines(tmp_path):
     assert next(stream).id == "1"
     with pytest.raises(DynarouteError, match=r"a\.gz, line 4: not valid JSON"):
         next(stream)
+
+
+def test_a_line_too_long_to_be_held_is_named_after_those_before_it(tmp_path, monkeypatch):
+    lines = [json.dumps(row("1", "a" * size)) + "\n" for size in (50, 50, 51)]
+    monkeypatch.setattr(corpora, "MAX_LINE_BYTES", len(lines[0]))
+    (tmp_path / "a.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    found = documents(Dolma(kind="dolma", paths=[str(tmp_path / "a.gz")]))
+    assert [len(next(found).text), len(next(found).text)] == [50, 50]
+    with pytest.raises(DynarouteError, match=rf"a\.gz, line 3: longer than {len(lines[0])} bytes"):
+        next(found)
+
+
+def test_a_file_too_large_to_be_held_is_named_before_it_is_read(tmp_path):
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate(2**30 + 1)  # takes no room on the disk
+    with pytest.raises(DynarouteError, match=r"a\.txt: 1073741825 bytes, more than 1073741824"):
+        list(documents(Files(kind="files", paths=[str(tmp_path / "a.txt")])))
 
 
 def test_a_truncated_gzip_is_named(tmp_path):

@@ -14,6 +14,9 @@ from dynaroute.config import Dolma, DolmaStream, Files, Hub, InstalledDocs, Sour
 from dynaroute.data import installed_docs
 from dynaroute.errors import DynarouteError
 
+# Documents are held whole. A longer line is most often a file without line ends.
+MAX_LINE_BYTES, MAX_FILE_BYTES = 2**28, 2**30
+
 
 class Document(NamedTuple):
     """A text, the name by which its corpus knows it, and the part of the corpus that it comes from."""
@@ -174,7 +177,9 @@ def read_dolma(file: BinaryIO, name: str) -> Iterator[Document]:
             raise DynarouteError(f"{name}: an empty file, not even a gzip of nothing: fetch the file again")
         file.seek(0)
         with gzip.open(file) as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), start=1):
+                if len(line) > MAX_LINE_BYTES:
+                    raise DynarouteError(f"{name}, line {number}: longer than {MAX_LINE_BYTES} bytes: split it up")
                 if not line.isspace():
                     yield parse_document(line, f"{name}, line {number}")
     except (OSError, EOFError, zlib.error) as error:
@@ -205,6 +210,8 @@ def parse_document(line: str | bytes, place: str) -> Document:
 def _file_documents(source: Files) -> Iterator[Document]:
     for path, name in matched_files(source.paths).items():
         try:
+            if (size := path.stat().st_size) > MAX_FILE_BYTES:
+                raise DynarouteError(f"{path}: {size} bytes, more than {MAX_FILE_BYTES}: split it up")
             text = path.read_text("utf-8-sig")  # a byte-order mark is not text
         except UnicodeDecodeError as error:
             raise DynarouteError(f"{path}: not UTF-8 text at byte {error.start}") from error
