@@ -1,4 +1,4 @@
-"""Decodes held-out text with the experts in caches, against all of them resident.
+"""Reads held-out text token by token with the experts in caches, against all of them resident.
 
     python stages/benchmark_cache.py
 
@@ -21,10 +21,10 @@ import torch
 
 from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings
-from dynaroute.dwr.benchmark import Cell, Memory, Pass, decode, held_out_prompts, peak_memory, sweep
+from dynaroute.dwr.benchmark import Cell, Memory, Pass, decode, held_out_texts, peak_memory, sweep
 from dynaroute.dwr.experts import ExpertCache, ExpertStore
 from dynaroute.dwr.experts.prefetch import GatePrefetcher
-from dynaroute.dwr.inference import bind_experts, load_backbone
+from dynaroute.dwr.inference import bind_experts, load_backbone, read_text
 from dynaroute.errors import DynarouteError
 from dynaroute.machine import describe_machine
 from dynaroute.stage import run
@@ -43,14 +43,16 @@ def main(settings: Settings) -> None:
             f"params.yaml: benchmark_cache.capacities = {benchmark.capacities}: the model has "
             f"{store.num_experts} experts in all"
         )
-    prompts = held_out_prompts(store, Path("data/tokens") / settings.dwr.corpus, benchmark)
+    texts = held_out_texts(store, Path("data/tokens") / settings.dwr.corpus, benchmark)
     third = min(benchmark.capacities, key=lambda capacity: abs(capacity - store.num_experts / 3))
     grid = itertools.product(benchmark.capacities, benchmark.policies, benchmark.prefetchers)
     cells = [Cell(*setting) for setting in grid]
     cells += [Cell(third, benchmark.policies[0], prefetch, cold=True) for prefetch in benchmark.prefetchers]
     store.verify()
-    passes = sweep(store, prompts, benchmark.new_tokens, cells, benchmark.lookahead, benchmark.repeats)
-    memory = peak_memory(STORE, prompts, benchmark.new_tokens, benchmark.capacities)
+    passes = sweep(store, texts, benchmark.prompt_tokens, cells, benchmark.lookahead, benchmark.repeats)
+    memory = peak_memory(STORE, texts, benchmark.prompt_tokens, benchmark.capacities)
+
+    control = control_accuracy(store, texts[:1], benchmark.prompt_tokens)
 
     rows = [exact_row(store, cell, passes[cell][0]) for cell in cells if not cell.cold]
     statistics = [part for results in passes.values() for one in results for part in (one.prefill, one.decode)]
@@ -62,7 +64,7 @@ def main(settings: Settings) -> None:
             for results in passes.values()
             for one in results
         ),
-        "a_prediction_without_staleness_is_always_right": control_accuracy(store, prompts, benchmark.new_tokens) == 1,
+        "a_prediction_without_staleness_is_always_right": control == 1,
     }
     write_csv(REPORTS / "cache.csv", rows)
     write_json(
@@ -92,18 +94,18 @@ def main(settings: Settings) -> None:
     write_json(REPORTS / "cache_timing.json", timing_summary(store, timing, third, benchmark.repeats))
 
 
-def control_accuracy(store: ExpertStore, prompts: torch.Tensor, steps: int) -> float:
+def control_accuracy(store: ExpertStore, text: torch.Tensor, prompt_tokens: int) -> float:
     """The accuracy of a prefetcher that foretells what a router has just said: whether accuracy is counted rightly."""
     model = load_backbone(store)
     control = GatePrefetcher([layer.moe.router for layer in model.layers], store.config.top_k, ahead=0)
     with ExpertCache(store, store.num_experts, prefetcher=control) as cache:
         bind_experts(model, cache)
-        result, _ = decode(model, prompts[:1], steps, cache)
+        result, _ = decode(read_text(model, text, prompt_tokens), cache)
     return result.decode.accuracy
 
 
 def exact_row(store: ExpertStore, cell: Cell, result: Pass) -> dict[str, Any]:
-    """What a cache did over all prompts: the same on every run."""
+    """What a cache did over all texts: the same on every run."""
     both = result.prefill + result.decode
     return {
         "capacity": cell.capacity,
@@ -129,7 +131,7 @@ def timing_row(
 ) -> dict[str, Any]:
     """Decoding speed, and peak memory, which is measured with LRU alone; no capacity: all resident.
 
-    A repeat's speed is the median over its prompts, and so is its ratio to the resident model, of pairs that were
+    A repeat's speed is the median over its texts, and so is its ratio to the resident model, of pairs that were
     decoded within seconds of one another. Rows give the median over repeats, and their range.
     """
     speeds = [median(new_tokens / seconds for seconds in one.decode_seconds) for one in results]

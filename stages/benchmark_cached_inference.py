@@ -34,7 +34,7 @@ from dynaroute.dwr.experts.mapping import drop_from_page_cache
 from dynaroute.dwr.experts.policies import LRU
 from dynaroute.dwr.experts.prefetch import make_prefetcher
 from dynaroute.dwr.experts.residency import Residency
-from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident
+from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, load_resident
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights, expert_ffn
 from dynaroute.errors import DynarouteError
 from dynaroute.machine import describe_machine
@@ -128,7 +128,7 @@ def ours(store: ExpertStore, capacity: int) -> Iterator[Candidate]:
     expected: list[Tensor] = []
 
     def run_resident() -> Run:
-        result, logits = decode(resident, prompt, NEW_TOKENS)
+        result, logits = decode(greedy_decode(resident, prompt, NEW_TOKENS))
         expected[:] = [logits]
         return Run(result.decode_seconds[0], None)
 
@@ -137,7 +137,7 @@ def ours(store: ExpertStore, capacity: int) -> Iterator[Candidate]:
         with ExpertCache(store, size, make_policy(policy, store.usage.load), prefetcher=prefetcher) as cache:
             bind_experts(cached, cache)
             forget = store_forgetter(store.path) if cold else None
-            result, logits = decode(cached, prompt, NEW_TOKENS, cache, forget)
+            result, logits = decode(greedy_decode(cached, prompt, NEW_TOKENS), cache, forget)
         if not torch.equal(logits, expected[0]):
             raise DynarouteError(f"{size} experts, {policy}, {prefetch}: logits are not those of the resident model")
         return Run(result.decode_seconds[0], result.decode.hit_rate)
@@ -213,7 +213,7 @@ def decode_mixtral(model: nn.Module, before_pass: Callable[[], None] | None = No
 
 def decode_plainly(model: nn.Module, before_pass: Callable[[], None] | None = None) -> Run:
     """Greedy decoding of our module without a cache of ours."""
-    result, _ = decode(model, torch.zeros(1, 1, dtype=torch.int64), NEW_TOKENS, None, before_pass)
+    result, _ = decode(greedy_decode(model, torch.zeros(1, 1, dtype=torch.int64), NEW_TOKENS), None, before_pass)
     return Run(result.decode_seconds[0], None)
 
 

@@ -1,11 +1,11 @@
-"""Decodes held-out text on a GPU with some of the experts on it, against all of them resident.
+"""Reads held-out text token by token on a GPU with some of the experts on it, against all of them resident.
 
     python stages/benchmark_gpu_cache.py        (`make gpu` runs it in gpu/)
 
 The other experts are in the GPU's host memory, page-locked; or in their files, which the page cache holds or, cold,
 does not. Every capacity with every policy and prefetcher, at batch 1 in fp32; cold, the capacity nearest a third of the
-experts with the first policy. Greedy text that is not the resident model's stops the stage, and it is recorded whether
-all logits are equal to the bit. With `device: cpu` nothing is copied, which is good for tests alone.
+experts with the first policy. A most probable token that is not the resident model's stops the stage, and it is
+recorded whether all logits are equal to the bit. With `device: cpu` nothing is copied, which is good for tests alone.
 
 Reads   data/dwr/expert_store, data/tokens/<dwr.corpus>
 Writes  reports/benchmarks/gpu_cache.json
@@ -20,7 +20,7 @@ import torch
 
 from dynaroute.artifacts import write_json
 from dynaroute.config import Settings
-from dynaroute.dwr.benchmark import Cell, Pass, held_out_prompts, sweep
+from dynaroute.dwr.benchmark import Cell, Pass, held_out_texts, sweep
 from dynaroute.dwr.experts import ExpertStore
 from dynaroute.errors import DynarouteError
 from dynaroute.machine import describe_machine, require_device
@@ -39,15 +39,15 @@ def main(settings: Settings) -> None:
             f"params.yaml: benchmark_cache.capacities = {benchmark.capacities}: the model has "
             f"{store.num_experts} experts in all"
         )
-    prompts = held_out_prompts(store, Path("data/tokens") / settings.dwr.corpus, benchmark)
+    texts = held_out_texts(store, Path("data/tokens") / settings.dwr.corpus, benchmark)
     store.verify()
     third = min(benchmark.capacities, key=lambda capacity: abs(capacity - store.num_experts / 3))
     cells = [Cell(*cell) for cell in itertools.product(benchmark.capacities, benchmark.policies, benchmark.prefetchers)]
     cold = [Cell(third, benchmark.policies[0], prefetch, cold=True) for prefetch in benchmark.prefetchers]
     arguments = (benchmark.lookahead, benchmark.repeats, settings.device)
-    from_disk = sweep(store, prompts, benchmark.new_tokens, [*cells, *cold], *arguments)
+    from_disk = sweep(store, texts, benchmark.prompt_tokens, [*cells, *cold], *arguments)
     store.hold_in_memory()
-    from_memory = sweep(store, prompts, benchmark.new_tokens, cells, *arguments)
+    from_memory = sweep(store, texts, benchmark.prompt_tokens, cells, *arguments)
     rows = [
         row("disk, cold" if cell.cold else place, cell, results, passes[Cell()], benchmark.new_tokens)
         for place, passes in (("host memory", from_memory), ("disk", from_disk))
@@ -77,7 +77,6 @@ def main(settings: Settings) -> None:
             "resident_tokens_per_second_range": [min(resident), max(resident)],
             "rows": rows,
             "decodings": len(rows) * benchmark.repeats * benchmark.num_prompts,
-            "decodings_with_other_greedy_text": 0,  # or the sweep would have raised
             "decodings_with_a_logit_not_equal_to_the_bit": sum(one.inexact for one in every),
             "machine": describe_machine(settings.device),
         },
@@ -85,7 +84,7 @@ def main(settings: Settings) -> None:
 
 
 def row(place: str, cell: Cell, results: list[Pass], resident: list[Pass], new_tokens: int) -> dict[str, Any]:
-    """Medians over all decodings in a cell; a ratio is to the resident model's of the same prompt, seconds away."""
+    """Medians over all decodings in a cell; a ratio is to the resident model's of the same text, seconds away."""
     own, theirs = ([seconds for one in passes for seconds in one.decode_seconds] for passes in (results, resident))
     ratios = [other / seconds for seconds, other in zip(own, theirs, strict=True)]
     decoded = new_tokens * len(results[0].decode_seconds)  # tokens of one repeat

@@ -144,7 +144,7 @@ def test_a_logit_that_differs_stops_the_benchmark(trained, no_processes, monkeyp
         return model
 
     monkeypatch.setattr(benchmark, "load_resident", off_by_one_bit)
-    with pytest.raises(DynarouteError, match=r"capacity=1, .*logits of prompt 0 are not those of the resident model"):
+    with pytest.raises(DynarouteError, match=r"capacity=1, .*logits of text 0 are not those of the resident model"):
         no_processes.main(tiny_settings())
     assert not Path("reports/dwr/cache.csv").exists()
 
@@ -233,11 +233,19 @@ def test_a_trace_of_another_run_is_refused(trained):
 def test_a_sweep_counts_prefill_and_decode_apart(tmp_path):
     store = export(tmp_path / "store")
     cells = [Cell(10), Cell(3, "next_use", "gate", cold=True)]
-    passes = sweep(store, torch.arange(14).view(2, 7), 4, cells, lookahead=2, repeats=1)
+    texts = torch.arange(22).view(2, 11) * 7 % 64
+    passes = sweep(store, texts, 7, cells, lookahead=2, repeats=1)
     assert list(passes) == [Cell(), *cells]
     (resident,), (held,), (cold,) = passes.values()
     assert resident.prefill == resident.decode == CacheStatistics()
     assert all(len(seconds) == 2 for seconds in (resident.prefill_seconds, held.decode_seconds, cold.decode_seconds))
+    # Where everything has room, what is missing is what the text itself has not asked for before.
+    with torch.inference_mode():
+        chosen = torch.stack([layer.chosen for layer in make_model()(texts).router])  # [L, B, T, K]
+    prompt, whole = (
+        sum(len(chosen[layer, text, :end].unique()) for layer in range(2) for text in range(2)) for end in (7, 11)
+    )
+    assert (held.prefill.misses, held.decode.misses) == (prompt, whole - prompt)
     assert held.prefill.hits == 0
     assert held.decode.requests == cold.decode.requests == 2 * 4 * 2 * 2
     assert held.decode.evictions == 0
@@ -249,7 +257,7 @@ def test_evicted_experts_leave_memory(tmp_path):
     model = make_model(d_model=128, d_ff=1024, num_experts=8)  # 1 MiB an expert, 16 MiB in all
     store = export(tmp_path / "store", model)
     pages = store.expert_bytes + 2 * 4096
-    memory = peak_memory(store.path, torch.arange(16).view(1, 16), 8, [2, 16])
+    memory = peak_memory(store.path, torch.arange(24).view(1, 24), 16, [2, 16])
     assert memory[Cell()].mapped_experts == 0
     assert store.expert_bytes < memory[Cell(2)].mapped_experts <= 2 * pages
     assert 2 * pages < memory[Cell(16)].mapped_experts <= 16 * pages

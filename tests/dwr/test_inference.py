@@ -8,7 +8,7 @@ import torch
 from small_store import export, make_model, mapped_files
 
 from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store, make_policy, make_prefetcher
-from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, load_resident, sample
+from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, load_resident, read_text, sample
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.errors import DynarouteError
 
@@ -137,6 +137,15 @@ def test_greedy_decoding_follows_the_most_probable_tokens(tmp_path):
         whole = model(tokens).logits
     torch.testing.assert_close(torch.cat(passes, dim=1), whole)
     assert len({tuple(row.tolist()) for row in tokens}) == 2  # the prompts lead to different texts
+
+
+def test_a_text_is_read_as_it_stands():
+    model = make_model()
+    text = prompts(model, batch=2, time=10)
+    passes = list(read_text(model, text, 4))
+    assert [tuple(logits.shape) for logits in passes] == [(2, 4, 64), *[(2, 1, 64)] * 6]
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.cat(passes, dim=1), model(text).logits)
 
 
 def test_decoding_uses_all_positions_and_no_more(tmp_path):

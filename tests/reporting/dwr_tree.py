@@ -161,7 +161,8 @@ def write_simulation(root: Path) -> None:
     speeds = [
         {
             **{"machine": machine, "model": "seed", "capacity": capacity, "policy": policy, "prefetch": prefetch},
-            **{"hit_rate": 0.5, "ratio_to_resident": 0.1 * number + 0.0123 + (0.3 if machine == "disk" else 0)},
+            **{"hit_rate": 0.5, "accuracy": 0.654 if prefetch == "gate" else ""},
+            **{"ratio_to_resident": 0.1 * number + 0.0123 + (0.3 if machine == "disk" else 0)},
         }
         for machine in ("disk", "pcie")
         for number, (capacity, policy, prefetch) in enumerate(

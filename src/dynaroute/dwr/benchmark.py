@@ -1,8 +1,10 @@
 """Cached against resident decoding: hit rates, speed and memory, with every logit checked on the way.
 
-Every prompt is decoded alone (batch 1), and meets an empty cache. Two states of the system's page cache are told apart:
-warm, where all files have been read before; and cold, where before every pass the system forgets what is not in use, so
-that every miss comes from disk, as on a machine with no memory to spare.
+Every text is read alone (batch 1), and meets an empty cache: its prompt in one pass, then token by token what follows
+in the text itself, since a small model that goes on by itself soon repeats one token, and with it a few experts. Two
+states of the system's page cache are told apart: warm, where all files have been read before; and cold, where before
+every pass the system forgets what is not in use, so that every miss comes from disk, as on a machine with no memory to
+spare.
 """
 
 import multiprocessing
@@ -10,7 +12,7 @@ import operator
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +26,7 @@ from dynaroute.config import BenchmarkCache, PolicyName, PrefetchName
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, make_policy, make_prefetcher
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
-from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, load_resident
-from dynaroute.dwr.model import DWRTransformer
+from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, read_text
 from dynaroute.errors import DynarouteError
 
 
@@ -39,13 +40,13 @@ class Cell(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """What decoding the prompts once took; seconds for each prompt."""
+    """What decoding all texts once took; seconds for each text."""
 
     prefill: CacheStatistics = CacheStatistics()
     decode: CacheStatistics = CacheStatistics()
     prefill_seconds: tuple[float, ...] = ()
     decode_seconds: tuple[float, ...] = ()
-    inexact: int = 0  # prompts of which some logit was not the resident model's to the bit, on a GPU
+    inexact: int = 0  # texts of which some logit was not the resident model's to the bit, on a GPU
 
 
 class Memory(NamedTuple):
@@ -57,8 +58,9 @@ class Memory(NamedTuple):
     mapped_experts: int | None  # of these, pages of expert files
 
 
-def held_out_prompts(store: ExpertStore, directory: Path, settings: BenchmarkCache) -> Tensor:
-    """Prompts [P, T] spread evenly over the test split of a folder of tokens, for the model in a store.
+def held_out_texts(store: ExpertStore, directory: Path, settings: BenchmarkCache) -> Tensor:
+    """Prompts and what follows them [P, prompt_tokens + new_tokens], spread evenly over the test split of a folder of
+    tokens, for the model in a store.
 
     Raises:
         DynarouteError: it has too few tokens, or they are another tokenizer's than the model's.
@@ -69,11 +71,12 @@ def held_out_prompts(store: ExpertStore, directory: Path, settings: BenchmarkCac
         raise DynarouteError(
             f"{directory}: has a vocabulary of {shards.padded_vocab_size}, {model}: train and export again"
         )
-    windows = Windows(shards, settings.prompt_tokens, keep_tail=False)
+    length = settings.prompt_tokens + settings.new_tokens
+    windows = Windows(shards, length, keep_tail=False)
     if len(windows) < settings.num_prompts:
         raise DynarouteError(
             f"params.yaml: benchmark_cache.num_prompts = {settings.num_prompts}: the test split of {directory} "
-            f"has {len(windows)} windows of {settings.prompt_tokens} tokens"
+            f"has {len(windows)} windows of {length} tokens"
         )
     tokens, _ = windows.batch([len(windows) * index // settings.num_prompts for index in range(settings.num_prompts)])
     return tokens
@@ -81,41 +84,41 @@ def held_out_prompts(store: ExpertStore, directory: Path, settings: BenchmarkCac
 
 def sweep(
     store: ExpertStore,
-    prompts: Tensor,
-    steps: int,
+    texts: Tensor,
+    prompt_tokens: int,
     cells: Sequence[Cell],
     lookahead: int,
     repeats: int,
     device: str = "cpu",
 ) -> dict[Cell, list[Pass]]:
-    """Decodes `steps` tokens after each prompt [P, T] in every cell, `repeats` times.
+    """Reads texts [P, T], of each `prompt_tokens` in one pass and the others one by one, `repeats` times in every cell.
 
-    The resident model is put before the cells. All take turns at every prompt, so that a machine whose speed drifts is
+    The resident model is put before the cells. All take turns at every text, so that a machine whose speed drifts is
     equally slow for all of them.
 
     Raises:
         DynarouteError: logits that are not the resident model's, see `is_exact`.
     """
     resident, cached = load_resident(store, device), load_backbone(store, device)
-    prompts = prompts.to(device)
+    texts = texts.to(device)
     cells = [Cell(), *cells]
     passes: dict[Cell, list[Pass]] = {cell: [] for cell in cells}
-    decode(resident, prompts[:1], 2)  # what is slow for the first time only
-    progress = tqdm(total=repeats * len(prompts) * len(cells), desc="decoding", unit="cell", disable=None)
+    decode(read_text(resident, texts[:1, : prompt_tokens + 2], prompt_tokens))  # what is slow for the first time only
+    progress = tqdm(total=repeats * len(texts) * len(cells), desc="decoding", unit="cell", disable=None)
     for _ in range(repeats):
         total = dict.fromkeys(cells, Pass())
-        for index, prompt in enumerate(prompts.split(1)):
+        for index, text in enumerate(texts.split(1)):
             for cell in cells:
                 if cell.capacity is None:
-                    result, reference = decode(resident, prompt, steps)
+                    result, reference = decode(read_text(resident, text, prompt_tokens))
                 else:
                     prefetcher = make_prefetcher(cell.prefetch, store, cached, lookahead)
                     policy = make_policy(cell.policy, store.usage.load)
                     with ExpertCache(store, cell.capacity, policy, False, prefetcher, device) as cache:
                         bind_experts(cached, cache)
                         forget = store_forgetter(store.path) if cell.cold else None
-                        result, logits = decode(cached, prompt, steps, cache, forget)
-                    if not is_exact(logits, reference, device, f"{cell}: logits of prompt {index}"):
+                        result, logits = decode(read_text(cached, text, prompt_tokens), cache, forget)
+                    if not is_exact(logits, reference, device, f"{cell}: logits of text {index}"):
                         result = result._replace(inexact=1)
                 total[cell] = Pass(*map(operator.add, total[cell], result))
                 progress.update()
@@ -126,11 +129,11 @@ def sweep(
 
 
 def is_exact(logits: Tensor, reference: Tensor, device: str, what: str) -> bool:
-    """Whether the logits [1, T, V] of greedy decoding are the resident model's to the last bit.
+    """Whether logits [1, T, V] are the resident model's to the last bit.
 
     Raises:
-        DynarouteError: they are not, and it is no GPU, or the text differs: there a library may choose another kernel
-            for the same product.
+        DynarouteError: they are not, and it is no GPU, or the most probable token of a position differs: there a
+            library may choose another kernel for the same product.
     """
     exact = torch.equal(logits, reference)
     if not exact and (device == "cpu" or not torch.equal(logits.argmax(-1), reference.argmax(-1))):
@@ -139,21 +142,26 @@ def is_exact(logits: Tensor, reference: Tensor, device: str, what: str) -> bool:
 
 
 def decode(
-    model: DWRTransformer,
-    prompt: Tensor,
-    steps: int,
+    passes: Iterator[Tensor],
     cache: ExpertCache | None = None,
     before_pass: Callable[[], None] | None = None,
 ) -> tuple[Pass, Tensor]:
-    """What decoding a prompt [1, T] took, and all logits [1, T + steps, V]; `before_pass` is not timed."""
-    outputs = greedy_decode(model, prompt, steps)
+    """What the forward passes of decoding took, the first of them over the prompt, and all logits [1, T, V].
+
+    Args:
+        passes: yields the logits of each.
+        cache: of the model that they are of.
+        before_pass: called before each of them, outside of what is timed.
+    """
     logits, seconds, statistics = [], [], []
-    for _ in range(steps + 1):
+    while True:
         if before_pass:
             before_pass()
         started = time.perf_counter()
-        logits.append(next(outputs))
-        if prompt.is_cuda:
+        if (output := next(passes, None)) is None:
+            break
+        logits.append(output)
+        if output.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
         statistics.append(cache.take_statistics() if cache else CacheStatistics())
@@ -172,20 +180,22 @@ def store_forgetter(folder: Path) -> Callable[[], None]:
     return forget
 
 
-def peak_memory(store: Path, prompts: Tensor, steps: int, capacities: list[int]) -> dict[Cell, Memory]:
-    """The peak memory of decoding the first prompt, after loading, each in a fresh process: with all experts resident,
+def peak_memory(store: Path, texts: Tensor, prompt_tokens: int, capacities: list[int]) -> dict[Cell, Memory]:
+    """The peak memory of reading the first text, after loading, each in a fresh process: with all experts resident,
     and with caches of the given capacities."""
     context = multiprocessing.get_context("forkserver")  # whose processes start with torch imported and nothing run
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as processes:
-        arguments = (store, prompts[:1].tolist(), steps, torch.get_num_threads())
+        arguments = (store, texts[:1].tolist(), prompt_tokens, torch.get_num_threads())
         return {
             Cell(capacity): processes.submit(_measure_memory, *arguments, capacity).result()
             for capacity in (None, *capacities)
         }
 
 
-def _measure_memory(path: Path, prompt: list[list[int]], steps: int, num_threads: int, capacity: int | None) -> Memory:
+def _measure_memory(
+    path: Path, text: list[list[int]], prompt_tokens: int, num_threads: int, capacity: int | None
+) -> Memory:
     """Runs in a process of its own."""
     torch.set_num_threads(num_threads)
     store = ExpertStore(path)
@@ -195,7 +205,7 @@ def _measure_memory(path: Path, prompt: list[list[int]], steps: int, num_threads
         model = load_backbone(store)
         bind_experts(model, ExpertCache(store, capacity))
     process, samples, mapped = psutil.Process(), [], []
-    for step, _ in enumerate(greedy_decode(model, torch.tensor(prompt), steps)):
+    for step, _ in enumerate(read_text(model, torch.tensor(text), prompt_tokens)):
         samples.append(process.memory_info())
         if sys.platform == "linux" and step % 8 == 0:  # it takes longer than a step
             mapped.append(_mapped_bytes(process, path))

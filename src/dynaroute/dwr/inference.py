@@ -60,6 +60,17 @@ def greedy_decode(model: DWRTransformer, prompt: Tensor, steps: int) -> Iterator
 
 
 @torch.inference_mode()
+def read_text(model: DWRTransformer, text: Tensor, prompt_tokens: int) -> Iterator[Tensor]:
+    """The same passes as `greedy_decode`, where a text [B, T] goes on itself, whatever the model would say.
+
+    Yields logits: [B, prompt_tokens, V] for the prompt, then [B, 1, V] for every token after it.
+    """
+    cache = KVCache(model.config, text.shape[0], like=text.new_empty(0, dtype=torch.float32))
+    for tokens in text.split([prompt_tokens, *[1] * (text.shape[1] - prompt_tokens)], dim=1):
+        yield model(tokens, cache).logits
+
+
+@torch.inference_mode()
 def sample(
     model: DWRTransformer, prompt: list[int], temperature: float, top_p: float, generator: torch.Generator
 ) -> Iterator[int]:

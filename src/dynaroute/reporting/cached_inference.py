@@ -127,25 +127,28 @@ def _budgets(results: Results, total: int) -> str:
 
 
 def _cells(results: Results, third: int) -> str:
+    on_trace = results.speeds.groupby("prefetch")["accuracy"].first()  # whatever policy, capacity and machine
     rows = [
         [
-            *(f"`{row.policy}`", row.prefetch, f"{row.decode_hit_rate:.3f}", _share(row.accuracy)),
+            *(f"`{row.policy}`", row.prefetch, f"{row.decode_hit_rate:.3f}"),
+            *(_share(row.accuracy), _share(on_trace[row.prefetch])),
             *(size(row.bytes_read), size(row.bytes_useful), size(row.bytes_wasted), f"{row.prefetch_evictions:,}"),
         ]
         for row in results.cells[results.cells["capacity"] == third].itertuples()
     ]
     m, summary = results.summary["lookahead"], results.summary
-    header = ["policy", "prefetching", "hit rate, decode", f"accuracy at {m}", "read", "useful", "wasted", "evictions"]
+    header = ["policy", "prefetching", "hit rate, decode", f"accuracy at {m}", "of the trace"]
+    header += ["read", "useful", "wasted", "evictions"]
     return "\n\n".join(
         [
-            f"{count(summary['prompts'], 'prompt')} of {summary['prompt_tokens']} tokens and "
-            f"{count(summary['new_tokens'], 'token')} after each, at {third} of {summary['experts']} experts. In every "
-            "cell all logits were compared with those of the resident model.",
+            f"{count(summary['prompts'], 'prompt')} of {summary['prompt_tokens']} tokens of the test split, each with "
+            f"the {count(summary['new_tokens'], 'token')} that follow it there, read one by one, at {third} of "
+            f"{summary['experts']} experts. In every cell all logits were compared with those of the resident model.",
             table(header, rows),
             f"Accuracy at {m}: the share of the experts that a token needed in a layer that were among the {m} that "
-            "the layer before had foretold. Useful is what was prefetched and then asked for, wasted what made way or "
-            "was left over before it was; evictions are those that made way for a prefetch. A hit is an expert that "
-            "was there or on its way. How many came late is a matter of speed: [what was measured](dwr_measured.md).",
+            "the layer before had foretold, in these texts while decoding and in the trace of section 1. Useful is "
+            "what was prefetched and then asked for, wasted what made way or was left over before it was; evictions "
+            "are those that made way for a prefetch. A hit is an expert that was there or on its way. How many came late is a matter of speed: [what was measured](dwr_measured.md).",
         ]
     )
 

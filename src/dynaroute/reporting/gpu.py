@@ -328,7 +328,7 @@ def _cache(cache: Record | None) -> str:
         f"and {count(cache['new_tokens'], 'token')} after each, {count(cache['repeats'], 'repeat')}; every cache is "
         f"empty at first. All {cache['experts']} experts resident: {cache['resident_tokens_per_second']:,.0f} tokens/s "
         f"({low:,.0f}–{high:,.0f}).",
-        f"In all {cache['decodings']} decodings greedy text was the resident model's; "
+        f"In all {cache['decodings']} decodings the most probable token of every position was the resident model's; "
         + ("all logits were equal to the bit." if not inexact else f"in {inexact} of them some logit differed."),
     ]
     for place in places:

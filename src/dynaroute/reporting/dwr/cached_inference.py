@@ -26,7 +26,8 @@ def cached_inference(results: Results) -> str:
             f"The backbone is in memory, and at most as many of the {total} experts as the capacity says; one that is "
             "needed and not there is read from its file, and takes the place of another by the policy.",
             f"{count(summary['prompts'], 'prompt')} of {summary['prompt_tokens']} tokens from the test split, each "
-            f"continued by {count(summary['new_tokens'], 'token')}, greedily and alone. {exactness_sentence(results)}",
+            f"with the {count(summary['new_tokens'], 'token')} that follow it there, read one by one, and alone. "
+            f"{exactness_sentence(results)}",
             figure("figures/dwr_cache_hit_rate.png", "Hit rate by capacity, on a trace of held-out text."),
             table(header, rows),
             "A request is one expert that one forward pass of a layer needs, for any number of tokens. Prefill is the "
