@@ -6,15 +6,15 @@ Every capacity with every policy and prefetcher. Every logit of every cell is co
 bit; one that differs stops the stage. On the CPU, whatever `device` says.
 
 Reads   data/dwr/expert_store, data/tokens/<dwr.corpus>
-Writes  reports/dwr/cache.csv          hit rates, evictions, reads and what became of prefetches, for each cell
+Writes  reports/dwr/cache.csv          hit rates, evictions and what was to be prefetched, for each cell
         reports/dwr/cache.json         summary metrics and checks
-        reports/dwr/cache_timing.csv   what was measured: speed, waiting, late prefetches, memory
+        reports/dwr/cache_timing.csv   what was measured: speed, waiting, reads, what became of prefetches, memory
         reports/dwr/cache_timing.json  its summary and checks, and the machine
 """
 
 import itertools
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -64,6 +64,13 @@ def main(settings: Settings) -> None:
             for results in passes.values()
             for one in results
         ),
+        "without_prefetching_every_miss_is_one_read": all(
+            (part.reads, part.reads_ahead) == (part.misses, 0)
+            for cell, results in passes.items()
+            if cell.prefetch == "none"
+            for one in results
+            for part in (one.prefill, one.decode)
+        ),
         "a_prediction_without_staleness_is_always_right": control == 1,
     }
     write_csv(REPORTS / "cache.csv", rows)
@@ -87,7 +94,7 @@ def main(settings: Settings) -> None:
         },
     )
     timing = [
-        timing_row(cell, results, passes[Cell()], benchmark.new_tokens, memory.get(cell))
+        timing_row(store, cell, results, passes[Cell()], benchmark.new_tokens, memory.get(cell))
         for cell, results in passes.items()
     ]
     write_csv(REPORTS / "cache_timing.csv", timing)
@@ -116,23 +123,22 @@ def exact_row(store: ExpertStore, cell: Cell, result: Pass) -> dict[str, Any]:
         "prefill_hit_rate": result.prefill.hit_rate,
         "decode_requests": result.decode.requests,
         "decode_hit_rate": result.decode.hit_rate,
+        "misses": both.misses,
         "evictions": both.evictions,
-        "bytes_read": both.reads * store.file_bytes,
         "accuracy": result.decode.accuracy if result.decode.foretold else None,
-        "bytes_prefetched": both.prefetched * store.file_bytes,
-        "bytes_useful": both.useful * store.file_bytes,
-        "bytes_wasted": (both.prefetched - both.useful) * store.file_bytes,
+        "prefetched": both.prefetched,
         "prefetch_evictions": both.prefetch_evictions,
     }
 
 
 def timing_row(
-    cell: Cell, results: list[Pass], resident: list[Pass], new_tokens: int, memory: Memory | None
+    store: ExpertStore, cell: Cell, results: list[Pass], resident: list[Pass], new_tokens: int, memory: Memory | None
 ) -> dict[str, Any]:
-    """Decoding speed, and peak memory, which is measured with LRU alone; no capacity: all resident.
+    """Decoding speed, reads, and peak memory, which is measured with LRU alone; no capacity: all resident.
 
     A repeat's speed is the median over its texts, and so is its ratio to the resident model, of pairs that were
-    decoded within seconds of one another. Rows give the median over repeats, and their range.
+    decoded within seconds of one another. Rows give the median over repeats, and their range; of reads the mean of a
+    repeat, so that they add up.
     """
     speeds = [median(new_tokens / seconds for seconds in one.decode_seconds) for one in results]
     ratios = [
@@ -140,6 +146,14 @@ def timing_row(
         for one, other in zip(results, resident, strict=True)
     ]
     cached = cell.capacity is not None
+    totals = [one.prefill + one.decode for one in results]
+    experts = {
+        "read": [total.reads for total in totals],
+        "read_ahead": [total.reads_ahead for total in totals],
+        "useful": [total.used_ahead for total in totals],
+        "late": [total.late for total in totals],
+        "wasted": [total.reads_ahead - total.used_ahead for total in totals],
+    }
     return {
         "capacity": cell.capacity,
         "policy": cell.policy if cached else None,
@@ -152,7 +166,7 @@ def timing_row(
         "ratio_lowest": min(ratios),
         "ratio_highest": max(ratios),
         "wait_share": median(one.decode.wait_seconds / sum(one.decode_seconds) for one in results),
-        "late": median(one.prefill.late + one.decode.late for one in results),
+        **{f"bytes_{name}": fmean(counts) * store.file_bytes for name, counts in experts.items()},
         "prefill_seconds": median(seconds for one in results for seconds in one.prefill_seconds),
         "peak_memory_bytes": memory and memory.resident,
         "peak_anonymous_bytes": memory and memory.anonymous,

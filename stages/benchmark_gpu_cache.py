@@ -98,7 +98,7 @@ def row(place: str, cell: Cell, results: list[Pass], resident: list[Pass], new_t
         "ratio_to_resident": median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
         "hit_rate": exact.hit_rate,
-        "reads_per_token": exact.reads / decoded,
+        "reads_per_token": median(one.decode.reads for one in results) / decoded,
         "stall_ms_per_token": 1e3 * median(one.decode.wait_seconds for one in results) / decoded,
         "late": median(one.decode.late for one in results),
     }

@@ -117,11 +117,17 @@ def test_the_stages_write_the_same_results_on_every_run(trained, no_processes):
     assert [(int(row["capacity"]), row["policy"], row["prefetch"]) for row in rows] == CELLS
     held = rows[-1]  # everything
     assert (held["evictions"], held["prefetch_evictions"]) == ("0", "0")
-    assert int(held["bytes_read"]) <= 10 * 2 * exported["expert_file_bytes"]  # once for each prompt
+    assert int(held["misses"]) + int(held["prefetched"]) <= 10 * 2  # once for each text
     assert {row["decode_requests"] for row in rows} == {str(2 * 5 * 2 * 2)}  # prompts, steps, layers, top_k
-    assert all(int(row["bytes_useful"]) + int(row["bytes_wasted"]) == int(row["bytes_prefetched"]) for row in rows)
     timed = rows_of("reports/dwr/cache_timing.csv")
     assert len(timed) == 1 + len(rows) + 2  # resident; with a cold page cache
+    for row, decided in zip(timed[1:], rows, strict=False):
+        read, ahead, useful, wasted = (
+            float(row[f"bytes_{name}"]) / exported["expert_file_bytes"]
+            for name in ("read", "read_ahead", "useful", "wasted")
+        )
+        assert useful + wasted == ahead <= int(decided["prefetched"])
+        assert read - ahead >= int(decided["misses"])
     assert timed[0]["capacity"] == ""
     assert timed[0]["ratio_to_resident"] == "1.0"
 

@@ -161,6 +161,7 @@ def test_a_prefetch_is_read_while_the_layer_before_computes(store, gate):
         assert gate.readers[1, 2].startswith("expert-prefetcher")
         found = cache.statistics
         assert (found.prefetched, found.useful, found.misses, found.hits) == (2, 1, 2, 1)
+        assert found.used_ahead == 1
         assert (found.foretold, found.foretold_right) == (1, 1)
 
 
@@ -183,6 +184,53 @@ def test_what_is_late_is_counted(store, gate):
         assert fetched(cache, 1, [2]) == [2]
         assert (cache.statistics.late, cache.statistics.useful) == (1, 1)
         assert cache.statistics.wait_seconds > 0.01
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(calls=CALLS, capacity=st.integers(1, LAYERS * EXPERTS + 2))
+def test_reads_are_counted_when_they_take_place(stores, calls, capacity):
+    store, prefetcher, readers = stores["fp32"], Says([]), []
+    read = store.map
+
+    def counted(layer, expert):
+        readers.append(threading.current_thread().name)
+        return read(layer, expert)
+
+    with pytest.MonkeyPatch.context() as patch, ExpertCache(store, capacity, prefetcher=prefetcher) as cache:
+        patch.setattr(store, "map", counted)
+        taken = CacheStatistics()
+        for layer, needed, ahead, _ in calls:
+            prefetcher.experts = ahead
+            fetched(cache, layer, needed)
+            taken += cache.take_statistics()
+        cache.close()
+        found = taken + cache.take_statistics()
+    assert found.reads == len(readers)
+    assert found.reads_ahead == sum(name.startswith("expert-prefetcher") for name in readers)
+    assert found.used_ahead <= found.reads_ahead <= found.prefetched
+    assert found.misses <= found.reads - found.reads_ahead <= found.misses + found.late
+
+
+def test_a_prefetch_whose_layer_comes_before_its_turn_is_no_read(store, monkeypatch):
+    begun, asked, read = threading.Event(), threading.Event(), store.map
+
+    def waiting(layer, expert):
+        if threading.current_thread().name.startswith("expert-prefetcher"):
+            begun.set()
+            assert asked.wait(10)
+        elif layer == 1:
+            asked.set()
+        return read(layer, expert)
+
+    monkeypatch.setattr(store, "map", waiting)
+    with ExpertCache(store, 6, prefetcher=Says([2, 3, 4])) as cache:
+        fetched(cache, 0, [0])
+        assert begun.wait(10)  # of 2, while 3 and 4 wait for their turn
+        fetched(cache, 1, [3])
+        cache.close()
+        found = cache.statistics
+    assert (found.prefetched, found.useful, found.misses, found.late) == (3, 1, 1, 1)
+    assert (found.reads, found.reads_ahead, found.used_ahead) == (3, 1, 0)  # 0 and 3 on demand, 2 in vain, 4 never
 
 
 def test_an_error_in_the_prefetcher_surfaces_in_the_caller_and_threads_end(tmp_path):

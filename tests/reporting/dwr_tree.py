@@ -119,8 +119,8 @@ def write_cache(root: Path) -> None:
         {
             **{"capacity": capacity, "policy": policy, "prefetch": prefetch, "prefill_hit_rate": 0.1},
             **{"decode_hit_rate": capacity / 13 + (policy == "next_use") / 100, "evictions": 100 - capacity},
-            **{"bytes_read": 1000 * (13 - capacity), "accuracy": 0.765 if prefetch == "gate" else ""},
-            **{"bytes_prefetched": 500, "bytes_useful": 400, "bytes_wasted": 100, "prefetch_evictions": 17},
+            **{"misses": 13 - capacity, "accuracy": 0.765 if prefetch == "gate" else ""},
+            **{"prefetched": 5, "prefetch_evictions": 17},
         }
         for capacity, policy, prefetch in cells
     ]
@@ -134,7 +134,8 @@ def write_cache(root: Path) -> None:
             **{"capacity": cell[0], "policy": cell[1], "prefetch": cell[2], "page_cache": cell[0] and "warm"},
             **{"tokens_per_second": 400 + number, "tokens_per_second_lowest": 390, "tokens_per_second_highest": 460},
             **{"ratio_to_resident": 1 - number / 100, "ratio_lowest": 0.61, "ratio_highest": 1.31},
-            **{"wait_share": 0.125, "late": 3, "prefill_seconds": 0.0456},
+            **{"wait_share": 0.125, "prefill_seconds": 0.0456, "bytes_read": 9000 + number, "bytes_read_ahead": 500},
+            **{"bytes_useful": 400, "bytes_late": 321, "bytes_wasted": 100},
             **{"peak_memory_bytes": 210 * 2**20, "peak_anonymous_bytes": 160 * 2**20},
             **{"peak_file_backed_bytes": 50 * 2**20, "peak_mapped_expert_bytes": number * 2**20},
         }

@@ -10,7 +10,9 @@ from dynaroute.errors import DynarouteError
 from dynaroute.reporting.cached_inference import page, read_results
 
 EXPORT, SUMMARY, SIMULATION = (Path(f"reports/dwr/{name}.json") for name in ("export", "cache", "simulation"))
-CELLS, HITS, SPEEDS = (Path(f"reports/dwr/{name}.csv") for name in ("cache", "simulated_hits", "simulated_speed"))
+CELLS, MEASURED, HITS, SPEEDS = (
+    Path(f"reports/dwr/{name}.csv") for name in ("cache", "cache_timing", "simulated_hits", "simulated_speed")
+)
 PEERS = Path("reports/benchmarks/cached_inference.json")
 
 
@@ -55,8 +57,8 @@ def test_a_failed_check_is_said_first():
     [
         "| 4 | 0.333 | 0.301 | 0.422 | 0.603 |",
         "| `next_use` | 0.422 | 40.1% | 0.422 |",
-        "| `lru` | gate | 0.308 | 76.5% | 65.4% | 8.79 KiB | 400 B | 100 B | 17 |",
-        "| `lru` | none | 0.308 | – | – | 8.79 KiB | 400 B | 100 B | 17 |",
+        "| `lru` | gate | 0.308 | 76.5% | 65.4% | 17 | 8.79 KiB | 500 B | 400 B | 321 B | 100 B |",
+        "| `lru` | none | 0.308 | – | – | 17 | 8.79 KiB | 500 B | 400 B | 321 B | 100 B |",
         "| int8 | 3.27 KiB | 4.01770 | +0.00660 |",
         "| lru, none | cold | 23.4 | 1.000 (1.000–1.000) | 0.346 |",
         "| on disk | 9.87 ms |",
@@ -73,7 +75,13 @@ def test_tables_hold_the_numbers_of_the_files(row):
 
 @pytest.mark.parametrize(
     ("path", "column"),
-    [(CELLS, "bytes_useful"), (CELLS, "accuracy"), (HITS, "hit_rate"), (SPEEDS, "ratio_to_resident")],
+    [
+        (MEASURED, "bytes_late"),
+        (CELLS, "accuracy"),
+        (SPEEDS, "accuracy"),
+        (HITS, "hit_rate"),
+        (SPEEDS, "ratio_to_resident"),
+    ],
 )
 def test_every_number_follows_its_file(path, column):
     before = report()
@@ -95,7 +103,7 @@ def test_results_of_another_run_are_refused(path):
         report()
 
 
-@pytest.mark.parametrize("path", [EXPORT, SUMMARY, SIMULATION, CELLS, HITS, SPEEDS], ids=str)
+@pytest.mark.parametrize("path", [EXPORT, SUMMARY, SIMULATION, CELLS, MEASURED, HITS, SPEEDS], ids=str)
 @pytest.mark.parametrize("content", [None, b"["])
 def test_a_missing_or_damaged_input_is_named(path, content):
     path.unlink() if content is None else path.write_bytes(content)

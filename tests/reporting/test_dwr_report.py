@@ -94,7 +94,7 @@ def test_sizes_of_files_are_measured_on_them():
 def test_hit_rates_are_those_of_the_file():
     edit_csv(CACHE, lambda cache: cache.__setitem__("decode_hit_rate", 0.4321))
     text = section(report(), "6. Cached inference")
-    assert ["4", "0.333", "`lru`", "0.432", "0.100", "96", "8.79 KiB"] in table_rows(text)
+    assert ["4", "0.333", "`lru`", "0.432", "0.100", "96", "146.84 KiB"] in table_rows(text)
     assert "With 4 of 12 experts held (c/N = 0.333), the hit rate of decoding is 0.432 with `lru`, 0.432 with" in text
     assert "5 prompts of 9 tokens from the test split, each continued by 13 tokens" in text
 

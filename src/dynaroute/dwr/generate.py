@@ -82,10 +82,10 @@ def summary(tokens: int, seconds: float, statistics: CacheStatistics | None, fil
     line = f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s)"
     if statistics is None:
         return f"{line}; all experts resident"
-    prefetched = f", of which {statistics.prefetched * file_bytes / 2**20:.1f} ahead" if statistics.prefetched else ""
+    ahead = f", of which {statistics.reads_ahead * file_bytes / 2**20:.1f} ahead" if statistics.prefetched else ""
     return (
         f"{line}; hit rate {statistics.hit_rate:.3f} of {statistics.requests} requests; "
-        f"{statistics.reads * file_bytes / 2**20:.1f} MiB read{prefetched}; "
+        f"{statistics.reads * file_bytes / 2**20:.1f} MiB read{ahead}; "
         f"waited {statistics.wait_seconds:.3f} s for experts"
     )
 

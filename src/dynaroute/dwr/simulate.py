@@ -2,7 +2,12 @@
 
 Hits and misses are those of `experts.residency`, as in the cache itself. Times come from a model in which everything is
 bound by bytes: computing with weights takes their size over one bandwidth, bringing an expert takes a latency and its
-size over another, one expert after another, while the layer computes.
+size over another, while the layer computes.
+
+As in the cache, what is needed is brought in the order of its use, ahead of what is only expected; and an expected
+expert that is not begun when its layer comes is not brought, unless it is needed then. The cache differs in three
+things: it reads what is needed and what is expected at the same time, where here there is one channel; it begins a read
+only when what makes way for it was used; and foretelling, bookkeeping and threads take time.
 """
 
 from collections.abc import Callable
@@ -62,14 +67,22 @@ def replay(trace: Trace, residency: Residency, foretell: Foretell | None = None)
 
 def ratio_to_resident(calls: list[Call], seconds: Seconds) -> float:
     """The speed of a replay relative to a model whose experts are all there."""
-    now = channel_free = 0.0
-    arrival: dict[Key, float] = {}
+    now = channel_free = asked = 0.0
+    arrival: dict[Key, float] = {}  # of what was brought
+    expected: list[Key] = []  # since `asked`
     for call in calls:
         now += seconds.dense
+        for key in expected:
+            if (begin := max(channel_free, asked)) < now:  # else it is not brought
+                channel_free = arrival[key] = begin + seconds.read
         for key in (*call.missing, *call.ahead):
-            channel_free = arrival[key] = max(channel_free, now) + seconds.read
+            arrival.pop(key, None)  # of an earlier stay
         for key in call.used:
-            now = max(now, arrival.get(key, 0.0)) + seconds.expert
+            if key not in arrival:
+                channel_free = arrival[key] = max(channel_free, now) + seconds.read
+        expected, asked = call.ahead, now
+        for key in call.used:
+            now = max(now, arrival[key]) + seconds.expert
     return sum(seconds.dense + len(call.used) * seconds.expert for call in calls) / now
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynaroute.reporting.dwr.results import REPORTS, read_cache, read_simulated_hits
+from dynaroute.reporting.dwr.results import REPORTS, read_cache, read_simulated_hits, read_speeds
 from dynaroute.reporting.inputs import Record, check_same_run, read_csv, read_record
 from dynaroute.reporting.tables import NONE, count, figure, size, table
 
@@ -24,6 +24,7 @@ class Results(NamedTuple):
 
     export: Record
     cells: "pd.DataFrame"  # cache.csv: real decoding
+    measured: "pd.DataFrame"  # cache_timing.csv: the same cells
     summary: Record  # cache.json
     hits: "pd.DataFrame"  # simulated_hits.csv: the replayed trace
     speeds: "pd.DataFrame"  # simulated_speed.csv
@@ -39,11 +40,12 @@ def read_results() -> Results:
     """
     export, summary = read_record(REPORTS / "export.json"), read_record(REPORTS / "cache.json")
     simulation = read_record(REPORTS / "simulation.json")
-    check_same_run(export["run"], summary, simulation)
+    check_same_run(export["run"], summary, simulation, read_record(REPORTS / "cache_timing.json"))
     names = ["machine", "model", "policy", "prefetch"]
     speeds = read_csv(REPORTS / "simulated_speed.csv", ["capacity", "hit_rate", "ratio_to_resident"], names=names)
     peers = read_record(PEERS) if PEERS.exists() else None
-    return Results(export, read_cache(), summary, read_simulated_hits(), speeds, simulation, peers)
+    _, measured = read_speeds()
+    return Results(export, read_cache(), measured, summary, read_simulated_hits(), speeds, simulation, peers)
 
 
 def page(results: Results) -> str:
@@ -128,17 +130,19 @@ def _budgets(results: Results, total: int) -> str:
 
 def _cells(results: Results, third: int) -> str:
     on_trace = results.speeds.groupby("prefetch")["accuracy"].first()  # whatever policy, capacity and machine
+    warm = results.measured[results.measured["page_cache"] == "warm"]
+    cells = results.cells[results.cells["capacity"] == third].merge(warm, on=["capacity", "policy", "prefetch"])
     rows = [
         [
             *(f"`{row.policy}`", row.prefetch, f"{row.decode_hit_rate:.3f}"),
-            *(_share(row.accuracy), _share(on_trace[row.prefetch])),
-            *(size(row.bytes_read), size(row.bytes_useful), size(row.bytes_wasted), f"{row.prefetch_evictions:,}"),
+            *(_share(row.accuracy), _share(on_trace[row.prefetch]), f"{row.prefetch_evictions:,}"),
+            *map(size, (row.bytes_read, row.bytes_read_ahead, row.bytes_useful, row.bytes_late, row.bytes_wasted)),
         ]
-        for row in results.cells[results.cells["capacity"] == third].itertuples()
+        for row in cells.itertuples()
     ]
     m, summary = results.summary["lookahead"], results.summary
     header = ["policy", "prefetching", "hit rate, decode", f"accuracy at {m}", "of the trace"]
-    header += ["read", "useful", "wasted", "evictions"]
+    header += ["evictions", "read", "ahead", "useful", "late", "wasted"]
     return "\n\n".join(
         [
             f"{count(summary['prompts'], 'prompt')} of {summary['prompt_tokens']} tokens of the test split, each with "
@@ -146,9 +150,12 @@ def _cells(results: Results, third: int) -> str:
             f"{summary['experts']} experts. In every cell all logits were compared with those of the resident model.",
             table(header, rows),
             f"Accuracy at {m}: the share of the experts that a token needed in a layer that were among the {m} that "
-            "the layer before had foretold, in these texts while decoding and in the trace of section 1. Useful is "
-            "what was prefetched and then asked for, wasted what made way or was left over before it was; evictions "
-            "are those that made way for a prefetch. A hit is an expert that was there or on its way. How many came late is a matter of speed: [what was measured](dwr_measured.md).",
+            "the layer before had foretold, in these texts while decoding and in the trace of section 1. Evictions "
+            "are those that made way for a prefetch. A hit is an expert that was there, or to be prefetched by then.",
+            "The bytes are what was measured, with a warm page cache, and differ from run to run: what was to be "
+            "prefetched is not read if its layer comes before its turn, or it has made way by then. Ahead is what "
+            "prefetching read; of that, useful was used before it made way, and wasted was not. Late was hit before it "
+            "was there: on its way, which is useful too, or not begun, which is then read on demand.",
         ]
     )
 

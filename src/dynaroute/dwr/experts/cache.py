@@ -35,6 +35,7 @@ class _Slot:
         self.lock = threading.Lock()
         self.key: Key | None = None  # whose it is
         self.content: tuple[Key, ExpertWeights] | None = None  # what is in it, set at once
+        self.read_ahead = False  # whether the prefetching thread put it there, and it was not used yet
         self.released: torch.cuda.Event | None = None  # on a GPU: when the last computation with it is over
 
     def holds(self, key: Key) -> bool:
@@ -78,6 +79,7 @@ class ExpertCache:
         self._predictions: dict[int, list[int]] = {}  # of layers that are still to come
         self._ahead: set[Key] = set()  # prefetched for them
         self._failure: Exception | None = None  # of a prefetch
+        self._counting = threading.Lock()  # for what more than one thread counts
         # Two pools: what is asked for never queues behind what is only expected. Threads start when they are needed.
         self._readers = ThreadPoolExecutor(1, "expert-reader")
         self._prefetchers = ThreadPoolExecutor(1, "expert-prefetcher")
@@ -111,7 +113,8 @@ class ExpertCache:
 
     def take_statistics(self) -> CacheStatistics:
         """The statistics so far; counting starts again from zero."""
-        taken, self._residency.statistics = self._residency.statistics, CacheStatistics()
+        with self._counting:
+            taken, self._residency.statistics = self._residency.statistics, CacheStatistics()
         return taken
 
     def foresee(self, layer: int, state: Tensor, scores: Tensor) -> None:
@@ -202,26 +205,32 @@ class ExpertCache:
             self._empty.append(self._slots.pop(key))
             raise
         self.statistics.wait_seconds += time.perf_counter() - started
+        self.statistics.used_ahead += slot.read_ahead
+        slot.read_ahead = False
         return slot.content[1]
 
     def _fill_ahead(self, slot: _Slot, key: Key) -> None:
         """Runs on the prefetching thread, and leaves its error to the next `fetch`."""
         if key in self._ahead:  # or the layer has come before its turn, and is served by `fetch`
             try:
-                self._fill(slot, key)
+                self._fill(slot, key, ahead=True)
             except Exception as error:
                 self._failure = error
 
-    def _fill(self, slot: _Slot, key: Key) -> None:
+    def _fill(self, slot: _Slot, key: Key, ahead: bool = False) -> None:
         """Reads an expert into its slot, on any thread, unless it is there, or the slot is another's by now."""
         with slot.lock:
             if slot.key != key or slot.holds(key):
                 return
+            with self._counting:
+                self.statistics.reads += 1
+                self.statistics.reads_ahead += ahead
             file = self.store.map(*key)
             if self._stream:
                 self._copy_to_gpu(file, slot)
             elif slot.memory:
                 decode(self.store.views(file), slot.memory)
+            slot.read_ahead = ahead
             slot.content = key, slot.memory or ExpertWeights(**self.store.views(file))
 
     @torch.inference_mode()  # whichever mode the caller is in, pinned memory that was made in another is written to

@@ -16,26 +16,25 @@ from dynaroute.errors import DynarouteError
 class CacheStatistics:
     """What a cache did. A request is one expert that one call needs, for any number of tokens.
 
-    Of what was prefetched, `prefetched - useful` experts were wasted: not asked for before they made way, if at all.
+    The first counts are decisions, the same on every run and in a replay. The last are what then took place, which
+    depends on speed: what was to be prefetched is not read if it makes way, or its layer comes, before its turn.
     """
 
     requests: int = 0
-    hits: int = 0  # held when asked for, or on the way by a prefetch
+    hits: int = 0  # held when asked for, or to be prefetched by then
     misses: int = 0
     evictions: int = 0
-    prefetched: int = 0  # experts read before they were asked for
+    prefetched: int = 0  # experts to be read before they are asked for
     useful: int = 0  # of these, asked for while held
     prefetch_evictions: int = 0  # of the evictions, those that made way for a prefetch
     foretold: int = 0  # requests that a prediction was made for
     foretold_right: int = 0  # of these, those that it named
     # What depends on the machine's speed is no part of equality.
-    late: int = field(default=0, compare=False)  # of the useful, those that were still on the way
+    reads: int = field(default=0, compare=False)  # experts read from the store
+    reads_ahead: int = field(default=0, compare=False)  # of these, begun by the prefetching thread
+    used_ahead: int = field(default=0, compare=False)  # of these, used before they made way; the others were wasted
+    late: int = field(default=0, compare=False)  # hits that were not there yet: on the way, or never begun
     wait_seconds: float = field(default=0.0, compare=False)  # that the caller waited for experts
-
-    @property
-    def reads(self) -> int:
-        """Experts read from the store."""
-        return self.misses + self.prefetched
 
     @property
     def hit_rate(self) -> float:

@@ -16,7 +16,7 @@ def cached_inference(results: Results) -> str:
             f"{row.decode_hit_rate:.3f}",
             f"{row.prefill_hit_rate:.3f}",
             f"{row.evictions:,}",
-            size(row.bytes_read),
+            size(row.misses * summary["expert_file_bytes"]),
         ]
         for row in plain.itertuples()
     ]

@@ -71,8 +71,8 @@ def _cached(measurements: Measurements, total: int) -> str:
             f"Decoding is batch 1; speeds are medians of {count(measurements.cache['repeats'], 'repetition')}, taken "
             "in turns with the resident model, and each ratio is to the resident run of the same repetition: the ratio "
             "shown is a median of such pairs, not the quotient of two speeds shown. Waiting is the share of that time "
-            "in which the caller waited for experts; late are prefetched experts that were asked for while they were "
-            "still being read. Prefill is the time for all prompts. Page cache: warm, all files were read before; "
+            "in which the caller waited for experts; late are prefetched experts that were asked for before they were "
+            "there. Prefill is the time for all prompts. Page cache: warm, all files were read before; "
             "cold, the system forgot before every pass what was not in use. Peak memory is all that a fresh process "
             "held while decoding one prompt, Python and libraries included, and is measured with `lru` alone; "
             "anonymous is what it allocated, and experts mapped are the pages of expert files among the rest.",
@@ -90,7 +90,7 @@ def _figures(row: Any) -> list[str]:
         f"{row.tokens_per_second:,.0f}",
         f"{row.ratio_to_resident:.3f} ({row.ratio_lowest:.3f}–{row.ratio_highest:.3f})",
         f"{row.wait_share:.1%}",
-        f"{row.late:.0f}",
+        size(row.bytes_late),
         duration(row.prefill_seconds),
         *(NONE if math.isnan(kind) else size(kind) for kind in memory),
     ]

@@ -77,7 +77,7 @@ def read_cache() -> "pd.DataFrame":
         DynarouteError: the file is missing or damaged.
     """
     rates = ["prefill_hit_rate", "decode_hit_rate"]
-    counts = ["evictions", "bytes_read", "bytes_prefetched", "bytes_useful", "bytes_wasted", "prefetch_evictions"]
+    counts = ["misses", "evictions", "prefetched", "prefetch_evictions"]
     return read_csv(REPORTS / "cache.csv", ["capacity", *rates, *counts], names=["policy", "prefetch"])
 
 
@@ -102,14 +102,15 @@ def read_measurements(run: str) -> Measurements:
 
 
 def read_speeds() -> "tuple[pd.Series, pd.DataFrame]":
-    """Reads speed and memory of the resident model, and of every cell with a cache.
+    """Reads speed, reads and memory of the resident model, and of every cell with a cache.
 
     Raises:
         DynarouteError: the file is missing or damaged.
     """
     path = REPORTS / "cache_timing.csv"
     ratios = ["ratio_to_resident", "ratio_lowest", "ratio_highest"]
-    rows = read_csv(path, ["tokens_per_second", *ratios, "prefill_seconds", "wait_share", "late"])
+    reads = [f"bytes_{name}" for name in ("read", "read_ahead", "useful", "late", "wasted")]
+    rows = read_csv(path, ["tokens_per_second", *ratios, "prefill_seconds", "wait_share", *reads])
     for name in ("capacity", "policy", "prefetch", "page_cache"):
         if name not in rows or rows[name].notna().tolist() != [False, *[True] * (len(rows) - 1)]:
             raise DynarouteError(f"{path}: {name!r} must be empty in the first row, of the resident model: {REMEDY}")
