@@ -1,5 +1,6 @@
 """The report on cached inference says what its inputs say, and judges by the rules that it states."""
 
+import math
 import re
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 from dwr_tree import RUN, edit_csv, edit_json, write_peers
 
 from dynaroute.errors import DynarouteError
-from dynaroute.reporting.cached_inference import page, read_results
+from dynaroute.reporting.cached_inference import gap_closed, page, read_results
+from dynaroute.reporting.dwr.results import read_simulated_hits
 
 EXPORT, SUMMARY, SIMULATION = (Path(f"reports/dwr/{name}.json") for name in ("export", "cache", "simulation"))
 CELLS, MEASURED, HITS, SPEEDS = (
@@ -34,8 +36,8 @@ def test_it_names_its_run_and_holds_no_placeholder():
 
 def test_the_gap_closed_is_judged_against_a_third():
     assert (
-        "`next_use` closes 40% of the gap between LRU (0.301) and MIN (0.603): the goal of a third is reached"
-        in report()
+        "`next_use` closes 40% of the gap between LRU (0.301) and MIN (0.603): the goal of a third is reached. "
+        "Elsewhere it closes 40% at 2, 40% at 6, 40% at 4 with equal shares for the layers." in report()
     )
     edit_json(SIMULATION, lambda data: data["share_of_gap_closed"].__setitem__("next_use", 0.3332))
     assert "the goal of a third is not reached" in report()
@@ -56,7 +58,9 @@ def test_a_failed_check_is_said_first():
     "row",
     [
         "| 4 | 0.333 | 0.301 | 0.422 | 0.603 |",
-        "| `next_use` | 0.422 | 40.1% | 0.422 |",
+        "| 2 | 40.1% |",
+        "| `next_use` | 0.422 | 0.422 | 40.1% |",
+        "| `lru` | 0.301 | 0.301 | – |",
         "| `lru` | gate | 0.308 | 76.5% | 65.4% | 17 | 8.79 KiB | 500 B | 400 B | 321 B | 100 B |",
         "| `lru` | none | 0.308 | – | – | 17 | 8.79 KiB | 500 B | 400 B | 321 B | 100 B |",
         "| int8 | 3.27 KiB | 4.01770 | +0.00660 |",
@@ -109,3 +113,11 @@ def test_a_missing_or_damaged_input_is_named(path, content):
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(DynarouteError, match=re.escape(str(path))):
         report()
+
+
+def test_the_gap_closed_may_be_negative_or_not_there():
+    edit_csv(HITS, lambda hits: hits.__setitem__("hit_rate", [0.2, 0.1, 0.6, 0.5, 0.5, 0.5, *hits["hit_rate"][6:]]))
+    closed = gap_closed(read_simulated_hits(), per_layer=False)["next_use"]
+    assert closed[2] == pytest.approx(-0.25)
+    assert math.isnan(closed[4])
+    assert list(gap_closed(read_simulated_hits(), per_layer=True).index) == [4]

@@ -28,8 +28,12 @@ def test_it_says_that_it_is_exempt_and_names_its_run():
 
 def test_speed_and_memory_of_every_cell():
     text = measured()
-    assert "| all, resident | – | – | – | – | 400 | 1.000 (0.610–1.310) | 12.5% | 321 B | 45.6 ms | 210.00 MiB |" in text
-    assert "| 4 | 0.333 | `lru` | gate | warm | 406 | 0.940 (0.610–1.310) | 12.5% | 321 B | 45.6 ms | 210.00 MiB |" in text
+    assert (
+        "| all, resident | – | – | – | – | 400 | 1.000 (0.610–1.310) | 12.5% | 321 B | 45.6 ms | 210.00 MiB |" in text
+    )
+    assert (
+        "| 4 | 0.333 | `lru` | gate | warm | 406 | 0.940 (0.610–1.310) | 12.5% | 321 B | 45.6 ms | 210.00 MiB |" in text
+    )
     edit_csv(TIMING, lambda timing: timing.__setitem__("tokens_per_second", 4321))
     assert "4,321" in measured()
 

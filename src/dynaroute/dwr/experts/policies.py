@@ -78,7 +78,8 @@ class WeightedLRU:
     This is LRFU (Lee et al., 2001), with time counted in calls of the expert's layer, which is to say in tokens.
 
     Attributes:
-        half_life: of a use, in calls; 8 did best on the validation split of the default run.
+        half_life: of a use, in calls; of 4 to 32, 8 hit most on the validation split of the default run, at a third of
+            the experts.
     """
 
     half_life = 8.0
@@ -111,7 +112,8 @@ class NextUse(WeightedLRU):
     counted from the start, with one at the first estimate ahead of them.
 
     Attributes:
-        discount: of a use one token later, chosen on the validation split of the default run.
+        discount: of a use one token later, chosen on the validation split of the default run, where it matters
+            little: at a third of the experts, hit rates with 0.03 to 0.6 were within 0.003 of one another.
     """
 
     discount = 0.1
