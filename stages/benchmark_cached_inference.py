@@ -6,7 +6,8 @@
 Writes  reports/benchmarks/cached_inference.json, shown in reports/cached_inference.md
 
 96 experts of 8 MiB with random weights, a third of them held, batch 1, fp32 on the CPU; about 5 GiB of temporary files
-in .scratch and 6 GiB of memory. All candidates decode the same number of tokens after one token, and take turns. Warm:
+in .scratch and 6 GiB of memory. One thread computes; our reading threads run beside it, on a second core where there is
+one. All candidates decode the same number of tokens after one token, and take turns. Warm, resident models included:
 just after the same decoding, which is not timed. Cold: before every token, outside of what is timed, the system forgets
 all pages of the candidate's files that are not in use.
 
@@ -48,6 +49,9 @@ GATED_WIDTH = 1366  # of Mixtral's experts, whose three matrices then hold as mu
 THREADS = 1  # that compute: the other core of a small machine reads
 NEW_TOKENS, REPEATS = 24, 5
 SETTINGS = [("lru", "none"), ("next_use", "none"), ("lru", "gate"), ("next_use", "gate")]
+# What goals are judged by, whatever the others turn out to be: what the simulation of the default run recommends for
+# experts of this size at a third of them, on disk as in the page cache.
+GOAL_SETTING = ("next_use", "gate")
 SCRATCH = Path(".scratch/benchmark_cached_inference")
 
 
@@ -89,7 +93,7 @@ def measure() -> dict[str, Any]:
     trace = record_mixtral(mixtral)
     candidates = [
         *ours(store, capacity),
-        Candidate("Mixtral, all resident", "warm", lambda: decode_mixtral(mixtral)),
+        Candidate("Mixtral, all resident", "warm", lambda: again(lambda: decode_mixtral(mixtral))),
         *with_cold("Mixtral, experts on disk", load_mixtral_from_disk(disk), decode_mixtral, SCRATCH),
         *with_cold("ours under accelerate's disk_offload", offloaded(store), decode_plainly, SCRATCH / "offload"),
     ]
@@ -97,19 +101,25 @@ def measure() -> dict[str, Any]:
     for _ in tqdm(range(1 + REPEATS), desc="benchmark", unit="round", disable=None):
         for found, candidate in zip(runs, candidates, strict=True):
             found.append(candidate.run())
-    resident = [one.seconds for one in runs[0][1:]]  # without the first round, in which everything is slow
-    rows = [row(candidate, found[1:], resident) for candidate, found in zip(candidates, runs, strict=True)]
+    runs = [found[1:] for found in runs]  # without the first round, in which everything is slow
+    resident = [one.seconds for one in runs[0]]
+    rows = [row(candidate, found, resident) for candidate, found in zip(candidates, runs, strict=True)]
     for one in rows:
         print(
-            f"{one['name']:42} {one['page_cache']:5} {one['tokens_per_second']:7.2f}/s {one['ratio_to_resident']:.3f}"
+            f"{one['name']:42} {one['page_cache']:5} {one['tokens_per_second']:7.2f}/s {one['ratio_to_resident']:.3f} "
+            f"({one['ratio_lowest']:.3f}-{one['ratio_highest']:.3f})"
         )
-    goals = compare(rows)
+    goals = compare(candidates, runs)
     for goal in goals:
-        print(f"{goal['name']}: {goal['value']:.2f} (goal {goal['goal']:g})")
+        print(
+            f"{goal['page_cache']} page cache, {goal['candidate']}, to {goal['against']}: {goal['value']:.2f} "
+            f"({goal['lowest']:.2f}-{goal['highest']:.2f}; goal {goal['goal']:g})"
+        )
     return {
         "experts": store.num_experts,
         "expert_bytes": store.expert_bytes,
         "capacity": capacity,
+        "experts_per_token": CONFIG.num_layers * CONFIG.top_k,
         "new_tokens": NEW_TOKENS,
         "repeats": REPEATS,
         "threads": THREADS,
@@ -142,14 +152,18 @@ def ours(store: ExpertStore, capacity: int) -> Iterator[Candidate]:
             raise DynarouteError(f"{size} experts, {policy}, {prefetch}: logits are not those of the resident model")
         return Run(result.decode_seconds[0], result.decode.hit_rate)
 
-    yield Candidate("ours, all resident", "warm", run_resident)
+    yield Candidate("ours, all resident", "warm", functools.partial(again, run_resident))
     cells = [(capacity, policy, prefetch, cold) for cold in (False, True) for policy, prefetch in SETTINGS]
     cells += [(size, "next_use", "none", False) for size in (capacity // 2, 2 * capacity)]
     for cell in sorted(cells, key=lambda cell: cell[3]):
         size, policy, prefetch, cold = cell
-        run_cell = functools.partial(run_cached, *cell)
-        name = f"ours, {size} experts, {policy}, {prefetch}"
+        name, run_cell = cached_name(size, policy, prefetch), functools.partial(run_cached, *cell)
         yield Candidate(name, "cold", run_cell) if cold else Candidate(name, "warm", functools.partial(again, run_cell))
+
+
+def cached_name(size: int, policy: str, prefetch: str) -> str:
+    """What our model with a cache is called."""
+    return f"ours, {size} experts, {policy}, {prefetch}"
 
 
 def again(run: Callable[[], Run]) -> Run:
@@ -296,21 +310,39 @@ def row(candidate: Candidate, runs: list[Run], resident: list[float]) -> dict[st
     }
 
 
-def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The goals: the fastest of our settings at a third of the experts, by page cache, against residency and peers."""
-    third = f"ours, {CONFIG.num_layers * CONFIG.num_experts // 3} experts"
+def compare(candidates: list[Candidate], runs: list[list[Run]]) -> list[dict[str, Any]]:
+    """The goals: our setting at a third of the experts, by page cache, against residency and peers.
+
+    A value is the median over rounds of the peer's seconds over ours of the same round, beside its range; and so is
+    what all experts resident reach, which is more than a cache can be expected to.
+    """
+    seconds = {one[:2]: [run.seconds for run in found] for one, found in zip(candidates, runs, strict=True)}
+    resident = "ours, all resident"
+    own = cached_name(CONFIG.num_layers * CONFIG.num_experts // 3, *GOAL_SETTING)
     goals = []
     for state, to_resident, to_mixtral, to_accelerate in (("warm", 0.95, 1.5, 15.0), ("cold", 0.35, 6.0, 15.0)):
-        own = [one for one in rows if one["page_cache"] == state]
-        best = max((one for one in own if one["name"].startswith(third)), key=lambda one: one["ratio_to_resident"])
-        peers = {one["name"]: one["ratio_to_resident"] for one in own}
         for against, goal in (
-            ("ours, all resident", to_resident),
+            (resident, to_resident),
             ("Mixtral, experts on disk", to_mixtral),
             ("ours under accelerate's disk_offload", to_accelerate),
         ):
-            value = best["ratio_to_resident"] / peers.get(against, 1.0)  # the resident model is 1 in either state
-            goals.append({"name": f"{state} page cache, {best['name']}, to {against}", "value": value, "goal": goal})
+            peer = seconds[against, "warm" if against == resident else state]  # nothing of it is read
+            values, bounds = (
+                [theirs / mine for mine, theirs in zip(seconds[name], peer, strict=True)]
+                for name in ((own, state), (resident, "warm"))
+            )
+            goals.append(
+                {
+                    "candidate": own,
+                    "page_cache": state,
+                    "against": against,
+                    "value": median(values),
+                    "lowest": min(values),
+                    "highest": max(values),
+                    "resident_value": median(bounds),
+                    "goal": goal,
+                }
+            )
     return goals
 
 

@@ -185,11 +185,19 @@ def write_peers(root: Path) -> None:
     row |= {"ratio_lowest": 1.0, "ratio_highest": 1.0, "hit_rate": None}
     other = {**row, "name": "lru, none", "page_cache": "cold", "tokens_per_second": 23.45, "hit_rate": 0.3456}
     goals = [
-        {"name": "warm, to resident", "value": 0.976, "goal": 0.95},
-        {"name": "cold, to resident", "value": 0.3123, "goal": 0.35},
+        {
+            **{"candidate": "lru, none", "page_cache": page_cache, "against": against, "goal": goal, "value": value},
+            **{"lowest": value / 2, "highest": value * 2, "resident_value": bound},
+        }
+        for page_cache, against, value, goal, bound in (
+            ("warm", "all resident", 0.976, 0.95, 1.0),
+            ("warm", "offloaded", 13.765, 15.0, 14.125),
+            ("cold", "all resident", 0.3123, 0.35, 1.0),
+        )
     ]
     record = {
         **{"experts": 96, "expert_bytes": 8_398_848, "capacity": 32, "new_tokens": 21, "threads": 1, "repeats": 5},
+        **{"experts_per_token": 12},
         **{"machine": {"processor": "A Third Processor"}, "rows": [row, other], "goals": goals},
         **{"use_of_an_expert_ms": {"held": 0.61, "on disk": 9.87}, "mixtral_lru_hit_rate": 0.4321},
     }
