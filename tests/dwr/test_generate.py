@@ -78,7 +78,12 @@ def test_it_stops_where_the_positions_end(monkeypatch, capsys, store):
         (["--top-p", "1.5"], "--top-p 1.5: must be above 0 and at most 1"),
         (["--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
         (["--tokens", "0"], "--tokens 0: must be positive"),
-        (["--cache", "2", "--lookahead", "9"], "--lookahead 9: must be 1 to 5"),
+        (["--cache", "2", "--prefetch", "gate", "--lookahead", "9"], "--lookahead 9: must be 1 to 5"),
+        (["--policy", "lru"], "--policy: means nothing without --cache N"),
+        (["--prefetch", "gate"], "--prefetch: means nothing without --cache N"),
+        (["--per-layer"], "--per-layer: means nothing without --cache N"),
+        (["--lookahead", "2"], "--lookahead: means nothing without --cache N"),
+        (["--cache", "2", "--lookahead", "2"], "--lookahead: means nothing without --prefetch frequency"),
         (["--prompt", PROMPT * 30], r"--prompt: \d+ tokens; the model has 48 positions"),
         (["--store", "nowhere"], "nowhere/manifest.json: cannot be read"),
     ],
@@ -87,6 +92,38 @@ def test_a_mistake_ends_it_with_one_line(monkeypatch, capsys, store, arguments, 
     with pytest.raises(SystemExit, match=f"^generate: {message}") as caught:
         run(monkeypatch, capsys, store, *arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "summed_up"),
+    [
+        ([], r"\d+ tokens in .* all experts resident"),
+        (
+            ["--cache", "3", "--prefetch", "gate"],
+            r"\d+ tokens in .* of \d+ requests; .* MiB read, of which .* for experts",
+        ),
+    ],
+)
+def test_ctrl_c_sums_up_what_was_done_and_ends_threads(store, arguments, summed_up):
+    """The signal comes with the eighth token, which is not done then; the process can only end if its threads do."""
+    script = f"""
+import os, signal, sys
+from dynaroute.dwr import generate
+sample = generate.sample
+def interrupted(*arguments):
+    for number, token in enumerate(sample(*arguments)):
+        if number == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        yield token
+generate.sample = interrupted
+sys.argv = ["generate", "--store", {str(store)!r}, "--prompt", {PROMPT!r}, *{arguments!r}]
+generate.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert re.fullmatch(summed_up + "\n", done.stderr)
+    assert done.stderr.startswith("7 tokens in")
+    assert done.stdout.endswith("\n")
 
 
 def test_it_explains_itself():

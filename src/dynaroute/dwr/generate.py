@@ -4,6 +4,7 @@
 
 The text goes to stdout as it comes, a summary of what the cache did to stderr. Greedy output (`--temperature 0`, the
 default) is the same at every cache size, with every policy and prefetcher, and equals that of the resident model.
+Ctrl-C ends it with the summary of what was done so far, and status 130.
 """
 
 import argparse
@@ -32,8 +33,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate at most (default: %(default)s)")
     parser.add_argument("--cache", type=int, metavar="N", help="experts in memory (default: all, resident)")
     parser.add_argument("--per-layer", action="store_true", help="equal budgets for the layers, not one for all")
-    parser.add_argument("--policy", choices=get_args(PolicyName), default="lru", help="(default: %(default)s)")
-    parser.add_argument("--prefetch", choices=get_args(PrefetchName), default="none", help="(default: %(default)s)")
+    parser.add_argument("--policy", choices=get_args(PolicyName), help="(default: lru)")
+    parser.add_argument("--prefetch", choices=get_args(PrefetchName), help="(default: none)")
     parser.add_argument("--lookahead", type=int, metavar="M", help="experts to prefetch (default: the model's top_k)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from (default: %(default)s)")
@@ -44,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace, store: ExpertStore) -> None:
-    """Refuses values that mean nothing.
+    """Refuses values that mean nothing, and options that mean nothing without another.
 
     Raises:
         DynarouteError: naming the first of them.
@@ -60,11 +61,21 @@ def check(arguments: argparse.Namespace, store: ExpertStore) -> None:
     ):
         if not holds:
             raise DynarouteError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: {allowed}")
+    for name, given in (
+        ("--per-layer", arguments.per_layer),
+        ("--policy", arguments.policy),
+        ("--prefetch", arguments.prefetch),
+        ("--lookahead", arguments.lookahead),
+    ):
+        if given and arguments.cache is None:
+            raise DynarouteError(f"{name}: means nothing without --cache N")
+    if arguments.lookahead and arguments.prefetch in (None, "none"):
+        raise DynarouteError("--lookahead: means nothing without --prefetch frequency, transition or gate")
 
 
-def stream(tokenizer: Tokenizer, tokens: Iterator[int]) -> int:
-    """Prints text as its tokens come, up to the end of the text; returns the number of tokens."""
-    ids, printed = [], 0
+def stream(tokenizer: Tokenizer, tokens: Iterator[int], ids: list[int]) -> None:
+    """Prints text as its tokens come, up to the end of the text, and adds them to `ids`."""
+    printed = 0
     for token in tokens:
         if token == tokenizer.eot_id:
             break
@@ -74,7 +85,6 @@ def stream(tokenizer: Tokenizer, tokens: Iterator[int]) -> int:
             print(text[printed:], end="", flush=True)
             printed = len(text)
     print(tokenizer.decode(ids)[printed:])
-    return len(ids)
 
 
 def summary(tokens: int, seconds: float, statistics: CacheStatistics | None, file_bytes: int) -> str:
@@ -106,17 +116,29 @@ def main() -> None:
             model = load_resident(store, arguments.device)
         else:
             model = load_backbone(store, arguments.device)
-            policy = make_policy(arguments.policy, store.usage.load)
-            prefetcher = make_prefetcher(arguments.prefetch, store, model, arguments.lookahead or store.config.top_k)
+            policy = make_policy(arguments.policy or "lru", store.usage.load)
+            lookahead = arguments.lookahead or store.config.top_k
+            prefetcher = make_prefetcher(arguments.prefetch or "none", store, model, lookahead)
             cache = ExpertCache(store, arguments.cache, policy, arguments.per_layer, prefetcher, arguments.device)
             bind_experts(model, cache)
         generator = torch.Generator().manual_seed(arguments.seed)
+        ids: list[int] = []
+        interrupted = False
         with nullcontext() if cache is None else cache:
             started = time.perf_counter()
             tokens = sample(model, prompt, arguments.temperature, arguments.top_p, generator)
-            count = stream(tokenizer, itertools.islice(tokens, arguments.tokens))
+            try:
+                stream(tokenizer, itertools.islice(tokens, arguments.tokens), ids)
+            except KeyboardInterrupt:
+                print(flush=True)  # the line of text that was cut off
+                interrupted = True
             seconds = time.perf_counter() - started
-        print(summary(count, seconds, None if cache is None else cache.statistics, store.file_bytes), file=sys.stderr)
+        statistics = None if cache is None else cache.statistics
+        print(summary(len(ids), seconds, statistics, store.file_bytes), file=sys.stderr)
+        if interrupted:
+            sys.exit(130)
+    except KeyboardInterrupt:  # before there was anything to sum up
+        sys.exit(130)
     except DynarouteError as error:
         sys.exit(f"generate: {error}")
 

@@ -6,7 +6,6 @@ threads bring experts while the caller computes with another: of the same call, 
 
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -45,6 +44,11 @@ class _Slot:
 
 class ExpertCache:
     """At most `capacity` experts in memory. For one caller at a time.
+
+    Nothing makes way that the current call still needs. For a prefetch, which may be in vain, none of what the current
+    call needs makes way at all, used or not, nor what another prefetch brought for a layer that is still to come; if
+    nothing else is held, it is given up. What earlier calls needed may make way, in the policy's order: were it kept, a
+    full cache would have no room for any prefetch. `prefetch_evictions` counts these.
 
     On a CPU, 32-bit floats are used where they are, in the mapped file. Lower precision is decoded, and what a GPU
     needs copied, into memory that later experts use again.
@@ -137,7 +141,7 @@ class ExpertCache:
         hits, loads = self._residency.call(layer, needed)
         self.statistics.late += sum(not self._slots[key].holds(key) for key in hits)
         unused = dict.fromkeys([*hits, *(load.key for load in loads)])  # in the order of their use
-        waiting = deque(loads)
+        waiting = list(loads)
         try:
             self._start(waiting, unused)
             self._prefetch(unused)
@@ -158,7 +162,7 @@ class ExpertCache:
             self.statistics.foretold_right += len(set(needed) & set(foretold))
         self._ahead = {key for key in self._ahead if key[0] != layer}
 
-    def _start(self, waiting: deque[Load], unused: dict[Key, None]) -> None:
+    def _start(self, waiting: list[Load], unused: dict[Key, None]) -> None:
         """Begins to read what is missing, unless what has to make way is still to be used.
 
         All of it, not up to the first that has to wait: a slot is only kept by experts of the layer at hand, which no
