@@ -12,7 +12,6 @@ Writes  reports/dwr/cache.csv          hit rates, evictions and what was to be p
         reports/dwr/cache_timing.json  its summary and checks, and the machine
 """
 
-import itertools
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -21,11 +20,20 @@ import torch
 
 from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings
-from dynaroute.dwr.benchmark import Cell, Memory, Pass, decode, held_out_texts, peak_memory, sweep
+from dynaroute.dwr.benchmark import (
+    Cell,
+    Memory,
+    Pass,
+    decode,
+    held_out_texts,
+    make_cells,
+    nearest_a_third,
+    peak_memory,
+    sweep,
+)
 from dynaroute.dwr.experts import ExpertCache, ExpertStore
 from dynaroute.dwr.experts.prefetch import GatePrefetcher
 from dynaroute.dwr.inference import bind_experts, load_backbone, read_text
-from dynaroute.errors import DynarouteError
 from dynaroute.machine import describe_machine
 from dynaroute.stage import run
 
@@ -38,23 +46,16 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(settings.num_threads)
     benchmark = settings.benchmark_cache
     store = ExpertStore(STORE)
-    if max(benchmark.capacities) > store.num_experts:
-        raise DynarouteError(
-            f"params.yaml: benchmark_cache.capacities = {benchmark.capacities}: the model has "
-            f"{store.num_experts} experts in all"
-        )
+    warm, cold = make_cells(benchmark, store.num_experts)
+    third = nearest_a_third(benchmark.capacities, store.num_experts)
     texts = held_out_texts(store, Path("data/tokens") / settings.dwr.corpus, benchmark)
-    third = min(benchmark.capacities, key=lambda capacity: abs(capacity - store.num_experts / 3))
-    grid = itertools.product(benchmark.capacities, benchmark.policies, benchmark.prefetchers)
-    cells = [Cell(*setting) for setting in grid]
-    cells += [Cell(third, benchmark.policies[0], prefetch, cold=True) for prefetch in benchmark.prefetchers]
     store.verify()
-    passes = sweep(store, texts, benchmark.prompt_tokens, cells, benchmark.lookahead, benchmark.repeats)
+    passes = sweep(store, texts, benchmark.prompt_tokens, [*warm, *cold], benchmark.lookahead, benchmark.repeats)
     memory = peak_memory(STORE, texts, benchmark.prompt_tokens, benchmark.capacities)
 
     control = control_accuracy(store, texts[:1], benchmark.prompt_tokens)
 
-    rows = [exact_row(store, cell, passes[cell][0]) for cell in cells if not cell.cold]
+    rows = [exact_row(store, cell, passes[cell][0]) for cell in warm]
     statistics = [part for results in passes.values() for one in results for part in (one.prefill, one.decode)]
     checks = {
         "logits_are_equal_to_the_bit_in_every_cell": True,  # or the sweep would have raised

@@ -11,7 +11,6 @@ Reads   data/dwr/expert_store, data/tokens/<dwr.corpus>
 Writes  reports/benchmarks/gpu_cache.json
 """
 
-import itertools
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,9 +19,8 @@ import torch
 
 from dynaroute.artifacts import write_json
 from dynaroute.config import Settings
-from dynaroute.dwr.benchmark import Cell, Pass, held_out_texts, sweep
+from dynaroute.dwr.benchmark import Cell, Pass, held_out_texts, make_cells, nearest_a_third, sweep
 from dynaroute.dwr.experts import ExpertStore
-from dynaroute.errors import DynarouteError
 from dynaroute.machine import describe_machine, require_device
 from dynaroute.stage import run
 
@@ -34,20 +32,13 @@ def main(settings: Settings) -> None:
     require_device(settings.device)
     torch.set_num_threads(settings.num_threads)
     benchmark, store = settings.benchmark_cache, ExpertStore(STORE)
-    if max(benchmark.capacities) > store.num_experts:
-        raise DynarouteError(
-            f"params.yaml: benchmark_cache.capacities = {benchmark.capacities}: the model has "
-            f"{store.num_experts} experts in all"
-        )
+    warm, cold = make_cells(benchmark, store.num_experts)
     texts = held_out_texts(store, Path("data/tokens") / settings.dwr.corpus, benchmark)
     store.verify()
-    third = min(benchmark.capacities, key=lambda capacity: abs(capacity - store.num_experts / 3))
-    cells = [Cell(*cell) for cell in itertools.product(benchmark.capacities, benchmark.policies, benchmark.prefetchers)]
-    cold = [Cell(third, benchmark.policies[0], prefetch, cold=True) for prefetch in benchmark.prefetchers]
     arguments = (benchmark.lookahead, benchmark.repeats, settings.device)
-    from_disk = sweep(store, texts, benchmark.prompt_tokens, [*cells, *cold], *arguments)
+    from_disk = sweep(store, texts, benchmark.prompt_tokens, [*warm, *cold], *arguments)
     store.hold_in_memory()
-    from_memory = sweep(store, texts, benchmark.prompt_tokens, cells, *arguments)
+    from_memory = sweep(store, texts, benchmark.prompt_tokens, warm, *arguments)
     rows = [
         row("disk, cold" if cell.cold else place, cell, results, passes[Cell()], benchmark.new_tokens)
         for place, passes in (("host memory", from_memory), ("disk", from_disk))
@@ -67,7 +58,7 @@ def main(settings: Settings) -> None:
             "run": store.run,
             "experts": store.num_experts,
             "expert_bytes": store.expert_bytes,
-            "capacity_nearest_a_third": third,
+            "capacity_nearest_a_third": nearest_a_third(benchmark.capacities, store.num_experts),
             "prompts": benchmark.num_prompts,
             "prompt_tokens": benchmark.prompt_tokens,
             "new_tokens": benchmark.new_tokens,

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import PrefetchName, Settings
+from dynaroute.dwr.benchmark import nearest_a_third
 from dynaroute.dwr.experts import CacheStatistics, ExpertStore, make_policy
 from dynaroute.dwr.experts.policies import Belady
 from dynaroute.dwr.experts.residency import Residency
@@ -36,7 +37,7 @@ def main(settings: Settings) -> None:
     if trace.run != store.run:
         raise DynarouteError(f"{TRACE}: belongs to run {trace.run}, not {store.run}: run stages/trace_routing.py")
     config, policies, experts = store.config, settings.benchmark_cache.policies, store.num_experts
-    third = min(simulate.capacities, key=lambda capacity: abs(capacity - experts / 3))
+    third = nearest_a_third(simulate.capacities, experts)
 
     def run_one(
         capacity: int, policy: str, per_layer: bool, prefetch: PrefetchName = "none"

@@ -7,6 +7,7 @@ every pass the system forgets what is not in use, so that every miss comes from 
 spare.
 """
 
+import itertools
 import multiprocessing
 import operator
 import os
@@ -56,6 +57,29 @@ class Memory(NamedTuple):
     anonymous: int | None  # allocated: the backbone, resident experts, activations
     file_backed: int | None  # pages of mapped files: experts of a cache, code of libraries
     mapped_experts: int | None  # of these, pages of expert files
+
+
+def nearest_a_third(capacities: list[int], num_experts: int) -> int:
+    """The capacity that comes nearest to a third of the experts."""
+    return min(capacities, key=lambda capacity: abs(capacity - num_experts / 3))
+
+
+def make_cells(settings: BenchmarkCache, num_experts: int) -> tuple[list[Cell], list[Cell]]:
+    """Every capacity with every policy and prefetcher; and with a cold page cache, the capacity nearest a third of the
+    experts with the first policy and every prefetcher.
+
+    Raises:
+        DynarouteError: a capacity is larger than the number of experts.
+    """
+    if max(settings.capacities) > num_experts:
+        raise DynarouteError(
+            f"params.yaml: benchmark_cache.capacities = {settings.capacities}: the model has {num_experts} experts in "
+            "all"
+        )
+    third = nearest_a_third(settings.capacities, num_experts)
+    warm = itertools.product(settings.capacities, settings.policies, settings.prefetchers)
+    cold = [Cell(third, settings.policies[0], prefetch, cold=True) for prefetch in settings.prefetchers]
+    return [Cell(*cell) for cell in warm], cold
 
 
 def held_out_texts(store: ExpertStore, directory: Path, settings: BenchmarkCache) -> Tensor:

@@ -48,8 +48,9 @@ def page(runs: list[Record]) -> str:
         f"DWR models trained for this comparison. `reference` has {size} and reads {text} of "
         f"`{reference['settings']['corpus']}` {reference['epochs']:.3g} times; every other run is `reference` with the "
         "changes that stand beside it. The model of the [DWR report](dwr.md) is not among them: with a budget of "
-        "their own, they compare with each other alone. One seed each: a small difference means nothing. Made by "
-        "`dvc repro report_dwr_runs`.",
+        "their own, they compare with each other alone. Each run has one seed, so how much another seed would change "
+        "is not known: differences show a direction at most where they are large, and small ones are no finding. Made "
+        "by `dvc repro report_dwr_runs`.",
         *("## 1. The balance loss and the cache", _balance(swept)),
         *("## 2. Remedies for overfitting", _remedies(others)),
     ]
@@ -89,6 +90,7 @@ def _balance(swept: list[Record]) -> str:
         [
             *(f"`{run['name']}`", f"{run['settings']['balance_coefficient']:g}", perplexity(run["test_loss"])),
             f"{run['smallest_load']:.2f}–{run['largest_load']:.2f}",
+            f"{run['capacity'] / run['experts']:.3f}",
             *(f"{run['hit_rate'][policy]:.3f}" for policy in ("lru", "next_use", "min")),
         ]
         for run in swept
@@ -101,13 +103,14 @@ def _balance(swept: list[Record]) -> str:
             f"against {reference['hit_rate']['lru']:.3f} of the reference, at a test perplexity of "
             f"{perplexity(best['test_loss'])} against {perplexity(reference['test_loss'])}."
         )
-    header = ["run", "λ", "test perplexity", "load", "`lru`", "`next_use`", "`min`"]
+    header = ["run", "λ", "test perplexity", "load", "c/N", "`lru`", "`next_use`", "`min`"]
     return "\n\n".join(
         [
             f"λ weighs the loss that makes routers use all experts alike, which is what a cache likes least. Hit rates "
             f"are those of {count(reference['trace_tokens'], 'token')} of the test text, read one by one, at "
             f"{reference['capacity']} of {reference['experts']} experts. Load: of the least and of the most used "
-            "expert of a layer, in units of the uniform share, on the validation text.",
+            "expert of a layer, in units of the uniform share, on the validation text. c/N is the share of experts "
+            "held, and the hit rate that any online policy can expect of uniform, independent routing.",
             figure("figures/dwr_runs.png", "Test perplexity and hit rate by balance coefficient λ."),
             table(header, rows),
             found,
@@ -127,12 +130,13 @@ def _remedies(runs: list[Record]) -> str:
             f"{_gap(run):+.3f}",
             f"{run['validation_loss']:.3f} ({run['best_epoch']:.3g})",
             perplexity(run["test_loss"]),
+            f"{run['capacity'] / run['experts']:.3f}",
             f"{run['hit_rate']['lru']:.3f}",
         ]
         for run in runs
     ]
     header = ["run", "changes", "parameters", "training loss, at the end", "validation loss, at the end", "gap"]
-    header += ["best validation loss (epoch)", "test perplexity", "hit rate, `lru`"]
+    header += ["best validation loss (epoch)", "test perplexity", "c/N", "hit rate, `lru`"]
     better = [f"`{run['name']}`" for run in runs[1:] if run["test_loss"] < reference["test_loss"]]
     narrower = [f"`{run['name']}`" for run in runs[1:] if _gap(run) < _gap(reference)]
     return "\n\n".join(
@@ -141,8 +145,9 @@ def _remedies(runs: list[Record]) -> str:
             "test perplexity and hit rate are of the weights with the best validation loss, the hit rate at a third of "
             "the run's own experts. Perplexities of different tokenizers do not compare.",
             table(header, rows),
-            f"A lower test perplexity than the reference: {', '.join(better) or 'none'}. "
-            f"A smaller gap at the end: {', '.join(narrower) or 'none'}.",
+            f"With this one seed, a lower test perplexity than the reference: {', '.join(better) or 'none'}; "
+            f"a smaller gap at the end: {', '.join(narrower) or 'none'}. Which of these would hold with another "
+            "seed was not measured.",
         ]
     )
 
