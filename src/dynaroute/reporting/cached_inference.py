@@ -55,7 +55,8 @@ def page(results: Results) -> str:
         "# Cached inference",
         f"Experts of the model of run `{results.export['run']}`, held in a bounded amount of memory and read from "
         "their files when they are needed, or before. Made by `dvc repro report_cached_inference`; the peers by "
-        "`dvc repro benchmarks/dvc.yaml:benchmark_cached_inference`.",
+        "`dvc repro benchmarks/dvc.yaml:benchmark_cached_inference`. The bytes of section 2 and all of section 4 are "
+        "measured, and differ from run to run; everything else is the same on every run.",
         *("## At a glance", _at_a_glance(results)),
         *("## 1. Hit rates by budget", _budgets(results, total)),
         *("## 2. Policies and prefetching in real decoding", _cells(results, third)),
@@ -289,8 +290,11 @@ def _machines(speeds: "pd.DataFrame", third: int) -> str:
         "`simulate_cache` in params.yaml gives to each machine and model. Speed relative to all experts resident, by "
         "prefetcher:\n\n"
         f"{table(['machine', 'model', 'policy', *prefetchers], rows)}\n\n"
-        "One channel brings one expert after another. Where it is the bottleneck, a prefetch that turns out wrong "
-        "delays what is needed: there, prefetching loses although hit rates rise."
+        "One channel brings one expert after another, what is needed before what is foretold; what is foretold and "
+        "not begun when its layer comes is not brought, as in the cache itself. That reads both at the same time, and "
+        "begins a read only when what makes way for it was used; and its bookkeeping takes time. Where the channel is "
+        "the bottleneck, a prefetch that turns out wrong delays what is needed: there, prefetching loses although hit "
+        "rates rise."
     )
 
 
