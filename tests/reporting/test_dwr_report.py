@@ -96,7 +96,7 @@ def test_hit_rates_are_those_of_the_file():
     text = section(report(), "6. Cached inference")
     assert ["4", "0.333", "`lru`", "0.432", "0.100", "96", "146.84 KiB"] in table_rows(text)
     assert "With 4 of 12 experts held (c/N = 0.333), the hit rate of decoding is 0.432 with `lru`, 0.432 with" in text
-    assert "5 prompts of 9 tokens from the test split, each continued by 13 tokens" in text
+    assert "5 prompts of 9 tokens from the test split, each with the 13 tokens that follow it there" in text
 
 
 def test_settings_are_those_of_the_run_and_not_of_params_yaml():
