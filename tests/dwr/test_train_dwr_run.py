@@ -4,6 +4,7 @@ import random
 from collections import OrderedDict
 
 import pytest
+import resolve_variants
 import torch
 import torch.nn.functional as F
 import train_dwr_run
@@ -42,7 +43,9 @@ def run_one(name: str, **overrides) -> dict:
     reference = {"corpus": "docs", **windows, **SIZES, "training": TRAINING}
     params |= {"num_threads": 1, "dwr_runs": {"reference": reference, "other": {"corpus": "docs", **overrides}}}
     params["trace_routing"]["windows"] = 3
-    train_dwr_run.main(Settings.model_validate(params), name)
+    settings = Settings.model_validate(params)
+    resolve_variants.main(settings)
+    train_dwr_run.main(settings, name)
     return read_json(f"reports/dwr_runs/{name}.json")
 
 
