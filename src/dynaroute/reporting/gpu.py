@@ -341,7 +341,7 @@ def _cache(cache: Record | None) -> str:
             [f"{capacity}", policy, *(_cell(found[capacity, policy, prefetch]) for prefetch in prefetchers)]
             for capacity, policy in dict.fromkeys(key[:2] for key in found)
         ]
-        parts += [f"**Experts in: {place}.** Tokens/s (ratio to resident; hit rate), by prefetching:"]
+        parts += [f"**Experts in: {place}.** Tokens/s (ratio to resident; hit rate; stall a token), by prefetching:"]
         parts += [table(["capacity", "policy", *prefetchers], rows)]
     at_a_third = [
         [
@@ -351,12 +351,13 @@ def _cache(cache: Record | None) -> str:
         for row in _at_a_third(cache)
     ]
     header = ["experts in", "policy", "prefetching", "to resident", "hit rate", "experts read a token", "stall a token"]
-    parts += [f"At {cache['capacity_nearest_a_third']} experts; stall is time that decoding waited for experts:"]
+    parts += [f"Stall is time that decoding waited for experts. At {cache['capacity_nearest_a_third']} of them:"]
     return "\n\n".join([*parts, table(header, at_a_third)])
 
 
 def _cell(row: Record) -> str:
-    return f"{row['tokens_per_second']:,.0f} ({row['ratio_to_resident']:.2f}; {row['hit_rate']:.2f})"
+    stall = f"{row['stall_ms_per_token']:.2f} ms"
+    return f"{row['tokens_per_second']:,.0f} ({row['ratio_to_resident']:.2f}; {row['hit_rate']:.2f}; {stall})"
 
 
 def _dag(dag: Record | None) -> str:

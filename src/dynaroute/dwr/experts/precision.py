@@ -57,7 +57,10 @@ def encode(weights: ExpertWeights, precision: Precision) -> dict[str, Tensor]:
 def decode(stored: Mapping[str, Tensor], out: ExpertWeights) -> None:
     """Writes stored tensors as 32-bit floats into `out`, which may be on a GPU: from pinned memory without waiting."""
     for name, tensor in out._asdict().items():
-        tensor.copy_(stored[name], non_blocking=True)
+        source = stored[name]
+        if source.dtype != tensor.dtype:  # else the CPU casts it, and copies 32-bit floats that are not pinned
+            source = source.to(tensor.device, non_blocking=True)
+        tensor.copy_(source, non_blocking=True)
     for weights, scale in ((out.w1, "scale1"), (out.w2, "scale2")):
         if scale in stored:
             weights.mul_(stored[scale].to(weights.device, non_blocking=True))
