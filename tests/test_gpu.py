@@ -135,7 +135,8 @@ def test_the_report_holds_the_figures_that_the_stages_wrote(workspace):
         assert f"| `{name}` | {model['parameters']:,} | {model['milliseconds']:.2f} ms |" in text
     assert f"experts resident: {cache['resident_tokens_per_second']:,.0f} tokens/s" in text
     for row in cache["rows"]:
-        assert f"{row['tokens_per_second']:,.0f} ({row['ratio_to_resident']:.2f}; {row['hit_rate']:.2f})" in text
+        ratios = f"{row['ratio_to_resident']:.2f}; {row['hit_rate']:.2f}; {row['stall_ms_per_token']:.2f} ms"
+        assert f"{row['tokens_per_second']:,.0f} ({ratios})" in text
     for result in dag["results"]:
         for row in result["candidates"].values():
             times = (row[part] for part in ("forward", "forward_backward"))
