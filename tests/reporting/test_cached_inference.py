@@ -54,7 +54,8 @@ def test_a_missed_goal_comes_with_what_was_measured_of_its_reason():
     assert "goal 15: **not reached**. All experts resident reach 14.12 themselves" in text
     # (1 - 0.3456) * 12 experts, 9.87 - 0.61 ms each; 1 / 41.25 s
     assert "goal 0.35: **not reached**. A token misses 7.9 of its 12 experts" in text
-    assert "takes 9.26 ms more than one that is held: 72.7 ms, beside the 24.2 ms of a token" in text
+    assert "takes 9.26 ms more than one that is held: 72.7 ms, where a token takes " in text
+    assert "in place of 24.2 ms with all experts resident" in text
     edit_json(PEERS, lambda data: data["goals"][1].__setitem__("value", 15.5))
     assert "15.50 (6.88–27.53), goal 15: reached." in report()
 

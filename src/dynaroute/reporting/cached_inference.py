@@ -135,8 +135,10 @@ def _reason(goal: Record, peers: Record) -> str:
     missing = (1 - own["hit_rate"]) * peers["experts_per_token"]
     return (
         f"A token misses {missing:.1f} of its {peers['experts_per_token']} experts, and one that is read as it is "
-        f"needed takes {more:.2f} ms more than one that is held: {missing * more:.1f} ms, beside the "
-        f"{1000 / resident['tokens_per_second']:.1f} ms of a token with all experts resident."
+        f"needed takes {more:.2f} ms more than one that is held: {missing * more:.1f} ms, where a token takes "
+        f"{1000 / own['tokens_per_second']:.1f} ms in place of {1000 / resident['tokens_per_second']:.1f} ms with all "
+        "experts resident. What reads do not explain of it is bookkeeping, reading threads beside the computation, and "
+        "what differs between repetitions, whose range stands beside the ratio: these were not measured apart."
     )
 
 
