@@ -185,6 +185,8 @@ def killed_queue(pristine: Workspace, root: Path, which: str, draw: random.Rando
         kill_all_in(workspace.root)
         process.wait()
         workspace.run("make", "recover")
+        # DVC takes what was killed for running, and `--run-all` would wait for it for ever.
+        workspace.run("dvc", "queue", "kill", "--force", "first", check=False)
         again = workspace.run("dvc", "exp", "run", "--queue", "--name", "again", *CHANGE, check=False)
         ended = workspace.run("dvc", "exp", "run", "--run-all", check=False)
         applied = workspace.run("dvc", "exp", "apply", "again", check=False)
