@@ -268,13 +268,12 @@ def main() -> None:
     undisturbed: dict[str, str] = {}
     restore()
 
-    def try_case(case: str) -> list[Row]:
+    def try_case(case: str, draw: random.Random) -> list[Row]:
         kind = list(ways)[int(case) % len(ways)]
         patterns, load = ways[kind]
         if kind not in undisturbed:
             undisturbed[kind] = read(load)
             assert undisturbed[kind].startswith("values"), f"{kind}: {undisturbed[kind]}"
-        draw = random.Random(f"{arguments.seed}, {case}")
         files = sorted(path for pattern in patterns for path in Path().glob(pattern) if path.is_file())
         path = draw.choice([path for path in files if path.stat().st_size])
         content = path.read_bytes()

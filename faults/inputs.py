@@ -230,8 +230,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__, cases=900, seed=0)
     pristine = finished_workspace(arguments.workspace)
 
-    def try_case(case: str) -> list[Row]:
-        draw = random.Random(f"{arguments.seed}, {case}")
+    def try_case(case: str, draw: random.Random) -> list[Row]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             if case.startswith("-S "):

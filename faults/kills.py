@@ -50,8 +50,7 @@ def main() -> None:
         cases[f"{stages[place]}, {' '.join(command)}, {again // len(COMMANDS)}"] = stages[place], command
     with tempfile.TemporaryDirectory() as folder:
 
-        def try_case(case: str) -> list[Row]:
-            draw = random.Random(f"{arguments.seed}, {case}")
+        def try_case(case: str, draw: random.Random) -> list[Row]:
             root = Path(folder) / case.replace("/", "_")
             return kill_and_mend(pristine, root, *cases[case], draw)
 

@@ -11,6 +11,7 @@ Writes  reports/reliability/repeat.json
 
 import csv
 import json
+import random
 import tempfile
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def main() -> None:
     pristine = finished_workspace(arguments.workspace)
     with tempfile.TemporaryDirectory() as folder:
 
-        def try_case(case: str) -> list[Row]:
+        def try_case(case: str, _: random.Random) -> list[Row]:
             with copy_of(pristine, Path(folder) / "workspace") as workspace:
                 return [again(workspace, THREADS[case])]
 

@@ -64,9 +64,9 @@ def main() -> None:
     cases = {f"{what}, {which}": (what, which) for what, (_, whole) in situations.items() for which in whole}
     with tempfile.TemporaryDirectory() as folder:
 
-        def try_case(case: str) -> list[Row]:
+        def try_case(case: str, draw: random.Random) -> list[Row]:
             what, which = cases[case]
-            draw, root = random.Random(f"{arguments.seed}, {case}"), Path(folder) / case.replace("/", "_")
+            root = Path(folder) / case.replace("/", "_")
             root.mkdir()
             return [{"situation": what, "stage": which, **situations[what][0](pristine, root, which, draw)}]
 

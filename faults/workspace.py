@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -53,11 +54,12 @@ def run_campaign(
     name: str,
     arguments: argparse.Namespace,
     cases: Sequence[str],
-    try_case: Callable[[str], list[Row]],
+    try_case: Callable[[str, random.Random], list[Row]],
     at_once: int = 1,
 ) -> None:
     """Tries all cases, and writes reports/reliability/NAME.json at the end, also at an early one.
 
+    Each case draws from a generator of its own, so that it is the same whichever are tried before it or beside it.
     What a case gave is kept in the workspace at once, so a campaign that was stopped or killed goes on when it is
     started again.
     """
@@ -75,7 +77,7 @@ def run_campaign(
     try:
         with kept.open("a", encoding="utf-8") as file, tqdm(total=len(cases), desc=name, unit="case") as progress:
             progress.update(len(cases) - len(left))
-            futures = {pool.submit(try_case, case): case for case in left}
+            futures = {pool.submit(try_case, case, random.Random(f"{arguments.seed}, {case}")): case for case in left}
             for future in as_completed(futures):
                 case = futures[future]
                 if error := future.exception():  # of the campaign itself: tried again when it is started again
