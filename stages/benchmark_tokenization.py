@@ -5,20 +5,21 @@
 Reads   data/raw/<dwr.corpus>, data/tokens/<dwr.corpus>/tokenizer
 Writes  reports/benchmarks/tokenization.json
 
-    dynaroute  what the stage tokenize_corpus does: reads and parses documents, encodes them, writes and sums shards
-    library    encodes texts that are in memory already, in one call on as many threads as there are cores:
-               tiktoken's encode_ordinary_batch, or encode_batch_fast of tokenizers with its lists of ids
+    dynaroute    what the stage tokenize_corpus does: reads and parses documents, encodes them, writes and sums shards
+    library      encodes texts that are in memory already, in one call on as many threads as there are cores:
+                 tiktoken's encode_ordinary_batch, or encode_batch_fast of tokenizers with its lists of ids
+    independent  on c cores, c processes that each do on one core all that dynaroute does, at the same time, and share
+                 nothing: how much these cores give at all, which on a shared machine is less than c times as much
 
 The text is the training split, as often as it takes, cut into pieces that keep all cores busy. The tokenizers are the
 corpus's own and, where it can be had, GPT-2's: without a network, TIKTOKEN_CACHE_DIR has to name a folder with its
 files.
 
-Every number of cores has a process of its own, which is kept to them. All take turns, so that what else the machine
-does falls on all alike; ratios are medians over rounds of two times in the same round. Where it does much else, trust
-CPU time: that of all threads, and the part of it that is the main thread's, which no number of cores makes shorter.
-Nothing passes between processes. While others encode, the main thread reads, parses, writes and sums; alone it does so
-with the first and the last of some eight batches. So c cores would be c times as fast up to about 1 / (that part), less
-what threads wait for Python's lock, under which ids become arrays. Whether two cores are two is told by the library.
+Every process is kept to its cores. All take turns, so that what else the machine does falls on all alike; ratios are
+medians over rounds of two times in the same round. Where it does much else, trust CPU time: that of all threads, and
+the part of it that is the main thread's, which no number of cores makes shorter. While others encode, the main thread
+reads, parses, writes and sums; alone it does so with the first and the last batch only. So c cores would be c times as
+fast up to about 1 / (that part), less what threads wait for Python's lock, under which ids become arrays.
 """
 
 import functools
@@ -33,7 +34,7 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -46,7 +47,7 @@ from dynaroute.data.tokenizers import TiktokenTokenizer, Tokenizer, available_co
 from dynaroute.errors import DynarouteError
 from dynaroute.stage import run
 
-CHARACTERS = 2**24  # of text: eight batches; the library holds its tokens as Python objects
+CHARACTERS = 2**25  # of text: sixteen batches; the library holds its tokens as Python objects
 PIECE = 2**14  # characters of a document at most
 ROUNDS, WARM_UP = 5, 1
 
@@ -79,9 +80,9 @@ def by_dynaroute(tokenizer: Tokenizer, pieces: Path, folder: Path) -> dict[str, 
     return writer.close()
 
 
-def keep_to(cores: int) -> None:
-    """Leaves this process, and the threads that it starts, that many cores."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+def keep_to(cores: list[int]) -> None:
+    """Leaves this process, and the threads that it starts, these cores."""
+    os.sched_setaffinity(0, cores)
 
 
 @functools.cache
@@ -90,21 +91,26 @@ def warm_tokenizer(folder: Path, _user: str) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def seconds(tokenizer_folder: Path, pieces: Path) -> dict[str, tuple[float, float, float]]:
-    """Of both, one after the other: by the clock, of all threads' CPU time, and of this thread's."""
-    texts = [document.text for document in read_documents(pieces)]
+class Times(NamedTuple):
+    """Of one run, in seconds."""
+
+    clock: float
+    cpu: float  # of all threads
+    main: float  # CPU time of the main thread
+
+
+def seconds(user: str, tokenizer_folder: Path, pieces: Path) -> Times:
+    """Of dynaroute, or of the library."""
+    tokenizer = warm_tokenizer(tokenizer_folder, user)
+    texts = [document.text for document in read_documents(pieces)] if user == "library" else []
+    clocks = time.perf_counter, time.process_time, time.thread_time
     with tempfile.TemporaryDirectory() as folder:
-        calls = {
-            "library": lambda: by_library(warm_tokenizer(tokenizer_folder, "library"), texts),
-            "dynaroute": lambda: by_dynaroute(warm_tokenizer(tokenizer_folder, "dynaroute"), pieces, Path(folder)),
-        }
-        found = {}
-        for name, call in calls.items():
-            clocks = time.perf_counter, time.process_time, time.thread_time
-            started = [clock() for clock in clocks]
-            call()
-            found[name] = tuple(clock() - start for clock, start in zip(clocks, started, strict=True))
-    return found
+        started = [clock() for clock in clocks]
+        if user == "library":
+            by_library(tokenizer, texts)
+        else:
+            by_dynaroute(tokenizer, pieces, Path(folder))
+        return Times(*(clock() - start for clock, start in zip(clocks, started, strict=True)))
 
 
 def quartiles(ones: Sequence[float], others: Sequence[float]) -> tuple[float, list[float]]:
@@ -114,44 +120,59 @@ def quartiles(ones: Sequence[float], others: Sequence[float]) -> tuple[float, li
 
 
 def measure(tokenizers: dict[str, Path], pieces: Path, core_counts: list[int]) -> list[dict[str, Any]]:
-    """A row for each tokenizer and number of cores."""
-    spawn = get_context("spawn")
-    pools = {cores: ProcessPoolExecutor(1, spawn, keep_to, (cores,)) for cores in core_counts}
+    """A row for each tokenizer and number of cores, of which 1 is the first."""
+    spawn, cores = get_context("spawn"), sorted(os.sched_getaffinity(0))
+    pools = {count: ProcessPoolExecutor(1, spawn, keep_to, (cores[:count],)) for count in core_counts}
+    alone = [ProcessPoolExecutor(1, spawn, keep_to, ([core],)) for core in cores[: max(core_counts)]]
     cells = list(itertools.product(tokenizers, core_counts))
-    times: dict[tuple[str, int], list[dict[str, tuple[float, float, float]]]] = {cell: [] for cell in cells}
+    times: dict[tuple[str, int], list[dict[str, Times]]] = {cell: [] for cell in cells}
     try:
         for _ in tqdm(range(WARM_UP + ROUNDS), desc="benchmark_tokenization", unit="round", disable=None):
-            for name, cores in cells:
-                times[name, cores].append(pools[cores].submit(seconds, tokenizers[name], pieces).result())
+            for name, count in cells:
+                work = tokenizers[name], pieces
+                found = {user: pools[count].submit(seconds, user, *work).result() for user in ("library", "dynaroute")}
+                together = [pool.submit(seconds, "dynaroute", *work) for pool in alone[:count]]
+                clocks, cpus, mains = zip(*(future.result() for future in together), strict=True)
+                # as if one after the other had done as much in this time as all did in theirs
+                found["independent"] = Times(
+                    1 / sum(1 / clock for clock in clocks), sum(cpus) / count, sum(mains) / count
+                )
+                times[name, count].append(found)
     finally:
-        for pool in pools.values():
+        for pool in (*pools.values(), *alone):
             pool.shutdown()
     megabytes = sum(len(document.text.encode()) for document in read_documents(pieces)) / 1e6
+
+    def of(who: str, name: str, count: int) -> Times:
+        """Times of every round."""
+        return Times(*zip(*(found[who] for found in times[name, count][WARM_UP:]), strict=True))
+
     rows = []
-    for name, cores in cells:
-        (ours, cpu, main), (library, library_cpu, _) = (
-            zip(*(found[who] for found in times[name, cores][WARM_UP:]), strict=True)
-            for who in ("dynaroute", "library")
-        )
-        one, library_one = ([found[who][0] for found in times[name, 1][WARM_UP:]] for who in ("dynaroute", "library"))
-        ratio, ratio_quartiles = quartiles(library, ours)
-        speedup, speedup_quartiles = quartiles(one, ours)
+    for name, count in cells:
+        ours, library, independent = (of(who, name, count) for who in ("dynaroute", "library", "independent"))
+        ratio, ratio_quartiles = quartiles(library.clock, ours.clock)
+        speedup, speedup_quartiles = quartiles(of("dynaroute", name, 1).clock, ours.clock)
+        scaling, scaling_quartiles = quartiles(independent.clock, ours.clock)
         package = "tiktoken" if isinstance(load_tokenizer(tokenizers[name]), TiktokenTokenizer) else "tokenizers"
         rows.append(
             {
                 "tokenizer": name,
                 "library": f"{package} {version(package)}",
-                "cores": cores,
-                "megabytes_per_second": megabytes / statistics.median(ours),
-                "library_megabytes_per_second": megabytes / statistics.median(library),
+                "cores": count,
+                "megabytes_per_second": megabytes / statistics.median(ours.clock),
+                "library_megabytes_per_second": megabytes / statistics.median(library.clock),
                 "throughput_against_library": ratio,
                 "throughput_against_library_quartiles": ratio_quartiles,
-                "throughput_against_library_by_cpu_time": quartiles(library_cpu, cpu)[0],
-                "main_thread_share_of_cpu_time": quartiles(main, cpu)[0],
-                "megabytes_per_cpu_second": megabytes / statistics.median(cpu),
+                "throughput_against_library_by_cpu_time": quartiles(library.cpu, ours.cpu)[0],
+                "throughput_against_independent_processes": scaling,
+                "throughput_against_independent_processes_quartiles": scaling_quartiles,
+                "throughput_against_independent_processes_by_cpu_time": quartiles(independent.cpu, ours.cpu)[0],
+                "main_thread_share_of_cpu_time": quartiles(ours.main, ours.cpu)[0],
+                "megabytes_per_cpu_second": megabytes / statistics.median(ours.cpu),
                 "speedup_over_one_core": speedup,
                 "speedup_over_one_core_quartiles": speedup_quartiles,
-                "library_speedup_over_one_core": quartiles(library_one, library)[0],
+                "library_speedup_over_one_core": quartiles(of("library", name, 1).clock, library.clock)[0],
+                "independent_speedup_over_one_core": quartiles(of("independent", name, 1).clock, independent.clock)[0],
             }
         )
     return rows
@@ -184,7 +205,8 @@ def main(settings: Settings) -> None:
             f"{row['tokenizer']}, {row['cores']} cores: {row['megabytes_per_second']:.1f} MB/s, "
             f"{row['throughput_against_library']:.2f} times {row['library']} "
             f"(by CPU time {row['throughput_against_library_by_cpu_time']:.2f}); "
-            f"{row['speedup_over_one_core']:.2f} times one core ({row['library_speedup_over_one_core']:.2f} there)"
+            f"{row['speedup_over_one_core']:.2f} times one core ({row['library_speedup_over_one_core']:.2f} there, "
+            f"{row['independent_speedup_over_one_core']:.2f} by independent processes)"
         )
     report = size | {"rounds": ROUNDS, "results": rows, "not_measured": skipped}
     write_json("reports/benchmarks/tokenization.json", report | {"machine": describe_machine("cpu")})
