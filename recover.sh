@@ -1,0 +1,39 @@
+#!/bin/sh
+# What `make recover` does: mends what a killed stage, `dvc repro` or `dvc exp run` can leave.
+
+# A stage that outlived its DVC still writes: nothing may be mended under it.
+for lock in .scratch/running_*/lock gpu/.scratch/running_*/lock; do
+  if [ -s "$lock" ] && command -v flock >/dev/null && ! flock --timeout 60 "$lock" true; then
+    echo "$lock: process $(cat "$lock") is at work: wait for it, or stop it"
+    exit 1
+  fi
+done
+
+rm -f "$(git rev-parse --git-path index.lock 2>/dev/null)" .dvc/tmp/rwlock .dvc/tmp/lock
+
+# A killed `dvc exp run` leaves git without a branch, and its own experiment for the next one to run as well.
+if ! git symbolic-ref --quiet HEAD >/dev/null; then
+  branch=$(git rev-parse --symbolic-full-name '@{-1}' 2>/dev/null)
+  tip=$(git rev-parse --quiet --verify "$branch")
+  began=$(git rev-parse --quiet --verify refs/exps/exec/EXEC_BASELINE)
+  if [ "$tip" ] && { [ "$tip" = "$(git rev-parse HEAD)" ] || [ "$tip" = "$began" ]; }; then
+    git symbolic-ref HEAD "$branch"
+    git reset --quiet
+    echo "git is on $branch again"
+  fi
+fi
+git update-ref -d refs/exps/stash 2>/dev/null
+git reset --quiet -- .dvc/tmp/repro.dat 2>/dev/null
+rm -f .dvc/tmp/repro.dat
+
+# Cut off within a line, or so that DVC refuses it. Git's goes there, if it has one. What else a cut takes, DVC does again.
+for lock in dvc.lock corpora/dvc.lock gpu/dvc.lock; do
+  if [ -e $lock ] && [ "$(git status --porcelain -- $lock 2>&1)" ] && {
+    [ "$(tail -c 1 $lock | wc -l)" -ne 1 ] || dvc stage list ${lock%lock}yaml 2>&1 | grep -q "dvc.lock' validation failed"
+  }; then
+    git checkout --quiet -- $lock 2>/dev/null || rm -f $lock
+  fi
+done
+
+find data reports gpu -name '.*.tmp' -prune -exec rm -rf {} + 2>/dev/null
+git stash list | sed 's/^/set aside, by you or by a killed dvc exp run (git stash show, git stash pop): /'
