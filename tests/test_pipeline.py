@@ -229,7 +229,7 @@ def test_every_script_explains_itself(finished):
 @pytest.mark.parametrize("committed", [True, False])
 def test_recover_mends_an_empty_lock_file_also_where_git_has_none(tmp_path, committed):
     workspace = Workspace(tmp_path)
-    shutil.copyfile(REPOSITORY / "Makefile", tmp_path / "Makefile")
+    shutil.copyfile(REPOSITORY / "recover.sh", tmp_path / "recover.sh")
     workspace.run("git", "init", "-q")
     if committed:
         (tmp_path / "dvc.lock").write_text("schema: '2.0'\n")
@@ -241,7 +241,7 @@ def test_recover_mends_an_empty_lock_file_also_where_git_has_none(tmp_path, comm
     (tmp_path / ".git/index.lock").write_text("")  # of a killed `dvc exp run`; with it git checks nothing out
     (tmp_path / ".scratch/running_train_dwr").mkdir(parents=True)
     (tmp_path / ".scratch/running_train_dwr/lock").write_text("1")  # of a process that is gone
-    workspace.run("make", "recover")
+    workspace.run("sh", "recover.sh")
     assert not (tmp_path / ".dvc/tmp/rwlock").exists()
     assert not list((tmp_path / "data/dwr").iterdir())
     assert not (tmp_path / ".git/index.lock").exists()
@@ -249,10 +249,10 @@ def test_recover_mends_an_empty_lock_file_also_where_git_has_none(tmp_path, comm
     if committed:
         assert (tmp_path / "dvc.lock").read_text() == "schema: '2.0'\n"
         (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages:\n  tra")  # cut off
-        workspace.run("make", "recover")
+        workspace.run("sh", "recover.sh")
         assert (tmp_path / "dvc.lock").read_text() == "schema: '2.0'\n"
         (tmp_path / "dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
-        workspace.run("make", "recover")
+        workspace.run("sh", "recover.sh")
         assert "stages" in (tmp_path / "dvc.lock").read_text()  # what is not empty stays
 
 
@@ -273,16 +273,16 @@ def test_a_lock_file_cut_off_at_a_line_end_is_mended_or_only_costs_runs(finished
 
 def test_recover_waits_for_no_lock_but_that_of_a_stage_at_work_also_of_the_gpu_pipeline(tmp_path):
     workspace = Workspace(tmp_path)
-    text = (REPOSITORY / "Makefile").read_text()
-    (tmp_path / "Makefile").write_text(text.replace("--timeout 60", "--timeout 0.1"))
+    script = (REPOSITORY / "recover.sh").read_text()
+    (tmp_path / "recover.sh").write_text(script.replace("--timeout 60", "--timeout 0.1"))
     workspace.run("git", "init", "-q")
     lock = tmp_path / "gpu/.scratch/running_train_dwr/lock"
     lock.parent.mkdir(parents=True)
     lock.write_text("17")
-    workspace.run("make", "recover")
+    workspace.run("sh", "recover.sh")
     with lock.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        refused = workspace.run("make", "recover", check=False)
+        refused = workspace.run("sh", "recover.sh", check=False)
     assert refused.returncode
     assert "gpu/.scratch/running_train_dwr/lock: process 17 is at work" in refused.stdout
 
@@ -290,14 +290,14 @@ def test_recover_waits_for_no_lock_but_that_of_a_stage_at_work_also_of_the_gpu_p
 @pytest.mark.parametrize("own", [False, True])
 def test_recover_puts_git_back_on_the_branch_that_a_killed_experiment_left(tmp_path, own):
     workspace = Workspace(tmp_path)
-    shutil.copyfile(REPOSITORY / "Makefile", tmp_path / "Makefile")
+    shutil.copyfile(REPOSITORY / "recover.sh", tmp_path / "recover.sh")
     workspace.run("git", "init", "-q", "-b", "work")
     workspace.commit("first")
     (tmp_path / "notes").write_text("mine")
     workspace.commit("second")
     workspace.run("git", "checkout", "-q", "--detach", "HEAD~1" if own else "HEAD")  # as a person, or as DVC does
     (tmp_path / "notes").write_text("not committed yet")
-    workspace.run("make", "recover")
+    workspace.run("sh", "recover.sh")
     assert workspace.run("git", "rev-parse", "--abbrev-ref", "HEAD").stdout.strip() == ("HEAD" if own else "work")
     assert (tmp_path / "notes").read_text() == "not committed yet"
 
