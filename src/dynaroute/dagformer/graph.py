@@ -260,6 +260,10 @@ class _Exchange:
         """Where the layers start .. stop-1, or the one layer start, are in `sent`."""
         return slice(start * self.S, (stop or start + 1) * self.S)
 
+    def heads(self, values: Tensor, n: int) -> Tensor:
+        """What `values`, which is `sent` or `d_sent`, holds of the heads of layer n: a view, [B*T, H, D]."""
+        return values[:, :, self.senders(n)].view(-1, self.S, values.shape[-1])[:, :-1]
+
     def receivers(self, start: int, stop: int | None = None) -> slice:
         """Where the layers start .. stop-1, or the one layer start, are in `received`."""
         return slice((start - 1) * self.H, ((stop or start + 1) - 1) * self.H)
@@ -328,7 +332,7 @@ class _Send(torch.autograd.Function):
         B, T, _ = z.shape
         H, D = exchange.H, len(w)
         w_o = w_o.view(D, H, -1).permute(1, 2, 0)  # [H, K, D]
-        heads = exchange.sent[:, :, exchange.senders(n)].view(B * T, H + 1, D)[:, :H]
+        heads = exchange.heads(exchange.sent, n)
         torch.bmm(z.view(B * T, H, -1).transpose(0, 1), w_o, out=heads.transpose(0, 1))
         total = heads.sum(1)  # [B*T, D]
         inverse = torch.rsqrt(_wide(total).square().mean(-1, keepdim=True) + eps)  # [B*T, 1]
@@ -347,11 +351,9 @@ class _Send(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
         """By now all later layers have added to `d_sent` what they owe to these heads = w * raw * inverse."""
         total, inverse, w_o, w, z = ctx.saved_tensors
-        exchange, senders = ctx.exchange, ctx.exchange.senders(ctx.n)
-        B, T, D = d_total.shape
+        exchange, (B, T, D) = ctx.exchange, d_total.shape
         H = exchange.H
-        heads = exchange.sent[:, :, senders].view(B * T, H + 1, D)[:, :H]
-        d_heads = exchange.d_sent[:, :, senders].view(B * T, H + 1, D)[:, :H]
+        heads, d_heads = (exchange.heads(values, ctx.n) for values in (exchange.sent, exchange.d_sent))
         if exchange.normalise_sent:
             d_heads.sub_(heads * (heads * d_heads).mean(-1, keepdim=True)).mul_(ctx.inverse_of_head)
             heads = heads / ctx.inverse_of_head
@@ -391,8 +393,8 @@ class _SendScaled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, total: Tensor, exchange: _Exchange, n: int, w_o: Tensor) -> Tensor:
-        B, T, D = total.shape
-        heads = exchange.sent[:, :, exchange.senders(n)].view(B * T, exchange.S, D)[:, :-1]
+        B, T, _ = total.shape
+        heads = exchange.heads(exchange.sent, n)
         torch.bmm(z.view(B * T, exchange.H, -1).transpose(0, 1), w_o, out=heads.transpose(0, 1))
         ctx.save_for_backward(w_o)
         ctx.exchange, ctx.n = exchange, n
@@ -402,8 +404,8 @@ class _SendScaled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
         (w_o,) = ctx.saved_tensors
-        exchange, (B, T, D) = ctx.exchange, d_total.shape
-        d_heads = exchange.d_sent[:, :, exchange.senders(ctx.n)].view(B * T, exchange.S, D)[:, :-1]
+        exchange, (B, T, _) = ctx.exchange, d_total.shape
+        d_heads = exchange.heads(exchange.d_sent, ctx.n)
         d_z = torch.bmm(d_heads.transpose(0, 1), w_o.transpose(1, 2))  # [H, B*T, K]
         return d_z.transpose(0, 1).reshape(B, T, -1), d_total, None, None, None
 
