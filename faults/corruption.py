@@ -31,7 +31,8 @@ from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
 from dynaroute.dagformer.trained import load_predictor
 from dynaroute.data.collection import read_documents
-from dynaroute.data.shards import ShardWriter, SplitState, TokenShards
+from dynaroute.data.shard_writer import ShardWriter, SplitState
+from dynaroute.data.shards import TokenShards
 from dynaroute.data.tokenizers import load_tokenizer
 from dynaroute.dwr.experts import ExpertStore
 from dynaroute.dwr.inference import load_resident

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from dynaroute.artifacts import write_json
 from dynaroute.config import GPT2, Settings
 from dynaroute.data.collection import read_documents
-from dynaroute.data.shards import ShardWriter
+from dynaroute.data.shard_writer import ShardWriter
 from dynaroute.data.tokenization import encoded
 from dynaroute.data.tokenizers import TiktokenTokenizer, Tokenizer, available_cores, load_tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError

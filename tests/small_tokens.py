@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynaroute.artifacts import write_json
-from dynaroute.data.shards import SHARD_TOKENS, ShardWriter, padded, token_dtype
+from dynaroute.data.shard_writer import SHARD_TOKENS, ShardWriter, padded, token_dtype
 
 
 def write_tokens(

@@ -23,7 +23,8 @@ from dynaroute.config import ByteBPE, Corpus, read_yaml
 from dynaroute.data import download, streaming, tokenization
 from dynaroute.data.collection import collect
 from dynaroute.data.download import fetch_gzip
-from dynaroute.data.shards import ShardWriter, TokenShards
+from dynaroute.data.shard_writer import ShardWriter
+from dynaroute.data.shards import TokenShards
 from dynaroute.data.streaming import list_addresses, tokenize_stream
 from dynaroute.data.tokenization import tokenize
 from dynaroute.data.tokenizers import save_tokenizer

@@ -8,7 +8,8 @@ import torch
 from small_dagformer import write_tokens
 
 from dynaroute.artifacts import write_json
-from dynaroute.data.shards import ShardWriter, TokenShards
+from dynaroute.data.shard_writer import ShardWriter
+from dynaroute.data.shards import TokenShards
 from dynaroute.evaluation.domains import (
     Domains,
     domain_windows,

@@ -31,7 +31,7 @@ from dynaroute.data.collection import SPLITS, refuse_unfilled_splits, split_of, 
 from dynaroute.data.corpora import read_dolma, usable
 from dynaroute.data.download import fetch_gzip
 from dynaroute.data.parallel import in_order
-from dynaroute.data.shards import SHARD_TOKENS, ShardWriter, SplitState
+from dynaroute.data.shard_writer import SHARD_TOKENS, ShardWriter, SplitState
 from dynaroute.data.tokenization import describe, encoded
 from dynaroute.data.tokenizers import load_tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError

@@ -14,7 +14,7 @@ from dynaroute.data.collection import SPLITS, read_documents
 from dynaroute.data.corpora import Document
 from dynaroute.data.overlap import shared_shares
 from dynaroute.data.parallel import in_order
-from dynaroute.data.shards import SHARD_TOKENS, ShardWriter, padded, token_dtype
+from dynaroute.data.shard_writer import SHARD_TOKENS, ShardWriter, padded, token_dtype
 from dynaroute.data.tokenizers import Tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
 

@@ -1,0 +1,208 @@
+"""Writes tokens to disk as a stream, in the form that dynaroute.data.shards describes and reads."""
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dynaroute.artifacts import sha256
+from dynaroute.errors import DynarouteError
+
+SHARD_TOKENS = 2**26
+
+
+def padded(vocab_size: int) -> int:
+    """The next multiple of 64, the width that matrix products like: 50,257 becomes 50,304."""
+    return math.ceil(vocab_size / 64) * 64
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The smallest type that holds every id of the padded vocabulary."""
+    return "uint16" if padded(vocab_size) <= 2**16 else "uint32"
+
+
+class GrowingArray:
+    """A one-dimensional .npy file that is written from front to back; its header gets its length at the end.
+
+    What was appended and flushed stays after a kill, and the file can be taken up again at any earlier length.
+    """
+
+    def __init__(self, path: Path, dtype: str, length: int = 0, sha256: str | None = None) -> None:
+        """Starts a file, or goes on with the first `length` values of one that exists, whose SHA-256 is given.
+
+        Raises:
+            DynarouteError: they are not those that were written, or not there.
+        """
+        self.path, self.dtype, self.length = path, np.dtype(dtype), length
+        try:
+            self._file = path.open("r+b" if length else "w+b")
+        except OSError as error:
+            raise DynarouteError(f"{path}: cannot be opened: {error.strerror}") from error
+        self._write_header()
+        self._sha256 = hashlib.sha256()
+        for start in range(0, length, 2**20):
+            self._sha256.update(self._file.read(min(2**20, length - start) * self.dtype.itemsize))
+        if length and self.sha256() != sha256:
+            raise DynarouteError(f"{path}: damaged: its first {length} values are not those that were written")
+        self._file.seek(0)
+        self._write_header()
+        self._file.truncate(self._file.tell() + length * self.dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, values: np.ndarray) -> None:
+        """Adds values, which must fit into the array's type."""
+        content = values.astype(self.dtype).tobytes()
+        self._file.write(content)
+        self._sha256.update(content)
+        self.length += len(values)
+
+    def sha256(self) -> str:
+        """Of the values so far, as hexadecimal digits."""
+        return self._sha256.hexdigest()
+
+    def flush(self) -> None:
+        """Forces what was appended to disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Completes the file; the same bytes as `np.save` of all values at once."""
+        self._file.seek(0)
+        self._write_header()
+        self.flush()
+        self._file.close()
+
+    def _write_header(self) -> None:
+        """Of the same size whatever the length: numpy leaves room for it to grow."""
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+class SplitState(NamedTuple):
+    """How much of a split is on disk, and what of it the files do not tell."""
+
+    num_tokens: int
+    num_documents: int
+    num_characters: int
+    tokens_by_source: dict[str, int]
+    sha256: dict[str, str]  # of the values in each file
+
+
+class ShardWriter:
+    """Writes one split as a stream of documents; memory does not grow with it, and a kill loses only what came last."""
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        sources: list[str],
+        vocab_size: int,
+        shard_tokens: int = SHARD_TOKENS,
+        state: SplitState | None = None,
+    ) -> None:
+        """Starts a split of at most `shard_tokens` tokens a file in an existing folder, or goes on with one.
+
+        Args:
+            folder: where the files are.
+            split: its name.
+            sources: of documents; new ones are added to the list as they come.
+            vocab_size: of the tokenizer.
+            shard_tokens: tokens of a file.
+            state: what `flush` returned; all that was written later is dropped.
+
+        Raises:
+            DynarouteError: what was written earlier is damaged.
+        """
+        self.folder, self.split, self.sources = folder, split, sources
+        self.vocab_size, self.shard_tokens = vocab_size, shard_tokens
+        state = state or SplitState(0, 0, 0, {}, {})
+        self.num_tokens, self._num_characters = state.num_tokens, state.num_characters
+        self._tokens_by_source = Counter(state.tokens_by_source)
+        self._sha256 = dict(state.sha256)
+        documents = state.num_documents
+        self._offsets = self._open("offsets", "<i8", documents + 1 if documents else 0)
+        if not documents:
+            self._offsets.append(np.zeros(1))
+        self._document_sources = self._open("sources", "<i4", documents)
+        self._shard: GrowingArray | None = None
+        full, rest = divmod(self.num_tokens, shard_tokens)
+        for number in range(full):
+            self._open_shard(number, shard_tokens).close()  # checks it
+        if rest:
+            self._shard = self._open_shard(full, rest)
+        for late in folder.glob(f"{split}-[0-9]*.npy"):
+            if int(late.stem.rpartition("-")[2]) >= full + bool(rest):
+                late.unlink()
+
+    def write(self, ids: Sequence[int] | np.ndarray, source: str, num_characters: int) -> None:
+        """Appends a document: its tokens, end-of-text included."""
+        tokens = np.asarray(ids)
+        if source not in self.sources:
+            self.sources.append(source)
+        self.num_tokens += len(tokens)
+        self._offsets.append(np.array([self.num_tokens]))
+        self._document_sources.append(np.array([self.sources.index(source)]))
+        self._num_characters += num_characters
+        self._tokens_by_source[source] += len(tokens)
+        while len(tokens):
+            if self._shard is None:
+                self._shard = self._open_shard((self.num_tokens - len(tokens)) // self.shard_tokens)
+            part = tokens[: self.shard_tokens - self._shard.length]
+            tokens = tokens[len(part) :]
+            self._shard.append(part)
+            if self._shard.length == self.shard_tokens:
+                self._sha256[self._shard.path.name] = self._shard.sha256()
+                self._shard.close()
+                self._shard = None
+
+    def flush(self) -> SplitState:
+        """Forces all to disk, and returns what goes on from here."""
+        for array in (self._offsets, self._document_sources, self._shard):
+            if array is not None:
+                array.flush()
+                self._sha256[array.path.name] = array.sha256()
+        documents = self._document_sources.length
+        sources = dict(self._tokens_by_source)
+        return SplitState(self.num_tokens, documents, self._num_characters, sources, dict(self._sha256))
+
+    def close(self) -> dict[str, Any]:
+        """Completes the files and returns the split's metadata."""
+        for array in (self._offsets, self._document_sources, self._shard):
+            if array is not None:
+                array.close()
+        counts, shards = np.zeros(self.vocab_size, np.int64), []
+        for number in range(math.ceil(self.num_tokens / self.shard_tokens)):
+            path = self._path(f"{number:05d}")
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            for part in np.split(tokens, range(2**20, len(tokens), 2**20)):  # bincount takes 8 bytes a token
+                counts += np.bincount(part, minlength=len(counts))
+            shards.append({"file": path.name, "num_tokens": len(tokens), "sha256": sha256(path)})
+        shares = counts[counts > 0] / counts.sum()
+        return {
+            "num_tokens": self.num_tokens,
+            "num_documents": self._document_sources.length,
+            "num_characters": self._num_characters,
+            "tokens_by_source": {source: self._tokens_by_source[source] for source in self.sources},
+            "unigram_entropy": float((shares * -np.log(shares)).sum()),  # in nats
+            "shards": shards,
+            "offsets": self._file("offsets"),
+            "document_sources": self._file("sources"),
+        }
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{self.split}-{name}.npy"
+
+    def _file(self, name: str) -> dict[str, str]:
+        return {"file": self._path(name).name, "sha256": sha256(self._path(name))}
+
+    def _open_shard(self, number: int, length: int = 0) -> GrowingArray:
+        return self._open(f"{number:05d}", token_dtype(self.vocab_size), length)
+
+    def _open(self, name: str, dtype: str, length: int) -> GrowingArray:
+        path = self._path(name)
+        return GrowingArray(path, dtype, length, self._sha256.get(path.name))
