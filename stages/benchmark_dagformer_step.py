@@ -110,8 +110,7 @@ def training_step(
     def step() -> None:
         model.train()
         for batch in batches:
-            loss, _ = objective.loss(model, batch, 0)
-            accelerator.backward(loss / len(batches))
+            accelerator.backward(objective.loss(model, batch, 0)[0] / len(batches))
         accelerator.clip_grad_norm_(model.parameters(), variant.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import weakref
 
 import pytest
 import torch
@@ -89,6 +90,21 @@ def test_accumulated_micro_batches_equal_the_whole_batch(tmp_path):
         assert one["validation_loss"] == pytest.approx(other["validation_loss"], rel=1e-5)
         if one["step"]:
             assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+
+
+def test_a_micro_batch_holds_no_memory_of_the_one_before(tmp_path):
+    held, counts = [], []
+
+    class Counting(Objective):
+        def loss(self, model, batch, step):
+            counts.append(sum(reference() is not None for reference in held))
+            loss, metrics = super().loss(model, batch, step)
+            held[:] = map(weakref.ref, (loss, *metrics.values()))
+            return loss, metrics
+
+    train(tmp_path, Counting(), batch_size=4, micro_batch_size=1)
+    assert len(counts) > 4
+    assert not any(counts)
 
 
 def test_best_holds_the_weights_of_the_lowest_validation_loss(tmp_path):

@@ -274,11 +274,7 @@ class Trainer:
             draw = np.random.SeedSequence([self.seed, step, 0, number])
             torch.manual_seed(int(draw.generate_state(1, np.uint64)[0] >> 1))
             with contextlib.nullcontext() if number == own[-1] else accelerator.no_sync(self.model):
-                loss, metrics = self.objective.loss(self.model, self._batch(self.training, micro_batches[number]), step)
-                accelerator.backward(loss / len(own))
-            total += loss.item() / len(own)
-            for name, value in metrics.items():
-                self._add(name, value.detach() / len(own))
+                total += self._backward(micro_batches[number], step, len(own))
         norm = accelerator.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
         if not (math.isfinite(total) and math.isfinite(norm)):
             self._diverged(f"step {step + 1}: loss {total}, gradient norm {float(norm)}")
@@ -289,6 +285,17 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
         return total
+
+    def _backward(self, windows: np.ndarray, step: int, parts: int) -> float:
+        """Adds one of `parts` micro-batches to the gradients and metrics; its loss, divided by `parts`.
+
+        Nothing of its graph is left on return: the next one's would come on top of it.
+        """
+        loss, metrics = self.objective.loss(self.model, self._batch(self.training, windows), step)
+        self.accelerator.backward(loss / parts)
+        for name, value in metrics.items():
+            self._add(name, value.detach() / parts)
+        return loss.item() / parts
 
     def _diverged(self, what: str) -> NoReturn:
         good = f"{self.last_path} (step {self.saved_step})" if self.last_path.exists() else "none was written yet"
