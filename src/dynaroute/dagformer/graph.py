@@ -23,14 +23,12 @@ last s layers, s the largest power of two that divides n, are mixed into the nex
 import math
 import weakref
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.errors import DynarouteError
@@ -77,27 +75,19 @@ class DagForward(nn.Module):
     Args:
         base: the model; multi-head attention without biases.
         input_norm: see above.
-        gradient_checkpointing: recompute attention and MLP in the backward pass instead of storing their activations.
         trainable: see above.
 
     Raises:
         DynarouteError: a base or an input_norm that is not supported.
     """
 
-    def __init__(
-        self,
-        base: "Olmo2ForCausalLM",
-        input_norm: InputNorm = "none",
-        gradient_checkpointing: bool = False,
-        trainable: bool = False,
-    ):
+    def __init__(self, base: "Olmo2ForCausalLM", input_norm: InputNorm = "none", trainable: bool = False):
         super().__init__()
         _check_base(base)
         if input_norm not in get_args(InputNorm):
             raise DynarouteError(f"input_norm = {input_norm!r}: must be one of {', '.join(get_args(InputNorm))}")
         self.base = base.requires_grad_(trainable)
         self.input_norm = input_norm
-        self.gradient_checkpointing = gradient_checkpointing
         self.trainable = trainable
         self.num_layers, self.num_heads = base.config.num_hidden_layers, base.config.num_attention_heads
         # With these, input_j is mixed as hidden - sum_i (1 - A[i, j]) * head_i, where hidden is the residual stream of
@@ -134,7 +124,6 @@ class DagForward(nn.Module):
         position = model.rotary_emb(hidden, torch.arange(T, device=tokens.device)[None])
         gates = self._gates(adjacency)
         exchange = _Exchange(self, gates, hidden)
-        block = partial(checkpoint, self._block, use_reentrant=False) if self.gradient_checkpointing else self._block
         base = increment = hidden
         for n, layer in enumerate(model.layers):
             w_qkv = self._stack_w_qkv(n) if self.trainable else getattr(self, f"w_qkv_{n}")  # [H, 3K, D]
@@ -149,7 +138,7 @@ class DagForward(nn.Module):
             else:
                 qkv = _Receive.apply(gates, increment, exchange, n, w_qkv)  # [H, B*T, 3K]
             qkv = qkv.unflatten(-1, (3, -1)).permute(2, 1, 0, 3).reshape(3, B, T, -1)  # [3, B, T, H*K]
-            hidden, attended, mlp = block(layer, qkv, hidden, position, exchange)
+            hidden, attended, mlp = self._block(layer, qkv, hidden, position, exchange)
             # What later layers get of this one ungated; that of layer 0 includes the embedding.
             if self._complement:
                 increment = attended + mlp if n > 0 else hidden
