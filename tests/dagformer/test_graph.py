@@ -201,8 +201,12 @@ def test_a_gpu_computes_what_a_cpu_does(input_norm):
 @pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("input_norm", INPUT_NORMS)
 @pytest.mark.parametrize(("layers", "heads", "batch"), [(1, 2, 1), (2, 3, 1), (3, 2, 2), (5, 2, 2), (6, 1, 1)])
-def test_a_trainable_base_gets_the_gradients_of_the_formulas(layers, heads, batch, input_norm):
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_trainable_base_gets_the_gradients_of_the_formulas(layers, heads, batch, input_norm, zeros):
     base = make_base(layers, heads, 8 * heads, torch.float64, rms_norm_eps=1e-2)
+    if zeros:  # weights of 0, as of a base that was pruned
+        for layer in base.model.layers:
+            layer.post_attention_layernorm.weight.data[[1, 4]] = 0
     tokens = make_tokens(batch, 5)
     dag = DagForward(base, input_norm, trainable=True)
     gradients = []
@@ -369,6 +373,23 @@ def test_a_second_backward_through_a_retained_graph_gives_the_same_gradient():
         (first,) = torch.autograd.grad(loss, adjacency, retain_graph=True)
         (second,) = torch.autograd.grad(loss, adjacency)
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("input_norm", INPUT_NORMS)
+def test_a_second_backward_through_a_trainable_base_is_right_or_refused(input_norm):
+    base = make_base(4, 2, 16, torch.float64)
+    weights = [parameter for layer in base.model.layers for parameter in layer.parameters()]
+    loss = nll(
+        DagForward(base, input_norm, trainable=True)(make_tokens(), random_gates(base, 2).requires_grad_()),
+        make_tokens(),
+    )
+    first = torch.autograd.grad(loss, weights, retain_graph=True)
+    if input_norm in ("rms_post", "ln_post"):  # these keep what q, k and v read
+        for one, other in zip(first, torch.autograd.grad(loss, weights), strict=True):
+            assert torch.equal(one, other)
+    else:
+        with pytest.raises(DynarouteError, match="a second backward pass through one forward of a trainable base"):
+            torch.autograd.grad(loss, weights)
 
 
 def test_buffers_are_reused_and_hold_two_copies_of_the_heads_and_one_of_the_gradient():

@@ -69,7 +69,8 @@ class DagForward(nn.Module):
 
     The base computes as in eval mode, without dropout. It is frozen in place (requires_grad False), and its weights
     must not change afterwards, because the q, k, v weights are stacked once, here; move or cast this module, not the
-    base. With `trainable` it is the other way round: all of the base's parameters take gradients, and may change.
+    base. With `trainable` it is the other way round: all of the base's parameters take gradients, and may change; a
+    second backward pass through one forward, whose first has overwritten what it needs, then raises DynarouteError.
     The dtype of all work is the base's own: autocast is switched off inside.
 
     Args:
@@ -244,6 +245,7 @@ class _Exchange:
         self.sent = self.sent.view(B, T, senders, D)
         self.received = self.received.view(B, T, receivers, D)
         self.d_sent = d_sent[0].view(B, T, senders, D) if d_sent else None
+        self.d_gates: Tensor | None = None  # made by the backward pass
 
     def senders(self, start: int, stop: int | None = None) -> slice:
         """Where the layers start .. stop-1, or the one layer start, are in `sent`."""
@@ -330,8 +332,8 @@ class _Send(torch.autograd.Function):
         if exchange.normalise_sent:
             ctx.inverse_of_head = torch.rsqrt(_wide(heads).square().mean(-1, keepdim=True) + exchange.eps)
             heads.mul_(ctx.inverse_of_head)
-        # z is for the gradient of w_o, which only a base that is trained asks for.
-        ctx.save_for_backward(total, inverse, w_o, w, z if ctx.needs_input_grad[3] else None)
+        # z is for the gradients of w_o and w, which only a base that is trained asks for.
+        ctx.save_for_backward(total, inverse, w_o, w, z if any(ctx.needs_input_grad[3:5]) else None)
         ctx.exchange, ctx.n = exchange, n
         return total.view(B, T, D)
 
@@ -346,15 +348,19 @@ class _Send(torch.autograd.Function):
         if exchange.normalise_sent:
             d_heads.sub_(heads * (heads * d_heads).mean(-1, keepdim=True)).mul_(ctx.inverse_of_head)
             heads = heads / ctx.inverse_of_head
-        # head = w * raw * inverse, so its derivative with respect to w is head / w; no weight is 0 to the bit.
-        d_w = (heads * d_heads).sum((0, 1)) / w if ctx.needs_input_grad[4] else None
+        d_w = None
+        if ctx.needs_input_grad[4]:  # of head = w * raw * inverse: the derivative is head / w
+            d_w = (heads * d_heads).sum((0, 1)) / w
+            if (zero := w == 0).any():  # or, where that is 0 / 0, raw * inverse
+                raw = torch.bmm(z.reshape(B * T, H, -1).transpose(0, 1), w_o[:, :, zero])  # [H, B*T, zeros]
+                d_w[zero] = (raw.transpose(0, 1) * inverse[:, None] * d_heads[:, :, zero]).sum((0, 1)).to(d_w.dtype)
         d_log_inverse = exchange.inner(heads, d_heads)  # [B*T, 1]
         d_total = d_total.reshape(B * T, D) - d_log_inverse * inverse.square() / D * total
         scale = (inverse * w).to(total.dtype)
         d_raw = torch.addcmul(d_total.to(total.dtype)[:, None], d_heads, scale[:, None], out=d_heads)  # in place
         d_z = torch.bmm(d_raw.transpose(0, 1), w_o.transpose(1, 2))  # [H, B*T, K]
         d_w_o = None
-        if z is not None:
+        if ctx.needs_input_grad[3]:
             d_w_o = torch.bmm(z.reshape(B * T, H, -1).permute(1, 2, 0), d_raw.transpose(0, 1))  # [H, K, D]
             d_w_o = d_w_o.permute(2, 0, 1).reshape(D, -1)
         return d_z.transpose(0, 1).reshape(B, T, -1), None, None, d_w_o, d_w, None
@@ -422,6 +428,11 @@ class _Receive(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         exchange, n = ctx.exchange, ctx.n
         if n == exchange.L - 1:  # the first to come
+            if ctx.needs_input_grad[4] and exchange.d_gates is not None:
+                raise DynarouteError(
+                    "a second backward pass through one forward of a trainable base: what its q, k and v received is "
+                    "overwritten by the first: compute the forward again"
+                )
             dtype = torch.promote_types(exchange.gates.dtype, torch.float32)
             exchange.d_gates = torch.zeros_like(exchange.gates, dtype=dtype)
         d_received = exchange.received[:, :, exchange.receivers(n)].flatten(0, 1)  # until it is overwritten: received
