@@ -3,7 +3,8 @@
     python stages/train_dagformer.py P1
 
 Reads   data/dagformer/variants/<id>.yaml, data/dagformer/base, data/dagformer/embeddings,
-        data/tokens/<dagformer.corpus>, and data/dagformer/<from> where the variant continues another
+        data/tokens/<dagformer.corpus>; where the variant continues another, data/dagformer/<from>, and the files of
+        variants back to the one that started from the base
 Writes  data/dagformer/<id>/            predictor.safetensors (final weights), last.safetensors (all that a run goes on
                                         from), run.json; base/, a transformers directory, if it was trained jointly
         reports/dagformer/<id>/         training.csv (a row for each validation), training.json (summary, checks)
@@ -80,8 +81,7 @@ def main(settings: Settings, name: str) -> None:
     torch.manual_seed(variant.seed)
     predictor = StructurePredictor(variant, graph.num_layers, graph.num_heads, embeddings["train"].shape[1])
     predictor.fit_normalisation(embeddings["train"])
-    # What continues another variant sees another order of the text and other noise.
-    seed = variant.seed if start == "base" else variant.seed + 1_000_003
+    seed = seed_of(start, variant)
     objective = DagObjective(
         graph,
         variant,
@@ -183,6 +183,19 @@ def read_variant(name: str) -> tuple[str, Variant]:
         return start, Variant.model_validate(knobs)
     except (AttributeError, KeyError, TypeError, ValidationError) as error:
         raise DynarouteError(f"{path}: not the knobs of a variant: run resolve_variants again") from error
+
+
+def seed_of(start: str, variant: Variant) -> int:
+    """The seed of data order and noise: its own for each variant of a chain that one after the other continues.
+
+    Raises:
+        DynarouteError: the file of a variant before this one is missing or damaged.
+    """
+    seed = variant.seed
+    while start != "base":
+        start, _ = read_variant(start)
+        seed += 1_000_003
+    return seed
 
 
 def alarm(history: list[dict[str, Any]], alarm_steps: int) -> str:
