@@ -471,6 +471,16 @@ class Variant(Training):
             raise invalid("warmup_steps", self.warmup_steps, f"must be at most steps = {self.steps}")
         return self
 
+    def given_by_weights(self) -> dict[str, str]:
+        """In words, by knob, what trained weights decide: which tensors there are, and what only initialises some."""
+        learnable = self.cascade == "learnable"
+        return {
+            **{key: str(getattr(self, key)) for key in ("predictor_input", "predictor_hidden", "rank", "init_logit")},
+            "cascade": "learnable" if learnable else "off or fixed",
+            "cascade_k": str(self.cascade_k) if learnable else "any",
+            "base_lr": "above 0" if self.base_lr > 0 else "0",
+        }
+
 
 class Analysis(Section):
     """The analyses of wirings, all on the test split."""
@@ -492,8 +502,6 @@ class Analysis(Section):
 
 
 RESERVED = ("base", "embeddings", "variants")  # folders beside those of the variants
-# The knobs that decide which weights there are.
-SHAPES = ("predictor_input", "predictor_hidden", "rank", "cascade", "base_lr")
 
 
 class Settings(Variant):
@@ -578,11 +586,11 @@ class Settings(Variant):
             raise DynarouteError(f"variants.{name}.{problem}") from error
         if (start := self.variants[name]["from"]) != "base":
             own, theirs = self.variant(name), self.variant(start)
-            for key in SHAPES:
-                value, expected = getattr(own, key), getattr(theirs, key)
-                if value != expected:
+            given = own.given_by_weights()
+            for key, expected in theirs.given_by_weights().items():
+                if given[key] != expected:
                     allowed = f"must be {expected}, as in {start}, whose weights it goes on from"
-                    raise invalid(f"variants.{name}.{key}", value, allowed)
+                    raise invalid(f"variants.{name}.{key}", getattr(own, key), allowed)
 
     def variant(self, name: str) -> Variant:
         """All knobs of a variant: those at the top level, or of the variant that it continues, with its overrides.
