@@ -102,6 +102,7 @@ def pretrain(
         accelerator=accelerator,
         seed=settings.seed,
         scratch=scratch_folder("prepare_base", identifier),
+        early_stopping_patience=wanted.training.early_stopping_patience,
     )
     with trainer:
         state = trainer.run()

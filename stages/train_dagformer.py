@@ -107,6 +107,7 @@ def main(settings: Settings, name: str) -> None:
         start=None if start == "base" else DATA / start / "last.safetensors",
         parameter_groups=model.parameter_groups(variant) if joint else None,
         remark=lambda history: alarm(history, variant.alarm_steps),
+        keep_best=False,  # the weights that count are those at the final tau and lambda
     )
     loading_seconds = time.perf_counter() - started
     with trainer:

@@ -137,6 +137,11 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"variants.A5.tau_init": -1.0}, "variants.A5.tau_init = -1.0: input should be greater than or equal to"),
         ({"variants.A5.tau_int": 1.0}, "variants.A5.tau_int = 1.0: unknown key; did you mean tau_init?"),
         ({"variants.A5.micro_batch_size": 3}, "variants.A5.micro_batch_size = 3: must divide batch_size"),
+        (
+            {"variants.A5.early_stopping_patience": 3},
+            "variants.A5.early_stopping_patience = 3: is no knob of a variant: its tau and lambda must reach their",
+        ),
+        ({"early_stopping_patience": None}, "early_stopping_patience = None: is no knob of a variant: its tau and"),
         ({"variants.A5.from": "B1"}, "variants.A5.from = 'B1': must be one of base, A1"),
         ({"variants.A5": {}}, "variants.A5.from = None: must be one of base, A1"),
         ({"variants.P2": {"from": "P1", "rank": 16}}, "variants.P2.rank = 16: must be 8, as in P1"),

@@ -260,7 +260,6 @@ class Training(Section):
     precision: Literal["fp32", "bf16"]  # bf16: autocast where the device has it, else fp32
     validate_every: Literal["epoch"] | Positive  # steps
     checkpoint_every: Positive  # steps between checkpoints; one is also written at every validation
-    early_stopping_patience: Positive | None  # validations without improvement before stopping; null: never
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -276,6 +275,7 @@ class EpochTraining(Training):
     """Training for a number of passes over the training windows."""
 
     epochs: PositiveFloat  # may be a part of one
+    early_stopping_patience: Positive | None  # validations without improvement before stopping; null: never
 
 
 # --- dynamic weight retrieval ------------------------------------------------------------------------------------
@@ -445,6 +445,11 @@ class DAGFormer(Section):
         return self
 
 
+NO_KNOBS = {
+    "early_stopping_patience": "its tau and lambda must reach their final values, at which it is scored and continued",
+}
+
+
 class Variant(Training):
     """One DAGFormer variant: its predictor, its gates and its training. At the top level of params.yaml: P1."""
 
@@ -464,6 +469,14 @@ class Variant(Training):
     input_norm: Literal["none", "gate_mean", "rms_post", "ln_post", "rms_pre"]
     base_lr: NonNegativeFloat  # of the base, trained jointly with the predictor; 0: it is frozen
     alarm_steps: Positive  # that gates may be collapsed or saturated before it is said
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_such_knob(cls, data: Any) -> Any:
+        for key, why in NO_KNOBS.items():
+            if isinstance(data, dict) and key in data:
+                raise invalid(key, data[key], f"is no knob of a variant: {why}")
+        return data
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> Self:

@@ -104,6 +104,12 @@ def test_best_holds_the_weights_of_the_lowest_validation_loss(tmp_path):
     assert trainer.objective.validation_metrics(sums)["loss"] == losses[best]
 
 
+def test_without_best_nothing_but_the_last_weights_is_written(tmp_path):
+    kept, trainer = train(tmp_path / "kept"), train(tmp_path / "not", keep_best=False)
+    assert not trainer.best_path.exists()
+    assert_same_checkpoint(kept.last_path, trainer.last_path)
+
+
 def test_early_stopping_counts_validations_without_improvement(tmp_path):
     trainer = train(tmp_path, lr=0.5, epochs=30, early_stopping_patience=2)
     losses = [row["validation_loss"] for row in trainer.state.history]
