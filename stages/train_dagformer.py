@@ -6,7 +6,8 @@ Reads   data/dagformer/variants/<id>.yaml, data/dagformer/base, data/dagformer/e
         data/tokens/<dagformer.corpus>; where the variant continues another, data/dagformer/<from>, and the files of
         variants back to the one that started from the base
 Writes  data/dagformer/<id>/            predictor.safetensors (final weights), last.safetensors (all that a run goes on
-                                        from), run.json; base/, a transformers directory, if it was trained jointly
+                                        from), run.json; base/, a transformers directory, if it was trained jointly:
+                                        in fp32 on any device, and saved in the dtype of the base that it began as
         reports/dagformer/<id>/         training.csv (a row for each validation), training.json (summary, checks)
         reports/dagformer_measured/<id>.json  what was measured
 
@@ -53,7 +54,7 @@ def main(settings: Settings, name: str) -> None:
     torch.set_num_threads(settings.num_threads)
     dagformer = settings.dagformer
     start, variant = read_variant(name)
-    accelerator = make_accelerator(settings.device, variant.precision)  # first: it gives each process its own GPU
+    accelerator = make_accelerator(settings.device, "fp32")  # first: it gives each process its own GPU
     tokens, check = Path("data/tokens") / dagformer.corpus, accelerator.is_main_process
     shards = {split: TokenShards(tokens, split, check) for split in ("train", "validation")}
     windows = {split: Windows(own, dagformer.seq_len, keep_tail=False) for split, own in shards.items()}
@@ -74,6 +75,7 @@ def main(settings: Settings, name: str) -> None:
         "device": settings.device,
         "num_threads": settings.num_threads,
         "base": sha256(DATA / "base" / "model.safetensors"),
+        "base_dtype": str(frozen.dtype).removeprefix("torch."),
         "embeddings": sha256(DATA / "embeddings/training/metadata.json"),
         "start": None if start == "base" else sha256(DATA / start / "last.safetensors"),
     }
@@ -126,7 +128,7 @@ def main(settings: Settings, name: str) -> None:
             weights = predictor.state_dict()
             save_checkpoint(folder / "predictor.safetensors", weights, {"run": identifier, "step": state.step})
             if joint:
-                graph.base.save_pretrained(folder / "base")
+                graph.base.to(frozen.dtype).save_pretrained(folder / "base")  # scored as the baseline is
             shutil.copyfile(trainer.last_path, folder / "last.safetensors")
             write_json(
                 folder / "run.json",

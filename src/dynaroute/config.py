@@ -257,7 +257,6 @@ class Training(Section):
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     weight_decay: NonNegativeFloat  # on matrices only: no biases, norms or embeddings
     clip_norm: PositiveFloat
-    precision: Literal["fp32", "bf16"]  # bf16: autocast where the device has it, else fp32
     validate_every: Literal["epoch"] | Positive  # steps
     checkpoint_every: Positive  # steps between checkpoints; one is also written at every validation
 
@@ -275,6 +274,7 @@ class EpochTraining(Training):
     """Training for a number of passes over the training windows."""
 
     epochs: PositiveFloat  # may be a part of one
+    precision: Literal["fp32", "bf16"]  # bf16: autocast where the device has it, else fp32
     early_stopping_patience: Positive | None  # validations without improvement before stopping; null: never
 
 
@@ -435,6 +435,7 @@ class DAGFormer(Section):
     validation_windows: TwoOrMore  # scored during training; an interval needs two
     eval_windows: Positive  # of the test split, scored once
     prefix_tokens: Positive  # what the encoder reads of a window in the prefix protocol; NLL counts the rest
+    precision: Literal["fp32", "bf16"]  # of base and encoder, weights and work; bf16 where the device has it, else fp32
     base: chosen_by_kind(PretrainedBase | LoadedBase)
     encoder: chosen_by_kind(BaseEncoder | HubEncoder)
 
@@ -446,6 +447,7 @@ class DAGFormer(Section):
 
 
 NO_KNOBS = {
+    "precision": "a predictor is trained in fp32, and dagformer.precision is that of the base",
     "early_stopping_patience": "its tau and lambda must reach their final values, at which it is scored and continued",
 }
 

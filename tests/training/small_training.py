@@ -62,7 +62,7 @@ class Objective:
 def make_settings(**changes):
     settings = {
         "batch_size": 4, "micro_batch_size": 4, "lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 3,
-        "betas": [0.9, 0.95], "weight_decay": 0.1, "clip_norm": 0.5, "precision": "fp32", "validate_every": "epoch",
+        "betas": [0.9, 0.95], "weight_decay": 0.1, "clip_norm": 0.5, "validate_every": "epoch",
         "checkpoint_every": 3,
     }  # fmt: skip
     return Training(**{**settings, **changes})

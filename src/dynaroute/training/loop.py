@@ -27,7 +27,7 @@ from dynaroute.artifacts import read_note, write_note
 from dynaroute.config import EpochTraining, Training
 from dynaroute.data.shards import Windows
 from dynaroute.errors import DynarouteError
-from dynaroute.machine import require_device
+from dynaroute.machine import compute_dtype, require_device
 from dynaroute.training.checkpoints import (
     load_checkpoint,
     load_optimizer,
@@ -87,7 +87,7 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
         DynarouteError: the device is not there.
     """
     require_device(device)
-    bf16 = precision == "bf16" and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = compute_dtype(device, precision) == torch.bfloat16
     # An expert that no token of a batch chose is not part of that step's graph.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # The others wait while the main process checks the tokens, at the published scale 40 GB.
