@@ -5,7 +5,8 @@
 The base has the sizes of `dagformer.base` and OLMo-2's vocabulary, the encoder those of Qwen3-Embedding-0.6B; the
 variant is P1. A step is what train_dagformer does: forward through predictor and base, NLL and density, backward to the
 predictor, clipping, AdamW. It reads vectors that encode_windows made once; where a training encodes its texts anew at
-every step, the encoder's time comes on top. Both are fp32 on a CPU and bf16 on CUDA, and take turns.
+every step, the encoder's time comes on top. Both have the dtype that dagformer.precision means on the device, and
+take turns.
 
 Writes  reports/benchmarks/dagformer_step.json
 """
@@ -26,7 +27,7 @@ from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.objective import DagObjective
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.errors import DynarouteError
-from dynaroute.machine import describe_machine, peak_memory, require_device
+from dynaroute.machine import compute_dtype, describe_machine, peak_memory, require_device
 from dynaroute.stage import run
 from dynaroute.training.loop import Batch, make_accelerator
 from dynaroute.training.schedules import decay_groups
@@ -47,7 +48,7 @@ def main(settings: Settings) -> None:
     if not isinstance(settings.dagformer.base, PretrainedBase):
         raise DynarouteError("params.yaml: dagformer.base.kind = 'load': must be pretrain, whose sizes are taken")
     variant, seq_len, device = settings.variant("P1"), settings.dagformer.seq_len, settings.device
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = compute_dtype(device, settings.dagformer.precision)
     with torch.device(device):  # drawing a billion weights takes a GPU no time
         base = new_base(settings.dagformer.base, VOCABULARY, seq_len, eot_id=0).to(dtype).eval()
         encoder = make_encoder().to(dtype)
@@ -100,7 +101,7 @@ def training_step(
     predictor.fit_normalisation(vectors)
     windows = torch.arange(variant.batch_size, device=device)
     batches = [Batch(tokens[part, :-1], tokens[part, 1:], part) for part in windows.split(variant.micro_batch_size)]
-    accelerator = make_accelerator(device, variant.precision)
+    accelerator = make_accelerator(device, "fp32")
     optimizer = torch.optim.AdamW(
         decay_groups(predictor, variant.weight_decay), lr=variant.lr, betas=tuple(variant.betas), fused=True
     )

@@ -23,6 +23,7 @@ from dynaroute.dagformer.encoders import load_encoder, write_embeddings
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.data.windows import KEYS, Selection, Subset
 from dynaroute.evaluation.domains import domain_windows
+from dynaroute.machine import compute_dtype
 from dynaroute.stage import run
 from dynaroute.training.scratch import exclusive, run_id, scratch_folder
 
@@ -39,7 +40,8 @@ def main(settings: Settings) -> None:
         split: Subset(Windows(own, dagformer.seq_len, keep_tail=False), getattr(dagformer, KEYS[split]))
         for split, own in shards.items()
     }
-    encoder = load_encoder(dagformer.encoder, DATA / "base", shards["train"].tokenizer(), settings.device)
+    dtype = compute_dtype(settings.device, dagformer.precision)
+    encoder = load_encoder(dagformer.encoder, DATA / "base", shards["train"].tokenizer(), settings.device, dtype)
     # Apart, so that other windows to evaluate on do not retrain anything.
     folders = {
         "training": ({split: windows[split] for split in ("train", "validation")}, None),
@@ -56,6 +58,7 @@ def main(settings: Settings) -> None:
             "prefix_tokens": prefix_tokens,
             "encoder": dagformer.encoder.model_dump(),
             "device": settings.device,
+            "dtype": str(encoder.dtype).removeprefix("torch."),
             "num_threads": settings.num_threads,
             "tokens": sha256(tokens / "metadata.json"),
             "base": sha256(DATA / "base" / "model.safetensors") if isinstance(dagformer.encoder, BaseEncoder) else None,

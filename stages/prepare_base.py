@@ -3,7 +3,8 @@
     python stages/prepare_base.py
 
 Reads   data/tokens/<dagformer.corpus>
-Writes  data/dagformer/base/             config.json, model.safetensors, the tokenizer
+Writes  data/dagformer/base/             config.json, model.safetensors, the tokenizer; in the dtype that
+            dagformer.precision means on this device, and in which every stage then computes with it
         reports/dagformer/base.json      NLL of validation windows with all gates at one and at zero, zero_minus_one
             their paired difference (mean, low, high, n, verdict), checks
         reports/dagformer/base.csv       a row for each validation of the pretraining; empty for a loaded base
@@ -28,7 +29,7 @@ from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.data.windows import Subset
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.statistics import paired_difference, verdict
-from dynaroute.machine import describe_machine, peak_memory
+from dynaroute.machine import compute_dtype, describe_machine, peak_memory
 from dynaroute.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 from dynaroute.training.loop import Trainer, make_accelerator, steps_in_epochs, with_all_columns
@@ -47,21 +48,23 @@ def main(settings: Settings) -> None:
     accelerator = make_accelerator(settings.device, precision)  # first: it gives each process its own GPU
     tokens, check = Path("data/tokens") / dagformer.corpus, accelerator.is_main_process
     shards = {split: TokenShards(tokens, split, check) for split in ("train", "validation")}
+    dtype = compute_dtype(settings.device, dagformer.precision)
     identity = {
         "base": dagformer.base.model_dump(),
+        "dtype": str(dtype).removeprefix("torch."),
         "seed": settings.seed,
         "device": settings.device,
         "num_threads": settings.num_threads,
         "seq_len": dagformer.seq_len,
         "tokens": sha256(tokens / "metadata.json"),
     }
-    report = {"run": run_id(identity), "kind": dagformer.base.kind}
+    report = {"run": run_id(identity), "kind": dagformer.base.kind, "dtype": identity["dtype"]}
     if isinstance(dagformer.base, LoadedBase):
         if not check:
             return
-        model, history, timing = load_existing(settings, shards["train"])
+        model, history, timing = load_existing(settings, shards["train"], dtype)
     else:
-        model, history, timing = pretrain(settings, accelerator, shards, report["run"])
+        model, history, timing = pretrain(settings, accelerator, shards, report["run"], dtype)
     if model is None:
         return  # not the main process
     write_csv(REPORTS / "base.csv", history)
@@ -85,9 +88,13 @@ def main(settings: Settings) -> None:
 
 
 def pretrain(
-    settings: Settings, accelerator: Accelerator, shards: dict[str, TokenShards], identifier: str
+    settings: Settings,
+    accelerator: Accelerator,
+    shards: dict[str, TokenShards],
+    identifier: str,
+    dtype: torch.dtype,
 ) -> tuple[torch.nn.Module | None, list[dict[str, Any]], dict[str, float]]:
-    """Trains a small base and writes it with the corpus's tokenizer; model, history and timing."""
+    """Trains a small base and writes it in `dtype` with the corpus's tokenizer; model, history and timing."""
     dagformer, wanted = settings.dagformer, settings.dagformer.base
     training = Windows(shards["train"], dagformer.seq_len, keep_tail=False)
     torch.manual_seed(settings.seed)
@@ -102,6 +109,7 @@ def pretrain(
         accelerator=accelerator,
         seed=settings.seed,
         scratch=scratch_folder("prepare_base", identifier),
+        early_stopping_patience=wanted.training.early_stopping_patience,
     )
     with trainer:
         state = trainer.run()
@@ -111,16 +119,16 @@ def pretrain(
         weights, _ = load_checkpoint(trainer.best_path)
         load_weights(model, weights, trainer.best_path)
         with output_directory(BASE) as folder:
-            model.save_pretrained(folder)
+            model.to(dtype).save_pretrained(folder)
             shutil.copytree(shards["train"].directory / "tokenizer", folder, dirs_exist_ok=True)
         trainer.discard_scratch()
     return model, with_all_columns(state.history), {"training_seconds": trainer.seconds}
 
 
 def load_existing(
-    settings: Settings, shards: TokenShards
+    settings: Settings, shards: TokenShards, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, list[dict[str, Any]], dict[str, float]]:
-    """Loads a base that exists, checks that it reads this corpus's tokens, and writes it; model, history, timing."""
+    """Loads a base that exists, checks that it reads these tokens, writes it in `dtype`; model, history, timing."""
     wanted = settings.dagformer.base
     model = load_base(wanted.path, "cpu", wanted.revision)
     if model.config.vocab_size < shards.vocab_size:
@@ -142,7 +150,7 @@ def load_existing(
             "tokenize the corpus with the base's"
         )
     with output_directory(BASE) as folder:
-        model.save_pretrained(folder)
+        model.to(dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return model, [{"step": None, "validation_loss": None}], {}
 

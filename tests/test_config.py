@@ -137,10 +137,26 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"variants.A5.tau_init": -1.0}, "variants.A5.tau_init = -1.0: input should be greater than or equal to"),
         ({"variants.A5.tau_int": 1.0}, "variants.A5.tau_int = 1.0: unknown key; did you mean tau_init?"),
         ({"variants.A5.micro_batch_size": 3}, "variants.A5.micro_batch_size = 3: must divide batch_size"),
+        (
+            {"variants.A5.early_stopping_patience": 3},
+            "variants.A5.early_stopping_patience = 3: is no knob of a variant: its tau and lambda must reach their",
+        ),
+        ({"variants.A5.precision": "bf16"}, "variants.A5.precision = 'bf16': is no knob of a variant: a predictor is"),
+        ({"precision": "fp32"}, "precision = 'fp32': is no knob of a variant: a predictor is trained in fp32"),
+        ({"dagformer.precision": "fp16"}, "dagformer.precision = 'fp16': input should be 'fp32' or 'bf16'"),
+        ({"early_stopping_patience": None}, "early_stopping_patience = None: is no knob of a variant: its tau and"),
         ({"variants.A5.from": "B1"}, "variants.A5.from = 'B1': must be one of base, A1"),
         ({"variants.A5": {}}, "variants.A5.from = None: must be one of base, A1"),
         ({"variants.P2": {"from": "P1", "rank": 16}}, "variants.P2.rank = 16: must be 8, as in P1"),
-        ({"variants.P2": {"from": "P1", "cascade": "off"}}, "variants.P2.cascade = 'off': must be fixed, as in P1"),
+        (
+            {"variants.P2": {"from": "P1", "cascade": "learnable"}},
+            "variants.P2.cascade = 'learnable': must be off or fixed, as in P1, whose weights it goes on from",
+        ),
+        ({"variants.P2": {"from": "A11", "cascade": "off"}}, "variants.P2.cascade = 'off': must be learnable, as in"),
+        ({"variants.P2": {"from": "A11", "cascade_k": 1.0}}, "variants.P2.cascade_k = 1.0: must be 5.0, as in A11"),
+        ({"variants.P2": {"from": "P1", "init_logit": -3.0}}, "variants.P2.init_logit = -3.0: must be 15.0, as in P1"),
+        ({"variants.P2": {"from": "P1", "base_lr": 1e-4}}, "variants.P2.base_lr = 0.0001: must be 0, as in P1"),
+        ({"variants.P2": {"from": "J1", "base_lr": 0.0}}, "variants.P2.base_lr = 0.0: must be above 0, as in J1"),
         (
             {"variants.embeddings": {"from": "base"}},
             "variants.embeddings = {'from': 'base'}: this is the name of a fol",
@@ -216,6 +232,21 @@ def test_a_variant_that_continues_another_stays_at_its_final_tau_and_lambda(tmp_
     assert (p2.tau_init, p2.tau_final) == (0.07, 0.07)
     assert p2.lambda_init == p2.lambda_final == p1.lambda_final
     assert (p2.rank, p2.steps) == (5, p1.steps)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"from": "J1", "base_lr": 5e-5},
+        {"from": "P1", "cascade": "off"},
+        {"from": "P1", "cascade_k": 2.0},
+        {"from": "P1", "init_logit": 15.0},
+        {"from": "P1", "input_norm": "rms_post", "seed": 3},
+    ],
+)
+def test_what_continues_a_variant_may_change_what_makes_no_difference_to_its_weights(tmp_path, overrides):
+    p2 = load_with(tmp_path, {"variants.P2": overrides}).variant("P2").model_dump()
+    assert {key: p2[key] for key in overrides if key != "from"}.items() <= overrides.items()
 
 
 def test_an_unknown_variant_is_named(tmp_path):

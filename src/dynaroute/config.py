@@ -257,10 +257,8 @@ class Training(Section):
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     weight_decay: NonNegativeFloat  # on matrices only: no biases, norms or embeddings
     clip_norm: PositiveFloat
-    precision: Literal["fp32", "bf16"]  # bf16: autocast where the device has it, else fp32
     validate_every: Literal["epoch"] | Positive  # steps
     checkpoint_every: Positive  # steps between checkpoints; one is also written at every validation
-    early_stopping_patience: Positive | None  # validations without improvement before stopping; null: never
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -276,6 +274,8 @@ class EpochTraining(Training):
     """Training for a number of passes over the training windows."""
 
     epochs: PositiveFloat  # may be a part of one
+    precision: Literal["fp32", "bf16"]  # bf16: autocast where the device has it, else fp32
+    early_stopping_patience: Positive | None  # validations without improvement before stopping; null: never
 
 
 # --- dynamic weight retrieval ------------------------------------------------------------------------------------
@@ -435,6 +435,7 @@ class DAGFormer(Section):
     validation_windows: TwoOrMore  # scored during training; an interval needs two
     eval_windows: Positive  # of the test split, scored once
     prefix_tokens: Positive  # what the encoder reads of a window in the prefix protocol; NLL counts the rest
+    precision: Literal["fp32", "bf16"]  # of base and encoder, weights and work; bf16 where the device has it, else fp32
     base: chosen_by_kind(PretrainedBase | LoadedBase)
     encoder: chosen_by_kind(BaseEncoder | HubEncoder)
 
@@ -443,6 +444,12 @@ class DAGFormer(Section):
         if self.prefix_tokens >= self.seq_len:
             raise invalid("prefix_tokens", self.prefix_tokens, f"must be below seq_len = {self.seq_len}")
         return self
+
+
+NO_KNOBS = {
+    "precision": "a predictor is trained in fp32, and dagformer.precision is that of the base",
+    "early_stopping_patience": "its tau and lambda must reach their final values, at which it is scored and continued",
+}
 
 
 class Variant(Training):
@@ -465,11 +472,29 @@ class Variant(Training):
     base_lr: NonNegativeFloat  # of the base, trained jointly with the predictor; 0: it is frozen
     alarm_steps: Positive  # that gates may be collapsed or saturated before it is said
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_such_knob(cls, data: Any) -> Any:
+        for key, why in NO_KNOBS.items():
+            if isinstance(data, dict) and key in data:
+                raise invalid(key, data[key], f"is no knob of a variant: {why}")
+        return data
+
     @model_validator(mode="after")
     def _warm_up_ends(self) -> Self:
         if self.warmup_steps > self.steps:
             raise invalid("warmup_steps", self.warmup_steps, f"must be at most steps = {self.steps}")
         return self
+
+    def given_by_weights(self) -> dict[str, str]:
+        """In words, by knob, what trained weights decide: which tensors there are, and what only initialises some."""
+        learnable = self.cascade == "learnable"
+        return {
+            **{key: str(getattr(self, key)) for key in ("predictor_input", "predictor_hidden", "rank", "init_logit")},
+            "cascade": "learnable" if learnable else "off or fixed",
+            "cascade_k": str(self.cascade_k) if learnable else "any",
+            "base_lr": "above 0" if self.base_lr > 0 else "0",
+        }
 
 
 class Analysis(Section):
@@ -492,8 +517,6 @@ class Analysis(Section):
 
 
 RESERVED = ("base", "embeddings", "variants")  # folders beside those of the variants
-# The knobs that decide which weights there are.
-SHAPES = ("predictor_input", "predictor_hidden", "rank", "cascade", "base_lr")
 
 
 class Settings(Variant):
@@ -578,11 +601,11 @@ class Settings(Variant):
             raise DynarouteError(f"variants.{name}.{problem}") from error
         if (start := self.variants[name]["from"]) != "base":
             own, theirs = self.variant(name), self.variant(start)
-            for key in SHAPES:
-                value, expected = getattr(own, key), getattr(theirs, key)
-                if value != expected:
+            given = own.given_by_weights()
+            for key, expected in theirs.given_by_weights().items():
+                if given[key] != expected:
                     allowed = f"must be {expected}, as in {start}, whose weights it goes on from"
-                    raise invalid(f"variants.{name}.{key}", value, allowed)
+                    raise invalid(f"variants.{name}.{key}", getattr(own, key), allowed)
 
     def variant(self, name: str) -> Variant:
         """All knobs of a variant: those at the top level, or of the variant that it continues, with its overrides.

@@ -18,6 +18,12 @@ def require_device(device: str) -> None:
         raise DynarouteError("params.yaml: device = 'cuda': this machine shows no CUDA device; use cpu")
 
 
+def compute_dtype(device: str, precision: str) -> torch.dtype:
+    """That of a `precision`: bf16 if it says so and the device is fast at it, else fp32."""
+    fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if precision == "bf16" and fast else torch.float32
+
+
 def describe_machine(device: str) -> dict[str, Any]:
     """Processor or GPU, threads and library versions."""
     import accelerate

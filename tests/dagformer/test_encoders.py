@@ -172,13 +172,21 @@ def test_encoders_are_frozen(kind, base, text_encoder, tokens):
         assert torch.equal(value, before[name]), name
 
 
-def test_encoders_attend_by_sdpa_in_float32_on_a_cpu_whatever_they_were_saved_in(base, tmp_path):
+def test_the_base_encodes_in_the_dtype_it_was_saved_in_and_attends_by_sdpa(base, tmp_path):
     folder = changed_copy(base, tmp_path / "copy", "config.json", dtype="bfloat16")
     weights = {name: value.bfloat16() for name, value in load_file(base / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    model = load_encoder(BASE, folder, None, "cpu").model
-    assert model.dtype == torch.float32
-    assert model.config._attn_implementation == "sdpa"
+    for path, dtype in ((base, torch.float32), (folder, torch.bfloat16)):
+        encoder = load_encoder(BASE, path, None, "cpu")
+        assert encoder.dtype == encoder.model.dtype == dtype
+        assert encoder.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_text_encoder_has_the_dtype_that_is_asked_for(text_encoder, tokens, dtype):
+    encoder = load_encoder(hub(text_encoder), "nowhere", load_tokenizer(tokens / "tokenizer"), "cpu", dtype)
+    assert encoder.dtype == encoder.model.dtype == dtype
+    assert encoder.encode_texts(TEXTS[:1]).dtype == torch.float32
 
 
 def remove_weights(folder: Path) -> None:

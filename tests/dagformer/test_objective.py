@@ -218,8 +218,15 @@ def row(step, density=0.9, slope=0.01):
         ([row(0), row(50), row(100), row(150)], "healthy"),
         ([row(0), row(50, slope=1e-5), row(100, slope=1e-5)], "saturated"),
         ([row(0), row(50, slope=1e-5), row(100), row(150, slope=1e-5)], "healthy"),
-        ([row(0), row(50), row(100, density=0.0), row(150, density=0.001)], "collapsed"),
+        ([row(0), row(50), row(100, density=0.0), row(150, density=0.001)], "healthy"),  # known of 50 steps
+        ([row(0), row(50), row(100, density=0.0), row(150, density=0.001), row(200, density=0.0)], "collapsed"),
+        ([row(0, density=0.0), row(100, density=0.0)], "collapsed"),
         ([row(0), row(50, density=0.0)], "too short to tell"),
+        # Validations further apart than that: a density is of one step, a slope of all since the row before.
+        ([row(0), row(1000, density=0.0), row(2000)], "healthy"),
+        ([row(0), row(1000), row(2000, density=0.0)], "healthy"),
+        ([row(0), row(1000, density=0.0), row(2000, density=0.0)], "collapsed"),
+        ([row(0), row(1000, slope=1e-5), row(2000)], "saturated"),
     ],
 )
 def test_an_alarm_needs_100_steps_in_a_row(rows, expected):
@@ -230,7 +237,13 @@ def test_the_reason_says_what_was_seen():
     rows = [row(0), row(50, slope=1e-5), row(100), row(150)]
     assert (
         verdict(rows, 100)[1] == "the mean slope dA/dZ of the gates was below 0.001 for 50 steps in a row, and an "
-        "alarm takes 100"
+        "alarm takes 100 steps"
+    )
+    assert verdict([row(0), row(1000), row(2000, density=0.0)], 100)[1] == (
+        "hard density was below 0.01 at single validations only, and an alarm takes 100 steps"
+    )
+    assert verdict([row(0), row(50, density=0.0), row(150, density=0.0)], 100)[1] == (
+        "hard density was below 0.01 from step 50 to 150 or longer"
     )
     assert "stayed above" in verdict([row(0), row(150)], 100)[1]
     assert verdict(rows, 50)[0] == "saturated"

@@ -23,8 +23,7 @@ N = L * H
 MASK = dag_mask(L, H)
 TRAINING = {
     "batch_size": 4, "micro_batch_size": 4, "lr": 1e-3, "min_lr": 0.0, "warmup_steps": 0, "betas": [0.9, 0.999],
-    "weight_decay": 0.01, "clip_norm": 1.0, "precision": "fp32", "validate_every": 10, "checkpoint_every": 10,
-    "early_stopping_patience": None,
+    "weight_decay": 0.01, "clip_norm": 1.0, "validate_every": 10, "checkpoint_every": 10,
 }  # fmt: skip
 P1 = {
     "seed": 0, "steps": 10, "predictor_input": "text", "predictor_hidden": 16, "rank": 2, "init_logit": 15.0,

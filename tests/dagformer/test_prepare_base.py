@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from repository import REPOSITORY
+from safetensors.torch import load_file
 from scipy.stats import ttest_rel
 from small_tokens import write_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, Olmo2ForCausalLM
 
 from dynaroute.config import ByteBPE, LoadedBase, load_settings
+from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.data.tokenizers import save_tokenizer
@@ -86,6 +88,19 @@ def test_a_local_base_is_saved_whole_with_its_tokenizer_and_measured(tree):
     assert (rise["low"], rise["high"], rise["n"]) == pytest.approx((*expected, 5), abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_base_is_saved_in_the_dtype_of_the_settings_and_loaded_in_it_and_the_report_says_so(
+    tree, monkeypatch, dtype
+):
+    monkeypatch.setattr(prepare_base, "compute_dtype", lambda *_: dtype)  # as on a GPU
+    prepare(save_existing(tree / "published"))
+    assert load_base(Path("data/dagformer/base"), "cpu").dtype == dtype
+    assert {value.dtype for value in load_file("data/dagformer/base/model.safetensors").values()} == {dtype}
+    report = json.loads(Path("reports/dagformer/base.json").read_text())
+    assert report["dtype"] == str(dtype).removeprefix("torch.")
+    assert report["checks"]["all_gates_at_one_reproduce_the_base"]
+
+
 @pytest.mark.parametrize(
     ("rises", "verdict"),
     [([3.0, -1.0, 2.0, -1.5, 0.5], "no difference shown"), ([3.0, 2.0, 2.5, 2.2, 2.8], "worse")],
@@ -126,7 +141,7 @@ def test_a_base_with_another_tokenizer_than_the_corpus_is_refused(tree):
 
 
 def test_a_base_that_lacks_weights_is_refused(tree):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     existing = save_existing(tree / "published")
     tensors = load_file(existing / "model.safetensors")

@@ -98,6 +98,11 @@ def test_it_trains_on_as_many_windows_as_it_is_told_for_as_many_epochs(tokens):
     assert run_one("reference") == found  # from the start: what it needed to go on is gone
 
 
+def test_it_stops_early_if_it_is_told_to(tokens):
+    found = run_one("other", training={"lr": 1e-12, "early_stopping_patience": 2})  # the loss stays as it is
+    assert (found["steps"], found["best_step"]) == (8, 0)
+
+
 def test_a_run_may_differ_in_shape_and_is_told_when_windows_are_too_few(tokens):
     found = run_one("other", num_experts=3, balance_coefficient=0.0)
     assert (found["settings"]["num_experts"], found["experts"], found["capacity"]) == (3, 6, 2)

@@ -62,17 +62,20 @@ class Objective:
 def make_settings(**changes):
     settings = {
         "batch_size": 4, "micro_batch_size": 4, "lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 3,
-        "betas": [0.9, 0.95], "weight_decay": 0.1, "clip_norm": 0.5, "precision": "fp32", "validate_every": "epoch",
-        "checkpoint_every": 3, "early_stopping_patience": None,
+        "betas": [0.9, 0.95], "weight_decay": 0.1, "clip_norm": 0.5, "validate_every": "epoch",
+        "checkpoint_every": 3,
     }  # fmt: skip
     return Training(**{**settings, **changes})
 
 
-def make_trainer(scratch, objective=None, dropout=0.2, training=None, epochs=3, also_validate_on=None, **changes):
+def make_trainer(
+    scratch, objective=None, dropout=0.2, training=None, epochs=3, also_validate_on=None, early_stopping_patience=None,
+    keep_best=True, **changes,
+):  # fmt: skip
     return Trainer(
         Model(dropout), objective or Objective(), training or Tokens(30), Tokens(7, seed=1), make_settings(**changes),
         total_steps=7 * epochs, accelerator=make_accelerator("cpu", "fp32"), seed=5, scratch=scratch,
-        also_validate_on=also_validate_on,
+        also_validate_on=also_validate_on, early_stopping_patience=early_stopping_patience, keep_best=keep_best,
     )  # fmt: skip
 
 

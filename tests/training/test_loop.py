@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from small_training import Model, Objective, Tokens, assert_same_checkpoint, make_trainer, train
 
 from dynaroute.errors import DynarouteError
+from dynaroute.machine import compute_dtype
 from dynaroute.training import scratch
 from dynaroute.training.checkpoints import load_checkpoint
 from dynaroute.training.loop import make_accelerator
@@ -118,6 +119,12 @@ def test_best_holds_the_weights_of_the_lowest_validation_loss(tmp_path):
     trainer.model.load_state_dict(tensors)
     sums = trainer.validation_sums(trainer.validation)
     assert trainer.objective.validation_metrics(sums)["loss"] == losses[best]
+
+
+def test_without_best_nothing_but_the_last_weights_is_written(tmp_path):
+    kept, trainer = train(tmp_path / "kept"), train(tmp_path / "not", keep_best=False)
+    assert not trainer.best_path.exists()
+    assert_same_checkpoint(kept.last_path, trainer.last_path)
 
 
 def test_early_stopping_counts_validations_without_improvement(tmp_path):
@@ -274,3 +281,10 @@ def test_a_missing_cuda_device_is_an_error():
 
 def test_bf16_falls_back_to_fp32_where_it_would_be_slow():
     assert make_accelerator("cpu", "bf16").mixed_precision == "no"
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_gpu_computes_in_fp32_unless_it_is_told_otherwise(monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert compute_dtype("cuda", "fp32") == torch.float32
+    assert compute_dtype("cuda", "bf16") == (torch.bfloat16 if has_bf16 else torch.float32)

@@ -6,6 +6,7 @@ Whatever it came from, it is kept as an ordinary transformers directory, and eve
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -42,10 +43,11 @@ def new_base(settings: PretrainedBase, vocab_size: int, max_seq_len: int, eot_id
 
 
 def load_base(path: str | Path, device: str, revision: str | None = None) -> "Olmo2ForCausalLM":
-    """A base from a directory or the hub, for inference: fp32 on a CPU, bf16 on a GPU; no parameter takes gradients.
+    """A base from a directory or the hub, for inference; no parameter takes gradients.
 
     Args:
-        path: a `Path` is a directory that a stage wrote; a string may be a hub id as well.
+        path: a `Path` is a directory that a stage wrote, and the base has the dtype that it was saved in; a string may
+            be a hub id as well, and the base is fp32.
         device: cpu or cuda.
         revision: a commit on the hub.
 
@@ -58,7 +60,8 @@ def load_base(path: str | Path, device: str, revision: str | None = None) -> "Ol
         if not (path / "config.json").is_file():
             raise DynarouteError(f"{path}: no base model: run stages/prepare_base.py")
         checked(path)
-    return load_model(str(path), AutoModelForCausalLM, path, device, revision)
+        return load_model(str(path), AutoModelForCausalLM, path, device, "auto")
+    return load_model(str(path), AutoModelForCausalLM, path, device, torch.float32, revision)
 
 
 class LanguageModelObjective:

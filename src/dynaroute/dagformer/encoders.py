@@ -36,6 +36,7 @@ class Encoder(Protocol):
     """What both encoders offer."""
 
     embedding_size: int  # E
+    dtype: torch.dtype  # of its weights, and what it computes in
 
     def encode(self, tokens: Tensor) -> Tensor:
         """The vectors of windows, [B, E] float32 on the CPU, from their tokens, [B, t] int64."""
@@ -48,6 +49,7 @@ class BaseStates:
         """Takes a frozen decoder without its head."""
         self.model = model
         self.embedding_size: int = model.config.hidden_size
+        self.dtype = model.dtype
 
     @torch.no_grad()
     def encode(self, tokens: Tensor) -> Tensor:
@@ -77,6 +79,7 @@ class TextEncoder:
         tokenizer.padding_side = "right"  # positions count from 0 in every text, whatever it is padded to
         self.model = model
         self.embedding_size: int = model.config.hidden_size
+        self.dtype = model.dtype
         self.tokenizer, self.corpus, self.name = tokenizer, corpus, name
         positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
         self.max_tokens = min(positions, tokenizer.model_max_length)
@@ -112,14 +115,21 @@ class TextEncoder:
         return (states * weights).sum(1).cpu()
 
 
-def load_encoder(settings: BaseEncoder | HubEncoder, base: str | Path, corpus: Tokenizer, device: str) -> Encoder:
+def load_encoder(
+    settings: BaseEncoder | HubEncoder,
+    base: str | Path,
+    corpus: Tokenizer,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+) -> Encoder:
     """Loads the encoder that `dagformer.encoder` names.
 
     Args:
         settings: which encoder.
         base: the base's directory; for the encoder of kind base.
         corpus: the tokenizer of the windows; for the encoder of kind hub.
-        device: cpu; or cuda, where weights are bfloat16.
+        device: cpu or cuda.
+        dtype: of the weights; for the encoder of kind hub. The base has the one that it was saved in.
 
     Raises:
         DynarouteError: the device is not there, or the encoder cannot be loaded, or its files lack weights.
@@ -129,9 +139,9 @@ def load_encoder(settings: BaseEncoder | HubEncoder, base: str | Path, corpus: T
     if isinstance(settings, BaseEncoder):
         if not (Path(base) / "config.json").is_file():
             raise DynarouteError(f"{base}: no base model: run stages/prepare_base.py")
-        return BaseStates(load_model(str(base), AutoModelForCausalLM, checked(base), device).base_model)
+        return BaseStates(load_model(str(base), AutoModelForCausalLM, checked(base), device, "auto").base_model)
     name = f"dagformer.encoder.path: {settings.path}" + (f" at {settings.revision}" if settings.revision else "")
-    model = load_model(name, AutoModel, settings.path, device, settings.revision)
+    model = load_model(name, AutoModel, settings.path, device, dtype, settings.revision)
     return TextEncoder(model, load_tokenizer(name, settings.path, settings.revision), corpus, name)
 
 

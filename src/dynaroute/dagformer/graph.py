@@ -23,14 +23,12 @@ last s layers, s the largest power of two that divides n, are mixed into the nex
 import math
 import weakref
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.errors import DynarouteError
@@ -71,33 +69,26 @@ class DagForward(nn.Module):
 
     The base computes as in eval mode, without dropout. It is frozen in place (requires_grad False), and its weights
     must not change afterwards, because the q, k, v weights are stacked once, here; move or cast this module, not the
-    base. With `trainable` it is the other way round: all of the base's parameters take gradients, and may change.
+    base. With `trainable` it is the other way round: all of the base's parameters take gradients, and may change; a
+    second backward pass through one forward, whose first has overwritten what it needs, then raises DynarouteError.
     The dtype of all work is the base's own: autocast is switched off inside.
 
     Args:
         base: the model; multi-head attention without biases.
         input_norm: see above.
-        gradient_checkpointing: recompute attention and MLP in the backward pass instead of storing their activations.
         trainable: see above.
 
     Raises:
         DynarouteError: a base or an input_norm that is not supported.
     """
 
-    def __init__(
-        self,
-        base: "Olmo2ForCausalLM",
-        input_norm: InputNorm = "none",
-        gradient_checkpointing: bool = False,
-        trainable: bool = False,
-    ):
+    def __init__(self, base: "Olmo2ForCausalLM", input_norm: InputNorm = "none", trainable: bool = False):
         super().__init__()
         _check_base(base)
         if input_norm not in get_args(InputNorm):
             raise DynarouteError(f"input_norm = {input_norm!r}: must be one of {', '.join(get_args(InputNorm))}")
         self.base = base.requires_grad_(trainable)
         self.input_norm = input_norm
-        self.gradient_checkpointing = gradient_checkpointing
         self.trainable = trainable
         self.num_layers, self.num_heads = base.config.num_hidden_layers, base.config.num_attention_heads
         # With these, input_j is mixed as hidden - sum_i (1 - A[i, j]) * head_i, where hidden is the residual stream of
@@ -134,7 +125,6 @@ class DagForward(nn.Module):
         position = model.rotary_emb(hidden, torch.arange(T, device=tokens.device)[None])
         gates = self._gates(adjacency)
         exchange = _Exchange(self, gates, hidden)
-        block = partial(checkpoint, self._block, use_reentrant=False) if self.gradient_checkpointing else self._block
         base = increment = hidden
         for n, layer in enumerate(model.layers):
             w_qkv = self._stack_w_qkv(n) if self.trainable else getattr(self, f"w_qkv_{n}")  # [H, 3K, D]
@@ -149,7 +139,7 @@ class DagForward(nn.Module):
             else:
                 qkv = _Receive.apply(gates, increment, exchange, n, w_qkv)  # [H, B*T, 3K]
             qkv = qkv.unflatten(-1, (3, -1)).permute(2, 1, 0, 3).reshape(3, B, T, -1)  # [3, B, T, H*K]
-            hidden, attended, mlp = block(layer, qkv, hidden, position, exchange)
+            hidden, attended, mlp = self._block(layer, qkv, hidden, position, exchange)
             # What later layers get of this one ungated; that of layer 0 includes the embedding.
             if self._complement:
                 increment = attended + mlp if n > 0 else hidden
@@ -255,6 +245,7 @@ class _Exchange:
         self.sent = self.sent.view(B, T, senders, D)
         self.received = self.received.view(B, T, receivers, D)
         self.d_sent = d_sent[0].view(B, T, senders, D) if d_sent else None
+        self.d_gates: Tensor | None = None  # made by the backward pass
 
     def senders(self, start: int, stop: int | None = None) -> slice:
         """Where the layers start .. stop-1, or the one layer start, are in `sent`."""
@@ -341,8 +332,8 @@ class _Send(torch.autograd.Function):
         if exchange.normalise_sent:
             ctx.inverse_of_head = torch.rsqrt(_wide(heads).square().mean(-1, keepdim=True) + exchange.eps)
             heads.mul_(ctx.inverse_of_head)
-        # z is for the gradient of w_o, which only a base that is trained asks for.
-        ctx.save_for_backward(total, inverse, w_o, w, z if ctx.needs_input_grad[3] else None)
+        # z is for the gradients of w_o and w, which only a base that is trained asks for.
+        ctx.save_for_backward(total, inverse, w_o, w, z if any(ctx.needs_input_grad[3:5]) else None)
         ctx.exchange, ctx.n = exchange, n
         return total.view(B, T, D)
 
@@ -357,15 +348,19 @@ class _Send(torch.autograd.Function):
         if exchange.normalise_sent:
             d_heads.sub_(heads * (heads * d_heads).mean(-1, keepdim=True)).mul_(ctx.inverse_of_head)
             heads = heads / ctx.inverse_of_head
-        # head = w * raw * inverse, so its derivative with respect to w is head / w; no weight is 0 to the bit.
-        d_w = (heads * d_heads).sum((0, 1)) / w if ctx.needs_input_grad[4] else None
+        d_w = None
+        if ctx.needs_input_grad[4]:  # of head = w * raw * inverse: the derivative is head / w
+            d_w = (heads * d_heads).sum((0, 1)) / w
+            if (zero := w == 0).any():  # or, where that is 0 / 0, raw * inverse
+                raw = torch.bmm(z.reshape(B * T, H, -1).transpose(0, 1), w_o[:, :, zero])  # [H, B*T, zeros]
+                d_w[zero] = (raw.transpose(0, 1) * inverse[:, None] * d_heads[:, :, zero]).sum((0, 1)).to(d_w.dtype)
         d_log_inverse = exchange.inner(heads, d_heads)  # [B*T, 1]
         d_total = d_total.reshape(B * T, D) - d_log_inverse * inverse.square() / D * total
         scale = (inverse * w).to(total.dtype)
         d_raw = torch.addcmul(d_total.to(total.dtype)[:, None], d_heads, scale[:, None], out=d_heads)  # in place
         d_z = torch.bmm(d_raw.transpose(0, 1), w_o.transpose(1, 2))  # [H, B*T, K]
         d_w_o = None
-        if z is not None:
+        if ctx.needs_input_grad[3]:
             d_w_o = torch.bmm(z.reshape(B * T, H, -1).permute(1, 2, 0), d_raw.transpose(0, 1))  # [H, K, D]
             d_w_o = d_w_o.permute(2, 0, 1).reshape(D, -1)
         return d_z.transpose(0, 1).reshape(B, T, -1), None, None, d_w_o, d_w, None
@@ -433,6 +428,11 @@ class _Receive(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         exchange, n = ctx.exchange, ctx.n
         if n == exchange.L - 1:  # the first to come
+            if ctx.needs_input_grad[4] and exchange.d_gates is not None:
+                raise DynarouteError(
+                    "a second backward pass through one forward of a trainable base: what its q, k and v received is "
+                    "overwritten by the first: compute the forward again"
+                )
             dtype = torch.promote_types(exchange.gates.dtype, torch.float32)
             exchange.d_gates = torch.zeros_like(exchange.gates, dtype=dtype)
         d_received = exchange.received[:, :, exchange.receivers(n)].flatten(0, 1)  # until it is overwritten: received

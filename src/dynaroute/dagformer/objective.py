@@ -144,28 +144,34 @@ def _bare(model: nn.Module) -> StructurePredictor:
 def verdict(history: list[dict[str, Any]], alarm_steps: int) -> tuple[str, str]:
     """Whether a run stayed healthy, from the rows of its validations, and the reason in one sentence.
 
-    collapsed: hard density below COLLAPSED_DENSITY; saturated: mean gate slope below SATURATED_SLOPE; either in every
-    row of a stretch of at least `alarm_steps` steps. Of a shorter run it is "too short to tell".
+    saturated: the mean gate slope stayed below SATURATED_SLOPE for at least `alarm_steps` steps. A row holds the mean
+    over the steps since the row before, all of which it stands for: where validations are that far apart, one suffices.
+    collapsed: so did hard density, below COLLAPSED_DENSITY. A row holds its value at that step, so a stretch reaches
+    from the first row below to the last, and takes two at least, however far apart: what it was between two validations
+    nobody knows, and it counts as below only if both are.
+    Of a run shorter than `alarm_steps` it is "too short to tell".
     """
+    moments, intervals = zip(history, history, strict=True), itertools.pairwise(history)  # of which a value holds
     rules = (
-        ("collapsed", "validation_density_hard", COLLAPSED_DENSITY, "hard density"),
-        ("saturated", "train_gate_slope", SATURATED_SLOPE, "the mean slope dA/dZ of the gates"),
+        ("collapsed", "validation_density_hard", moments, COLLAPSED_DENSITY, "hard density"),
+        ("saturated", "train_gate_slope", intervals, SATURATED_SLOPE, "the mean slope dA/dZ of the gates"),
     )
     seen = []
-    for name, key, threshold, words in rules:
-        start, longest = None, 0
-        for before, row in itertools.pairwise(history):
+    for name, key, spans, threshold, words in rules:
+        start, longest = None, None
+        for begin, row in spans:
             if row[key] >= threshold:
                 start = None
                 continue
-            start = before["step"] if start is None else start
-            longest = max(longest, row["step"] - start)
+            start = begin["step"] if start is None else start
+            longest = max(longest or 0, row["step"] - start)
             if longest >= alarm_steps:
                 return name, f"{words} was below {threshold:g} from step {start} to {row['step']} or longer"
-        if longest:
-            seen.append(f"{words} was below {threshold:g} for {longest} steps in a row")
+        if longest is not None:
+            stretch = f"for {longest} steps in a row" if longest else "at single validations only"
+            seen.append(f"{words} was below {threshold:g} {stretch}")
     if history[-1]["step"] - history[0]["step"] < alarm_steps:
         return "too short to tell", f"an alarm takes {alarm_steps} steps"
     if seen:
-        return "healthy", f"{' and '.join(seen)}, and an alarm takes {alarm_steps}"
+        return "healthy", f"{' and '.join(seen)}, and an alarm takes {alarm_steps} steps"
     return "healthy", "hard density and the slope of the gates stayed above their alarm thresholds"

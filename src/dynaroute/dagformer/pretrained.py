@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -13,14 +13,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase  # at run time where they are loaded: slow
 
 
-def load_model(name: str, cls: Any, path: str | Path, device: str, revision: str | None = None) -> "PreTrainedModel":
-    """A model for inference, fp32 on a CPU and bf16 on a GPU, all of whose weights are from its files.
+def load_model(
+    name: str,
+    cls: Any,
+    path: str | Path,
+    device: str,
+    dtype: torch.dtype | Literal["auto"],
+    revision: str | None = None,
+) -> "PreTrainedModel":
+    """A model for inference, all of whose weights are from its files.
 
     Args:
         name: what an error begins with.
         cls: AutoModel or AutoModelForCausalLM.
         path: a hub id or a directory.
         device: cpu or cuda.
+        dtype: of its weights, and what it computes in; auto: as it was saved.
         revision: a commit on the hub.
 
     Raises:
@@ -36,7 +44,7 @@ def load_model(name: str, cls: Any, path: str | Path, device: str, revision: str
         cls,
         path,
         revision=revision or "main",
-        dtype=torch.bfloat16 if device == "cuda" else torch.float32,
+        dtype=dtype,
         attn_implementation="sdpa",
         use_safetensors=True,
         trust_remote_code=False,

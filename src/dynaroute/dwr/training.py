@@ -91,5 +91,6 @@ def make_trainer(
         seed=settings.seed,
         scratch=scratch_folder(stage, run_id(identity)),
         also_validate_on=others,
+        early_stopping_patience=dwr.training.early_stopping_patience,
     )
     return trainer, identity

@@ -27,7 +27,7 @@ from dynaroute.artifacts import read_note, write_note
 from dynaroute.config import EpochTraining, Training
 from dynaroute.data.shards import Windows
 from dynaroute.errors import DynarouteError
-from dynaroute.machine import require_device
+from dynaroute.machine import compute_dtype, require_device
 from dynaroute.training.checkpoints import (
     load_checkpoint,
     load_optimizer,
@@ -87,7 +87,7 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
         DynarouteError: the device is not there.
     """
     require_device(device)
-    bf16 = precision == "bf16" and device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = compute_dtype(device, precision) == torch.bfloat16
     # An expert that no token of a batch chose is not part of that step's graph.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # The others wait while the main process checks the tokens, at the published scale 40 GB.
@@ -148,12 +148,16 @@ class Trainer:
         parameter_groups: list[dict[str, Any]] | None = None,
         remark: Callable[[list[dict[str, Any]]], str] | None = None,
         also_validate_on: Mapping[str, Windows] | None = None,
+        early_stopping_patience: int | None = None,
+        keep_best: bool = True,
     ) -> None:
         """Prepares a run in the folder `scratch`, which begins with weights and moments of the checkpoint `start`.
 
         Parameter groups are those of `decay_groups` unless given; a group's `lr_factor` multiplies its learning rate.
         `remark` says of the rows of all validations so far what a user should know at once; nothing: an empty string.
         Of each text in `also_validate_on`, by its name, every validation records the loss, which decides nothing.
+        The run stops early after `early_stopping_patience` validations without improvement; None: never.
+        Only with `keep_best` there will be weights at `best_path`.
 
         Raises:
             DynarouteError: batches do not divide among the processes, there is not one whole batch, the run would end
@@ -175,6 +179,7 @@ class Trainer:
         self.training, self.validation = training, validation
         self.seed, self.scratch, self.start, self.remark = seed, scratch, start, remark
         self.also_validate_on = also_validate_on or {}
+        self.early_stopping_patience, self.keep_best = early_stopping_patience, keep_best
         self.steps_per_epoch = steps_per_epoch(len(training), settings.batch_size)
         self.total_steps = total_steps
         self.validate_every = self.steps_per_epoch if settings.validate_every == "epoch" else settings.validate_every
@@ -243,7 +248,7 @@ class Trainer:
                     started = time.perf_counter()
                     self._validate(progress, stop)
                     self.validation_seconds += time.perf_counter() - started
-                patience = self.settings.early_stopping_patience
+                patience = self.early_stopping_patience
                 if patience is not None and self.state.validations_without_improvement >= patience:
                     break
                 if self.state.step == self.total_steps:
@@ -361,7 +366,7 @@ class Trainer:
         state.history.append(row)
         if metrics["loss"] < state.best_loss:
             state.best_step, state.best_loss, state.validations_without_improvement = state.step, metrics["loss"], 0
-            if self.accelerator.is_main_process:
+            if self.keep_best and self.accelerator.is_main_process:
                 weights = self.accelerator.unwrap_model(self.model).state_dict()
                 save_checkpoint(self.best_path, weights, {"step": state.step, "validation_loss": metrics["loss"]})
         else:

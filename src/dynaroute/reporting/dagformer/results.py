@@ -25,7 +25,7 @@ JOINT = ("J1", "J0")  # the base trained jointly with the predictor, and trained
 MODES = ("soft", "hard")  # beside the baseline, in which every gate is one
 PROTOCOLS = ("window", "prefix")
 # What may differ between a variant and the same one at another budget.
-BUDGET = {"steps", "validate_every", "checkpoint_every", "early_stopping_patience", "micro_batch_size"}
+BUDGET = {"steps", "validate_every", "checkpoint_every", "micro_batch_size"}
 VALIDATED = [
     *("step", "tokens", "validation_nll_soft", "validation_nll_hard", "validation_nll_baseline", "validation_mean_A"),
     *("validation_density_hard", "validation_seq_gate_frac", "validation_hyp_gate_frac"),
