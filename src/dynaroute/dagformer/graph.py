@@ -349,11 +349,9 @@ class _Send(torch.autograd.Function):
             d_heads.sub_(heads * (heads * d_heads).mean(-1, keepdim=True)).mul_(ctx.inverse_of_head)
             heads = heads / ctx.inverse_of_head
         d_w = None
-        if ctx.needs_input_grad[4]:  # of head = w * raw * inverse: the derivative is head / w
-            d_w = (heads * d_heads).sum((0, 1)) / w
-            if (zero := w == 0).any():  # or, where that is 0 / 0, raw * inverse
-                raw = torch.bmm(z.reshape(B * T, H, -1).transpose(0, 1), w_o[:, :, zero])  # [H, B*T, zeros]
-                d_w[zero] = (raw.transpose(0, 1) * inverse[:, None] * d_heads[:, :, zero]).sum((0, 1)).to(d_w.dtype)
+        if ctx.needs_input_grad[4]:  # through raw * inverse, and not as head / w, which may be 0 / 0
+            scaled = z.reshape(B * T, H, -1) * inverse[:, None]
+            d_w = (w_o * torch.bmm(scaled.permute(1, 2, 0), d_heads.transpose(0, 1))).sum((0, 1))  # [H, K, D] -> [D]
         d_log_inverse = exchange.inner(heads, d_heads)  # [B*T, 1]
         d_total = d_total.reshape(B * T, D) - d_log_inverse * inverse.square() / D * total
         scale = (inverse * w).to(total.dtype)
