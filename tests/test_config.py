@@ -169,6 +169,8 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"analysis.variants": ["P1", "B7"]}, "analysis.variants = 'B7': must be among variants: A1, A10"),
         ({"analysis.removal_fractions": [1.5]}, "analysis.removal_fractions.0 = 1.5: input should be less than or"),
         ({"analysis.oracle_windows": 1}, "analysis.oracle_windows = 1: input should be greater than or equal to 2"),
+        ({"analysis.domain_windows": 1}, "analysis.domain_windows = 1: input should be greater than or equal to 2"),
+        ({"dagformer.eval_windows": 1}, "dagformer.eval_windows = 1: input should be greater than or equal to 2"),
         ({"benchmark_cache.capacities": [3, 3]}, "benchmark_cache.capacities = [3, 3]: must not name a capacity twice"),
         ({"benchmark_cache.capacities": [99]}, "benchmark_cache.capacities = [99]: must be at most num_layers"),
         ({"simulate_cache.capacities": [99]}, "simulate_cache.capacities = [99]: must be at most num_layers"),

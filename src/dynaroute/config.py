@@ -433,7 +433,7 @@ class DAGFormer(Section):
     seq_len: Annotated[int, Field(ge=2)]  # tokens of a window
     train_windows: Positive | None  # evenly spaced over the training split; null: all
     validation_windows: TwoOrMore  # scored during training; an interval needs two
-    eval_windows: Positive  # of the test split, scored once
+    eval_windows: TwoOrMore  # of the test split, scored once
     prefix_tokens: Positive  # what the encoder reads of a window in the prefix protocol; NLL counts the rest
     base: chosen_by_kind(PretrainedBase | LoadedBase)
     encoder: chosen_by_kind(BaseEncoder | HubEncoder)
@@ -478,7 +478,7 @@ class Analysis(Section):
     variants: Annotated[list[str], Field(min_length=1)]  # whose wirings are analysed
     permutations: Annotated[int, Field(ge=99)]  # of every permutation test
     swaps: Positive  # other texts under whose wirings each text is scored
-    domain_windows: Positive  # of each source, if it has as many
+    domain_windows: TwoOrMore  # of each source, if it has as many; one has no distance within its source
     gradient_windows: TwoOrMore  # whose gradients at A = 1 are taken
     removal_windows: TwoOrMore  # scored without some of their edges; of other documents than those
     removal_fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]  # of all edges
