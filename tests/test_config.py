@@ -171,6 +171,7 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"analysis.oracle_windows": 1}, "analysis.oracle_windows = 1: input should be greater than or equal to 2"),
         ({"analysis.domain_windows": 1}, "analysis.domain_windows = 1: input should be greater than or equal to 2"),
         ({"dagformer.eval_windows": 1}, "dagformer.eval_windows = 1: input should be greater than or equal to 2"),
+        ({"analysis.swaps": 48}, "analysis.swaps = 48: must be below dagformer.eval_windows = 48"),
         ({"benchmark_cache.capacities": [3, 3]}, "benchmark_cache.capacities = [3, 3]: must not name a capacity twice"),
         ({"benchmark_cache.capacities": [99]}, "benchmark_cache.capacities = [99]: must be at most num_layers"),
         ({"simulate_cache.capacities": [99]}, "simulate_cache.capacities = [99]: must be at most num_layers"),

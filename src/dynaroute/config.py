@@ -545,6 +545,9 @@ class Settings(Variant):
         for name in self.analysis.variants:
             if name not in self.variants:
                 raise invalid("analysis.variants", name, f"must be among variants: {', '.join(self.variants)}")
+        if self.analysis.swaps >= (texts := self.dagformer.eval_windows):
+            allowed = f"must be below dagformer.eval_windows = {texts}: a text has no more others"
+            raise invalid("analysis.swaps", self.analysis.swaps, allowed)
         return self
 
     def _check_dwr_runs(self) -> None:
