@@ -8,7 +8,7 @@ of removal come from gradients on one half of them and are scored on the other h
 Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/base
 Writes  reports/dagformer/sensitivity.json        flatness at A = 1, what was removed, the oracle, checks
         reports/dagformer/gate_gradients.csv      a row for each layer pair: gates; mean, size, spread and sign
-            consistency of their gradients, means over gates; helpful, harmful, see `sensitivity.flatness`
+            consistency of their gradients, see `describe_gradients`, means over gates; helpful, harmful, see `flatness`
         reports/dagformer/removal.csv             a row for each order and fraction of edges removed
         reports/dagformer/removal_layer_pairs.csv, removal_heads.csv   a row for each layer pair, and each head
             difference, low, high: mean over documents of NLL less that at A = 1, its 95 % t interval; n (windows),
