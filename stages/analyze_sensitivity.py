@@ -8,13 +8,14 @@ of removal come from gradients on one half of them and are scored on the other h
 Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/base
 Writes  reports/dagformer/sensitivity.json        flatness at A = 1, what was removed, the oracle, checks
         reports/dagformer/gate_gradients.csv      a row for each layer pair: gates; mean, size, spread and sign
-            consistency of their gradients, means over gates; helpful, harmful, see `sensitivity.flatness`
+            consistency of their gradients, see `describe_gradients`, means over gates; helpful, harmful, see `flatness`
         reports/dagformer/removal.csv             a row for each order and fraction of edges removed
         reports/dagformer/removal_layer_pairs.csv, removal_heads.csv   a row for each layer pair, and each head
             difference, low, high: mean over documents of NLL less that at A = 1, its 95 % t interval; n (windows),
             documents; p_corrected, see `westfall_young`, among the rows of the file; detectable, the difference that
             so corrected a test would show four times in five; draws, of a random order
-        reports/dagformer/oracle.csv              a row for each window and text that its optimised gates are scored on
+        reports/dagformer/oracle.csv              a row for each window and text that its optimised gates are scored on:
+            same, the window itself; next, the one after it; other, one of another document
 """
 
 from collections.abc import Iterator
@@ -231,11 +232,12 @@ def followed_windows(documents: np.ndarray, analysis: Analysis) -> list[int]:
 def optimise(
     graph: DagForward, windows: Windows, own: list[int], documents: np.ndarray, analysis: Analysis
 ) -> list[dict[str, Any]]:
-    """Gates optimised on a window each, scored on it, on the window after it, and on another of these windows."""
+    """Gates optimised on a window each, scored on it, on the window after it, and on one of another document."""
     number = len(own)
+    others = [own[index] for index in other_texts(documents[own])]
     gates = optimise_gates(graph, Selection(windows, own), analysis.oracle_steps, analysis.oracle_lr, BATCH)
     open_gates = dag_mask(graph.num_layers, graph.num_heads).float().expand_as(gates)
-    texts = {"same": own, "next": [window + 1 for window in own], "other": own[number // 2 :] + own[: number // 2]}
+    texts = {"same": own, "next": [window + 1 for window in own], "other": others}
     rows = []
     for text, indices in texts.items():
         scored = Selection(windows, indices)
@@ -248,6 +250,21 @@ def optimise(
             row = {"window": window, "document": int(documents[window]), "text": text, "scored_window": indices[index]}
             rows.append(row | {f"nll_{name}": float(values[index]) for name, values in nll.items()})
     return rows
+
+
+def other_texts(documents: np.ndarray) -> list[int]:
+    """For each of n windows one of the n that is of another document, far off in their order where that can be.
+
+    Where one document has more than half of the windows, their partners are shared by them evenly.
+
+    Args:
+        documents: [n], which document each is of; at least two, as `followed_windows` sees to.
+    """
+    partners = []
+    for index, document in enumerate(documents):
+        others = np.flatnonzero(documents != document)
+        partners.append(int(others[(index - len(documents) // 2) % len(others)]))
+    return partners
 
 
 def summarise_oracle(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:

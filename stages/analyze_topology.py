@@ -128,6 +128,15 @@ def distances(window: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
     return jaccard_distances(window, window)[first, second], jaccard_distances(window, prefix).diagonal()
 
 
+def shifts(n: int, number: int) -> list[int]:
+    """By how much to shift n texts so that each meets `number` others, as far apart as can be.
+
+    With fewer than n of them, as the settings ask, they are at least one step apart, after 0 and before n: so they
+    differ, and no text meets itself.
+    """
+    return [n * (index + 1) // (number + 1) for index in range(number)]
+
+
 def score_swaps(
     graph: DagForward,
     windows: Subset,
@@ -143,7 +152,7 @@ def score_swaps(
     with tqdm(total=len(wirings) * number, desc="swaps", unit="wiring", disable=None) as progress:
         for protocol, wiring in wirings.items():
             others = []
-            for shift in (n * (index + 1) // (number + 1) for index in range(number)):  # as far apart as can be
+            for shift in shifts(n, number):
                 other = wiring.soft.roll(shift, 0)
                 if torch.equal(other, wiring.soft):  # one wiring for all texts
                     others.append(evaluated[protocol]["soft"])

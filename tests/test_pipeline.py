@@ -211,6 +211,20 @@ def test_nothing_runs_when_nothing_changed_and_only_what_depends_on_a_change_doe
     assert not any(stage.startswith(("collect", "tokenize")) for stage in changed)
 
 
+def test_a_mended_rule_of_overrides_changes_the_knobs_on_which_training_depends(tmp_path):
+    workspace = Workspace.create(tmp_path)
+    workspace.run("dvc", "repro", "resolve_variants")
+    before = {variant: read_yaml(tmp_path / f"data/dagformer/variants/{variant}.yaml") for variant in VARIANTS}
+    config = tmp_path / "src/dynaroute/config.py"
+    rule = """{"tau_init": knobs["tau_final"], "lambda_init": knobs["lambda_final"]}"""
+    assert rule in config.read_text()
+    config.write_text(config.read_text().replace(rule, """{"tau_init": knobs["tau_final"]}"""))
+    assert ran(workspace.run("dvc", "repro", "resolve_variants").stdout) == {"resolve_variants"}
+    after = {variant: read_yaml(tmp_path / f"data/dagformer/variants/{variant}.yaml") for variant in VARIANTS}
+    assert after.pop("P2") == before.pop("P2") | {"lambda_init": 0.0}
+    assert after == before
+
+
 def test_a_mistake_in_params_stops_every_stage_with_one_line(finished, tmp_path):
     workspace = finished.copy(tmp_path / "mistake")
     workspace.set_params({"dwr": {**TINY["dwr"], "top_k": 99}})

@@ -433,7 +433,7 @@ class DAGFormer(Section):
     seq_len: Annotated[int, Field(ge=2)]  # tokens of a window
     train_windows: Positive | None  # evenly spaced over the training split; null: all
     validation_windows: TwoOrMore  # scored during training; an interval needs two
-    eval_windows: Positive  # of the test split, scored once
+    eval_windows: TwoOrMore  # of the test split, scored once
     prefix_tokens: Positive  # what the encoder reads of a window in the prefix protocol; NLL counts the rest
     precision: Literal["fp32", "bf16"]  # of base and encoder, weights and work; bf16 where the device has it, else fp32
     base: chosen_by_kind(PretrainedBase | LoadedBase)
@@ -503,7 +503,7 @@ class Analysis(Section):
     variants: Annotated[list[str], Field(min_length=1)]  # whose wirings are analysed
     permutations: Annotated[int, Field(ge=99)]  # of every permutation test
     swaps: Positive  # other texts under whose wirings each text is scored
-    domain_windows: Positive  # of each source, if it has as many
+    domain_windows: TwoOrMore  # of each source, if it has as many; one has no distance within its source
     gradient_windows: TwoOrMore  # whose gradients at A = 1 are taken
     removal_windows: TwoOrMore  # scored without some of their edges; of other documents than those
     removal_fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]  # of all edges
@@ -568,6 +568,9 @@ class Settings(Variant):
         for name in self.analysis.variants:
             if name not in self.variants:
                 raise invalid("analysis.variants", name, f"must be among variants: {', '.join(self.variants)}")
+        if self.analysis.swaps >= (texts := self.dagformer.eval_windows):
+            allowed = f"must be below dagformer.eval_windows = {texts}: a text has no more others"
+            raise invalid("analysis.swaps", self.analysis.swaps, allowed)
         return self
 
     def _check_dwr_runs(self) -> None:

@@ -112,6 +112,8 @@ def test_there_is_a_row_for_each_layer_pair_head_order_and_text(tree):
         assert found["oracle"][text]["n"] == 3
         shift = {"same": 0, "next": 1}.get(text)
         assert shift is None or all(int(row["scored_window"]) - int(row["window"]) == shift for row in own)
+    document_of = {row["window"]: row["document"] for row in rows("oracle")}
+    assert all(document_of[row["scored_window"]] != row["document"] for row in own)  # the others
     assert found["oracle"]["same"]["difference"] < 0
     assert found["oracle"]["carried_over"]["mean"] == pytest.approx(total["next"] / total["same"])
 
@@ -142,6 +144,19 @@ def test_windows_are_chosen_evenly_over_documents_however_long_they_are():
     assert [np.bincount(documents[half])[parity::2].tolist() for parity, half in enumerate(chosen)] == [
         *([2, 2, 2, 2], [1, 1, 1, 1])
     ]
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 30], [30, 1, 1], [1, 1], [6, 6], [3, 4, 5], [1] * 12, [2, 9]])
+def test_the_oracles_other_text_is_of_another_document(sizes):
+    followed = np.repeat(np.arange(len(sizes)), np.array(sizes) + 1)
+    own = followed[stage.followed_windows(followed, settings(oracle_windows=12).analysis)]
+    partners = np.array(stage.other_texts(own))
+    assert len(partners) == min(12, sum(sizes))
+    assert (own[partners] != own).all()
+    times, largest = np.bincount(partners, minlength=len(own)), np.bincount(own).argmax()
+    if 2 * (own == largest).sum() > len(own):
+        times = times[own != largest]
+    assert times.max() - times.min() <= 1  # no text serves much more often than another
 
 
 @pytest.mark.parametrize("documents", [[0, 0, 0, -1], [0, 1, 2, -1], [-1, -1]])

@@ -131,6 +131,15 @@ def test_texts_are_scored_under_the_wirings_of_others(analyze, tmp_path):
         assert found["swapped"][protocol]["low"] == pytest.approx(expected.low, abs=1e-5)
 
 
+def test_no_text_is_scored_under_its_own_wiring_or_twice_under_that_of_another():
+    for n in range(2, 50):
+        for number in range(1, n):
+            found = stage.shifts(n, number)
+            assert len(found) == len(set(found)) == number
+            assert set(found) <= set(range(1, n))
+    assert stage.shifts(48, 2) == [16, 32]
+
+
 def test_what_reading_the_answer_is_worth_is_measured_on_the_same_tokens(analyze, tmp_path):
     found = analyze()["reading"]
     predictor, graph, windows = make_predictor(), DagForward(make_base()), make_windows(tmp_path / "again")

@@ -150,6 +150,18 @@ def test_documents_that_differ_are_no_slope():
     assert not (describe_gradients(values, documents)["p"] < 0.05).any()
 
 
+def test_the_sign_of_a_gate_is_that_of_the_mean_that_is_tested():
+    """One document of many windows says the opposite of all others: the mean over windows has another sign."""
+    documents = np.repeat(np.arange(16), [60, *[1] * 15])
+    values = np.where(documents == 0, -1.0, 1.0)[:, None] * np.array([1.0, -1.0, 1.0])
+    assert np.sign(values.mean(0)).tolist() == [-1, 1, -1]
+    values += 0.1 * np.random.default_rng(0).normal(size=values.shape)
+    found = flatness(values, documents, 9, 0)
+    assert (found["harmful"], found["helpful"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+    expected = [np.mean([values[documents == one, gate].mean() for one in range(16)]) for gate in range(3)]
+    assert describe_gradients(values, documents)["mean"] == pytest.approx(expected)
+
+
 def test_the_sign_consistency_of_independent_windows_is_that_of_chance():
     values = np.random.default_rng(0).normal(size=(40, 2000))
     found = flatness(values, np.arange(40), 9, 0)

@@ -223,6 +223,26 @@ def test_a_statistic_that_does_not_depend_on_the_labels_has_a_p_of_one():
     assert permutation_test(lambda order: values[order].sum(), np.arange(4), 50, 0).p == 1.0  # sums in any order
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_has_no_p(value):
+    labels = np.arange(6)
+    for spoilt in (
+        lambda _: value,
+        lambda _: np.array([0.0, value]),
+        lambda order: 0.0 if order is labels else value,  # only where labels are dealt out anew
+    ):
+        with pytest.raises(DynarouteError, match=r"a statistic that is not finite, .* has no p-value"):
+            permutation_test(spoilt, labels, 9, 0)
+    spoilt = np.array([1.0, value, 2.0, 3.0, 4.0, 5.0])
+    for test in (
+        lambda: mean_vector_test(spoilt[:, None], labels, 9, 0),
+        lambda: sign_flip_p(spoilt, np.zeros(6), labels, 0),
+        lambda: westfall_young(spoilt[:, None], labels, 0),
+    ):
+        with pytest.raises(DynarouteError, match="6 pairs: must differ by finite numbers, and some do not"):
+            test()
+
+
 # --- many tests, effects, power ------------------------------------------------------------------------------------
 
 

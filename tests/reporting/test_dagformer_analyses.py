@@ -187,13 +187,23 @@ def test_the_layer_pairs_and_heads_that_matter_most_are_shown_with_corrected_ver
 # --- protocols, joint training, seeds, statistics ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mean", "words"), [(-0.02, "lowers"), (0.02, "raises"), (0.001, "is not shown to change")])
-def test_what_reading_the_answer_is_worth(mean, words):
+@pytest.mark.parametrize(
+    ("mean", "p", "words"),
+    [
+        (-0.02, 0.02, "lowers"),
+        (0.02, 0.02, "raises"),
+        (-0.02, 0.03, "is not shown to change"),  # 0.06 after correction for the two modes
+        (0.001, 0.02, "raises"),  # its interval over windows, which are taken as independent, holds 0
+    ],
+)
+def test_what_reading_the_answer_is_worth_is_judged_by_document_and_corrected(mean, p, words):
     def change(data):
-        data["reading"]["hard"]["read_minus_not_read"].update(mean=mean, low=mean - 0.01, high=mean + 0.01)
+        data["reading"]["soft"]["read_minus_not_read"].update(p=0.9)
+        data["reading"]["hard"]["read_minus_not_read"].update(mean=mean, low=mean - 0.01, high=mean + 0.01, p=p)
 
     edit_topology("P1", change)
-    assert f"and {words} hard NLL ({mean:+.4f}" in section(report(), "What reading the answer is worth")
+    sentence = f"and {words} hard NLL ({mean:+.4f} [{mean - 0.01:+.4f}, {mean + 0.01:+.4f}], n = 37, p = {2 * p:.2g})"
+    assert sentence in section(report(), "What reading the answer is worth")
 
 
 @pytest.mark.parametrize("verdict", ["better", "worse", "no difference shown"])

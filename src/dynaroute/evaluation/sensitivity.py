@@ -42,21 +42,21 @@ def describe_gradients(gradients: np.ndarray, documents: np.ndarray) -> dict[str
         documents: [n], which document each window is of.
 
     Returns:
-        mean; spread, the standard deviation over windows.
-        size: mean absolute value.
+        mean: over documents, of the mean over a document's windows, which are alike: one number for each document.
+        p: of Student's t test that this mean is 0, corrected by Benjamini and Hochberg over the gates.
+        spread, size: standard deviation and mean absolute value over windows.
         sign_consistency: |positive - negative| / n: 1 if all windows agree, see `chance_consistency`.
-        p: of Student's t test that the mean over documents is 0, corrected by Benjamini and Hochberg over the gates.
-            A document's windows are alike, so that its mean is one number of the test.
 
     Raises:
         DynarouteError: there are fewer than two documents.
     """
+    by_document = group_means(gradients, documents)
     return {
-        "mean": gradients.mean(0),
+        "mean": by_document.mean(0),
+        "p": benjamini_hochberg(t_test_p(by_document)),
         "spread": gradients.std(0, ddof=1),
         "size": np.abs(gradients).mean(0),
         "sign_consistency": np.abs(np.sign(gradients).mean(0)),
-        "p": benjamini_hochberg(t_test_p(group_means(gradients, documents))),
     }
 
 
@@ -76,10 +76,10 @@ def flatness(gradients: np.ndarray, documents: np.ndarray, permutations: int, se
 
     Returns:
         n, documents, gates; size, the mean absolute gradient of a gate in a window; size_of_mean, that of a gate's
-        mean, with size_by_chance and p, see `mean_vector_test`; helpful, harmful: shares of gates whose own mean
-        gradient is below or above 0 by a corrected p below SIGNIFICANT: opening them lowers NLL, or closing them does;
-        sign_consistency and sign_consistency_by_chance; slopes, whether the test of all gates together finds a mean
-        gradient. That it does not is no proof that there is none.
+        mean over windows, with size_by_chance and p, see `mean_vector_test`; helpful, harmful: shares of gates whose
+        own mean over documents is below or above 0 by a corrected p below SIGNIFICANT: opening them lowers NLL, or
+        closing them does; sign_consistency and sign_consistency_by_chance; slopes, whether the test of all gates
+        together finds a mean gradient. That it does not is no proof that there is none.
     """
     found = describe_gradients(gradients, documents)
     certain = found["p"] < SIGNIFICANT

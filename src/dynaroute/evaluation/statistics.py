@@ -122,7 +122,7 @@ def bootstrap_difference(
         The mean is over all n pairs; the interval's n is the number of groups.
 
     Raises:
-        DynarouteError: what `paired_difference` raises, or there are fewer than two groups.
+        DynarouteError: what `paired_difference` raises, a difference is not finite, or there are fewer than two groups.
     """
     difference = _differences(ours, theirs)
     return bootstrap_ratio(difference, np.ones_like(difference), groups, seed, confidence)
@@ -144,7 +144,7 @@ def bootstrap_ratio(
         The ratio and its interval, whose n is the number of groups.
 
     Raises:
-        DynarouteError: there are fewer than two groups.
+        DynarouteError: there are fewer than two groups, or numbers that are not finite.
     """
     from scipy.stats import bootstrap
 
@@ -197,13 +197,14 @@ def permutation_test(
 
     Returns:
         The statistic of the true order, its mean over the permutations and its one-sided p-value.
+
+    Raises:
+        DynarouteError: the statistic is not finite, in the true order or another.
     """
     rng = np.random.default_rng(seed)
     observed = np.asarray(statistic(labels), np.float64)
     null = np.stack([np.asarray(statistic(rng.permutation(labels)), np.float64) for _ in range(permutations)])
-    slack = 1e-12 * np.abs(observed)  # what is equal but for the order of its sums is as large
-    p = (1 + (null >= observed - slack).sum(0)) / (1 + permutations)
-    return PermutationTest(observed[()], null.mean(0)[()], p[()])
+    return _against_chance(observed, null)
 
 
 def mean_vector_test(vectors: np.ndarray, groups: np.ndarray, permutations: int, seed: int) -> PermutationTest:
@@ -227,8 +228,16 @@ def mean_vector_test(vectors: np.ndarray, groups: np.ndarray, permutations: int,
     # Drawn one by one: all of them at once, [permutations, E], would not fit into memory for a large base.
     signs = (rng.choice((-1.0, 1.0), len(sums)) for _ in range(permutations))
     null = np.array([np.abs(sign @ sums).mean() / len(vectors) for sign in signs])
-    p = (1 + int((null >= observed * (1 - 1e-12)).sum())) / (1 + permutations)
-    return PermutationTest(float(observed), float(null.mean()), p)
+    return PermutationTest(*map(float, _against_chance(observed, null)))
+
+
+def _against_chance(observed: np.ndarray, null: np.ndarray) -> PermutationTest:
+    """Statistics [...] held against those of permutations, [permutations, ...]."""
+    if not (np.isfinite(observed).all() and np.isfinite(null).all()):  # nothing is as large as NaN: p would be smallest
+        raise DynarouteError("a statistic that is not finite, for the labels or a permutation of them, has no p-value")
+    slack = 1e-12 * np.abs(observed)  # what is equal but for the order of its sums is as large
+    p = (1 + (null >= observed - slack).sum(0)) / (1 + len(null))
+    return PermutationTest(observed[()], null.mean(0)[()], p[()])
 
 
 def westfall_young(differences: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
@@ -334,7 +343,7 @@ def group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """The mean of values [n, ...] over each group, such as a document, [groups, ...]: one row for what is independent.
 
     Raises:
-        DynarouteError: there are fewer than two groups.
+        DynarouteError: there are fewer than two groups, or numbers that are not finite.
     """
     sums, sizes = _by_group(np.asarray(values, np.float64), groups)
     return sums / sizes.reshape(-1, *[1] * (sums.ndim - 1))
@@ -345,6 +354,8 @@ def _by_group(values: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.nd
     names, index = np.unique(groups, return_inverse=True)
     if len(index) != len(values) or len(names) < 2:
         raise DynarouteError(f"{len(index)} pairs in {len(names)} groups: must be {len(values)} in at least two groups")
+    if not np.isfinite(values).all():  # a test would find them as certain as can be
+        raise DynarouteError(f"{len(values)} pairs: must differ by finite numbers, and some do not")
     sums = np.zeros((len(names), *values.shape[1:]))
     np.add.at(sums, index, values)
     return sums, np.bincount(index).astype(np.float64)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SHOWN = 5  # layer pairs and heads that matter most
 ORDERS = {"random": "random", "least_gradient": "least gradient first", "expected_gain": "expected gain first"}
-TEXTS = {"same": "the window itself", "next": "the text that follows it", "other": "another of these windows"}
+TEXTS = {"same": "the window itself", "next": "the text that follows it", "other": "a window of another document"}
 
 
 def sensitivity(analyses: Analyses) -> str:

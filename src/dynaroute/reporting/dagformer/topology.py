@@ -1,6 +1,6 @@
 """X1, X2 and the protocols: whether texts are wired differently, by domain as well, and what it is worth."""
 
-from dynaroute.evaluation.statistics import SIGNIFICANT, Interval, corrected_verdict, holm, verdict
+from dynaroute.evaluation.statistics import SIGNIFICANT, Interval, corrected_verdict, holm
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, REFERENCE_VARIANT
 from dynaroute.reporting.dagformer.wording import interval, numbers
@@ -206,7 +206,7 @@ def reading(analyses: Analyses) -> str:
         [
             "The same tokens, those after the prefix, scored under the wiring of an encoder that has read them, and of "
             "one that has not. The difference of the two is what reading the answer is worth; for one topology for "
-            "all texts it is 0. "
+            "all texts it is 0. p is of sign flips of whole documents, in sentences corrected for both modes (Holm). "
             + " ".join(reading_sentence(name, found) for name, found in analyses.topology.items()),
             table(["ID", "mode", "read - baseline", "not read - baseline", "read - not read", "by document"], rows),
         ]
@@ -214,10 +214,11 @@ def reading(analyses: Analyses) -> str:
 
 
 def reading_sentence(name: str, found: Record) -> str:
-    """What reading the answer is worth to one variant."""
+    """What reading the answer is worth to one variant, by the rule of `variance_sentence`."""
+    tests = [found["reading"][mode]["read_minus_not_read"] for mode in MODES]
     parts = []
-    for mode in MODES:
-        difference = to_interval(found["reading"][mode]["read_minus_not_read"])
-        words = {"better": "lowers", "worse": "raises"}.get(verdict(difference), "is not shown to change")
-        parts.append(f"{words} {mode} NLL ({numbers(difference)})")
+    for mode, test, p in zip(MODES, tests, holm([test["p"] for test in tests]), strict=True):
+        change = {"better": "lowers", "worse": "raises"}
+        words = change.get(corrected_verdict(test["mean"], p), "is not shown to change")
+        parts.append(f"{words} {mode} NLL ({numbers(to_interval(test))}, {p_value(p)})")
     return f"{name}: having read it {' and '.join(parts)}."
