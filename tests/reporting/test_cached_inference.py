@@ -109,6 +109,7 @@ def test_a_failed_check_is_said_first():
         "| `lru` | none | 0.308 | – | – | 17 | 8.79 KiB | 500 B | 400 B | 321 B | 100 B |",
         "| int8 | 3.27 KiB | 4.01770 | +0.00660 |",
         "| lru, none | cold | 23.4 | 1.000 (1.000–1.000) | 0.346 | – |",
+        "| policy | prefetching | hit rate, decode | accuracy at 2 | of the trace | evictions for prefetches | read |",
         "| on disk | 9.87 ms |",
         "| pcie | seed | `lru` | 0.012 | 0.112 |",
         "| 2 | 32.63 KiB | `next_use` | 0.211 | 0.812 (gate) | 0.512 (gate) |",

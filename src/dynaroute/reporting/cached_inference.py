@@ -206,7 +206,7 @@ def _cells(results: Results, third: int) -> str:
     ]
     m, summary = results.summary["lookahead"], results.summary
     header = ["policy", "prefetching", "hit rate, decode", f"accuracy at {m}", "of the trace"]
-    header += ["evictions", "read", "ahead", "useful", "late", "wasted"]
+    header += ["evictions for prefetches", "read", "ahead", "useful", "late", "wasted"]
     return "\n\n".join(
         [
             f"{count(summary['prompts'], 'prompt')} of {summary['prompt_tokens']} tokens of the test split, each with "
@@ -215,7 +215,8 @@ def _cells(results: Results, third: int) -> str:
             table(header, rows),
             f"Accuracy at {m}: the share of the experts that a token needed in a layer that were among the {m} that "
             "the layer before had foretold, in these texts while decoding and in the trace of section 1. Evictions "
-            "are those that made way for a prefetch. A hit is an expert that was there, or to be prefetched by then.",
+            "for prefetches are of experts that made way for one; those for a miss are not among them. A hit is an "
+            "expert that was there, or to be prefetched by then.",
             "The bytes are what was measured, with a warm page cache, and differ from run to run: what was to be "
             "prefetched is not read if its layer comes before its turn, or it has made way by then. Ahead is what "
             "prefetching read; of that, useful was used before it made way, and wasted was not. Late was hit before it "
