@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from workspace import REPOSITORY, Row, finished_workspace, parse_arguments, run_campaign
+from workspace import REPOSITORY, Row, finished_workspace, parse_arguments, run_campaign, with_log
 
 from dynaroute import artifacts
 from dynaroute.artifacts import CHECKSUMS, read_json, read_note, write_note
@@ -265,15 +265,15 @@ def read(load: Callable[[], Any]) -> str:
 
 
 def judge(found: str, undisturbed: str, path: Path) -> str:
-    """In words, and "silent" or "crash" where the promise is broken."""
+    """In words of ours; where the promise is broken, with what was said."""
     if found == undisturbed:
         return "the same values"
     if found.startswith("values"):
-        return "silent: other values"
+        return "other values, unnoticed"
     if not found.startswith("refused"):
-        return f"crash: {found[:300]}"
+        return with_log("a crash", found)
     named = str(path) in found or (path.name == CHECKSUMS and str(path.parent) in found)
-    return "an error that names the file" if named else f"unnamed: {found[:300]}"
+    return "an error that names the file" if named else with_log("an error that does not name the file", found)
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The campaigns in faults/: that they damage what is read, and that their page counts and words what came of it."""
 
+import json
 import random
 
 import pytest
@@ -57,3 +58,31 @@ def test_damage_is_done_at_its_place_and_changes_the_file():
         _, changed = corruption.damage(content, 300, random.Random(seed))
         assert changed != content
         assert changed[:300] == content[:300]
+
+
+def test_the_page_counts_what_went_well_and_quotes_no_program(tmp_path, monkeypatch):
+    import page
+    from workspace import with_log
+
+    rows = [
+        {"situation": "a queue is killed", "then": "queued again and run", "outcome": "the same bytes"},
+        {
+            "situation": "a queue is killed",
+            "then": "could not be run again",
+            "outcome": with_log("failed", "ERROR: unexpected\n\nHaving any troubles? Hit us up at https://dvc.org"),
+        },
+        {"situation": "the disk is full", "then": "not tried: no right to mount", "outcome": "not tried"},
+    ]
+    record = {"commit": "abc", "cases_planned": 5, "cases_tried": 3, "rows": rows}
+    record["errors"] = {"number 7": "AssertionError: dvc push failed:\nERROR"}
+    folder = tmp_path / "reports/reliability"
+    folder.mkdir(parents=True)
+    (folder / "situations.json").write_text(json.dumps(record))
+    monkeypatch.setattr(page, "REPOSITORY", tmp_path)
+    page.main()
+    text = (tmp_path / "docs/reliability.md").read_text()
+    assert "| a queue is killed | 1 | could not be run again | failed |\n" in text
+    assert "| the disk is full | 1 | not tried | not tried |\n" in text
+    assert "At commit abc, 2 of 5 cases tried; as promised: 1 of 2 cases.\n- number 7: the campaign itself fail" in text
+    assert "Having any troubles" not in text
+    assert "ERROR" not in text
