@@ -3,8 +3,9 @@
     python faults/corruption.py --workspace .scratch/faults --cases 660
 
 A bit is flipped, the end cut off, or a block of 512 bytes set to zero, at a random place of a random file of each kind
-in turn. Reading it as the stages do must give the very values that were written (damage to a space in JSON changes
-none), or a DynarouteError that names the file. Every case runs in a process of its own, so that a crash is seen too.
+in turn, of those alone that are read: no file may be empty and the values still be the same. Reading it as the stages
+do must give the very values that were written (damage to a space in JSON changes none), or a DynarouteError that names
+the file. Every case runs in a process of its own, so that a crash is seen too.
 
 Writes  reports/reliability/corruption.json
 """
@@ -13,16 +14,17 @@ import dataclasses
 import hashlib
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from workspace import REPOSITORY, Row, finished_workspace, parse_arguments, run_campaign
+from workspace import REPOSITORY, Row, finished_workspace, parse_arguments, run_campaign, with_log
 
 from dynaroute import artifacts
 from dynaroute.artifacts import CHECKSUMS, read_json, read_note, write_note
@@ -52,6 +54,7 @@ import train_dagformer
 DAMAGED = Path(".scratch/damaged.json")  # what a file was, while it is damaged
 SPLITS = ("train", "validation", "test")
 TOKENS, STORE, DAGFORMER = Path("data/tokens/docs"), Path("data/dwr/expert_store"), Path("data/dagformer")
+EMBEDDED = ("training", "evaluation", "domains")
 STOPPED = Path(".scratch/stopped")  # a run that was stopped
 
 
@@ -98,10 +101,10 @@ def read_dagformer_reports(settings: Settings) -> Any:
     return found, analyses.read_analyses(settings, found), results.read_measurements(found)
 
 
-def read_locked() -> Any:
-    """The DWR reports' inputs after dvc.lock has been read anew."""
+def read_locked(files: list[Path]) -> Any:
+    """Single files, compared with dvc.lock, which is read anew for it."""
     artifacts._recorded_by_dvc.cache_clear()
-    return read_dwr_reports()
+    return [artifacts.checked(path).read_bytes() for path in files]
 
 
 def stop_a_run() -> None:
@@ -131,6 +134,8 @@ def go_on() -> Any:
 def kinds(settings: Settings) -> dict[str, tuple[list[str], Callable[[], Any]]]:
     """For every kind of file, patterns that find its files, and what reads them."""
     variants = list(settings.variants)
+    tables = [f"reports/dagformer/{name}.csv" for name in analyses.COLUMNS]
+    locked = sorted(Path(name) for name in artifacts._recorded_by_dvc(Path.cwd()) if Path(name).is_file())
     return {
         "collected documents": (["data/raw/docs/*"], read_collected),
         "token shards": (["data/tokens/docs/*.npy"], read_tokens),
@@ -153,7 +158,7 @@ def kinds(settings: Settings) -> dict[str, tuple[list[str], Callable[[], Any]]]:
         "jointly trained base": (["data/dagformer/J1/base/*"], lambda: read_model(DAGFORMER / "J1/base")),
         "embeddings": (
             ["data/dagformer/embeddings/*/*"],
-            lambda: [load_embeddings(DAGFORMER / "embeddings" / part) for part in ("training", "evaluation")],
+            lambda: [load_embeddings(DAGFORMER / "embeddings" / part) for part in EMBEDDED],
         ),
         "variants": (["data/dagformer/variants/*"], lambda: [train_dagformer.read_variant(name) for name in variants]),
         "predictors": (
@@ -176,16 +181,30 @@ def kinds(settings: Settings) -> dict[str, tuple[list[str], Callable[[], Any]]]:
             read_dwr_reports,
         ),
         "inputs of the DAGFormer reports": (
-            ["reports/dagformer/**/*.*", "reports/statistics/*", "reports/dagformer_measured/*"],
+            [f"reports/{name}" for name in ("dagformer/*.json", "dagformer/*/[nt]*.*", "statistics/*", "*_measured/*")]
+            + tables,
             lambda: read_dagformer_reports(settings),
         ),
-        "dvc.lock": (["dvc.lock"], read_locked),
+        "dvc.lock": (["dvc.lock"], lambda: read_locked(locked)),
     }  # fmt: skip
 
 
-def damage(content: bytes, draw: random.Random) -> tuple[str, bytes]:
-    """What was done, and the content after it; at least one bit differs."""
-    where = draw.randrange(len(content))
+def places(path: Path, content: bytes) -> Sequence[int]:
+    """Where a file can be damaged so that what reads it may notice: anywhere, but for DVC's lock file.
+
+    Stages look up the hashes of single outputs in it, and nothing else. The rest is DVC's, which runs what differs.
+    """
+    if path.name != "dvc.lock":
+        return range(len(content))
+    found: list[int] = []
+    for outs in re.finditer(rb"^    outs:\n(?:    [- ] .*\n)+", content, re.MULTILINE):
+        for own in re.finditer(rb"- path: .*\n      hash: md5\n      md5: [0-9a-f]{32}\n", outs[0]):
+            found += range(outs.start() + own.start(), outs.start() + own.end())
+    return found
+
+
+def damage(content: bytes, where: int, draw: random.Random) -> tuple[str, bytes]:
+    """What was done at a place or from it on, and the content after it; at least one bit differs."""
     match draw.choice(["bit", "bit", "bit", "cut", "cut", "zeros"]):
         case "bit":
             flipped = content[where] ^ 1 << draw.randrange(8)
@@ -247,15 +266,15 @@ def read(load: Callable[[], Any]) -> str:
 
 
 def judge(found: str, undisturbed: str, path: Path) -> str:
-    """In words, and "silent" or "crash" where the promise is broken."""
+    """In words of ours; where the promise is broken, with what was said."""
     if found == undisturbed:
         return "the same values"
     if found.startswith("values"):
-        return "silent: other values"
+        return "other values, unnoticed"
     if not found.startswith("refused"):
-        return f"crash: {found[:300]}"
+        return with_log("a crash", found)
     named = str(path) in found or (path.name == CHECKSUMS and str(path.parent) in found)
-    return "an error that names the file" if named else f"unnamed: {found[:300]}"
+    return "an error that names the file" if named else with_log("an error that does not name the file", found)
 
 
 def main() -> None:
@@ -267,24 +286,32 @@ def main() -> None:
     stop_a_run()
     ways = kinds(load_settings())
     undisturbed: dict[str, str] = {}
+    files: dict[str, list[Path]] = {}
     restore()
+
+    def read_with(path: Path, changed: bytes, load: Callable[[], Any]) -> str:
+        write_note(DAMAGED, {"path": str(path), "content": path.read_bytes().hex()})
+        try:
+            path.write_bytes(changed)
+            return read(load)
+        finally:
+            restore()
 
     def try_case(case: str, draw: random.Random) -> list[Row]:
         kind = list(ways)[int(case) % len(ways)]
         patterns, load = ways[kind]
-        if kind not in undisturbed:
+        if kind not in files:
             undisturbed[kind] = read(load)
             assert undisturbed[kind].startswith("values"), f"{kind}: {undisturbed[kind]}"
-        files = sorted(path for pattern in patterns for path in Path().glob(pattern) if path.is_file())
-        path = draw.choice([path for path in files if path.stat().st_size])
+            found = sorted(path for pattern in patterns for path in Path().glob(pattern) if path.is_file())
+            found = [path for path in found if path.stat().st_size]
+            unread = [str(path) for path in found if read_with(path, b"", load) == undisturbed[kind]]
+            assert found and not unread, f"{kind}: nothing reads {', '.join(unread) or patterns}"
+            files[kind] = found
+        path = draw.choice(files[kind])
         content = path.read_bytes()
-        what, changed = damage(content, draw)
-        write_note(DAMAGED, {"path": str(path), "content": content.hex()})
-        path.write_bytes(changed)
-        try:
-            outcome = judge(read(load), undisturbed[kind], path)
-        finally:
-            restore()
+        what, changed = damage(content, draw.choice(places(path, content)), draw)
+        outcome = judge(read_with(path, changed, load), undisturbed[kind], path)
         return [{"kind": kind, "file": str(path), "damage": what, "outcome": outcome}]
 
     run_campaign("corruption", arguments, [str(number) for number in range(arguments.cases)], try_case)

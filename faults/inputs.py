@@ -37,6 +37,7 @@ from workspace import (
     finished_workspace,
     parse_arguments,
     run_campaign,
+    with_log,
 )
 
 from dynaroute.config import Corpus, load_settings, read_yaml
@@ -111,9 +112,9 @@ def judge_settings(path: Path) -> str:
     except DynarouteError as error:
         text = str(error)
         one_line = "\n" not in text and path.name in text
-        return "refused in one line" if one_line else f"refused, but: {text[:200]!r}"
+        return "refused in one line" if one_line else with_log("refused in several lines", text)
     except Exception as error:
-        return f"crash: {type(error).__name__}: {error}"[:300]
+        return with_log("a crash", f"{type(error).__name__}: {error}")
     return "accepted"
 
 
@@ -168,12 +169,12 @@ def judge_corpus(source: dict[str, Any], plain: dict[str, str] | None, folder: P
     except DynarouteError as error:
         text = str(error)
         if "\n" in text:
-            return f"refused, but: {text[:200]!r}"
+            return with_log("refused in several lines", text)
         if plain is not None and sum(not (not text or text.isspace()) for text in plain.values()) > 30:
-            return f"refused without a reason: {text[:200]}"
+            return with_log("refused without a reason", text)
         return "refused in one line"
     except Exception as error:
-        return f"crash: {type(error).__name__}: {error}"[:300]
+        return with_log("a crash", f"{type(error).__name__}: {error}")
     if plain is None:
         return "accepted what must be refused"
     found = []
@@ -198,7 +199,7 @@ def judge_override(workspace: Workspace, override: str) -> str:
     workspace.run("git", "checkout", "params.yaml")
     if done.returncode and ran in ([], [LOCATE]) and (len(said) == 1 or not ran):
         return "refused in one line by the first stage" if said else "refused by DVC itself"
-    return f"ran {', '.join(ran)}: {text.strip()[-200:]}"
+    return with_log(f"ran {', '.join(ran)}", text)
 
 
 def judge_huge_document(workspace: Workspace, kind: str) -> str:
@@ -220,9 +221,9 @@ def judge_huge_document(workspace: Workspace, kind: str) -> str:
     done = workspace.run("bash", "-c", limited, check=False)
     said = done.stderr.strip().splitlines()[-1:]
     if not done.returncode:
-        return "accepted"
+        return "accepted what must be refused"
     refused = "Traceback" not in done.stderr and said and said[0].startswith(f"collect: {path.name}")
-    return "refused in one line" if refused else f"crash: {''.join(said)}"[:300]
+    return "refused in one line" if refused else with_log("a crash", done.stderr)
 
 
 def main() -> None:

@@ -15,6 +15,15 @@ from workspace import PAGE, REPORTS, REPOSITORY, Row
 from dynaroute.artifacts import read_json, write_text
 
 TEMPLATE = Path(__file__).with_name("reliability.md")
+AS_PROMISED = {  # outcomes; of `repeat`, see `as_promised`
+    "kills": ["the same bytes"],
+    "situations": ["the same bytes"],
+    "corruption": ["an error that names the file", "the same values"],
+    "inputs": [
+        *("refused in one line", "refused in one line by the first stage", "refused by DVC itself"),
+        *("accepted", "the very text"),
+    ],
+}
 
 
 def campaign(name: str) -> dict[str, Any]:
@@ -30,10 +39,28 @@ def rows(name: str) -> list[Row]:
 def extent(name: str) -> str:
     """Which code it tried, and how far it got."""
     found = campaign(name)
+    own = [row for row in rows(name) if row.get("outcome") != "not tried"]
+    tried = found["cases_tried"] - (len(rows(name)) - len(own))  # only of cases with one row
+    what = {"kills": "kills", "repeat": "runs"}.get(name, "cases")
     broken = "".join(
-        f"\n- {case}: the campaign failed: {text.splitlines()[0]}" for case, text in found["errors"].items()
+        f"\n- {case}: the campaign itself failed ({text.partition(':')[0]})" for case, text in found["errors"].items()
     )
-    return f"At commit {found['commit']}: {found['cases_tried']} of {found['cases_planned']} cases.{broken}"
+    return (
+        f"At commit {found['commit']}, {tried} of {found['cases_planned']} cases tried; as promised: "
+        f"{sum(as_promised(name, row) for row in own)} of {len(own)} {what}.{broken}"
+    )
+
+
+def as_promised(name: str, row: Row) -> bool:
+    """Whether what came of a case is what the page promises."""
+    if name == "repeat":
+        return row["tokens_of_the_same_bytes"] and row["largest_difference"] <= row["tolerance"]
+    return row["outcome"] in AS_PROMISED[name]
+
+
+def words(outcome: str) -> str:
+    """An outcome without the end of what a program said, for which see `reports/reliability/`."""
+    return outcome.partition(": ")[0]
 
 
 def table(header: list[str], lines: list[list[object]]) -> str:
@@ -42,12 +69,12 @@ def table(header: list[str], lines: list[list[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in text)
 
 
-def by(name: str, key: str, outcome: str = "outcome") -> str:
+def by(name: str, key: str) -> str:
     """How often each outcome was seen, for each value of a key."""
     found: dict[str, Counter] = {}
     for row in rows(name):
-        found.setdefault(row[key], Counter())[row[outcome]] += 1
-    outcomes = list(dict.fromkeys(row[outcome] for row in rows(name)))
+        found.setdefault(row[key], Counter())[words(row["outcome"])] += 1
+    outcomes = list(dict.fromkeys(words(row["outcome"]) for row in rows(name)))
     lines = [[what, counts.total(), *(counts[one] for one in outcomes)] for what, counts in found.items()]
     lines.append(["all", len(rows(name)), *(sum(counts[one] for counts in found.values()) for one in outcomes)])
     return table([key, "cases", *outcomes], lines)
@@ -77,14 +104,14 @@ def kills() -> str:
     ]
     header = ["stage", "kills", "of all processes", "of DVC alone", "while the stage was at work"]
     shown = table([*header, "under `dvc exp run`", "mended, to the same bytes"], lines)
-    broken = {f"- {row['stage']}, `{row['command']}`: {row['outcome']}" for row in rows("kills")}
+    broken = {f"- {row['stage']}, `{row['command']}`: {words(row['outcome'])}" for row in rows("kills")}
     broken = sorted(line for line in broken if not line.endswith("the same bytes"))
     return "\n".join([shown, *(["", "Not mended:", "", *broken] if broken else [])])
 
 
 def situations() -> str:
     """Situations: how often, what the pipeline said, and what came of it."""
-    found = Counter((row["situation"], row["then"], row["outcome"]) for row in rows("situations"))
+    found = Counter((row["situation"], words(row["then"]), words(row["outcome"])) for row in rows("situations"))
     lines = [[situation, cases, then, outcome] for (situation, then, outcome), cases in found.items()]
     return table(["situation", "cases", "what happened", "after `make recover && dvc repro`"], lines)
 

@@ -34,6 +34,7 @@ from workspace import (
     mended,
     parse_arguments,
     run_campaign,
+    with_log,
 )
 
 FORCED = ("--single-item", "--force")
@@ -106,7 +107,7 @@ def said(done: subprocess.CompletedProcess, words: str) -> str:
     lines = (done.stdout + done.stderr).splitlines()
     if any(line.startswith("Traceback") for line in lines):
         return "failed with a traceback"
-    return "failed and said why" if any(words in line for line in lines) else "failed: " + " / ".join(lines[-3:])
+    return "failed and said why" if any(words in line for line in lines) else with_log("failed", "\n".join(lines))
 
 
 def full_disk(pristine: Workspace, root: Path, stage: str, draw: random.Random) -> Row:
@@ -155,7 +156,7 @@ def cut_lock_file(pristine: Workspace, root: Path, which: str, draw: random.Rand
         path.write_text("".join(lines[:kept]), "utf-8")
         workspace.run("make", "recover")
         same = len(path.read_text("utf-8").splitlines()) == kept
-        then = "kept: DVC can read it" if same else "taken from git: DVC cannot read it"
+        then = "kept, since DVC can read it" if same else "taken from git, since DVC cannot read it"
         return {"lines": kept, "then": then, "outcome": mended(workspace, pristine, "dvc", "repro")}
 
 
@@ -191,9 +192,12 @@ def killed_queue(pristine: Workspace, root: Path, which: str, draw: random.Rando
         ended = workspace.run("dvc", "exp", "run", "--run-all", check=False)
         applied = workspace.run("dvc", "exp", "apply", "again", check=False)
         row: Row = {"seconds": moment}
-        if again.returncode or ended.returncode or applied.returncode:
-            texts = [done.stdout + done.stderr for done in (again, ended, applied)]
-            return row | {"then": "failed", "outcome": "failed: " + " / ".join("".join(texts).splitlines()[-3:])}
+        for what, done in (("queued again", again), ("run again", ended), ("applied", applied)):
+            if done.returncode:
+                return row | {
+                    "then": f"could not be {what}",
+                    "outcome": with_log("failed", done.stdout + done.stderr),
+                }
         return row | {"then": "queued again and run", "outcome": mended(workspace, undisturbed, "dvc", "repro")}
 
 

@@ -175,18 +175,23 @@ def contents(root: Path) -> dict[str, str]:
     }
 
 
+def with_log(words: str, text: str) -> str:
+    """An outcome: words of ours, and then the end of what a program said, which the page leaves out."""
+    return f"{words}: {' / '.join(text.strip().splitlines()[-4:])[-300:]}"
+
+
 def mended(workspace: Workspace, expected: Workspace, *command: str) -> str:
     """What `make recover` and then a pipeline to its end give, beside what they should."""
     done = workspace.run("make", "recover", check=False)
     if not done.returncode:
         done = workspace.run(*command, check=False)
     if done.returncode:
-        return "failed: " + " / ".join((done.stdout + done.stderr).strip().splitlines()[-4:])
+        return with_log("failed", done.stdout + done.stderr)
     found, want = contents(workspace.root), contents(expected.root)
     differing = sorted(name for name in found.keys() | want if found.get(name) != want.get(name))
     if not differing and workspace.hashes() != expected.hashes():
         differing = ["dvc.lock"]
-    return f"differs: {', '.join(differing[:5])}" if differing else "the same bytes"
+    return f"other bytes in {', '.join(differing[:5])}" if differing else "the same bytes"
 
 
 def _without_path(workspace: Workspace) -> Workspace:

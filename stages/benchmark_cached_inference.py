@@ -59,7 +59,8 @@ class Run(NamedTuple):
     """One candidate's decoding."""
 
     seconds: float
-    hit_rate: float | None  # of ours
+    hit_rate: float | None = None  # of ours
+    late_rate: float | None = None  # of ours: the share of requests that were hits, but not there yet
 
 
 class Candidate(NamedTuple):
@@ -140,7 +141,7 @@ def ours(store: ExpertStore, capacity: int) -> Iterator[Candidate]:
     def run_resident() -> Run:
         result, logits = decode(greedy_decode(resident, prompt, NEW_TOKENS))
         expected[:] = [logits]
-        return Run(result.decode_seconds[0], None)
+        return Run(result.decode_seconds[0])
 
     def run_cached(size: int, policy: str, prefetch: str, cold: bool) -> Run:
         prefetcher = make_prefetcher(prefetch, store, cached, CONFIG.top_k)
@@ -150,7 +151,8 @@ def ours(store: ExpertStore, capacity: int) -> Iterator[Candidate]:
             result, logits = decode(greedy_decode(cached, prompt, NEW_TOKENS), cache, forget)
         if not torch.equal(logits, expected[0]):
             raise DynarouteError(f"{size} experts, {policy}, {prefetch}: logits are not those of the resident model")
-        return Run(result.decode_seconds[0], result.decode.hit_rate)
+        found = result.decode
+        return Run(result.decode_seconds[0], found.hit_rate, found.late / found.requests)
 
     yield Candidate("ours, all resident", "warm", functools.partial(again, run_resident))
     cells = [(capacity, policy, prefetch, cold) for cold in (False, True) for policy, prefetch in SETTINGS]
@@ -222,13 +224,13 @@ def decode_mixtral(model: nn.Module, before_pass: Callable[[], None] | None = No
         output = model(token, past_key_values=keys, use_cache=True)
         token, keys = output.logits[:, -1:].argmax(-1), output.past_key_values
         seconds.append(time.perf_counter() - started)
-    return Run(sum(seconds[1:]), None)
+    return Run(sum(seconds[1:]))
 
 
 def decode_plainly(model: nn.Module, before_pass: Callable[[], None] | None = None) -> Run:
     """Greedy decoding of our module without a cache of ours."""
     result, _ = decode(greedy_decode(model, torch.zeros(1, 1, dtype=torch.int64), NEW_TOKENS), None, before_pass)
-    return Run(result.decode_seconds[0], None)
+    return Run(result.decode_seconds[0])
 
 
 def with_cold(name: str, model: nn.Module, run: Callable[..., Run], folder: Path) -> Iterator[Candidate]:
@@ -297,7 +299,7 @@ def cost_of_a_miss(store: ExpertStore) -> dict[str, float]:
 
 
 def row(candidate: Candidate, runs: list[Run], resident: list[float]) -> dict[str, Any]:
-    """Speed, and the ratio to the resident model's of the same round."""
+    """Speed, and the ratio to the resident model's of the same round; which hits are late depends on the round."""
     ratios = [theirs / one.seconds for one, theirs in zip(runs, resident, strict=True)]
     return {
         "name": candidate.name,
@@ -307,6 +309,7 @@ def row(candidate: Candidate, runs: list[Run], resident: list[float]) -> dict[st
         "ratio_lowest": min(ratios),
         "ratio_highest": max(ratios),
         "hit_rate": runs[0].hit_rate,
+        "late_rate": None if runs[0].late_rate is None else median(one.late_rate for one in runs),
     }
 
 

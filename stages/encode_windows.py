@@ -20,8 +20,8 @@ import torch
 from dynaroute.artifacts import sha256
 from dynaroute.config import BaseEncoder, Settings
 from dynaroute.dagformer.encoders import load_encoder, write_embeddings
-from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.data.windows import KEYS, Selection, Subset
+from dynaroute.data.shards import TokenShards
+from dynaroute.data.windows import KEYS, Selection, dagformer_windows
 from dynaroute.evaluation.domains import domain_windows
 from dynaroute.machine import compute_dtype
 from dynaroute.stage import run
@@ -36,10 +36,7 @@ def main(settings: Settings) -> None:
     dagformer = settings.dagformer
     tokens = Path("data/tokens") / dagformer.corpus
     shards = {split: TokenShards(tokens, split) for split in KEYS}
-    windows = {
-        split: Subset(Windows(own, dagformer.seq_len, keep_tail=False), getattr(dagformer, KEYS[split]))
-        for split, own in shards.items()
-    }
+    windows = dagformer_windows(shards, dagformer)
     dtype = compute_dtype(settings.device, dagformer.precision)
     encoder = load_encoder(dagformer.encoder, DATA / "base", shards["train"].tokenizer(), settings.device, dtype)
     # Apart, so that other windows to evaluate on do not retrain anything.

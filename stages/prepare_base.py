@@ -26,7 +26,7 @@ from dynaroute.dagformer.base import LanguageModelObjective, load_base, new_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.pretrained import load_tokenizer
 from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.data.windows import Subset
+from dynaroute.data.windows import KEYS, Subset, dagformer_windows
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.statistics import paired_difference, verdict
 from dynaroute.machine import compute_dtype, describe_machine, peak_memory
@@ -47,7 +47,8 @@ def main(settings: Settings) -> None:
     precision = "fp32" if isinstance(dagformer.base, LoadedBase) else dagformer.base.training.precision
     accelerator = make_accelerator(settings.device, precision)  # first: it gives each process its own GPU
     tokens, check = Path("data/tokens") / dagformer.corpus, accelerator.is_main_process
-    shards = {split: TokenShards(tokens, split, check) for split in ("train", "validation")}
+    shards = {split: TokenShards(tokens, split, check) for split in KEYS}
+    dagformer_windows(shards, dagformer)  # refuses too few for encode_windows now, and not after a pretraining
     dtype = compute_dtype(settings.device, dagformer.precision)
     identity = {
         "base": dagformer.base.model_dump(),

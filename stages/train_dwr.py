@@ -21,6 +21,7 @@ import torch
 from dynaroute.artifacts import output_directory, write_csv, write_json
 from dynaroute.config import Settings
 from dynaroute.data.shards import Windows
+from dynaroute.data.windows import cache_benchmark_windows, evenly_spaced
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.dwr.training import make_trainer, open_tokens
 from dynaroute.machine import describe_machine, peak_memory
@@ -43,7 +44,11 @@ def main(settings: Settings) -> None:
     trainer, identity = make_trainer(settings, dwr, accelerator, shards["train"], training, validation, "train_dwr")
     identifier, objective = run_id(identity), trainer.objective
     model, config = accelerator.unwrap_model(trainer.model), objective.config
-    own_share(test, accelerator)  # refuses too few now, and not after the training
+    # What is refused when there is too little text is refused now, and not after the training; also for later stages.
+    own_share(test, accelerator)
+    routed = Windows(shards["test"], dwr.max_seq_len, keep_tail=False)
+    evenly_spaced(routed, settings.trace_routing.windows, "trace_routing.windows")
+    cache_benchmark_windows(shards["test"], settings.benchmark_cache)
     with trainer:
         state = trainer.run()
         gradients = router_gradients(trainer, training)

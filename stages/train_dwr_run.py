@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from dynaroute.artifacts import checked, write_json
 from dynaroute.config import DWRRun, Settings, read_yaml
 from dynaroute.data.shards import Windows
-from dynaroute.data.windows import Selection, Subset
+from dynaroute.data.windows import Selection, Subset, evenly_spaced
 from dynaroute.dwr.experts.policies import LRU, Belady, NextUse
 from dynaroute.dwr.experts.residency import Residency
 from dynaroute.dwr.simulate import replay
@@ -50,6 +50,8 @@ def main(settings: Settings, name: str) -> None:
         return trainer.objective.validation_metrics(trainer.validation_sums(windows))["loss"]
 
     own_share(test, accelerator)  # refuses too few now, and not after the training
+    routed = Windows(shards["test"], dwr.max_seq_len, keep_tail=False)
+    evenly_spaced(routed, settings.trace_routing.windows, "trace_routing.windows")
     with trainer:
         state = trainer.run()
         final_train_loss = loss(seen)
@@ -62,8 +64,7 @@ def main(settings: Settings, name: str) -> None:
             return
         identifier, config = run_id(identity), trainer.objective.config
         load = sums["assigned"] / sums["assigned"].mean(1, keepdim=True)  # [L, E], 1 is uniform
-        windows = Windows(shards["test"], dwr.max_seq_len, keep_tail=False)
-        trace = record_routing(model.cpu(), windows, identifier, settings.trace_routing.windows)
+        trace = record_routing(model.cpu(), routed, identifier, settings.trace_routing.windows)
         experts = config.num_layers * config.num_experts
         capacity = max(1, round(experts / 3))
         write_json(

@@ -158,6 +158,24 @@ def test_a_clone_pulls_the_results_that_were_pushed(finished, tmp_path):
     bare = Workspace(tmp_path / "bare")
     assert ran(bare.run("dvc", "repro", "--allow-missing").stdout) == {LOCATE}
     assert not (bare.root / "data/dwr").exists()
+    script = bare.root / "stages/trace_routing.py"
+    script.write_text(script.read_text() + "# changed\n")
+    missing = bare.run("dvc", "repro", "--allow-missing", "trace_routing", check=False)
+    assert "failed to reproduce 'trace_routing'" in missing.stdout + missing.stderr
+    output = bare.run("dvc", "repro", "--allow-missing", "--pull", "trace_routing").stdout
+    assert ran(output) == {LOCATE, "trace_routing"}
+    assert not (bare.root / "data/dagformer").exists()
+
+
+def test_a_dry_run_in_a_new_clone_needs_what_locate_writes(finished, tmp_path):
+    finished.run("git", "clone", "-q", str(finished.root), str(tmp_path / "clone"))
+    clone = Workspace(tmp_path / "clone")
+    script = clone.root / "stages/collect.py"
+    script.write_text(script.read_text() + "# changed\n")
+    refused = clone.run("dvc", "repro", "--allow-missing", "--dry", check=False)
+    assert "failed to reproduce 'collect@docs'" in refused.stdout + refused.stderr
+    clone.run("dvc", "repro", "corpora/dvc.yaml")
+    assert "collect@docs" in ran(clone.run("dvc", "repro", "--allow-missing", "--dry").stdout)
 
 
 def ran(output: str) -> set[str]:

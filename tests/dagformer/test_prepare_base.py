@@ -43,17 +43,17 @@ def tree(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     splits = {
         split: [np.random.default_rng(seed).integers(1, VOCABULARY, 20 * SEQ_LEN).tolist()]
-        for seed, split in enumerate(("train", "validation"))
+        for seed, split in enumerate(("train", "validation", "test"))
     }
     write_tokens(Path("data/tokens/docs"), VOCABULARY, **splits)
     save_tokenizer(BPE, ["some text"], Path("data/tokens/docs/tokenizer"))
     return tmp_path
 
 
-def prepare(path: Path) -> None:
+def prepare(path: Path, **sizes: int) -> None:
     settings = load_settings(REPOSITORY / "params.yaml")
     base = LoadedBase(kind="load", path=str(path), revision=None)
-    update = {"base": base, "seq_len": SEQ_LEN, "validation_windows": 5}
+    update = {"base": base, "seq_len": SEQ_LEN, "train_windows": 8, "validation_windows": 5, "eval_windows": 3} | sizes
     prepare_base.main(settings.model_copy(update={"dagformer": settings.dagformer.model_copy(update=update)}))
 
 
@@ -129,6 +129,13 @@ def test_a_base_that_cannot_be_used_is_refused_and_nothing_is_written(tree, size
     with pytest.raises(DynarouteError, match=message):
         prepare(existing)
     assert not Path("data/dagformer/base").exists()
+
+
+@pytest.mark.parametrize("key", ["train_windows", "validation_windows", "eval_windows"])
+def test_more_windows_than_there_are_for_any_later_stage_are_refused_before_the_base_is_made(tree, key):
+    with pytest.raises(DynarouteError, match=rf"^params.yaml: dagformer.{key} = 20: must be at most 19, the number of"):
+        prepare(save_existing(tree / "published"), **{key: 20})
+    assert not Path("data/dagformer").exists()
 
 
 def test_a_base_with_another_tokenizer_than_the_corpus_is_refused(tree):

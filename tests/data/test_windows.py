@@ -57,9 +57,9 @@ def test_all_windows_are_the_whole(tokens, number):
     [("train", "train_windows"), ("validation", "validation_windows"), ("test", "eval_windows")],
 )
 def test_asking_for_more_windows_than_there_are_names_the_setting_and_both_numbers(tokens, split, key):
-    with pytest.raises(DynarouteError, match=rf"^dagformer.{key} = 24: must be at most 23, .* {split} split$"):
+    with pytest.raises(DynarouteError, match=rf"^params.yaml: dagformer.{key} = 24: must be at most 23, .* {split} s"):
         Subset(make_windows(tokens, split), TOTAL + 1)
-    with pytest.raises(DynarouteError, match=rf"^dwr_runs.short.{key} = 24: must be at most 23"):
+    with pytest.raises(DynarouteError, match=rf"^params.yaml: dwr_runs.short.{key} = 24: must be at most 23"):
         Subset(make_windows(tokens, split), TOTAL + 1, "dwr_runs.short")
 
 

@@ -34,6 +34,11 @@ def test_all_candidates_take_their_turns(module):
     assert states["ours, 4 experts, next_use, gate"] == states["Mixtral, experts on disk"] == ["warm", "cold"]
     assert states["ours under accelerate's disk_offload"] == ["warm", "cold"]
     assert {row["hit_rate"] is not None for row in report["rows"] if "experts, " in row["name"]} == {True}
+    for row in report["rows"]:
+        if row["hit_rate"] is None:
+            assert row["late_rate"] is None, row["name"]
+        else:
+            assert 0 <= row["late_rate"] <= (0 if row["name"].endswith("none") else row["hit_rate"]), row["name"]
     assert len(report["goals"]) == 6
     assert {goal["candidate"] for goal in report["goals"]} == {"ours, 4 experts, next_use, gate"}
     assert all(0 < goal["lowest"] <= goal["value"] <= goal["highest"] for goal in report["goals"])
@@ -53,7 +58,7 @@ def test_goals_compare_one_setting_round_by_round(module):
         ("ours under accelerate's disk_offload", "cold"): [80.0, 80.0, 80.0],
     }
     candidates = [module.Candidate(*name, lambda: None) for name in seconds]
-    runs = [[module.Run(one, None) for one in times] for times in seconds.values()]
+    runs = [[module.Run(one) for one in times] for times in seconds.values()]
     keys = ("value", "lowest", "highest", "resident_value", "goal")
     assert [tuple(goal[key] for key in keys) for goal in module.compare(candidates, runs)] == [
         (0.8, 0.5, 1.0, 1.0, 0.95),

@@ -199,7 +199,7 @@ def test_a_store_that_is_not_the_model_stops_the_export(trained, monkeypatch):
     ("changes", "named"),
     [
         ({"capacities": [1, 11]}, "capacities = .*10 experts in all"),
-        ({"num_prompts": 10**6}, "num_prompts = 1000000: the test split .* has"),
+        ({"num_prompts": 10**6}, r"num_prompts = 1000000: must be at most \d+, .* of 11 tokens in the test split$"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_or_the_text_are_refused(trained, no_processes, changes, named):

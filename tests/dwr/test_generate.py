@@ -39,8 +39,9 @@ def run(monkeypatch, capsys, store, *arguments, prompt=PROMPT):
     return capsys.readouterr()
 
 
-def test_greedy_text_is_the_same_with_every_cache(monkeypatch, capsys, store):
-    resident = run(monkeypatch, capsys, store, "--tokens", "20")
+@pytest.mark.parametrize("choice", [[], ["--temperature", "1.5", "--top-p", "0.95", "--seed", "3"]])
+def test_text_is_the_same_with_every_cache(monkeypatch, capsys, store, choice):
+    resident = run(monkeypatch, capsys, store, "--tokens", "20", *choice)
     assert len(resident.out) > 10
     assert "all experts resident" in resident.err
     for arguments in (
@@ -49,13 +50,13 @@ def test_greedy_text_is_the_same_with_every_cache(monkeypatch, capsys, store):
         ["--cache", "5", "--per-layer", "--policy", "lfu", "--prefetch", "transition", "--lookahead", "3"],
         ["--cache", "10", "--policy", "pinned", "--prefetch", "frequency"],
     ):
-        assert run(monkeypatch, capsys, store, "--tokens", "20", *arguments).out == resident.out
+        assert run(monkeypatch, capsys, store, "--tokens", "20", *choice, *arguments).out == resident.out
 
 
 def test_the_summary_says_what_the_cache_did(monkeypatch, capsys, store):
     line = run(monkeypatch, capsys, store, "--tokens", "12", "--cache", "3", "--prefetch", "gate").err
     assert re.fullmatch(
-        r"12 tokens in [\d.]+ s \([\d.]+ tokens/s\); hit rate 0\.\d{3} of \d+ requests; "
+        r"12 tokens in [\d.]+ s \([\d.]+ tokens/s\); hit rate 0\.\d{3} of \d+ requests, \d+ of the hits late; "
         r"[\d.]+ MiB read, of which [\d.]+ ahead; waited [\d.]+ s for experts\n",
         line,
     )
@@ -75,6 +76,7 @@ def test_it_stops_where_the_positions_end(monkeypatch, capsys, store):
     ("arguments", "message"),
     [
         (["--cache", "0"], "capacity = 0: an expert cache must hold at least 1 expert"),
+        (["--cache", "11"], "--cache 11: the model has 10 experts in all"),
         (["--top-p", "1.5"], "--top-p 1.5: must be above 0 and at most 1"),
         (["--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
         (["--tokens", "0"], "--tokens 0: must be positive"),
@@ -100,7 +102,7 @@ def test_a_mistake_ends_it_with_one_line(monkeypatch, capsys, store, arguments, 
         ([], r"\d+ tokens in .* all experts resident"),
         (
             ["--cache", "3", "--prefetch", "gate"],
-            r"\d+ tokens in .* of \d+ requests; .* MiB read, of which .* for experts",
+            r"\d+ tokens in .* of \d+ requests, .* late; .* MiB read, of which .* for experts",
         ),
     ],
 )

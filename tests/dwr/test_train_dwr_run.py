@@ -7,6 +7,7 @@ import pytest
 import resolve_variants
 import torch
 import torch.nn.functional as F
+import train_dwr
 import train_dwr_run
 from repository import REPOSITORY
 from small_tokens import write_tokens
@@ -15,6 +16,7 @@ from dynaroute.artifacts import read_json
 from dynaroute.config import Settings, read_yaml
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 from dynaroute.errors import DynarouteError
+from dynaroute.training.loop import Trainer
 
 T = 16
 SPLITS = {"train": 70 * T + 1, "validation": 9 * T + 5, "test": 7 * T + 3}
@@ -36,14 +38,22 @@ def tokens(tmp_path, monkeypatch):
     return splits
 
 
-def run_one(name: str, **overrides) -> dict:
-    """Trains one of two runs and returns what it wrote; `overrides` are the other's."""
+def make_settings(overrides: dict) -> Settings:
+    """Two runs; `overrides` are the other's."""
     params = read_yaml(REPOSITORY / "params.yaml")
     windows = {"train_windows": 20, "validation_windows": 5, "eval_windows": None}
     reference = {"corpus": "docs", **windows, **SIZES, "training": TRAINING}
     params |= {"num_threads": 1, "dwr_runs": {"reference": reference, "other": {"corpus": "docs", **overrides}}}
     params["trace_routing"]["windows"] = 3
-    settings = Settings.model_validate(params)
+    params["benchmark_cache"] |= {"prompt_tokens": 3, "new_tokens": 2, "num_prompts": 2, "capacities": [3]}
+    params["simulate_cache"]["capacities"] = [3]
+    params["dwr"] |= {**SIZES, "training": params["dwr"]["training"] | TRAINING}
+    return Settings.model_validate(params)
+
+
+def run_one(name: str, **overrides) -> dict:
+    """Trains one of two runs and returns what it wrote; `overrides` are the other's."""
+    settings = make_settings(overrides)
     resolve_variants.main(settings)
     train_dwr_run.main(settings, name)
     return read_json(f"reports/dwr_runs/{name}.json")
@@ -108,3 +118,25 @@ def test_a_run_may_differ_in_shape_and_is_told_when_windows_are_too_few(tokens):
     assert (found["settings"]["num_experts"], found["experts"], found["capacity"]) == (3, 6, 2)
     with pytest.raises(DynarouteError, match=r"dwr_runs\.other\.train_windows = 71: must be at most 70"):
         run_one("other", train_windows=71)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "number", "most"),
+    [("trace_routing", "windows", 8, "7, the number of windows of 16"), ("benchmark_cache", "num_prompts", 23, "22, ")],
+)
+def test_more_text_than_there_is_for_a_later_stage_is_refused_before_training(
+    tokens, monkeypatch, section, key, number, most
+):
+    def train(_):
+        raise AssertionError("it trains")
+
+    monkeypatch.setattr(Trainer, "run", train)
+    settings = make_settings({})
+    resolve_variants.main(settings)
+    stages = {"trace_routing": [train_dwr.main, lambda own: train_dwr_run.main(own, "other")]}
+    for main in stages.get(section, [train_dwr.main]):
+        with pytest.raises(AssertionError, match="it trains"):
+            main(settings)
+        changed = getattr(settings, section).model_copy(update={key: number})
+        with pytest.raises(DynarouteError, match=rf"^params.yaml: {section}.{key} = {number}: must be at most {most}"):
+            main(settings.model_copy(update={section: changed}))

@@ -1,15 +1,30 @@
 """A part of a split's windows: the same ones for every run and every evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dynaroute.data.shards import Windows
+from dynaroute.config import BenchmarkCache, DAGFormer
+from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
 
 if TYPE_CHECKING:
     import torch
 
 KEYS = {"train": "train_windows", "validation": "validation_windows", "test": "eval_windows"}
+
+
+def evenly_spaced(windows: Windows, number: int, setting: str) -> list[int]:
+    """Indices of `number` windows, evenly spaced over all.
+
+    Raises:
+        DynarouteError: there are fewer; it names the setting that asks for that many.
+    """
+    total = len(windows)
+    if number > total:
+        split, seq_len = windows.shards.split, windows.seq_len
+        allowed = f"must be at most {total}, the number of windows of {seq_len} tokens in the {split} split"
+        raise DynarouteError(f"params.yaml: {setting} = {number}: {allowed}")
+    return [i * total // number for i in range(number)]
 
 
 class Selection:
@@ -43,9 +58,28 @@ class Subset(Selection):
         Raises:
             DynarouteError: there are fewer; it names the setting, one of a section, that asks for that many.
         """
-        total = len(windows)
-        if number is not None and number > total:
-            split, seq_len = windows.shards.split, windows.seq_len
-            allowed = f"must be at most {total}, the number of windows of {seq_len} tokens in the {split} split"
-            raise DynarouteError(f"{section}.{KEYS[split]} = {number}: {allowed}")
-        super().__init__(windows, range(total) if number is None else [i * total // number for i in range(number)])
+        setting = f"{section}.{KEYS[windows.shards.split]}"
+        chosen = range(len(windows)) if number is None else evenly_spaced(windows, number, setting)
+        super().__init__(windows, chosen)
+
+
+def dagformer_windows(shards: Mapping[str, TokenShards], settings: DAGFormer) -> dict[str, Subset]:
+    """The windows of each split that DAGFormer variants train on, are validated and evaluated on.
+
+    Raises:
+        DynarouteError: a split has fewer than the settings ask for.
+    """
+    return {
+        split: Subset(Windows(own, settings.seq_len, keep_tail=False), getattr(settings, KEYS[split]))
+        for split, own in shards.items()
+    }
+
+
+def cache_benchmark_windows(shards: TokenShards, settings: BenchmarkCache) -> Selection:
+    """The texts that the cache benchmark reads, prompts and what follows them: windows of a split.
+
+    Raises:
+        DynarouteError: there are fewer than the settings ask for.
+    """
+    windows = Windows(shards, settings.prompt_tokens + settings.new_tokens, keep_tail=False)
+    return Selection(windows, evenly_spaced(windows, settings.num_prompts, "benchmark_cache.num_prompts"))

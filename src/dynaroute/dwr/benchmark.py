@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynaroute.config import BenchmarkCache, PolicyName, PrefetchName
-from dynaroute.data.shards import TokenShards, Windows
+from dynaroute.data.shards import TokenShards
+from dynaroute.data.windows import cache_benchmark_windows
 from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, make_policy, make_prefetcher
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
 from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, read_text
@@ -95,14 +96,7 @@ def held_out_texts(store: ExpertStore, directory: Path, settings: BenchmarkCache
         raise DynarouteError(
             f"{directory}: has a vocabulary of {shards.padded_vocab_size}, {model}: train and export again"
         )
-    length = settings.prompt_tokens + settings.new_tokens
-    windows = Windows(shards, length, keep_tail=False)
-    if len(windows) < settings.num_prompts:
-        raise DynarouteError(
-            f"params.yaml: benchmark_cache.num_prompts = {settings.num_prompts}: the test split of {directory} "
-            f"has {len(windows)} windows of {length} tokens"
-        )
-    tokens, _ = windows.batch([len(windows) * index // settings.num_prompts for index in range(settings.num_prompts)])
+    tokens, _ = cache_benchmark_windows(shards, settings).batch(range(settings.num_prompts))
     return tokens
 
 

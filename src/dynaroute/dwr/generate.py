@@ -2,9 +2,12 @@
 
     python -m dynaroute.dwr.generate --store data/dwr/expert_store --prompt "The function returns" --cache 11
 
-The text goes to stdout as it comes, a summary of what the cache did to stderr. Greedy output (`--temperature 0`, the
-default) is the same at every cache size, with every policy and prefetcher, and equals that of the resident model.
-Ctrl-C ends it with the summary of what was done so far, and status 130.
+The text goes to stdout as it comes, a summary of what the cache did to stderr. Greedy text (`--temperature 0`, the
+default) and text that is sampled with a seed are the same at every cache size, with every policy and prefetcher, and
+equal those of the resident model. A hit is an expert that was held when it was asked for, or to be prefetched by then;
+it is late if it was not read yet. A text that repeats itself, as the greedy text of a small model does, asks for the
+same experts again, and hits more than other text. Ctrl-C ends it with the summary of what was done so far, and status
+130.
 """
 
 import argparse
@@ -50,10 +53,11 @@ def check(arguments: argparse.Namespace, store: ExpertStore) -> None:
     Raises:
         DynarouteError: naming the first of them.
     """
-    experts = store.config.num_experts
+    experts, cached = store.config.num_experts, arguments.cache
     for name, holds, allowed in (
         ("tokens", arguments.tokens > 0, "must be positive"),
         ("threads", arguments.threads > 0, "must be positive"),
+        ("cache", cached is None or cached <= store.num_experts, f"the model has {store.num_experts} experts in all"),
         ("temperature", 0 <= arguments.temperature < float("inf"), "must be 0 or more"),
         ("top_p", 0 < arguments.top_p <= 1, "must be above 0 and at most 1"),
         ("lookahead", arguments.lookahead is None or 0 < arguments.lookahead <= experts, f"must be 1 to {experts}"),
@@ -93,8 +97,9 @@ def summary(tokens: int, seconds: float, statistics: CacheStatistics | None, fil
     if statistics is None:
         return f"{line}; all experts resident"
     ahead = f", of which {statistics.reads_ahead * file_bytes / 2**20:.1f} ahead" if statistics.prefetched else ""
+    late = f", {statistics.late} of the hits late" if statistics.prefetched else ""
     return (
-        f"{line}; hit rate {statistics.hit_rate:.3f} of {statistics.requests} requests; "
+        f"{line}; hit rate {statistics.hit_rate:.3f} of {statistics.requests} requests{late}; "
         f"{statistics.reads * file_bytes / 2**20:.1f} MiB read{ahead}; "
         f"waited {statistics.wait_seconds:.3f} s for experts"
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dynaroute.artifacts import checked, output_directory, read_json, write_json
 from dynaroute.data.shards import Windows
+from dynaroute.data.windows import evenly_spaced
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.errors import DynarouteError
 
@@ -37,18 +38,13 @@ def record_routing(model: DWRTransformer, windows: Windows, run: str, num_window
     Raises:
         DynarouteError: there are fewer.
     """
-    if num_windows > len(windows):
-        raise DynarouteError(
-            f"params.yaml: trace_routing.windows = {num_windows}: {windows.shards.directory} has {len(windows)} "
-            f"windows of {windows.seq_len} tokens in its {windows.shards.split} split"
-        )
+    indices = evenly_spaced(windows, num_windows, "trace_routing.windows")
     routers, states = [layer.moe.router for layer in model.layers], {}
     hooks = [
         router.register_forward_pre_hook(lambda _, inputs, layer=layer: states.__setitem__(layer, inputs[0]))
         for layer, router in enumerate(routers)
     ]
     chosen, foretold = [], []
-    indices = [len(windows) * index // num_windows for index in range(num_windows)]
     for start in range(0, num_windows, BATCH):
         tokens, _ = windows.batch(indices[start : start + BATCH])
         statistics = model(tokens).router

@@ -3,7 +3,7 @@
 Every number is read from a file that a stage wrote, and every verdict follows from a rule that stands beside it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -132,13 +132,22 @@ def _reason(goal: Record, peers: Record) -> str:
     rows = {(row["name"], row["page_cache"]): row for row in peers["rows"]}
     own, resident, use = rows[goal["candidate"], goal["page_cache"]], peers["rows"][0], peers["use_of_an_expert_ms"]
     more = use["on disk" if goal["page_cache"] == "cold" else "in the page cache"] - use["held"]
-    missing = (1 - own["hit_rate"]) * peers["experts_per_token"]
+    missing, late = (1 - own["hit_rate"]) * peers["experts_per_token"], own.get("late_rate")
+    found = f"A token misses {missing:.1f} of its {peers['experts_per_token']} experts"
+    cost = f"{missing * more:.1f} ms"
+    if late is None:  # a file of before they were counted
+        found = found.replace("misses", "misses at least")
+        found += "; hits that were not read yet when they were asked for, as prefetching has them, were not counted"
+        cost = f"at least {cost}"
+    elif late:
+        found += f", and {late * peers['experts_per_token']:.1f} of those that it hits are late, not read yet"
+        cost = f"{cost}, and up to {late * peers['experts_per_token'] * more:.1f} ms more for late ones"
     return (
-        f"A token misses {missing:.1f} of its {peers['experts_per_token']} experts, and one that is read as it is "
-        f"needed takes {more:.2f} ms more than one that is held: {missing * more:.1f} ms, where a token takes "
-        f"{1000 / own['tokens_per_second']:.1f} ms in place of {1000 / resident['tokens_per_second']:.1f} ms with all "
-        "experts resident. What reads do not explain of it is bookkeeping, reading threads beside the computation, and "
-        "what differs between repetitions, whose range stands beside the ratio: these were not measured apart."
+        f"{found}. One that is read as it is needed takes {more:.2f} ms more than one that is held: {cost}, where a "
+        f"token takes {1000 / own['tokens_per_second']:.1f} ms in place of "
+        f"{1000 / resident['tokens_per_second']:.1f} ms with all experts resident. What reads do not explain of it is "
+        "bookkeeping, reading threads beside the computation, and what differs between repetitions, whose range stands "
+        "beside the ratio: these were not measured apart."
     )
 
 
@@ -197,7 +206,7 @@ def _cells(results: Results, third: int) -> str:
     ]
     m, summary = results.summary["lookahead"], results.summary
     header = ["policy", "prefetching", "hit rate, decode", f"accuracy at {m}", "of the trace"]
-    header += ["evictions", "read", "ahead", "useful", "late", "wasted"]
+    header += ["evictions for prefetches", "read", "ahead", "useful", "late", "wasted"]
     return "\n\n".join(
         [
             f"{count(summary['prompts'], 'prompt')} of {summary['prompt_tokens']} tokens of the test split, each with "
@@ -206,7 +215,8 @@ def _cells(results: Results, third: int) -> str:
             table(header, rows),
             f"Accuracy at {m}: the share of the experts that a token needed in a layer that were among the {m} that "
             "the layer before had foretold, in these texts while decoding and in the trace of section 1. Evictions "
-            "are those that made way for a prefetch. A hit is an expert that was there, or to be prefetched by then.",
+            "for prefetches are of experts that made way for one; those for a miss are not among them. A hit is an "
+            "expert that was there, or to be prefetched by then.",
             "The bytes are what was measured, with a warm page cache, and differ from run to run: what was to be "
             "prefetched is not read if its layer comes before its turn, or it has made way by then. Ahead is what "
             "prefetching read; of that, useful was used before it made way, and wasted was not. Late was hit before it "
@@ -237,7 +247,7 @@ def _peers(peers: Record | None) -> str:
         [
             *(row["name"], row["page_cache"], f"{row['tokens_per_second']:.1f}"),
             f"{row['ratio_to_resident']:.3f} ({row['ratio_lowest']:.3f}–{row['ratio_highest']:.3f})",
-            NONE if row["hit_rate"] is None else f"{row['hit_rate']:.3f}",
+            *(NONE if row.get(rate) is None else f"{row[rate]:.3f}" for rate in ("hit_rate", "late_rate")),
         ]
         for row in peers["rows"]
     ]
@@ -258,9 +268,11 @@ def _peers(peers: Record | None) -> str:
             f"there is one. Medians of {count(peers['repeats'], 'repetition')} in which all take turns, and ratios to "
             "the resident model of the same repetition, with their range. Warm, resident models included: just after "
             "the same decoding. Cold: before every token the system is made to forget all pages that are not in use. "
-            "Random weights do not route uniformly, so the hit rate stands beside each speed. Measured on: "
+            "Random weights do not route uniformly, so the hit rate stands beside each speed, and the share of "
+            "requests that were hits but late, not read yet (– where it was not measured). Measured on: "
             f"{machine}.",
-            table(["", "page cache", "tokens/s", "relative to resident (range)", "hit rate"], rows),
+            table(["", "page cache", "tokens/s", "relative to resident (range)", "hit rate", "late"], rows),
+            *_told_apart(peers["rows"]),
             f"Mixtral is transformers' with equal expert bytes and experts mapped to disk (`device_map`). By its own "
             f"routing, LRU at the same capacity would hit {peers['mixtral_lru_hit_rate']:.3f}. Its resident form and "
             "ours differ in norms and gates; compare tokens/s. `disk_offload` is accelerate's, on our module.",
@@ -273,6 +285,26 @@ def _peers(peers: Record | None) -> str:
             table(["the expert is", "median"], miss),
         ]
     )
+
+
+def _told_apart(rows: list[Record]) -> Iterator[str]:
+    """For each state of the page cache, which of our cached settings differ in speed by more than rounds do."""
+    for state in dict.fromkeys(row["page_cache"] for row in rows):
+        own = [row for row in rows if row["page_cache"] == state and row["hit_rate"] is not None]
+        if len(own) < 2:
+            continue
+        apart = [
+            f"{one['name']} is faster than {other['name']}"
+            for one in own
+            for other in own
+            if one["ratio_lowest"] > other["ratio_highest"]
+        ]
+        rates = [row["hit_rate"] for row in own]
+        found = "; ".join(apart) if apart else "none, so nothing follows from the order of their medians"
+        yield (
+            f"Of our {len(own)} cached settings with a {state} page cache, whose hit rates are {min(rates):.3f} to "
+            f"{max(rates):.3f}, those told apart, with ranges that do not overlap: {found}."
+        )
 
 
 def _machines(speeds: "pd.DataFrame", third: int) -> str:
