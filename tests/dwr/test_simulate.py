@@ -40,14 +40,19 @@ def trace(model) -> Trace:
 
 
 @pytest.mark.parametrize("prefetch", ["none", "frequency", "transition", "gate"])
-@pytest.mark.parametrize(("policy", "capacity", "per_layer"), [("lru", 5, False), ("next_use", 7, True)])
-def test_a_replay_does_what_the_cache_does(tmp_path, model, trace, policy, capacity, per_layer, prefetch):
+@pytest.mark.parametrize(
+    ("layers", "policy", "capacity", "per_layer"),
+    [(3, "lru", 5, False), (3, "next_use", 7, True), (1, "lru", 3, False)],  # of one layer, nothing is foretold
+)
+def test_a_replay_does_what_the_cache_does(tmp_path, layers, policy, capacity, per_layer, prefetch):
+    model = make_model(num_layers=layers)
+    trace = record_routing(model, Text(), "run", 2)
     generator = torch.Generator().manual_seed(4)
-    load = torch.rand(3, 5, generator=generator, dtype=torch.float64).tolist()  # no two alike: ties may go either way
-    transitions = torch.randint(1, 1000, (2, 5, 5), generator=generator).tolist()
+    load = torch.rand(layers, 5, generator=generator, dtype=torch.float64).tolist()  # no two alike: ties may go any way
+    transitions = torch.randint(1, 1000, (layers - 1, 5, 5), generator=generator).tolist()
     export_store(model, "run", Usage(load=load, transitions=transitions), tmp_path / "store")
     store = ExpertStore(tmp_path / "store")
-    residency = Residency(capacity, make_policy(policy, store.usage.load), 3, 2, per_layer)
+    residency = Residency(capacity, make_policy(policy, store.usage.load), layers, 2, per_layer)
     replay(trace, residency, make_foretell(prefetch, trace, store.usage, 2))
 
     backbone = load_backbone(store)
@@ -69,6 +74,12 @@ def test_a_trace_holds_what_routers_chose(model, trace):
         assert torch.equal(torch.tensor(trace.experts[:, layer].astype(int)), statistics[layer].chosen.flatten(0, 1))
     assert trace.lookahead.shape == (32, 2, 5)
     assert sorted(trace.lookahead[3, 1].tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_a_layer_alone_is_followed_by_none():
+    trace = record_routing(make_model(num_layers=1), Text(), "run", 2)
+    assert (trace.experts.shape, trace.lookahead.shape) == ((32, 1, 2), (32, 0, 5))
+    assert count_transitions(trace.experts, 5) == []
 
 
 def test_transitions_are_counted_by_token(trace):

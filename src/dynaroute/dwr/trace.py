@@ -55,7 +55,9 @@ def record_routing(model: DWRTransformer, windows: Windows, run: str, num_window
         chosen.append(torch.stack([layer.chosen for layer in statistics], 2).flatten(0, 1))  # [B*T, L, K]
         # Not by calling the module: its hook would note another layer's state as its own.
         said = [router.forward(states[layer]) for layer, router in enumerate(routers[1:])]
-        foretold.append(torch.stack([scores.argsort(-1, descending=True) for scores in said], 1))  # [B*T, L-1, E]
+        orders = [scores.argsort(-1, descending=True) for scores in said]  # L - 1 times [B*T, E]
+        nothing = chosen[-1].new_empty(len(chosen[-1]), 0, model.config.num_experts)  # of a model of one layer
+        foretold.append(torch.stack(orders, 1) if orders else nothing)  # [B*T, L-1, E]
     for hook in hooks:
         hook.remove()
     return Trace(run, _as_uint16(chosen), _as_uint16(foretold))
