@@ -63,6 +63,17 @@ def record_routing(model: DWRTransformer, windows: Windows, run: str, num_window
     return Trace(run, _as_uint16(chosen), _as_uint16(foretold))
 
 
+def uniform_trace(trace: Trace) -> Trace:
+    """As many tokens as a trace has, each with distinct experts that are drawn uniformly and independently of all else.
+
+    What a policy hits of it is what it owes to capacity alone. The same trace on every call.
+    """
+    (tokens, layers, top_k), num_experts = trace.experts.shape, trace.lookahead.shape[2]
+    experts = np.broadcast_to(np.arange(num_experts, dtype=np.uint16), (tokens, 2 * layers - 1, num_experts))
+    orders = np.random.default_rng(0).permuted(experts, axis=2)
+    return Trace(trace.run, orders[:, :layers, :top_k], orders[:, layers:])
+
+
 def count_transitions(experts: np.ndarray, num_experts: int) -> list[list[list[int]]]:
     """[L-1][E][E]: how many tokens of [tokens, L, K] use expert i of layer l and expert j of layer l + 1."""
     used = np.zeros((*experts.shape[:2], num_experts), np.int64)  # [tokens, L, E]
