@@ -333,6 +333,13 @@ class DWRRun(DWR):
     validation_windows: Positive | None  # likewise; also of the training text, for its loss
     eval_windows: Positive | None  # of the test split
 
+    @model_validator(mode="after")
+    def _reads_one_corpus(self) -> Self:
+        if self.also_validate_on:
+            allowed = "must be empty: a run says nothing of other corpora, and its stage depends on its own alone"
+            raise invalid("also_validate_on", self.also_validate_on, allowed)
+        return self
+
 
 Precision = Literal["fp32", "bf16", "int8"]  # of stored experts
 PolicyName = Literal["lru", "lfu", "weighted_lru", "pinned", "next_use"]
@@ -509,7 +516,8 @@ class Settings(Variant):
     num_threads: Positive
     corpora: dict[Name, Corpus]
     dwr: DWR
-    dwr_runs: dict[Name, dict[str, Any]]  # overrides: of the reference on `dwr`, of every other run on the reference
+    # Overrides: of the reference on `dwr` but for its also_validate_on, of every other run on the reference.
+    dwr_runs: dict[Name, dict[str, Any]]
     export_experts: ExportExperts
     trace_routing: TraceRouting
     benchmark_cache: BenchmarkCache
@@ -619,7 +627,8 @@ class Settings(Variant):
         return DWRRun.model_validate(self._dwr_run_knobs(name))
 
     def _dwr_run_knobs(self, name: str) -> dict[str, Any]:
-        return _overridden(_overridden(self.dwr.model_dump(), self.dwr_runs["reference"]), self.dwr_runs[name])
+        knobs = self.dwr.model_dump() | {"also_validate_on": []}
+        return _overridden(_overridden(knobs, self.dwr_runs["reference"]), self.dwr_runs[name])
 
     def corpus(self, name: str) -> Corpus:
         """The corpus of that name.
