@@ -117,7 +117,7 @@ def exact_row(store: ExpertStore, cell: Cell, result: Pass) -> dict[str, Any]:
     both = result.prefill + result.decode
     return {
         "capacity": cell.capacity,
-        "share_of_experts": cell.capacity / store.num_experts,  # also the hit rate of uniform, independent routing
+        "share_of_experts": cell.capacity / store.num_experts,
         "policy": cell.policy,
         "prefetch": cell.prefetch,
         "prefill_requests": result.prefill.requests,

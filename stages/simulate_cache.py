@@ -3,7 +3,8 @@
     python stages/simulate_cache.py
 
 Reads   data/dwr/trace, data/dwr/expert_store (how experts are used)
-Writes  reports/dwr/simulated_hits.csv   hit rates by capacity, policy (MIN among them) and kind of budget
+Writes  reports/dwr/simulated_hits.csv   hit rates by capacity, policy (MIN among them) and kind of budget; and what
+                                         the same hits of as many tokens that are routed uniformly and independently
         reports/dwr/simulated_speed.csv  speed relative to residency by machine, model and prefetcher: at a third of the
                                          experts with every policy, at other capacities with that which hits most
         reports/dwr/simulation.json      at a third of the experts: the share of the gap to MIN that each policy closes
@@ -22,7 +23,7 @@ from dynaroute.dwr.experts import CacheStatistics, ExpertStore, make_policy
 from dynaroute.dwr.experts.policies import Belady
 from dynaroute.dwr.experts.residency import Residency
 from dynaroute.dwr.simulate import Call, Seconds, make_foretell, ratio_to_resident, replay
-from dynaroute.dwr.trace import load_trace
+from dynaroute.dwr.trace import Trace, load_trace, uniform_trace
 from dynaroute.errors import DynarouteError
 from dynaroute.stage import run
 
@@ -37,10 +38,10 @@ def main(settings: Settings) -> None:
     if trace.run != store.run:
         raise DynarouteError(f"{TRACE}: belongs to run {trace.run}, not {store.run}: run stages/trace_routing.py")
     config, policies, experts = store.config, settings.benchmark_cache.policies, store.num_experts
-    third = nearest_a_third(simulate.capacities, experts)
+    third, routings = nearest_a_third(simulate.capacities, experts), (trace, uniform_trace(trace))
 
     def run_one(
-        capacity: int, policy: str, per_layer: bool, prefetch: PrefetchName = "none"
+        trace: Trace, capacity: int, policy: str, per_layer: bool, prefetch: PrefetchName = "none"
     ) -> tuple[CacheStatistics, list[Call]]:
         chosen = Belady(trace.calls()) if policy == "min" else make_policy(policy, store.usage.load)
         residency = Residency(capacity, chosen, config.num_layers, config.top_k, per_layer)
@@ -52,14 +53,15 @@ def main(settings: Settings) -> None:
     hits = [
         {
             "capacity": capacity,
-            "share_of_experts": capacity / experts,  # also the hit rate of uniform, independent routing
+            "share_of_experts": capacity / experts,  # no online policy can expect to hit more of uniform routing
             "policy": policy,
             "per_layer": per_layer,
             "requests": found.requests,
             "hit_rate": found.hit_rate,
+            "uniform_hit_rate": uniform.hit_rate,
         }
         for capacity, policy, per_layer in tqdm(cells, desc="hit rates", unit="replay", disable=None)
-        for found, _ in [run_one(capacity, policy, per_layer)]
+        for (found, _), (uniform, _) in [[run_one(routing, capacity, policy, per_layer) for routing in routings]]
     ]
     online = [row for row in hits if row["policy"] != "min" and not row["per_layer"]]
     pairs = [(third, policy) for policy in policies]
@@ -79,7 +81,7 @@ def main(settings: Settings) -> None:
             "ratio_to_resident": ratio_to_resident(calls, Seconds.of(on, of)),
         }
         for (capacity, policy), prefetch in tqdm(list(replays), desc="speeds", unit="replay", disable=None)
-        for found, calls in [run_one(capacity, policy, False, prefetch)]
+        for found, calls in [run_one(trace, capacity, policy, False, prefetch)]
         for machine, on in simulate.machines.items()
         for model, of in simulate.models.items()
     ]
@@ -90,7 +92,8 @@ def main(settings: Settings) -> None:
 
 def summary(hits: list[dict[str, Any]], run_name: str, tokens: int, third: int) -> dict[str, Any]:
     """Hit rates at a third of the experts under one budget, and the share of the gap from LRU to MIN they close."""
-    rates = {row["policy"]: row["hit_rate"] for row in hits if row["capacity"] == third and not row["per_layer"]}
+    at_a_third = [row for row in hits if row["capacity"] == third and not row["per_layer"]]
+    rates = {row["policy"]: row["hit_rate"] for row in at_a_third}
     gap = rates["min"] - rates["lru"] if "lru" in rates else 0.0
     best = {(row["capacity"], row["per_layer"]): row["hit_rate"] for row in hits if row["policy"] == "min"}
     return {
@@ -98,6 +101,7 @@ def summary(hits: list[dict[str, Any]], run_name: str, tokens: int, third: int) 
         "tokens": tokens,
         "capacity_nearest_a_third": third,
         "hit_rate": rates,
+        "uniform_hit_rate": {row["policy"]: row["uniform_hit_rate"] for row in at_a_third},
         "share_of_gap_closed": {name: (rate - rates["lru"]) / gap for name, rate in rates.items()} if gap else {},
         "checks": {
             "no_policy_beats_min": all(row["hit_rate"] <= best[row["capacity"], row["per_layer"]] for row in hits)

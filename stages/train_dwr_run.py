@@ -20,7 +20,7 @@ from dynaroute.data.windows import Selection, Subset, evenly_spaced
 from dynaroute.dwr.experts.policies import LRU, Belady, NextUse
 from dynaroute.dwr.experts.residency import Residency
 from dynaroute.dwr.simulate import replay
-from dynaroute.dwr.trace import Trace, record_routing
+from dynaroute.dwr.trace import Trace, record_routing, uniform_trace
 from dynaroute.dwr.training import make_trainer, open_tokens
 from dynaroute.errors import DynarouteError
 from dynaroute.stage import run
@@ -90,6 +90,7 @@ def main(settings: Settings, name: str) -> None:
                 "capacity": capacity,
                 "trace_tokens": len(trace.experts),
                 "hit_rate": hit_rates(trace, config.num_experts, capacity),
+                "uniform_hit_rate": hit_rates(uniform_trace(trace), config.num_experts, capacity),
             },
         )
         trainer.discard_scratch()

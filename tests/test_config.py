@@ -180,6 +180,10 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
             {"dwr_runs.more_text.training.validate_every": "x"},
             "dwr_runs.more_text.training.validate_every = 'x': input should be 'epoch' or",
         ),
+        (
+            {"dwr_runs.more_text.also_validate_on": ["docs"]},
+            "dwr_runs.more_text.also_validate_on = ['docs']: must be empty: a run says nothing of other corpora",
+        ),
         ({"dagformer.prefix_tokens": 128}, "dagformer.prefix_tokens = 128: must be below seq_len = 128"),
         ({"dagformer.base.num_heads": 3}, "dagformer.base.hidden_size = 128: must be a multiple of 2 * num_heads = 6"),
         ({"analysis.variants": ["P1", "B7"]}, "analysis.variants = 'B7': must be among variants: A1, A10"),
@@ -188,7 +192,18 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"analysis.domain_windows": 1}, "analysis.domain_windows = 1: input should be greater than or equal to 2"),
         ({"dagformer.eval_windows": 1}, "dagformer.eval_windows = 1: input should be greater than or equal to 2"),
         ({"analysis.swaps": 48}, "analysis.swaps = 48: must be below dagformer.eval_windows = 48"),
-        ({"benchmark_cache.capacities": [3, 3]}, "benchmark_cache.capacities = [3, 3]: must not name a capacity twice"),
+        ({"benchmark_cache.capacities": [3, 3]}, "benchmark_cache.capacities = [3, 3]: must not hold an entry twice"),
+        ({"simulate_cache.capacities": [3, 3]}, "simulate_cache.capacities = [3, 3]: must not hold an entry twice"),
+        ({"benchmark_cache.policies": ["lru", "lru"]}, "policies = ['lru', 'lru']: must not hold an entry twice"),
+        ({"benchmark_cache.prefetchers": ["none"] * 2}, "prefetchers = ['none', 'none']: must not hold an entry twice"),
+        ({"analysis.removal_fractions": [1, 1.0]}, "removal_fractions = [1, 1.0]: must not hold an entry twice"),
+        ({"analysis.variants": ["P1", "P1"]}, "analysis.variants = ['P1', 'P1']: must not hold an entry twice"),
+        ({"dwr.also_validate_on": ["x", "x"]}, "dwr.also_validate_on = ['x', 'x']: must not hold an entry twice"),
+        ({"corpora.docs.source.packages": ["a", "a"]}, "packages = ['a', 'a']: must not hold an entry twice"),
+        (
+            {"corpora.docs.source": {"kind": "files", "paths": ["*", "*"]}},
+            "corpora.docs.source.paths = ['*', '*']: must not hold an entry twice",
+        ),
         ({"benchmark_cache.capacities": [99]}, "benchmark_cache.capacities = [99]: must be at most num_layers"),
         ({"simulate_cache.capacities": [99]}, "simulate_cache.capacities = [99]: must be at most num_layers"),
         ({"benchmark_cache.lookahead": 9}, "benchmark_cache.lookahead = 9: must be at most dwr.num_experts = 8"),
@@ -273,6 +288,14 @@ def test_a_dwr_run_is_the_reference_with_its_overrides_and_that_is_dwr_with_its_
     assert (other.training.epochs, other.training.clip_norm) == (3.0, 7.0)
     with pytest.raises(DynarouteError, match=r"dwr_runs\.more: no such run; known: other, reference"):
         settings.dwr_run("more")
+
+
+def test_a_dwr_run_may_be_trained_on_what_the_model_is_also_validated_on(tmp_path):
+    corpora = {name: read_yaml(DEFAULT)["corpora"]["docs"] for name in ("docs", "other")}
+    changes = {"corpora": corpora, "dwr.also_validate_on": ["other"], "dwr_runs.more_text.corpus": "other"}
+    settings = load_with(tmp_path, changes)
+    assert settings.dwr.also_validate_on == ["other"]
+    assert [settings.dwr_run(name).also_validate_on for name in settings.dwr_runs] == [[]] * len(settings.dwr_runs)
 
 
 def test_a_corpus_name_cannot_be_a_path(tmp_path):

@@ -19,7 +19,7 @@ from dynaroute.config import load_settings, read_yaml
 from dynaroute.training.checkpoints import load_checkpoint
 
 # What the scripts that work on one corpus, run or variant are told.
-ARGUMENTS = defaultdict(list, {name: ["docs"] for name in ("locate", "collect", "tokenize_corpus")})
+ARGUMENTS = defaultdict(list, {name: ["docs"] for name in ("locate", "collect", "tokenize_corpus", "identify_tokens")})
 ARGUMENTS |= {"train_dwr_run": ["reference"]}
 ARGUMENTS |= {name: ["P1"] for name in ("train_dagformer", "evaluate_nll", "analyze_topology")}
 
@@ -241,6 +241,26 @@ def test_a_mended_rule_of_overrides_changes_the_knobs_on_which_training_depends(
     after = {variant: read_yaml(tmp_path / f"data/dagformer/variants/{variant}.yaml") for variant in VARIANTS}
     assert after.pop("P2") == before.pop("P2") | {"lambda_init": 0.0}
     assert after == before
+
+
+def test_training_waits_for_all_tokens_that_it_reads_and_depends_on_no_others(finished, tmp_path):
+    workspace = finished.copy(tmp_path / "corpora")
+    params = read_yaml(workspace.root / "params.yaml")
+    docs = params["corpora"]["docs"]
+
+    def reproduce(also_validate_on, **others):
+        workspace.set_params({"corpora": {"docs": docs, **others}, "dwr": {**TINY["dwr"], **also_validate_on}})
+        return ran(workspace.run("dvc", "repro", "train_dwr").stdout)
+
+    assert reproduce({}, third=docs) == {LOCATE}
+    output = reproduce({"also_validate_on": ["other"]}, third=docs, other=docs)
+    assert {"tokenize@other", "identify_other_tokens@other", "train_dwr"} <= output
+    assert "tokenize@third" not in output
+    recorded = json.loads((workspace.root / "data/dwr/tokens/other.json").read_text())
+    held_out = {**docs, "split": {"validation": 0.02, "test": 0.08}}  # the same text is for training
+    output = reproduce({"also_validate_on": ["other"]}, other=held_out)
+    assert {"tokenize@other", "train_dwr"} <= output
+    assert recorded != json.loads((workspace.root / "data/dwr/tokens/other.json").read_text())
 
 
 def test_a_mistake_in_params_stops_every_stage_with_one_line(finished, tmp_path):

@@ -35,6 +35,15 @@ Temperature = Annotated[float, Field(ge=1e-6, le=1e6)]  # float32 holds gates, s
 LossWeight = Annotated[float, Field(ge=0, le=1e6)]  # and what they are multiplied by
 
 
+def _without_repeats(entries: list[Any]) -> list[Any]:
+    if any(entry in entries[:place] for place, entry in enumerate(entries)):
+        raise PydanticCustomError("repeated", "must not hold an entry twice")
+    return entries
+
+
+Distinct = AfterValidator(_without_repeats)  # of lists: what is named twice would be computed, and count, twice
+
+
 def invalid(key: str, value: object, allowed: str) -> PydanticCustomError:
     """The error for a value that is wrong in the light of another one."""
     return PydanticCustomError("invalid", "{allowed}", {"key": key, "value": value, "allowed": allowed})
@@ -109,7 +118,7 @@ class InstalledDocs(Section):
     """English documentation of installed Python packages, read by static parsing: real text without a network."""
 
     kind: Literal["installed_docs"]
-    packages: Annotated[list[str], Field(min_length=1)]  # importable names; "python" is the standard library
+    packages: Annotated[list[str], Field(min_length=1), Distinct]  # importable names; "python" is the standard library
 
 
 class Hub(HostedData):
@@ -128,7 +137,7 @@ class Dolma(Section):
     """
 
     kind: Literal["dolma"]
-    paths: Annotated[list[str], Field(min_length=1)]
+    paths: Annotated[list[str], Field(min_length=1), Distinct]
 
 
 class DolmaStream(HostedData):
@@ -150,7 +159,7 @@ class Files(Section):
     """
 
     kind: Literal["files"]
-    paths: Annotated[list[str], Field(min_length=1)]
+    paths: Annotated[list[str], Field(min_length=1), Distinct]
 
 
 Source = chosen_by_kind(InstalledDocs | Hub | Dolma | DolmaStream | Files)
@@ -311,7 +320,8 @@ class DWR(DWRArchitecture):
     """The DWR model and its training."""
 
     corpus: str
-    also_validate_on: list[str]  # corpora on all of whose training split the loss is recorded too; not trained on
+    # Corpora on all of whose training split the loss is recorded too; they are not trained on.
+    also_validate_on: Annotated[list[str], Distinct]
     balance_coefficient: LossWeight
     training: EpochTraining
 
@@ -322,6 +332,13 @@ class DWRRun(DWR):
     train_windows: Positive | None  # evenly spaced over the training split; null: all
     validation_windows: Positive | None  # likewise; also of the training text, for its loss
     eval_windows: Positive | None  # of the test split
+
+    @model_validator(mode="after")
+    def _reads_one_corpus(self) -> Self:
+        if self.also_validate_on:
+            allowed = "must be empty: a run says nothing of other corpora, and its stage depends on its own alone"
+            raise invalid("also_validate_on", self.also_validate_on, allowed)
+        return self
 
 
 Precision = Literal["fp32", "bf16", "int8"]  # of stored experts
@@ -342,21 +359,15 @@ class TraceRouting(Section):
     windows: Positive  # of the test split
 
 
-def _differ(capacities: list[int]) -> list[int]:
-    if len(set(capacities)) < len(capacities):
-        raise PydanticCustomError("twice", "must not name a capacity twice")
-    return capacities
-
-
-Capacities = Annotated[list[Positive], Field(min_length=1), AfterValidator(_differ)]  # experts
+Capacities = Annotated[list[Positive], Field(min_length=1), Distinct]  # experts
 
 
 class BenchmarkCache(Section):
     """Decoding with caches: every capacity with every policy and prefetcher."""
 
     capacities: Capacities
-    policies: Annotated[list[PolicyName], Field(min_length=1)]
-    prefetchers: Annotated[list[PrefetchName], Field(min_length=1)]
+    policies: Annotated[list[PolicyName], Field(min_length=1), Distinct]
+    prefetchers: Annotated[list[PrefetchName], Field(min_length=1), Distinct]
     lookahead: Positive  # experts that a prefetcher foretells
     num_prompts: Positive
     prompt_tokens: Positive
@@ -500,13 +511,14 @@ class Variant(Training):
 class Analysis(Section):
     """The analyses of wirings, all on the test split."""
 
-    variants: Annotated[list[str], Field(min_length=1)]  # whose wirings are analysed
+    variants: Annotated[list[str], Field(min_length=1), Distinct]  # whose wirings are analysed
     permutations: Annotated[int, Field(ge=99)]  # of every permutation test
     swaps: Positive  # other texts under whose wirings each text is scored
     domain_windows: TwoOrMore  # of each source, if it has as many; one has no distance within its source
     gradient_windows: TwoOrMore  # whose gradients at A = 1 are taken
     removal_windows: TwoOrMore  # scored without some of their edges; of other documents than those
-    removal_fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]  # of all edges
+    # Of all edges.
+    removal_fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1), Distinct]
     random_removals: Positive  # random orders of removal
     oracle_windows: TwoOrMore  # whose gates are optimised directly
     oracle_steps: Positive
@@ -527,7 +539,8 @@ class Settings(Variant):
     num_threads: Positive
     corpora: dict[Name, Corpus]
     dwr: DWR
-    dwr_runs: dict[Name, dict[str, Any]]  # overrides: of the reference on `dwr`, of every other run on the reference
+    # Overrides: of the reference on `dwr` but for its also_validate_on, of every other run on the reference.
+    dwr_runs: dict[Name, dict[str, Any]]
     export_experts: ExportExperts
     trace_routing: TraceRouting
     benchmark_cache: BenchmarkCache
@@ -640,7 +653,8 @@ class Settings(Variant):
         return DWRRun.model_validate(self._dwr_run_knobs(name))
 
     def _dwr_run_knobs(self, name: str) -> dict[str, Any]:
-        return _overridden(_overridden(self.dwr.model_dump(), self.dwr_runs["reference"]), self.dwr_runs[name])
+        knobs = self.dwr.model_dump() | {"also_validate_on": []}
+        return _overridden(_overridden(knobs, self.dwr_runs["reference"]), self.dwr_runs[name])
 
     def corpus(self, name: str) -> Corpus:
         """The corpus of that name.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain_lru import lru_hit_rate
 from small_store import RUN, export, make_model, uniform_usage
 
 from dynaroute.artifacts import write_csv, write_json
@@ -17,6 +18,7 @@ from dynaroute.data.tokenization import tokenize
 from dynaroute.dwr import benchmark
 from dynaroute.dwr.benchmark import Cell, peak_memory, sweep
 from dynaroute.dwr.experts import CacheStatistics
+from dynaroute.dwr.trace import load_trace, uniform_trace
 from dynaroute.errors import DynarouteError
 from dynaroute.training.checkpoints import save_checkpoint
 
@@ -138,6 +140,13 @@ def test_the_stages_write_the_same_results_on_every_run(trained, no_processes):
     assert [(row["capacity"], row["policy"]) for row in hits if row["per_layer"] == "False"] == [
         (capacity, policy) for capacity in ("2", "3", "10") for policy in ("lru", "lfu", "min")
     ]
+    trace = load_trace("data/dwr/trace")
+    for row in hits:
+        if (row["policy"], row["per_layer"]) == ("lru", "False"):
+            for rate, experts in (("hit_rate", trace.experts), ("uniform_hit_rate", uniform_trace(trace).experts)):
+                assert float(row[rate]) == lru_hit_rate(experts.tolist(), int(row["capacity"]))
+        if (row["capacity"], row["per_layer"]) == ("3", "False"):
+            assert float(row["uniform_hit_rate"]) == simulation["uniform_hit_rate"][row["policy"]]
 
 
 def test_a_logit_that_differs_stops_the_benchmark(trained, no_processes, monkeypatch):

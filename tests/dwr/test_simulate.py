@@ -1,18 +1,21 @@
 """The simulator: it hits like the cache that it stands for, and its clock is that of a plain calculation."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from small_store import make_model
 
-from dynaroute.config import SimulatedMachine, SimulatedModel
+from dynaroute.config import PolicyName, SimulatedMachine, SimulatedModel
 from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store, make_policy, make_prefetcher
 from dynaroute.dwr.experts.policies import LRU
 from dynaroute.dwr.experts.residency import Residency
 from dynaroute.dwr.inference import bind_experts, load_backbone
 from dynaroute.dwr.model import KVCache
 from dynaroute.dwr.simulate import Seconds, make_foretell, ratio_to_resident, replay
-from dynaroute.dwr.trace import Trace, count_transitions, load_trace, record_routing, save_trace
+from dynaroute.dwr.trace import Trace, count_transitions, load_trace, record_routing, save_trace, uniform_trace
 from dynaroute.errors import DynarouteError
 
 
@@ -40,14 +43,19 @@ def trace(model) -> Trace:
 
 
 @pytest.mark.parametrize("prefetch", ["none", "frequency", "transition", "gate"])
-@pytest.mark.parametrize(("policy", "capacity", "per_layer"), [("lru", 5, False), ("next_use", 7, True)])
-def test_a_replay_does_what_the_cache_does(tmp_path, model, trace, policy, capacity, per_layer, prefetch):
+@pytest.mark.parametrize(
+    ("layers", "policy", "capacity", "per_layer"),
+    [(3, "lru", 5, False), (3, "next_use", 7, True), (1, "lru", 3, False)],  # of one layer, nothing is foretold
+)
+def test_a_replay_does_what_the_cache_does(tmp_path, layers, policy, capacity, per_layer, prefetch):
+    model = make_model(num_layers=layers)
+    trace = record_routing(model, Text(), "run", 2)
     generator = torch.Generator().manual_seed(4)
-    load = torch.rand(3, 5, generator=generator, dtype=torch.float64).tolist()  # no two alike: ties may go either way
-    transitions = torch.randint(1, 1000, (2, 5, 5), generator=generator).tolist()
+    load = torch.rand(layers, 5, generator=generator, dtype=torch.float64).tolist()  # no two alike: ties may go any way
+    transitions = torch.randint(1, 1000, (layers - 1, 5, 5), generator=generator).tolist()
     export_store(model, "run", Usage(load=load, transitions=transitions), tmp_path / "store")
     store = ExpertStore(tmp_path / "store")
-    residency = Residency(capacity, make_policy(policy, store.usage.load), 3, 2, per_layer)
+    residency = Residency(capacity, make_policy(policy, store.usage.load), layers, 2, per_layer)
     replay(trace, residency, make_foretell(prefetch, trace, store.usage, 2))
 
     backbone = load_backbone(store)
@@ -69,6 +77,41 @@ def test_a_trace_holds_what_routers_chose(model, trace):
         assert torch.equal(torch.tensor(trace.experts[:, layer].astype(int)), statistics[layer].chosen.flatten(0, 1))
     assert trace.lookahead.shape == (32, 2, 5)
     assert sorted(trace.lookahead[3, 1].tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_a_layer_alone_is_followed_by_none():
+    trace = record_routing(make_model(num_layers=1), Text(), "run", 2)
+    assert (trace.experts.shape, trace.lookahead.shape) == ((32, 1, 2), (32, 0, 5))
+    assert count_transitions(trace.experts, 5) == []
+
+
+def test_a_uniform_trace_is_as_long_and_every_choice_is_alike_whatever_was_chosen_before():
+    trace = Trace("run", np.zeros((9000, 2, 2), np.uint16), np.zeros((9000, 1, 4), np.uint16))
+    uniform = uniform_trace(trace)
+    for own, other, again in zip(uniform[1:], trace[1:], uniform_trace(trace)[1:], strict=True):
+        assert (own.shape, own.dtype) == (other.shape, other.dtype)
+        assert (own == again).all()
+    choices = uniform.experts[:, :, 0] * 4 + uniform.experts[:, :, 1]
+    for before, after in (choices.T, (choices[:-1, 0], choices[1:, 0])):  # of the layer before; of the token before
+        found, counts = np.unique(before * 16 + after, return_counts=True)
+        assert len(found) == (4 * 3) ** 2  # no expert twice
+        assert scipy.stats.chisquare(counts).pvalue > 0.01
+
+
+@pytest.mark.parametrize("policy", get_args(PolicyName))
+def test_no_online_policy_hits_more_of_uniform_routing_than_the_share_held_and_lru_less(policy):
+    trace = uniform_trace(Trace("run", np.zeros((1500, 4, 2), np.uint16), np.zeros((1500, 3, 8), np.uint16)))
+    rates = {}
+    for capacity in (4, 11, 16):
+        residency = Residency(capacity, make_policy(policy, [[1 / 8] * 8] * 4), 4, 2)
+        replay(trace, residency)
+        rates[capacity] = residency.statistics.hit_rate
+        assert rates[capacity] < capacity / 32 + 0.012  # three standard errors
+    if policy == "lru":  # layers take turns, so what it evicts is what comes next
+        assert rates[4] == 0
+        assert rates[11] < 11 / 32 - 0.05
+    if policy == "next_use":
+        assert rates == pytest.approx({capacity: capacity / 32 for capacity in rates}, abs=0.012)
 
 
 def test_transitions_are_counted_by_token(trace):

@@ -1,20 +1,22 @@
 """A DWR run from tokens to its result, against plain computations of what it says."""
 
 import random
-from collections import OrderedDict
 
+import numpy as np
 import pytest
 import resolve_variants
 import torch
 import torch.nn.functional as F
 import train_dwr
 import train_dwr_run
+from plain_lru import lru_hit_rate
 from repository import REPOSITORY
 from small_tokens import write_tokens
 
 from dynaroute.artifacts import read_json
 from dynaroute.config import Settings, read_yaml
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
+from dynaroute.dwr.trace import Trace, uniform_trace
 from dynaroute.errors import DynarouteError
 from dynaroute.training.loop import Trainer
 
@@ -80,20 +82,15 @@ def test_what_it_says_of_weights_that_did_not_move_is_what_plain_loops_say_of_ne
         seen = [T * ((index * 20 // 5) * 70 // 20) for index in range(5)]
         assert found["train_loss"] == found["final_train_loss"] == pytest.approx(nll("train", seen), rel=1e-5)
 
-        held, hits, requests = OrderedDict(), 0, 0
+        chosen = []
         for window in (index * 7 // 3 for index in range(3)):
             layers = model(streams["test"][None, window * T : window * T + T]).router
-            for position in range(T):
-                for layer, statistics in enumerate(layers):
-                    needed = [(layer, expert) for expert in sorted(statistics.chosen[0, position].tolist())]
-                    hit = [key for key in needed if key in held]
-                    for key in needed:
-                        held[key] = held.pop(key, None)
-                    while len(held) > 3:  # a third of 8
-                        held.popitem(last=False)
-                    hits, requests = hits + len(hit), requests + len(needed)
+            chosen += torch.stack([statistics.chosen[0] for statistics in layers], 1).tolist()
     assert (found["capacity"], found["experts"], found["trace_tokens"]) == (3, 8, 3 * T)
-    assert found["hit_rate"]["lru"] == hits / requests
+    assert found["hit_rate"]["lru"] == lru_hit_rate(chosen, 3)  # a third of 8
+    trace = Trace("run", np.array(chosen, np.uint16), np.zeros((3 * T, 1, 4), np.uint16))
+    assert found["uniform_hit_rate"]["lru"] == lru_hit_rate(uniform_trace(trace).experts.tolist(), 3)
+    assert found["uniform_hit_rate"].keys() == found["hit_rate"].keys()
     assert found["hit_rate"]["lru"] <= found["hit_rate"]["min"]
     assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 

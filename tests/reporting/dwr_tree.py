@@ -151,9 +151,12 @@ def write_cache(root: Path) -> None:
 
 
 def write_simulation(root: Path) -> None:
-    rates = {"lru": 0.3011, "next_use": 0.4222, "min": 0.6033}
+    rates, uniform = ({"lru": a, "next_use": b, "min": c} for a, b, c in ((0.3011, 0.4222, 0.6033), (0.2, 0.32, 0.58)))
     hits = [
-        {"capacity": capacity, "policy": policy, "per_layer": per_layer, "hit_rate": rate * capacity / 4}
+        {
+            **{"capacity": capacity, "policy": policy, "per_layer": per_layer, "hit_rate": rate * capacity / 4},
+            **{"uniform_hit_rate": uniform[policy] * capacity / 4},
+        }
         for per_layer, capacities in ((False, (2, 4, 6)), (True, (4,)))
         for capacity in capacities
         for policy, rate in rates.items()
@@ -175,6 +178,7 @@ def write_simulation(root: Path) -> None:
     ]
     write_csv(root / "reports/dwr/simulated_speed.csv", speeds)
     record = {"run": RUN, "tokens": 2_345, "capacity_nearest_a_third": 4, "hit_rate": rates}
+    record |= {"uniform_hit_rate": uniform}
     record |= {"share_of_gap_closed": {"lru": 0.0, "next_use": 0.4007, "min": 1.0}, "checks": {"min_is_best": True}}
     write_json(root / "reports/dwr/simulation.json", record)
 

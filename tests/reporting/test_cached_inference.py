@@ -101,10 +101,12 @@ def test_a_failed_check_is_said_first():
 @pytest.mark.parametrize(
     "row",
     [
-        "| 4 | 0.333 | 0.301 | 0.422 | 0.603 |",
+        "| 4 | 0.301 | 0.422 | 0.603 |",
+        "| 4 | 0.333 | 0.200 | 0.320 | 0.580 |",
+        "| 6 | 0.500 | 0.300 | 0.480 | 0.870 |",
         "| 2 | 40.1% |",
-        "| `next_use` | 0.422 | 0.422 | 40.1% |",
-        "| `lru` | 0.301 | 0.301 | – |",
+        "| `next_use` | 0.422 | 0.320 | 0.422 | 0.320 | 40.1% |",
+        "| `lru` | 0.301 | 0.200 | 0.301 | 0.200 | – |",
         "| `lru` | gate | 0.308 | 76.5% | 65.4% | 17 | 8.79 KiB | 500 B | 400 B | 321 B | 100 B |",
         "| `lru` | none | 0.308 | – | – | 17 | 8.79 KiB | 500 B | 400 B | 321 B | 100 B |",
         "| int8 | 3.27 KiB | 4.01770 | +0.00660 |",
@@ -129,6 +131,7 @@ def test_tables_hold_the_numbers_of_the_files(row):
         (CELLS, "accuracy"),
         (SPEEDS, "accuracy"),
         (HITS, "hit_rate"),
+        (HITS, "uniform_hit_rate"),
         (SPEEDS, "ratio_to_resident"),
     ],
 )

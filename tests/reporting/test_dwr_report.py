@@ -23,6 +23,7 @@ CACHE = Path("reports/dwr/cache.csv")
 RUN_JSON = Path("data/dwr/train/run.json")
 EXPORT = Path("reports/dwr/export.json")
 CACHE_SUMMARY = Path("reports/dwr/cache.json")
+SIMULATION = Path("reports/dwr/simulation.json")
 
 
 def report() -> str:
@@ -95,8 +96,18 @@ def test_hit_rates_are_those_of_the_file():
     edit_csv(CACHE, lambda cache: cache.__setitem__("decode_hit_rate", 0.4321))
     text = section(report(), "6. Cached inference")
     assert ["4", "0.333", "`lru`", "0.432", "0.100", "96", "146.84 KiB"] in table_rows(text)
-    assert "With 4 of 12 experts held (c/N = 0.333), the hit rate of decoding is 0.432 with `lru`, 0.432 with" in text
     assert "5 prompts of 9 tokens from the test split, each with the 13 tokens that follow it there" in text
+
+
+def test_hit_rates_are_set_against_what_the_same_policy_hits_of_uniform_routing():
+    sentence = (
+        "With 4 of 12 experts held, the hit rate of 2,345 tokens of the test text, replayed one by one, is 0.301 with "
+        "`lru` (0.200), 0.422 with `next_use` (0.320); in parentheses that of the same policy if routing is uniform"
+    )
+    assert sentence in section(report(), "At a glance")
+    assert sentence in section(report(), "6. Cached inference")
+    edit_json(SIMULATION, lambda data: data["uniform_hit_rate"].__setitem__("lru", 0.1234))
+    assert "0.301 with `lru` (0.123)" in report()
 
 
 def test_settings_are_those_of_the_run_and_not_of_params_yaml():
@@ -325,7 +336,8 @@ def test_no_published_number_is_unmarked():
 # --- inputs that are missing, damaged or of another run -----------------------------------------------------------
 
 INPUTS = [
-    *(TRAINING, CURVE, ROUTER, CACHE, RUN_JSON, EXPORT, CACHE_SUMMARY, Path("reports/reference.yaml")),
+    *(TRAINING, CURVE, ROUTER, CACHE, RUN_JSON, EXPORT, CACHE_SUMMARY, SIMULATION),
+    Path("reports/reference.yaml"),
     *map(Path, ("data/tokens/docs/metadata.json", "data/raw/docs.source.json")),
     *(Path(f"data/dwr/train/{name}.safetensors") for name in ("best", "last")),
 ]
@@ -351,7 +363,7 @@ def test_a_damaged_input_is_named(path, content):
     assert refusal().startswith(str(path))
 
 
-@pytest.mark.parametrize("path", [TRAINING, EXPORT, CACHE_SUMMARY])
+@pytest.mark.parametrize("path", [TRAINING, EXPORT, CACHE_SUMMARY, SIMULATION])
 def test_results_of_another_run_are_refused(path):
     edit_json(path, lambda data: data.__setitem__("run", "fedcba"))
     assert refusal() == f"{path}: belongs to run fedcba, not {RUN}: run dvc repro"

@@ -51,10 +51,23 @@ def record_routing(model: DWRTransformer, windows: Windows, run: str, num_window
         chosen.append(torch.stack([layer.chosen for layer in statistics], 2).flatten(0, 1))  # [B*T, L, K]
         # Not by calling the module: its hook would note another layer's state as its own.
         said = [router.forward(states[layer]) for layer, router in enumerate(routers[1:])]
-        foretold.append(torch.stack([scores.argsort(-1, descending=True) for scores in said], 1))  # [B*T, L-1, E]
+        orders = [scores.argsort(-1, descending=True) for scores in said]  # L - 1 times [B*T, E]
+        nothing = chosen[-1].new_empty(len(chosen[-1]), 0, model.config.num_experts)  # of a model of one layer
+        foretold.append(torch.stack(orders, 1) if orders else nothing)  # [B*T, L-1, E]
     for hook in hooks:
         hook.remove()
     return Trace(run, _as_uint16(chosen), _as_uint16(foretold))
+
+
+def uniform_trace(trace: Trace) -> Trace:
+    """As many tokens as a trace has, each with distinct experts that are drawn uniformly and independently of all else.
+
+    What a policy hits of it is what it owes to capacity alone. The same trace on every call.
+    """
+    (tokens, layers, top_k), num_experts = trace.experts.shape, trace.lookahead.shape[2]
+    experts = np.broadcast_to(np.arange(num_experts, dtype=np.uint16), (tokens, 2 * layers - 1, num_experts))
+    orders = np.random.default_rng(0).permuted(experts, axis=2)
+    return Trace(trace.run, orders[:, :layers, :top_k], orders[:, layers:])
 
 
 def count_transitions(experts: np.ndarray, num_experts: int) -> list[list[list[int]]]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PEERS = Path("reports/benchmarks/cached_inference.json")
+RATES = ["hit_rate", "uniform_hit_rate"]  # of the trace, and of as many tokens that are routed uniformly
 GOAL = 1 / 3  # of the gap between LRU and MIN
 NEAR = 0.9  # of the resident speed
 
@@ -152,11 +153,12 @@ def _reason(goal: Record, peers: Record) -> str:
 
 
 def _budgets(results: Results, total: int) -> str:
-    rates = results.hits[~results.hits["per_layer"]].pivot(index="capacity", columns="policy", values="hit_rate")
-    rates = rates[list(results.hits["policy"].unique())]  # in the order of the file
-    rows = [
+    one_budget, policies = results.hits[~results.hits["per_layer"]], list(results.hits["policy"].unique())
+    rates, uniform = (one_budget.pivot(index="capacity", columns="policy", values=name)[policies] for name in RATES)
+    rows = [[f"{capacity:,}", *(f"{rate:.3f}" for rate in row)] for capacity, row in rates.iterrows()]
+    yardsticks = [
         [f"{capacity:,}", f"{capacity / total:.3f}", *(f"{rate:.3f}" for rate in row)]
-        for capacity, row in zip(rates.index, rates.to_numpy(), strict=True)
+        for capacity, row in uniform.iterrows()
     ]
     third, shared = results.simulation["capacity_nearest_a_third"], gap_closed(results.hits, per_layer=False)
     layered = gap_closed(results.hits, per_layer=True)
@@ -165,29 +167,34 @@ def _budgets(results: Results, total: int) -> str:
         for capacity, row in zip(shared.index, shared.to_numpy(), strict=True)
     ]
     at_a_third = []
-    own = results.hits[results.hits["per_layer"]].set_index("policy")["hit_rate"]
+    own = results.hits[results.hits["per_layer"]].set_index("policy")
     for name, rate in results.simulation["hit_rate"].items():
-        row = [f"`{name}`", f"{rate:.3f}", f"{own[name]:.3f}" if name in own else NONE]
+        row = [f"`{name}`", f"{rate:.3f}", f"{results.simulation['uniform_hit_rate'][name]:.3f}"]
+        row += [f"{own[values][name]:.3f}" if name in own.index else NONE for values in RATES]
         at_a_third.append([*row, _share(layered[name].get(third)) if name in layered else NONE])
     return "\n\n".join(
         [
             f"{count(results.simulation['tokens'], 'token')} of the test split, read one by one; every policy sees the "
-            "same requests, and nothing is prefetched. MIN is told the requests to come: no policy can do better. c/N "
-            "is what any online policy can expect if routing is uniform and independent.",
+            "same requests, and nothing is prefetched. MIN is told the requests to come: no policy can do better.",
             figure("figures/dwr_cache_hit_rate.png", "Hit rate by budget, one budget for all layers."),
-            table(["budget (experts)", "c/N", *(f"`{name}`" for name in rates)], rows),
+            table(["budget (experts)", *(f"`{name}`" for name in policies)], rows),
+            "What the same policies hit if routing is uniform and independent, on as many tokens that were drawn so "
+            "once: the yardstick of each, since what it hits above it is due to this model's routing. c/N, the share "
+            "of experts held, is the most that an online policy can expect of it:",
+            table(["budget (experts)", "c/N", *(f"`{name}`" for name in policies)], yardsticks),
             "The share of the gap between LRU and MIN that a policy closes, by budget; below zero, it hits less than "
             "LRU:",
             table(["budget (experts)", *(f"`{name}`" for name in shared)], gaps),
             f"At {third} experts, with the budget cut into equal shares of the layers; the gap is then that between "
             "LRU and MIN with the same shares:",
-            table(["policy", "hit rate, one budget", "hit rate, per layer", "gap closed, per layer"], at_a_third),
-            "LRU evicts what was used longest ago, which is just what the next layers will ask for. `next_use` ranks "
-            "experts by how soon their layer comes again and by how likely it is to use them then: by their share of "
-            "recent calls, and by how often they followed what the layer used last. Its discount, and the half-life "
-            "that it shares with `weighted_lru`, are constants in the code. They were chosen on text of the validation "
-            "split of the default run, which this trace is not of, at a third of the experts, and are not chosen again "
-            "for another run, nor for another budget.",
+            table(["policy", "one budget", "uniform", "per layer", "uniform", "gap closed, per layer"], at_a_third),
+            "LRU evicts what was used longest ago, which is just what the next layers will ask for: that is why it "
+            "may hit less than c/N of uniform routing. `next_use` ranks experts by how soon their layer comes again "
+            "and by how likely it is to use them then: by their share of recent calls, and by how often they followed "
+            "what the layer used last. Its discount, and the half-life that it shares with `weighted_lru`, are "
+            "constants in the code. They were chosen on text of the validation split of the default run, which this "
+            "trace is not of, at a third of the experts, and are not chosen again for another run, nor for another "
+            "budget.",
         ]
     )
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from dynaroute.config import Settings
 from dynaroute.errors import DynarouteError
-from dynaroute.reporting.figures import BLUE, GREY, VERMILION, saved_figure
+from dynaroute.reporting.figures import BLUE, VERMILION, saved_figure
 from dynaroute.reporting.inputs import Record, read_record
 from dynaroute.reporting.tables import count, figure, perplexity, table
 
 REPORTS = Path("reports/dwr_runs")
+RATES = ("hit_rate", "uniform_hit_rate")
 
 
 def read_runs(settings: Settings) -> list[Record]:
@@ -62,12 +63,12 @@ def plot_runs(swept: list[Record], path: str | Path) -> None:
     losses = [math.exp(run["test_loss"]) for run in swept]
     with saved_figure(path, 5.4, 3.4) as figure:
         axes = figure.subplots()
-        share = swept[0]["capacity"] / swept[0]["experts"]
-        axes.axvline(share, color=GREY, linestyle=":", label="share of experts held (c/N)")
         styles = (("lru", "LRU", BLUE, "o-", 6), ("next_use", "next use", VERMILION, "s--", 16))
         for policy, label, color, marker, away in styles:
             rates = [run["hit_rate"][policy] for run in swept]
             axes.plot(rates, losses, marker, color=color, linewidth=0.8, label=label)
+            uniform = swept[0]["uniform_hit_rate"][policy]
+            axes.axvline(uniform, color=color, linestyle=":", label=f"{label}, uniform routing")
             for number, (rate, loss, run) in enumerate(zip(rates, losses, swept, strict=True)):
                 text = f"λ = {run['settings']['balance_coefficient']:g}"
                 beside = {
@@ -90,27 +91,31 @@ def _balance(swept: list[Record]) -> str:
         [
             *(f"`{run['name']}`", f"{run['settings']['balance_coefficient']:g}", perplexity(run["test_loss"])),
             f"{run['smallest_load']:.2f}–{run['largest_load']:.2f}",
-            f"{run['capacity'] / run['experts']:.3f}",
-            *(f"{run['hit_rate'][policy]:.3f}" for policy in ("lru", "next_use", "min")),
+            *(f"{run[rate][policy]:.3f}" for policy in ("lru", "next_use", "min") for rate in RATES),
         ]
         for run in swept
     ]
     if best is reference:
-        found = "No coefficient gives LRU more hits than that of the reference."
+        found = "No coefficient gives LRU more hits than that of the reference: "
+        found += f"{best['hit_rate']['lru']:.3f}, of uniform routing {best['uniform_hit_rate']['lru']:.3f}."
     else:
         found = (
             f"LRU hits most with λ = {best['settings']['balance_coefficient']:g}: {best['hit_rate']['lru']:.3f}, "
-            f"against {reference['hit_rate']['lru']:.3f} of the reference, at a test perplexity of "
+            f"against {reference['hit_rate']['lru']:.3f} of the reference, where it hits "
+            f"{best['uniform_hit_rate']['lru']:.3f} of uniform routing; at a test perplexity of "
             f"{perplexity(best['test_loss'])} against {perplexity(reference['test_loss'])}."
         )
-    header = ["run", "λ", "test perplexity", "load", "c/N", "`lru`", "`next_use`", "`min`"]
+    header = ["run", "λ", "test perplexity", "load"]
+    header += [*("`lru`", "uniform"), *("`next_use`", "uniform"), *("`min`", "uniform")]
     return "\n\n".join(
         [
             f"λ weighs the loss that makes routers use all experts alike, which is what a cache likes least. Hit rates "
             f"are those of {count(reference['trace_tokens'], 'token')} of the test text, read one by one, at "
             f"{reference['capacity']} of {reference['experts']} experts. Load: of the least and of the most used "
-            "expert of a layer, in units of the uniform share, on the validation text. c/N is the share of experts "
-            "held, and the hit rate that any online policy can expect of uniform, independent routing.",
+            "expert of a layer, in units of the uniform share, on the validation text. Uniform: what the policy "
+            "beside it hits of as many tokens that are routed uniformly and independently; what it hits above that is "
+            f"due to the model's routing. No online policy can expect more of those than the share of experts held, "
+            f"{reference['capacity'] / reference['experts']:.3f}.",
             figure("figures/dwr_runs.png", "Test perplexity and hit rate by balance coefficient λ."),
             table(header, rows),
             found,
@@ -130,20 +135,20 @@ def _remedies(runs: list[Record]) -> str:
             f"{_gap(run):+.3f}",
             f"{run['validation_loss']:.3f} ({run['best_epoch']:.3g})",
             perplexity(run["test_loss"]),
-            f"{run['capacity'] / run['experts']:.3f}",
-            f"{run['hit_rate']['lru']:.3f}",
+            *(f"{run[rate]['lru']:.3f}" for rate in RATES),
         ]
         for run in runs
     ]
     header = ["run", "changes", "parameters", "training loss, at the end", "validation loss, at the end", "gap"]
-    header += ["best validation loss (epoch)", "test perplexity", "c/N", "hit rate, `lru`"]
+    header += ["best validation loss (epoch)", "test perplexity", "hit rate, `lru`", "uniform"]
     better = [f"`{run['name']}`" for run in runs[1:] if run["test_loss"] < reference["test_loss"]]
     narrower = [f"`{run['name']}`" for run in runs[1:] if _gap(run) < _gap(reference)]
     return "\n\n".join(
         [
             "Losses in nats per token, of the training text without dropout, too. The gap is validation less training; "
             "test perplexity and hit rate are of the weights with the best validation loss, the hit rate at a third of "
-            "the run's own experts. Perplexities of different tokenizers do not compare.",
+            "the run's own experts, beside that of uniform routing. "
+            "Perplexities of different tokenizers do not compare.",
             table(header, rows),
             f"With this one seed, a lower test perplexity than the reference: {', '.join(better) or 'none'}; "
             f"a smaller gap at the end: {', '.join(narrower) or 'none'}. Which of these would hold with another "

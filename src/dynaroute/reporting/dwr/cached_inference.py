@@ -32,7 +32,7 @@ def cached_inference(results: Results) -> str:
             table(header, rows),
             "A request is one expert that one forward pass of a layer needs, for any number of tokens. Prefill is the "
             "pass over the prompt, decode the passes over one token each. Every prompt meets an empty cache. c/N is "
-            "the share of experts held, and what any policy can expect to hit if routing is uniform and independent.",
+            "the share of experts held.",
             f"{hit_rate_sentence(results)} One token needs top_k experts in every layer, "
             f"{config['top_k'] * config['num_layers']} in all: a cache for fewer keeps next to nothing from one token "
             "to the next if it lets go of the least recently used.",
@@ -52,11 +52,16 @@ def exactness_sentence(results: Results) -> str:
 
 
 def hit_rate_sentence(results: Results) -> str:
-    """Decoding's hit rate at the capacity nearest to a third of the experts, against c/N."""
-    total, capacity = num_experts(results.run), results.cache_summary["capacity_nearest_a_third"]
-    rows = results.cache[(results.cache["capacity"] == capacity) & (results.cache["prefetch"] == "none")]
-    rates = [f"{row.decode_hit_rate:.3f} with `{row.policy}`" for row in rows.itertuples()]
+    """What online policies hit at the capacity nearest to a third of the experts, against uniform routing."""
+    found, total = results.simulation, num_experts(results.run)
+    capacity, uniform = found["capacity_nearest_a_third"], found["uniform_hit_rate"]
+    rates = [
+        f"{rate:.3f} with `{policy}` ({uniform[policy]:.3f})"
+        for policy, rate in found["hit_rate"].items()
+        if policy != "min"
+    ]
     return (
-        f"With {capacity} of {total} experts held (c/N = {capacity / total:.3f}), the hit rate of decoding is "
-        f"{', '.join(rates)}."
+        f"With {capacity} of {total} experts held, the hit rate of {count(found['tokens'], 'token')} of the test text, "
+        f"replayed one by one, is {', '.join(rates)}; in parentheses that of the same policy if routing is uniform and "
+        f"independent, of which no online policy can expect more than c/N = {capacity / total:.3f}."
     )

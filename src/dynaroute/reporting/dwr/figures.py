@@ -90,15 +90,20 @@ def plot_expert_load(router: "pd.DataFrame", path: str | Path) -> None:
 
 
 def plot_hit_rates(simulated: "pd.DataFrame", num_experts: int, path: str | Path) -> None:
-    """Hit rates of the replayed trace by capacity and policy under one budget, against MIN and the share held."""
+    """Hit rates of the replayed trace by capacity and policy under one budget, against MIN and uniform routing."""
     rates = simulated[~simulated["per_layer"]]
     with saved_figure(path, 5.4, 3.4) as figure:
         axes = figure.subplots()
         _capacity_axis(axes, num_experts)
-        axes.plot([0, num_experts], [0, 1], color=GREY, linestyle=":", label="share of experts held (c/N)")
+        axes.plot(
+            [0, num_experts], [0, 1], color=GREY, linestyle=":", label="c/N, the online bound\nof uniform routing"
+        )
         for policy, rows in rates.groupby("policy", sort=False):
             style = _POLICIES[policy]
             axes.plot(rows["capacity"], rows["hit_rate"], **style, markerfacecolor="none")
+            if policy == "lru":  # the page has a table of all
+                style = {"color": style["color"], "linestyle": (0, (1, 2)), "linewidth": 1.0}
+                axes.plot(rows["capacity"], rows["uniform_hit_rate"], **style, label="LRU, uniform routing")
         axes.set_ylabel("hit rate")
         axes.set_ylim(-0.03, 1.03)
         axes.legend(loc="lower right")

@@ -40,6 +40,7 @@ class Results(NamedTuple):
     export: Record  # export.json
     cache: "pd.DataFrame"  # cache.csv: a row for each cell
     cache_summary: Record  # cache.json
+    simulation: Record  # simulation.json: hit rates of a longer text, replayed
     reference: Record  # the published numbers
 
 
@@ -65,9 +66,10 @@ def read_results() -> Results:
     """
     run, training = read_record(CHECKPOINTS / "run.json"), read_training()
     export, cache_summary = read_record(REPORTS / "export.json"), read_record(REPORTS / "cache.json")
-    check_same_run(run["run"], training.summary, export, cache_summary)
+    simulation = read_record(REPORTS / "simulation.json")
+    check_same_run(run["run"], training.summary, export, cache_summary, simulation)
     reference = read_record(REFERENCE)["dwr"]
-    return Results(run, training, read_corpus(run), export, read_cache(), cache_summary, reference)
+    return Results(run, training, read_corpus(run), export, read_cache(), cache_summary, simulation, reference)
 
 
 def read_cache() -> "pd.DataFrame":
@@ -87,7 +89,8 @@ def read_simulated_hits() -> "pd.DataFrame":
     Raises:
         DynarouteError: the file is missing or damaged.
     """
-    return read_csv(REPORTS / "simulated_hits.csv", ["capacity", "per_layer", "hit_rate"], names=["policy"])
+    columns = ["capacity", "per_layer", "hit_rate", "uniform_hit_rate"]
+    return read_csv(REPORTS / "simulated_hits.csv", columns, names=["policy"])
 
 
 def read_measurements(run: str) -> Measurements:
