@@ -2,7 +2,7 @@
 
     python stages/compare_variants.py
 
-Families, each corrected for its own number of tests by `westfall_young`:
+Families, each corrected for its own number of tests by `settled_westfall_young`:
     baseline    every variant against the base with all gates at one
     reference   every ablation against P1, at its own budget where that was run
     control     P1 and its other seeds against C1, one topology for all texts
@@ -11,8 +11,8 @@ Families, each corrected for its own number of tests by `westfall_young`:
 Reads   reports/dagformer/<id>/* and data/dagformer/<id>/run.json of every variant in params.yaml;
         data/tokens/<dagformer.corpus> (test), for the document that each window is of
 Writes  reports/statistics/comparisons.csv  a row for each comparison, protocol and mode: family, ours, theirs,
-            protocol, mode; what `dynaroute.evaluation.statistics.compare` gives; p_corrected; verdict, by the rule of
-            `corrected_verdict`
+            protocol, mode; what `dynaroute.evaluation.statistics.compare` gives; p_corrected; p_error, its Monte Carlo
+            standard error; verdict, by the rule of `corrected_verdict`
         reports/statistics/seeds.json       seeds, by variant; by protocol and mode: differences, to the baseline, by
             variant; spread, their standard deviation; mean, low, high, n of the t interval over seeds; verdict
 """
@@ -28,7 +28,13 @@ from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings
 from dynaroute.data.shards import TokenShards
 from dynaroute.evaluation.domains import main_documents
-from dynaroute.evaluation.statistics import compare, corrected_verdict, paired_difference, verdict, westfall_young
+from dynaroute.evaluation.statistics import (
+    compare,
+    corrected_verdict,
+    paired_difference,
+    settled_westfall_young,
+    verdict,
+)
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant, read_results
 from dynaroute.stage import run
 
@@ -45,8 +51,10 @@ def main(settings: Settings) -> None:
     for family, members in families(results).items():
         own = list(compare_family(family, members, documents, settings.seed))
         differences = np.stack([nll[0] - nll[1] for _, nll in own], axis=1)  # [n, tests]
-        for (row, _), p in zip(own, westfall_young(differences, documents, settings.seed), strict=True):
-            rows.append(row | {"p_corrected": float(p), "verdict": corrected_verdict(row["mean"], float(p))})
+        corrected = settled_westfall_young(differences, documents, settings.seed)
+        for (row, _), p, error in zip(own, *map(np.ndarray.tolist, corrected), strict=True):
+            words = corrected_verdict(row["mean"], p, error)
+            rows.append(row | {"p_corrected": p, "p_error": error, "verdict": words})
     write_csv(REPORTS / "comparisons.csv", rows)
     write_json(REPORTS / "seeds.json", over_seeds(results.seeds()))
 

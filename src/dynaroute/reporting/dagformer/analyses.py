@@ -33,6 +33,7 @@ COMPARISONS = [
     "p",
     "detectable",
     "p_corrected",
+    "p_error",
 ]
 
 

@@ -3,12 +3,12 @@
 import math
 from typing import TYPE_CHECKING
 
-from dynaroute.evaluation.statistics import RESAMPLES, SIGNIFICANT, Interval, verdict
+from dynaroute.evaluation.statistics import CLOSE, FLIPS, RESAMPLES, SETS, SIGNIFICANT, Interval, verdict
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, REFERENCE_VARIANT, Results
 from dynaroute.reporting.dagformer.setup import health
 from dynaroute.reporting.dagformer.topology import resampled, to_interval
-from dynaroute.reporting.dagformer.wording import budget, interval, knobs, numbers, signed
+from dynaroute.reporting.dagformer.wording import VERDICTS, budget, by_verdict, interval, knobs, numbers, signed
 from dynaroute.reporting.inputs import Record
 from dynaroute.reporting.tables import NONE, count, table
 
@@ -22,7 +22,6 @@ FAMILIES = {
     "joint": "J1 against J0",
 }
 OPEN = 0.99  # hard density above which joint training left the gates as they were
-VERDICTS = ("better", "worse", "no difference shown")
 
 
 # --- joint training ------------------------------------------------------------------------------------------------
@@ -64,8 +63,7 @@ def joint_sentence(results: Results, analyses: Analyses) -> str:
     """The outcome, by the corrected verdicts."""
     ours, alone = results.joint
     found = {f"{row['mode']} ({row['protocol']})": row for row in _rows(analyses.comparisons, "joint")}
-    groups = {words: [name for name, row in found.items() if row["verdict"] == words] for words in VERDICTS}
-    outcome = "; ".join(f"{words}: {', '.join(names)}" for words, names in groups.items() if names)
+    outcome = by_verdict({name: row["verdict"] for name, row in found.items()})
     soft, density = _interval(found["soft (prefix)"]), ours.evaluation["window"]["density_hard"]
     sentence = (
         f"{ours.name} against {alone.name}, one seed of each: {outcome}. Soft, by the prefix protocol: {numbers(soft)}."
@@ -134,6 +132,7 @@ def statistics(analyses: Analyses) -> str:
             f"so each family is corrected for its number of tests: p below {SIGNIFICANT} by the step-down procedure of "
             "Westfall and Young, whose permutations exchange the two sides of whole documents, for all tests of the "
             "family together. Counts are by interval → after correction. " + statistics_sentence(analyses),
+            monte_carlo_sentence(analyses),
             table(["family", "tests", *VERDICTS], families),
             "**P1 against the baseline.** The t interval takes windows as independent. The bootstrap draws whole "
             f"documents ({RESAMPLES:,} times), and the permutation test exchanges them. Effect size is the mean "
@@ -151,8 +150,26 @@ def statistics(analyses: Analyses) -> str:
     )  # fmt: skip
 
 
+def monte_carlo_sentence(analyses: Analyses) -> str:
+    """How far chance in drawing flips may have the corrected p-values off, and what it leaves undecided."""
+    rows = analyses.comparisons
+    nearest = rows.loc[(rows["p_corrected"] - SIGNIFICANT).abs().idxmin()]
+    undecided = int((rows["verdict"] == "too close to say").sum())
+    return (
+        f"A corrected p is the mean over {SETS} sets of {FLIPS:,} random flips, and ± is the Monte Carlo standard "
+        "error of that mean, which says how far other flips could have moved it. The largest is "
+        f"{rows['p_error'].max():.1g}. A p no farther than {CLOSE:g} times its error from {SIGNIFICANT} is too close to "
+        f"say: {undecided} of {count(len(rows), 'comparison')}. Nearest is {nearest['ours']} - {nearest['theirs']}, "
+        f"{nearest['mode']} ({nearest['protocol']}): {nearest['p_corrected']:.4f} ± {nearest['p_error']:.1g}."
+    )
+
+
 def _cells(row: dict) -> list[str]:
-    return [interval(_interval(row)), resampled(row), f"{row['verdict']} (p = {row['p_corrected']:.2g})"]
+    return [
+        interval(_interval(row)),
+        resampled(row),
+        f"{row['verdict']} (p = {row['p_corrected']:.2g} ± {row['p_error']:.1g})",
+    ]
 
 
 _POWER = {
@@ -166,9 +183,10 @@ def statistics_sentence(analyses: Analyses) -> str:
     """Which variants differ from the baseline after correction."""
     rows = list(_rows(analyses.comparisons, "baseline"))
     parts = []
-    for words in ("better", "worse"):
+    for words in ("better", "worse", "too close to say"):
         names = dict.fromkeys(row["ours"] for row in rows if row["verdict"] == words)
-        parts.append(f"{words} in some mode and protocol: {', '.join(names) or 'none'}")
+        if names or words in ("better", "worse"):
+            parts.append(f"{words} in some mode and protocol: {', '.join(names) or 'none'}")
     return f"After correction, against the baseline: {'; '.join(parts)}."
 
 
