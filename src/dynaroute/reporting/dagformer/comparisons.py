@@ -157,9 +157,9 @@ def monte_carlo_sentence(analyses: Analyses) -> str:
     undecided = int((rows["verdict"] == "too close to say").sum())
     return (
         f"A corrected p is the mean over {SETS} sets of {FLIPS:,} random flips, and ± is the Monte Carlo standard "
-        "error of that mean, which says how far other flips could have moved it. The largest is "
-        f"{rows['p_error'].max():.1g}. A p no farther than {CLOSE:g} times its error from {SIGNIFICANT} is too close to "
-        f"say: {undecided} of {count(len(rows), 'comparison')}. Nearest is {nearest['ours']} - {nearest['theirs']}, "
+        "error of that mean: how far other flips could have moved it. The largest is "
+        f"{rows['p_error'].max():.1g}. A p within {CLOSE:g} of its errors of {SIGNIFICANT} is too close to say: "
+        f"{undecided} of {count(len(rows), 'comparison')}. Nearest is {nearest['ours']} - {nearest['theirs']}, "
         f"{nearest['mode']} ({nearest['protocol']}): {nearest['p_corrected']:.4f} ± {nearest['p_error']:.1g}."
     )
 

@@ -85,8 +85,8 @@ def introduction(results: Results) -> str:
         "so they are somewhat too narrow, and words beside an interval in a table (better if all of it lies below 0, "
         "worse if above) are of that one difference alone, **uncorrected**. Verdicts in sentences are made by rule "
         "from p-values of sign flips of whole documents, corrected for all comparisons of the family (section 8): "
-        f"better or worse where p is below {SIGNIFICANT}, too close to say where the chance of the flips could have put "
-        "it on the other side, else no difference shown."
+        f"better or worse where p is below {SIGNIFICANT}, too close to say where other flips could have put it on the "
+        "other side, else no difference shown."
     )
 
 
