@@ -4,7 +4,9 @@
 
 Families, each corrected for its own number of tests by `settled_westfall_young`:
     baseline    every variant against the base with all gates at one
-    reference   every ablation against P1, at its own budget where that was run
+    direction   all variants on the frozen base, averaged window by window, and P1 over its seeds likewise, against the
+                base with all gates at one: whether what was trained has NLL on one side of it on the whole
+    reference   every ablation against P1, at its own budget where that was run, but for C1
     control     P1 and its other seeds against C1, one topology for all texts
     joint       J1, whose base was trained jointly, against J0, the same base trained on with gates held open
 
@@ -14,7 +16,7 @@ Writes  reports/statistics/comparisons.csv  a row for each comparison, protocol 
             protocol, mode; what `dynaroute.evaluation.statistics.compare` gives; p_corrected; p_error, its Monte Carlo
             standard error; verdict, by the rule of `corrected_verdict`
         reports/statistics/seeds.json       seeds, by variant; by protocol and mode: differences, to the baseline, by
-            variant; spread, their standard deviation; mean, low, high, n of the t interval over seeds; verdict
+            variant; spread, their standard deviation; mean, low, high, n of the t interval over seeds
 """
 
 from collections.abc import Iterator
@@ -33,9 +35,16 @@ from dynaroute.evaluation.statistics import (
     corrected_verdict,
     paired_difference,
     settled_westfall_young,
-    verdict,
 )
-from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant, read_results
+from dynaroute.reporting.dagformer.results import (
+    CONTROL,
+    MODES,
+    PROTOCOLS,
+    Pool,
+    Results,
+    Variant,
+    read_results,
+)
 from dynaroute.stage import run
 
 REPORTS = Path("reports/statistics")
@@ -59,15 +68,16 @@ def main(settings: Settings) -> None:
     write_json(REPORTS / "seeds.json", over_seeds(results.seeds()))
 
 
-def families(results: Results) -> dict[str, list[tuple[Variant, Variant | None]]]:
-    """Pairs of variants to compare, by family; None is the baseline."""
-    found: dict[str, list[tuple[Variant, Variant | None]]] = {
+def families(results: Results) -> dict[str, list[tuple[Variant | Pool, Variant | None]]]:
+    """Pairs of variants to compare, by family; None is the baseline. Every question is in one family alone."""
+    found: dict[str, list[tuple[Variant | Pool, Variant | None]]] = {
         "baseline": [(variant, None) for variant in results.variants.values()],
-        "reference": [(variant, results.peer(variant)) for variant in results.ablations()],
+        "direction": [(pool, None) for pool in results.pools()],
+        "reference": [(one, results.peer(one)) for one in results.ablations() if one.name != CONTROL],
     }
     found["reference"] = [(ours, theirs) for ours, theirs in found["reference"] if theirs is not None]
-    if "C1" in results.variants:
-        control = results.variants["C1"]
+    if CONTROL in results.variants:
+        control = results.variants[CONTROL]
         found["control"] = [
             (seed, control) for seed in results.seeds() if seed.knobs["steps"] == control.knobs["steps"]
         ]
@@ -77,7 +87,7 @@ def families(results: Results) -> dict[str, list[tuple[Variant, Variant | None]]
 
 
 def compare_family(
-    family: str, members: list[tuple[Variant, Variant | None]], documents: np.ndarray, seed: int
+    family: str, members: list[tuple[Variant | Pool, Variant | None]], documents: np.ndarray, seed: int
 ) -> Iterator[tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]]:
     """A row for each pair, protocol and mode, and the NLL [n] of both."""
     for ours, theirs in tqdm(members, desc=family, unit="pair", disable=None):
@@ -105,7 +115,6 @@ def over_seeds(seeds: list[Variant]) -> dict[str, Any]:
                 "differences": differences,
                 "spread": float(values.std(ddof=1)),
                 **mean._asdict(),
-                "verdict": verdict(mean),
             }
     return found
 

@@ -1,5 +1,6 @@
 """The report's sections on the analyses say what their files say, and their rules have an answer for each outcome."""
 
+import json
 import re
 from pathlib import Path
 
@@ -224,15 +225,54 @@ def test_the_joint_base_is_also_shown_with_its_gates_open():
 
 def test_the_spread_over_seeds_is_shown():
     def change(data):
-        data["prefix"]["hard"].update(spread=0.0987, mean=0.0456, low=-0.01, high=0.1, verdict="no difference shown")
+        data["prefix"]["hard"].update(spread=0.0987, mean=0.0456, low=-0.01, high=0.1)
         data["prefix"]["hard"]["differences"]["P1s2"] = 0.0777
 
     edit_json(STATISTICS / "seeds.json", change)
     text = section(report(), "Seeds")
     row = next(row for row in table_rows(text) if row[:2] == ["prefix", "hard"])
-    assert row[4:7] == ["+0.0777", "0.0987", "+0.0456 [-0.0100, +0.1000] no difference shown"]
-    assert "P1 over 3 seeds, against the baseline: soft (window): worse;" in glance("P1 over")
-    assert "hard (prefix): no difference shown." in glance("P1 over")
+    assert row[4:7] == ["+0.0777", "0.0987", "+0.0456 [-0.0100, +0.1000]"]
+
+
+@pytest.mark.parametrize("verdict", ["better", "worse", "no difference shown", "too close to say"])
+@pytest.mark.parametrize(("pool", "size"), [("frozen base", 19), ("P1 over seeds", 3)])
+def test_the_direction_of_all_together_is_at_a_glance_whatever_it_is(pool, size, verdict):
+    def change(rows: pd.DataFrame) -> None:
+        own = (rows["family"] == "direction") & (rows["ours"] == pool)
+        rows.loc[own, "verdict"] = verdict
+        rows.loc[own & (rows["protocol"] == "prefix"), ["mean", "p_corrected", "p_error"]] = [-0.0777, 0.0444, 0.0022]
+
+    edit_csv(STATISTICS / "comparisons.csv", change)
+    line = glance(f"Direction, {pool}")
+    assert f"{size} variants averaged window by window, against the baseline: {verdict}: soft (window), hard" in line
+    assert "-0.0777 by the prefix protocol" in line
+    rows = [row for row in table_rows(section(report(), "8. Statistics")) if row[:3] == [pool, str(size), "prefix"]]
+    assert [row[-1] for row in rows] == [f"{verdict} (p = 0.044 ± 0.002)"] * 2
+
+
+def test_the_direction_says_how_many_lie_above_the_baseline():
+    def change(data):
+        data["window"]["soft_minus_baseline"]["mean"] = -0.001
+
+    for name in ("P1s1", "A4", "J1"):  # J1 has another base
+        edit_json(REPORTS / name / "nll.json", change)
+    above = sum(
+        json.loads((REPORTS / name / "nll.json").read_text())["window"]["soft_minus_baseline"]["mean"] > 0
+        for name in set(load_settings().variants) - {"J1", "J0"}
+    )
+    assert f"above the baseline's with {above} of the 19)" in glance("Direction, frozen base")
+    assert "above the baseline's with 2 of the 3)" in glance("Direction, P1 over seeds")
+
+
+def test_what_other_flips_could_turn_is_counted():
+    def change(rows: pd.DataFrame) -> None:
+        rows.loc[5, ["p_corrected", "p_error", "verdict"]] = [0.0512, 0.0034, "too close to say"]
+
+    edit_csv(STATISTICS / "comparisons.csv", change)
+    text = section(report(), "8. Statistics")
+    assert "is too close to say: 1 of" in text
+    assert "0.0512 ± 0.003." in text
+    assert "too close to say in some mode and protocol: S2" in glance("After correction")
 
 
 def test_one_seed_has_no_spread():
@@ -247,8 +287,8 @@ def test_verdicts_are_counted_before_and_after_correction():
         rows.loc[own, "verdict"] = "no difference shown"
 
     edit_csv(STATISTICS / "comparisons.csv", change)
-    row = row_of(section(report(), "8. Statistics"), "every ablation against P1")
-    assert row[1:] == ["60", "60 → 0", "0 → 0", "0 → 60"]
+    row = row_of(section(report(), "8. Statistics"), "every ablation but C1 against P1")
+    assert row[1:] == ["56", "56 → 0", "0 → 0", "0 → 56", "0 → 0"]
 
 
 def test_what_lies_under_p1_against_the_baseline_is_shown():

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from dynaroute.evaluation.statistics import CLOSE, FLIPS, RESAMPLES, SETS, SIGNIFICANT, Interval, verdict
 from dynaroute.reporting.dagformer.analyses import Analyses
-from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, REFERENCE_VARIANT, Results
+from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, REFERENCE_VARIANT, Pool, Results
 from dynaroute.reporting.dagformer.setup import health
 from dynaroute.reporting.dagformer.topology import resampled, to_interval
 from dynaroute.reporting.dagformer.wording import VERDICTS, budget, by_verdict, interval, knobs, numbers, signed
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "baseline": "every variant against the baseline",
-    "reference": "every ablation against P1",
+    "direction": "averages of variants against the baseline",
+    "reference": "every ablation but C1 against P1",
     "control": "P1 and its seeds against C1",
     "joint": "J1 against J0",
 }
@@ -90,32 +91,77 @@ def seeds(analyses: Analyses) -> str:
     return "\n\n".join(
         [
             "NLL less that of the baseline. A seed decides the predictor's initialisation, its noise and the order of "
-            f"the text; the frozen baseline has none. {seeds_sentence(analyses)}",
+            "the text; the frozen baseline has none. Whether they differ from it on the whole is tested above.",
             table([*header, "spread", "mean over seeds [95 %]", "seeds"], rows),
             "Spread is the standard deviation over seeds. The interval is over seeds, not over windows: it is what "
-            "can be said of the method, where all others are of one trained predictor. With few seeds it is wide.",
+            "can be said of the method, where all others are of one trained predictor. With few seeds it is so wide "
+            "that no verdict is made from it.",
         ]
     )
 
 
 def _seed_cells(found: Record, names: list[str]) -> list[str]:
     differences = [signed(found["differences"][name]) for name in names]
-    return [*differences, f"{found['spread']:.4f}", interval(to_interval(found)), f"{found['n']}"]
+    return [*differences, f"{found['spread']:.4f}", _span(to_interval(found)), f"{found['n']}"]
 
 
-def seeds_sentence(analyses: Analyses) -> str:
-    """Whether the verdict on P1 holds over seeds."""
-    found = analyses.seeds
-    if len(found["seeds"]) < 2:
-        return "P1 was run with one seed."
-    parts = [f"{mode} ({protocol}): {found[protocol][mode]['verdict']}" for protocol in PROTOCOLS for mode in MODES]
-    return f"P1 over {count(len(found['seeds']), 'seed')}, against the baseline: {'; '.join(parts)}."
+def _span(found: Interval) -> str:
+    return f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}]"
+
+
+# --- direction -----------------------------------------------------------------------------------------------------
+
+
+def direction(results: Results, analyses: Analyses) -> str:
+    """Whether what was trained lies on one side of the baseline on the whole."""
+    rule = (
+        "**Direction.** Each variant alone may show nothing where all of them together do. So they are averaged window "
+        "by window before they are compared with the baseline: all variants on the frozen base, whatever they "
+        "change and however they ended, and P1 over its seeds. The rule looks at settings alone, and would say better, "
+        "worse or neither alike. Both averages, protocols and modes are one family. Signs are flipped by document, so "
+        "this speaks of these predictors on other text; how other seeds would differ is in the next section."
+    )
+    pools = [pool for pool in results.pools() if _pooled(analyses, pool)]
+    if not pools:
+        return f"{rule} There are no two such variants."
+    rows = [
+        [pool.name, f"{len(pool.members)}", row["protocol"], row["mode"], *_cells(row)]
+        for pool in pools
+        for row in _pooled(analyses, pool)
+    ]
+    header = ["average of", "variants", "protocol", "mode", "less the baseline [95 %]", "by document"]
+    return f"{rule}\n\n{table([*header, 'after correction'], rows)}"
+
+
+def direction_sentences(results: Results, analyses: Analyses) -> list[str]:
+    """The outcome for every average, with how many of its members are on either side."""
+    sentences = []
+    for pool in results.pools():
+        rows = _pooled(analyses, pool)
+        words = by_verdict({f"{row['mode']} ({row['protocol']})": row["verdict"] for row in rows})
+        soft = []
+        for row in rows:
+            if row["mode"] == "soft":
+                above = sum(one.to_baseline("soft", row["protocol"]).mean > 0 for one in pool.members)
+                soft.append(
+                    f"{signed(row['mean'])} by the {row['protocol']} protocol ({resampled(row)}; NLL is above the "
+                    f"baseline's with {above} of the {len(pool.members)})"
+                )
+        sentences.append(
+            f"Direction, {pool.name}: {count(len(pool.members), 'variant')} averaged window by window, against the "
+            f"baseline: {words}. Soft: {', '.join(soft)}."
+        )
+    return sentences
+
+
+def _pooled(analyses: Analyses, pool: Pool) -> list[dict]:
+    return [row for row in _rows(analyses.comparisons, "direction") if row["ours"] == pool.name]
 
 
 # --- statistics ----------------------------------------------------------------------------------------------------
 
 
-def statistics(analyses: Analyses) -> str:
+def statistics(results: Results, analyses: Analyses) -> str:
     """What is behind the verdicts, and what is left of them after correction."""
     families = []
     for name, words in FAMILIES.items():
@@ -134,6 +180,7 @@ def statistics(analyses: Analyses) -> str:
             "family together. Counts are by interval → after correction. " + statistics_sentence(analyses),
             monte_carlo_sentence(analyses),
             table(["family", "tests", *VERDICTS], families),
+            direction(results, analyses),
             "**P1 against the baseline.** The t interval takes windows as independent. The bootstrap draws whole "
             f"documents ({RESAMPLES:,} times), and the permutation test exchanges them. Effect size is the mean "
             "difference in standard deviations of a window's. Detectable is the difference that the t interval of "

@@ -60,7 +60,7 @@ def page(results: Results, analyses: Analyses) -> str:
     if results.joint is not None:
         parts += ["## 7. Joint training of base and predictor", comparisons.joint(results, analyses)]
     parts += [
-        *("## 8. Statistics", comparisons.statistics(analyses)),
+        *("## 8. Statistics", comparisons.statistics(results, analyses)),
         *("### Seeds", comparisons.seeds(analyses)),
         *("## 9. Validated properties", properties(results, analyses)),
         *("## 10. Known limitations", limitations(results)),
@@ -101,7 +101,8 @@ def at_a_glance(results: Results, analyses: Analyses) -> str:
         lines.append(f"S1 {sanity.identity_sentence(runs['S1'])}")
     if "S2" in runs:
         lines.append(f"S2: {sanity.flow_sentence(analyses, runs['S2'])}")
-    lines += [phase1.default_sentence(results.main, analyses), *baseline_sentences(results, analyses)]
+    lines.append(phase1.default_sentence(results.main, analyses))
+    lines += [*comparisons.direction_sentences(results, analyses), *baseline_sentences(results, analyses)]
     if "P2" in runs and runs["P2"].run["from"] in runs:
         lines.append(f"P2: {phase1.extended_sentence(analyses, runs['P2'], runs[runs['P2'].run['from']])}")
     lines.append(ablations.ablation_sentence(results, analyses))
@@ -118,7 +119,6 @@ def at_a_glance(results: Results, analyses: Analyses) -> str:
     if results.joint is not None:
         lines.append(f"Joint training: {comparisons.joint_sentence(results, analyses)}")
     lines += [
-        comparisons.seeds_sentence(analyses),
         comparisons.statistics_sentence(analyses),
         health_sentence(results),
         f"{sum(outcomes)} of {count(len(outcomes), 'check')} that the pipeline made passed.",
