@@ -109,7 +109,10 @@ def test_flat_or_not():
     edit_json(SENSITIVITY, lambda data: data["flatness"].update(slopes=True, p=0.0002, harmful=0.25, helpful=0.125))
     assert "NLL is not flat at A = 1 (mean gradient of all gates together p = 0.0002" in glance("X3")
     assert "certain: 37.5% of 54; n = 53 windows of 17 documents)" in glance("X3")
-    assert row_of(section(report(), "X3"), "gates that closing would help, after correction")[1] == "25.0%"
+    assert (
+        row_of(section(report(), "X3"), "gates whose gradient says that closing them would help, after correction")[1]
+        == "25.0%"
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,6 +132,28 @@ def test_removals_that_help_are_named_and_so_is_that_there_are_none(name, row, w
     assert none in glance("X3")  # not after correction
     edit_csv(REPORTS / f"{name}.csv", lambda rows: rows.loc.__setitem__((row, "p_corrected"), 0.04))
     assert f"layer pair or head: {words} (-0.0200 [-0.0300, -0.0100], n = 13)." in glance("X3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ((-0.02, -0.03), "Gradients foretell the right sign: closing"),
+        ((0.02, 0.03), "Gradients foretell the wrong sign: closing"),
+        ((-0.02, 0.03), "Gradients foretell the sign for some fractions of edges and the wrong one for others: "),
+        (None, "That gradients foretell the sign, right or wrong, is not shown: "),
+    ],
+)
+def test_whether_gradients_foretell_the_sign_is_a_sentence(changes, words):
+    def change(rows: pd.DataFrame) -> None:
+        own = (rows["order"] == "expected_gain") & (rows["fraction"] < 1)
+        rows.loc[own, "p_corrected"] = 0.06 if changes is None else 0.01
+        if changes is not None:
+            rows.loc[own, "difference"] = changes
+        rows.loc[rows["fraction"] == 1, "difference"] = -0.5  # all edges: no order is left, so it says nothing of it
+
+    edit_csv(REPORTS / "removal.csv", change)
+    assert words in glance("Signs of gradients")
+    assert words in section(report(), "X3")
 
 
 def test_the_orders_of_removal_are_compared_with_the_random_one():

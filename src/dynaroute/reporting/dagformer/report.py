@@ -114,6 +114,7 @@ def at_a_glance(results: Results, analyses: Analyses) -> str:
     by_domain = {name: found["domains"] for name, found in analyses.topology.items()}
     lines += [f"X2: {topology.domain_sentence(name, own)}" for name, own in by_domain.items() if own is not None]
     lines.append(f"X3: {sensitivity.flat_sentence(analyses.sensitivity)} {sensitivity.removal_sentence(analyses)}")
+    lines.append(f"Signs of gradients: {sensitivity.sign_sentence(analyses.removal)}")
     lines.append(f"Orders of removal: {sensitivity.order_sentence(analyses.sensitivity)}")
     lines.append(f"Gates optimised directly: {sensitivity.oracle_sentence(analyses.sensitivity)}")
     if results.joint is not None:
