@@ -129,7 +129,7 @@ def read_training() -> Training:
     curve = read_csv(path, ["step", "epoch", "tokens", "lr", "validation_loss", *balance])
     trained = curve[curve["step"] > 0]
     balance = [f"train_balance_loss_layer{layer}" for layer in router["layer"].unique()]
-    for name in ["train_loss", "train_dropped_share", *balance]:
+    for name in ["train_loss", "train_dropped_share", "train_gradient_norm", *balance]:
         if trained.empty or name not in trained or trained[name].isna().any():
             raise DynarouteError(f"{path}: {name!r} must hold a number in every row after step 0: {REMEDY}")
     return Training(read_record(REPORTS / "training.json"), curve, router)
