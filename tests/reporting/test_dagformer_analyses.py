@@ -326,7 +326,7 @@ def test_what_lies_under_p1_against_the_baseline_is_shown():
     edit_csv(STATISTICS / "comparisons.csv", change)
     rows = [row for row in table_rows(section(report(), "8. Statistics")) if row[0] == "prefix"]
     assert [row[3] for row in rows] == ["[-0.1111, +0.2222], p = 0.033, 19 documents"] * 2
-    assert all("(p = 0.44)" in row[4] for row in rows)
+    assert all("(p = 0.44 ± 0.001)" in row[4] for row in rows)
     assert [row[5:] for row in rows] == [["–", "0.0555", "37"], ["-1.50", "0.0555", "37"]]
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 REPORTS = Path("reports/dwr")
 CHECKPOINTS = Path("data/dwr/train")
 REFERENCE = Path("reports/reference.yaml")
+MOE = Path("reports/benchmarks/moe.json")
 
 
 class Training(NamedTuple):
@@ -50,6 +51,7 @@ class Measurements(NamedTuple):
     cache: Record  # cache_timing.json
     resident: "pd.Series"  # the first row of cache_timing.csv: no cache
     cells: "pd.DataFrame"  # the others: a row for each cell
+    moe: Record | None  # of the MoE layer, by a target of its own; None if it was not run
 
 
 def num_experts(run: Record) -> int:
@@ -98,7 +100,8 @@ def read_measurements(run: str) -> Measurements:
     """
     cache = read_record(REPORTS / "cache_timing.json")
     check_same_run(run, cache)
-    return Measurements(read_record(REPORTS / "training_timing.json"), cache, *read_speeds())
+    moe = read_record(MOE) if MOE.exists() else None
+    return Measurements(read_record(REPORTS / "training_timing.json"), cache, *read_speeds(), moe)
 
 
 def read_speeds() -> "tuple[pd.Series, pd.DataFrame]":
