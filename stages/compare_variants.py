@@ -2,19 +2,21 @@
 
     python stages/compare_variants.py
 
-Families, each corrected for its own number of tests by `westfall_young`:
+Families, each corrected for its own number of tests by `settled_westfall_young`:
     baseline    every variant against the base with all gates at one
-    reference   every ablation against P1, at its own budget where that was run
+    direction   all variants on the frozen base, averaged window by window, and P1 over its seeds likewise, against the
+                base with all gates at one: whether what was trained has NLL on one side of it on the whole
+    reference   every ablation against P1, at its own budget where that was run, but for C1
     control     P1 and its other seeds against C1, one topology for all texts
     joint       J1, whose base was trained jointly, against J0, the same base trained on with gates held open
 
 Reads   reports/dagformer/<id>/* and data/dagformer/<id>/run.json of every variant in params.yaml;
         data/tokens/<dagformer.corpus> (test), for the document that each window is of
 Writes  reports/statistics/comparisons.csv  a row for each comparison, protocol and mode: family, ours, theirs,
-            protocol, mode; what `dynaroute.evaluation.statistics.compare` gives; p_corrected; verdict, by the rule of
-            `corrected_verdict`
+            protocol, mode; what `dynaroute.evaluation.statistics.compare` gives; p_corrected; p_error, its Monte Carlo
+            standard error; verdict, by the rule of `corrected_verdict`
         reports/statistics/seeds.json       seeds, by variant; by protocol and mode: differences, to the baseline, by
-            variant; spread, their standard deviation; mean, low, high, n of the t interval over seeds; verdict
+            variant; spread, their standard deviation; mean, low, high, n of the t interval over seeds
 """
 
 from collections.abc import Iterator
@@ -28,8 +30,21 @@ from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings
 from dynaroute.data.shards import TokenShards
 from dynaroute.evaluation.domains import main_documents
-from dynaroute.evaluation.statistics import compare, corrected_verdict, paired_difference, verdict, westfall_young
-from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant, read_results
+from dynaroute.evaluation.statistics import (
+    compare,
+    corrected_verdict,
+    paired_difference,
+    settled_westfall_young,
+)
+from dynaroute.reporting.dagformer.results import (
+    CONTROL,
+    MODES,
+    PROTOCOLS,
+    Pool,
+    Results,
+    Variant,
+    read_results,
+)
 from dynaroute.stage import run
 
 REPORTS = Path("reports/statistics")
@@ -45,21 +60,24 @@ def main(settings: Settings) -> None:
     for family, members in families(results).items():
         own = list(compare_family(family, members, documents, settings.seed))
         differences = np.stack([nll[0] - nll[1] for _, nll in own], axis=1)  # [n, tests]
-        for (row, _), p in zip(own, westfall_young(differences, documents, settings.seed), strict=True):
-            rows.append(row | {"p_corrected": float(p), "verdict": corrected_verdict(row["mean"], float(p))})
+        corrected = settled_westfall_young(differences, documents, settings.seed)
+        for (row, _), p, error in zip(own, *map(np.ndarray.tolist, corrected), strict=True):
+            words = corrected_verdict(row["mean"], p, error)
+            rows.append(row | {"p_corrected": p, "p_error": error, "verdict": words})
     write_csv(REPORTS / "comparisons.csv", rows)
     write_json(REPORTS / "seeds.json", over_seeds(results.seeds()))
 
 
-def families(results: Results) -> dict[str, list[tuple[Variant, Variant | None]]]:
-    """Pairs of variants to compare, by family; None is the baseline."""
-    found: dict[str, list[tuple[Variant, Variant | None]]] = {
+def families(results: Results) -> dict[str, list[tuple[Variant | Pool, Variant | None]]]:
+    """Pairs of variants to compare, by family; None is the baseline. Every question is in one family alone."""
+    found: dict[str, list[tuple[Variant | Pool, Variant | None]]] = {
         "baseline": [(variant, None) for variant in results.variants.values()],
-        "reference": [(variant, results.peer(variant)) for variant in results.ablations()],
+        "direction": [(pool, None) for pool in results.pools()],
+        "reference": [(one, results.peer(one)) for one in results.ablations() if one.name != CONTROL],
     }
     found["reference"] = [(ours, theirs) for ours, theirs in found["reference"] if theirs is not None]
-    if "C1" in results.variants:
-        control = results.variants["C1"]
+    if CONTROL in results.variants:
+        control = results.variants[CONTROL]
         found["control"] = [
             (seed, control) for seed in results.seeds() if seed.knobs["steps"] == control.knobs["steps"]
         ]
@@ -69,7 +87,7 @@ def families(results: Results) -> dict[str, list[tuple[Variant, Variant | None]]
 
 
 def compare_family(
-    family: str, members: list[tuple[Variant, Variant | None]], documents: np.ndarray, seed: int
+    family: str, members: list[tuple[Variant | Pool, Variant | None]], documents: np.ndarray, seed: int
 ) -> Iterator[tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]]:
     """A row for each pair, protocol and mode, and the NLL [n] of both."""
     for ours, theirs in tqdm(members, desc=family, unit="pair", disable=None):
@@ -97,7 +115,6 @@ def over_seeds(seeds: list[Variant]) -> dict[str, Any]:
                 "differences": differences,
                 "spread": float(values.std(ddof=1)),
                 **mean._asdict(),
-                "verdict": verdict(mean),
             }
     return found
 

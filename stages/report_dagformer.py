@@ -2,12 +2,14 @@
 
     python stages/report_dagformer.py
 
-Reads   reports/dagformer/base.json and base_timing.json; of every variant in params.yaml reports/dagformer/<id>/
-        {training.json,training.csv,training_timing.json,nll.json,nll.csv} and data/dagformer/<id>/run.json
+Reads   reports/dagformer/base.json; of every variant in params.yaml reports/dagformer/<id>/
+        {training.json,training.csv,nll.json,nll.csv} and data/dagformer/<id>/run.json
+        reports/dagformer_measured/{base,<id>}.json
         reports/dagformer/<id>/topology.json of the variants analysed; reports/dagformer/{sensitivity.json,
         gate_gradients.csv,removal.csv,removal_layer_pairs.csv,removal_heads.csv}
         reports/statistics/{comparisons.csv,seeds.json}, reports/reference.yaml,
-        data/tokens/<dagformer.corpus>/metadata.json, and reports/benchmarks/dag.json where it was measured
+        data/tokens/<dagformer.corpus>/metadata.json;
+        reports/benchmarks/dag.json and benchmarks/dvc.lock where it was measured
 Writes  reports/dagformer.md           the same bytes on every run
         reports/dagformer_measured.md  times, speeds and memory
 """

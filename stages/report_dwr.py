@@ -3,7 +3,8 @@
     python stages/report_dwr.py
 
 Reads   reports/dwr/, reports/reference.yaml, data/dwr/train/,
-        data/tokens/NAME/metadata.json and data/raw/NAME.source.json of the corpus of the run
+        data/tokens/NAME/metadata.json and data/raw/NAME.source.json of the corpus of the run;
+        reports/benchmarks/moe.json and benchmarks/dvc.lock where it was measured
 Writes  reports/dwr.md           the same bytes on every run
         reports/dwr_measured.md  times, speeds and memory
 """

@@ -6,6 +6,7 @@ import pytest
 import scipy.stats
 
 from dynaroute.errors import DynarouteError
+from dynaroute.evaluation import statistics
 from dynaroute.evaluation.statistics import (
     Interval,
     benjamini_hochberg,
@@ -20,6 +21,7 @@ from dynaroute.evaluation.statistics import (
     minimum_detectable_difference,
     paired_difference,
     permutation_test,
+    settled_westfall_young,
     sign_flip_p,
     t_test_p,
     verdict,
@@ -274,7 +276,8 @@ def documents_apart(rng: np.random.Generator, effect: float) -> tuple[np.ndarray
     return np.repeat(own, 2, axis=1) + 0.05 * rng.normal(size=(48, 40)), groups
 
 
-def test_the_largest_of_many_differences_is_found_if_it_was_planted_and_seldom_if_not():
+def test_the_largest_of_many_differences_is_found_if_it_was_planted_and_seldom_if_not(monkeypatch):
+    monkeypatch.setattr(statistics, "FLIPS", 9_999)
     rng = np.random.default_rng(13)
     null = [westfall_young(*documents_apart(rng, 0.0), 0).min() < 0.05 for _ in range(60)]
     assert np.mean(null) < 0.15  # 0.05, and three standard errors
@@ -311,7 +314,32 @@ def test_step_down_is_that_of_a_plain_loop_over_all_flips():
         largest = max(largest, (p[:, sorted(rest)].min(1) <= p[0, column]).mean())
         expected[column] = largest
         rest.remove(column)
-    assert westfall_young(values, np.arange(8), 0) == pytest.approx(expected, abs=0.02)
+    assert westfall_young(values, np.arange(8), 0) == pytest.approx(expected)
+    assert settled_westfall_young(values, np.arange(8), 0).error.tolist() == [0, 0, 0]
+
+
+def test_random_flips_come_close_to_all_of_them(monkeypatch):
+    values = np.random.default_rng(21).normal(0.7, 1, (14, 3))
+    exact = westfall_young(values, np.arange(14), 0)
+    monkeypatch.setattr(statistics, "FLIPS", 9_999)  # of 16,384
+    assert westfall_young(values, np.arange(14), 0) == pytest.approx(exact, abs=0.01)
+
+
+def test_a_corrected_p_value_hardly_depends_on_the_seed_of_its_flips():
+    values, groups = documents_apart(np.random.default_rng(20), 0.8)
+    found = np.stack([westfall_young(values[:, :12], groups, seed) for seed in range(3)])  # [seeds, tests]
+    assert 0.005 < found.min() < 0.2  # where a verdict could turn
+    assert np.ptp(found, axis=0).max() < 0.01
+
+
+def test_the_monte_carlo_error_is_that_of_independent_sets(monkeypatch):
+    monkeypatch.setattr(statistics, "FLIPS", 4_999)
+    values, groups = documents_apart(np.random.default_rng(20), 1.0)
+    found = [settled_westfall_young(values[:, :6], groups, seed) for seed in range(30)]
+    spread = np.std([p for p, _ in found], axis=0, ddof=1)  # of the means over sets
+    errors = np.sqrt(np.mean([error**2 for _, error in found], axis=0))
+    assert errors == pytest.approx(spread, rel=0.4)
+    assert (errors > 0).all()
 
 
 def test_means_of_groups_are_those_of_a_loop():
@@ -360,8 +388,12 @@ def test_a_difference_of_the_detectable_size_is_detected_four_times_in_five():
 
 
 @pytest.mark.parametrize(
-    ("difference", "p", "expected"),
-    [(-0.1, 0.04, "better"), (0.1, 0.04, "worse"), (-0.1, 0.05, "no difference shown"), (0, 1, "no difference shown")],
+    ("difference", "p", "error", "expected"),
+    [
+        *((-0.1, 0.04, 0, "better"), (0.1, 0.04, 0, "worse"), (-0.1, 0.05, 0, "no difference shown")),
+        *((0, 1, 0, "no difference shown"), (-0.1, 0.04, 0.002, "better"), (0.1, 0.06, 0.002, "no difference shown")),
+        *((-0.1, 0.046, 0.002, "too close to say"), (0.1, 0.054, 0.002, "too close to say")),
+    ],
 )
-def test_the_corrected_verdict_follows_p_and_sign(difference, p, expected):
-    assert corrected_verdict(difference, p) == expected
+def test_the_corrected_verdict_follows_p_and_sign_unless_other_flips_could_turn_it(difference, p, error, expected):
+    assert corrected_verdict(difference, p, error) == expected

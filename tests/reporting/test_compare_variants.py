@@ -11,7 +11,7 @@ from dagformer_tree import WINDOWS
 from dwr_tree import edit_csv, edit_yaml
 
 from dynaroute.config import load_settings
-from dynaroute.evaluation.statistics import compare, westfall_young
+from dynaroute.evaluation.statistics import compare, settled_westfall_young
 
 pytestmark = pytest.mark.usefixtures("dagformer_tree")
 
@@ -43,11 +43,32 @@ def test_every_family_has_its_pairs(compared):
     names = list(load_settings().variants)
     assert set(pairs["baseline"]) == {(name, "baseline") for name in names}
     others = set(names) - {"P1", "P1s1", "P1s2", "J1", "J0"}
-    assert {ours for ours, _ in pairs["reference"]} == others - {"S1"}  # which has a budget of its own
+    own = others - {"S1", "C1"}  # S1 has a budget of its own, and C1 a family
+    assert {ours for ours, _ in pairs["reference"]} == own
+    assert set(pairs["direction"]) == {("frozen base", "baseline"), ("P1 over seeds", "baseline")}
     assert {theirs for _, theirs in pairs["reference"]} == {"P1"}
     assert set(pairs["control"]) == {(name, "C1") for name in ("P1", "P1s1", "P1s2")}
     assert set(pairs["joint"]) == {("J1", "J0")}
     assert len(rows) == 4 * sum(len(set(own)) for own in pairs.values())
+
+
+def test_no_question_is_tested_twice(compared):
+    rows = compared()
+    asked = [
+        frozenset((row.ours, row.theirs)) for row in rows.drop_duplicates(["family", "ours", "theirs"]).itertuples()
+    ]
+    assert len(asked) == len(set(asked))
+
+
+def test_a_direction_is_of_the_average_over_its_variants_window_by_window(compared):
+    rows = compared().set_index(["family", "ours", "protocol", "mode"])
+    names = set(load_settings().variants) - {"J1", "J0"}  # whose base was trained
+    for pool, members in (("frozen base", names), ("P1 over seeds", {"P1", "P1s1", "P1s2"})):
+        ours = np.mean([nll(name, "soft", "prefix") for name in members], axis=0)
+        expected = compare(ours, nll("P1", "baseline", "prefix"), DOCUMENTS, load_settings().seed)
+        found = rows.loc[("direction", pool, "prefix", "soft")]
+        for name in ("mean", "low", "high", "n", "bootstrap_low", "groups", "p"):
+            assert found[name] == pytest.approx(getattr(expected, name)), (pool, name)
 
 
 def test_a_row_is_the_comparison_of_those_two_on_the_same_windows(compared):
@@ -66,14 +87,15 @@ def test_a_row_is_the_comparison_of_those_two_on_the_same_windows(compared):
 
 def test_p_values_are_corrected_within_their_family(compared):
     rows = compared()
-    for family, own in rows.groupby("family"):
+    for family, own in rows[rows["family"] != "direction"].groupby("family"):
         differences = []
         for row in own.itertuples():
             baseline = row.theirs == "baseline"
             theirs = (row.ours, "baseline", row.protocol) if baseline else (row.theirs, row.mode, row.protocol)
             differences.append(nll(row.ours, row.mode, row.protocol) - nll(*theirs))
-        expected = westfall_young(np.stack(differences, axis=1), DOCUMENTS, load_settings().seed)
-        assert own["p_corrected"].to_numpy() == pytest.approx(expected), family
+        expected = settled_westfall_young(np.stack(differences, axis=1), DOCUMENTS, load_settings().seed)
+        assert own["p_corrected"].to_numpy() == pytest.approx(expected.p), family
+        assert own["p_error"].to_numpy() == pytest.approx(expected.error), family
     certain = rows["p_corrected"] < 0.05
     assert (rows["verdict"][~certain] == "no difference shown").all()
     assert (rows["verdict"][certain] != "no difference shown").all()

@@ -1,5 +1,6 @@
 """The report's sections on the analyses say what their files say, and their rules have an answer for each outcome."""
 
+import json
 import re
 from pathlib import Path
 
@@ -108,7 +109,10 @@ def test_flat_or_not():
     edit_json(SENSITIVITY, lambda data: data["flatness"].update(slopes=True, p=0.0002, harmful=0.25, helpful=0.125))
     assert "NLL is not flat at A = 1 (mean gradient of all gates together p = 0.0002" in glance("X3")
     assert "certain: 37.5% of 54; n = 53 windows of 17 documents)" in glance("X3")
-    assert row_of(section(report(), "X3"), "gates that closing would help, after correction")[1] == "25.0%"
+    assert (
+        row_of(section(report(), "X3"), "gates whose gradient says that closing them would help, after correction")[1]
+        == "25.0%"
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,6 +132,28 @@ def test_removals_that_help_are_named_and_so_is_that_there_are_none(name, row, w
     assert none in glance("X3")  # not after correction
     edit_csv(REPORTS / f"{name}.csv", lambda rows: rows.loc.__setitem__((row, "p_corrected"), 0.04))
     assert f"layer pair or head: {words} (-0.0200 [-0.0300, -0.0100], n = 13)." in glance("X3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ((-0.02, -0.03), "Gradients foretell the right sign: closing"),
+        ((0.02, 0.03), "Gradients foretell the wrong sign: closing"),
+        ((-0.02, 0.03), "Gradients foretell the sign for some fractions of edges and the wrong one for others: "),
+        (None, "That gradients foretell the sign, right or wrong, is not shown: "),
+    ],
+)
+def test_whether_gradients_foretell_the_sign_is_a_sentence(changes, words):
+    def change(rows: pd.DataFrame) -> None:
+        own = (rows["order"] == "expected_gain") & (rows["fraction"] < 1)
+        rows.loc[own, "p_corrected"] = 0.06 if changes is None else 0.01
+        if changes is not None:
+            rows.loc[own, "difference"] = changes
+        rows.loc[rows["fraction"] == 1, "difference"] = -0.5  # all edges: no order is left, so it says nothing of it
+
+    edit_csv(REPORTS / "removal.csv", change)
+    assert words in glance("Signs of gradients")
+    assert words in section(report(), "X3")
 
 
 def test_the_orders_of_removal_are_compared_with_the_random_one():
@@ -234,15 +260,54 @@ def test_the_joint_base_is_also_shown_with_its_gates_open():
 
 def test_the_spread_over_seeds_is_shown():
     def change(data):
-        data["prefix"]["hard"].update(spread=0.0987, mean=0.0456, low=-0.01, high=0.1, verdict="no difference shown")
+        data["prefix"]["hard"].update(spread=0.0987, mean=0.0456, low=-0.01, high=0.1)
         data["prefix"]["hard"]["differences"]["P1s2"] = 0.0777
 
     edit_json(STATISTICS / "seeds.json", change)
     text = section(report(), "Seeds")
     row = next(row for row in table_rows(text) if row[:2] == ["prefix", "hard"])
-    assert row[4:7] == ["+0.0777", "0.0987", "+0.0456 [-0.0100, +0.1000] no difference shown"]
-    assert "P1 over 3 seeds, against the baseline: soft (window): worse;" in glance("P1 over")
-    assert "hard (prefix): no difference shown." in glance("P1 over")
+    assert row[4:7] == ["+0.0777", "0.0987", "+0.0456 [-0.0100, +0.1000]"]
+
+
+@pytest.mark.parametrize("verdict", ["better", "worse", "no difference shown", "too close to say"])
+@pytest.mark.parametrize(("pool", "size"), [("frozen base", 19), ("P1 over seeds", 3)])
+def test_the_direction_of_all_together_is_at_a_glance_whatever_it_is(pool, size, verdict):
+    def change(rows: pd.DataFrame) -> None:
+        own = (rows["family"] == "direction") & (rows["ours"] == pool)
+        rows.loc[own, "verdict"] = verdict
+        rows.loc[own & (rows["protocol"] == "prefix"), ["mean", "p_corrected", "p_error"]] = [-0.0777, 0.0444, 0.0022]
+
+    edit_csv(STATISTICS / "comparisons.csv", change)
+    line = glance(f"Direction, {pool}")
+    assert f"{size} variants averaged window by window, against the baseline: {verdict}: soft (window), hard" in line
+    assert "-0.0777 by the prefix protocol" in line
+    rows = [row for row in table_rows(section(report(), "8. Statistics")) if row[:3] == [pool, str(size), "prefix"]]
+    assert [row[-1] for row in rows] == [f"{verdict} (p = 0.044 ± 0.002)"] * 2
+
+
+def test_the_direction_says_how_many_lie_above_the_baseline():
+    def change(data):
+        data["window"]["soft_minus_baseline"]["mean"] = -0.001
+
+    for name in ("P1s1", "A4", "J1"):  # J1 has another base
+        edit_json(REPORTS / name / "nll.json", change)
+    above = sum(
+        json.loads((REPORTS / name / "nll.json").read_text())["window"]["soft_minus_baseline"]["mean"] > 0
+        for name in set(load_settings().variants) - {"J1", "J0"}
+    )
+    assert f"above the baseline's with {above} of the 19)" in glance("Direction, frozen base")
+    assert "above the baseline's with 2 of the 3)" in glance("Direction, P1 over seeds")
+
+
+def test_what_other_flips_could_turn_is_counted():
+    def change(rows: pd.DataFrame) -> None:
+        rows.loc[5, ["p_corrected", "p_error", "verdict"]] = [0.0512, 0.0034, "too close to say"]
+
+    edit_csv(STATISTICS / "comparisons.csv", change)
+    text = section(report(), "8. Statistics")
+    assert "is too close to say: 1 of" in text
+    assert "0.0512 ± 0.003." in text
+    assert "too close to say in some mode and protocol: S2" in glance("After correction")
 
 
 def test_one_seed_has_no_spread():
@@ -257,8 +322,8 @@ def test_verdicts_are_counted_before_and_after_correction():
         rows.loc[own, "verdict"] = "no difference shown"
 
     edit_csv(STATISTICS / "comparisons.csv", change)
-    row = row_of(section(report(), "8. Statistics"), "every ablation against P1")
-    assert row[1:] == ["60", "60 → 0", "0 → 0", "0 → 60"]
+    row = row_of(section(report(), "8. Statistics"), "every ablation but C1 against P1")
+    assert row[1:] == ["56", "56 → 0", "0 → 0", "0 → 56", "0 → 0"]
 
 
 def test_what_lies_under_p1_against_the_baseline_is_shown():
@@ -271,7 +336,7 @@ def test_what_lies_under_p1_against_the_baseline_is_shown():
     edit_csv(STATISTICS / "comparisons.csv", change)
     rows = [row for row in table_rows(section(report(), "8. Statistics")) if row[0] == "prefix"]
     assert [row[3] for row in rows] == ["[-0.1111, +0.2222], p = 0.033, 19 documents"] * 2
-    assert all("(p = 0.44)" in row[4] for row in rows)
+    assert all("(p = 0.44 ± 0.001)" in row[4] for row in rows)
     assert [row[5:] for row in rows] == [["–", "0.0555", "37"], ["-1.50", "0.0555", "37"]]
 
 

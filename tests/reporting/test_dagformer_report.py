@@ -202,12 +202,23 @@ def test_differences_to_the_reference_are_paired_over_windows():
     assert cell.startswith(f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]")
 
 
-@pytest.mark.parametrize("column", ["validation_nll_soft", "validation_nll_hard", "validation_mean_A", "step"])
+@pytest.mark.parametrize(
+    "column", ["validation_nll_soft", "validation_nll_hard", "validation_mean_A", "train_loss", "step"]
+)
 @pytest.mark.parametrize(("name", "title"), [("S1", "S1"), ("S2", "S2"), ("P1", "P1"), ("P2", "P2"), ("L0", "L0")])
 def test_per_step_tables_are_those_of_the_file(name, title, column):
     before = section(report(), title)
     edit_csv(REPORTS / name / "training.csv", lambda curve: curve.__setitem__(column, curve[column] * 2))
     assert section(report(), title) != before
+
+
+def test_what_was_published_of_s1_and_s2_beside_their_tables_is_quoted():
+    text = report()
+    quoted = " ".join(line for line in section(text, "S1").splitlines() if line.startswith(">"))
+    assert "about 2 h on A40 x 1" in quoted
+    assert "At step 700 a transient dip: nll_soft 2.496, mean_A 0.916." in quoted
+    quoted = " ".join(line for line in section(text, "S2").splitlines() if line.startswith(">"))
+    assert "Train NLL of single batches: 0.27 to 2.96" in quoted
 
 
 def test_the_gradient_check_shows_gradient_and_slope_by_step():

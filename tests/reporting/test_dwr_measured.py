@@ -1,12 +1,15 @@
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 from dwr_tree import RUN, edit_csv, edit_json
 
+from dynaroute.artifacts import write_json
 from dynaroute.errors import DynarouteError
 from dynaroute.reporting.dwr.measured import measured_page
 from dynaroute.reporting.dwr.report import page
-from dynaroute.reporting.dwr.results import read_measurements, read_results
+from dynaroute.reporting.dwr.results import MOE, read_measurements, read_results
 
 pytestmark = pytest.mark.usefixtures("tree")
 
@@ -93,3 +96,29 @@ def test_a_table_without_its_cells_is_refused(column):
     edit_csv(TIMING, lambda timing: timing.drop(columns=column))
     with pytest.raises(DynarouteError, match=r"cache_timing\.csv: "):
         measured()
+
+
+def test_a_benchmark_of_the_layer_that_was_not_run_is_said_to():
+    assert "Not measured" in measured().split("## The MoE layer")[1]
+
+
+def test_a_benchmark_of_the_layer_is_shown_with_what_has_changed_since():
+    layer = {"milliseconds": 12.3, "interquartile_milliseconds": 1.5, "ratio_to_dense": 1.67}
+    model = {"parameters": 4_321, "milliseconds": 45.6, "tokens_per_second": 9_876.5}
+    training = {"tokens_per_step": 2_048, "precision": "fp32", "models": {"plain_loop": model}}
+    training["tokens_per_second_ratios"] = {"dynaroute_to_dense": {"ratio": 0.857, "quartiles": [0.78, 0.9]}}
+    sizes = {"d_model": 512, "d_ff": 2048, "num_experts": 16, "top_k": 2}
+    rows = [{"tokens": 8192, "layer": "dynaroute", **layer}]
+    write_json(MOE, {"sizes": sizes, "rows": rows, "training": training, "machine": {"processor": "Bench 1"}})
+    text = measured()
+    assert "| 8,192 | dynaroute | 12.3 ms | 1.5 ms | 1.67 |" in text
+    assert "| plain loop | 4,321 | 45.6 ms | 9,876 |" in text
+    assert "dynaroute to dense: 0.86 (0.78–0.90)." in text
+    assert "processor Bench 1. At which state of the code is not recorded." in text
+    Path("same.py").write_text("a")
+    Path("other.py").write_text("b")
+    same = hashlib.md5(b"a").hexdigest()
+    deps = [{"path": path, "md5": same} for path in ("same.py", "other.py", "gone.py")]
+    Path("benchmarks").mkdir()
+    Path("benchmarks/dvc.lock").write_text(json.dumps({"stages": {"benchmark_moe": {"deps": deps}}}))
+    assert "Of the 3 files listed there, changed since: `other.py`, `gone.py`." in measured()

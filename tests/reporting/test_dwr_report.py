@@ -192,9 +192,23 @@ def test_the_unigram_entropy_may_be_on_either_side(entropy, words):
 
 def test_training_loss_that_rises_is_said_to():
     edit_csv(CURVE, lambda curve: curve.__setitem__("train_loss", [None, 4.0, 3.0, 3.5]))
-    assert "(it rose in 1 of 2 intervals)" in report()
+    assert "(it rose in 1 of 2 comparisons)" in report()
     edit_csv(CURVE, lambda curve: curve.__setitem__("train_loss", [None, 4.0, 3.0, 4.5]))
     assert "did not fall" in report()
+
+
+def test_one_comparison_of_training_losses_is_not_said_to_be_many():
+    CURVE.write_text("".join(line for line in CURVE.open() if not line.startswith("200,")))
+    assert "(two values, and so one comparison)" in report()
+    assert "every interval" not in report()
+
+
+def test_stability_is_what_the_curve_recorded():
+    assert "no loss rose by more than 0.5 nats from one row to the next" in report()
+    edit_csv(CURVE, lambda curve: curve.__setitem__("train_gradient_norm", [None, 0.777, 3.1416, 1.0]))
+    assert "was between 0.777 and 3.142." in report()
+    edit_csv(CURVE, lambda curve: curve.__setitem__("train_loss", [None, 4.0, 3.0, 4.25]))
+    assert "training loss rose by up to 1.2500 nats from one row to the next" in report()
 
 
 def spreads(*values: float) -> None:

@@ -4,16 +4,20 @@ Every measure compared is one of which less is better, such as NLL. scipy.stats 
 takes a second.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from dynaroute.errors import DynarouteError
 
-Verdict = Literal["better", "worse", "no difference shown"]
+Verdict = Literal["better", "worse", "no difference shown", "too close to say"]
 SIGNIFICANT = 0.05  # of a p-value, after correction for the other tests of its family
 RESAMPLES = 9_999  # of bootstrap intervals and sign flips
+FLIPS = 99_999  # of corrected p-values
+SETS = 5  # of flips, for a corrected p-value with its Monte Carlo error
+CLOSE = 2.78  # Monte Carlo errors: a p-value no farther from SIGNIFICANT decides nothing; t of 95 % with SETS - 1
+_FLIPS_AT_ONCE = 4_096  # drawn; signs of all of them would take the number of documents times the memory
 
 
 class Interval(NamedTuple):
@@ -48,6 +52,13 @@ class PermutationTest(NamedTuple):
     p: Any
 
 
+class CorrectedP(NamedTuple):
+    """Corrected p-values and how far chance in drawing the flips may have them off."""
+
+    p: np.ndarray  # [m]
+    error: np.ndarray  # [m], standard errors
+
+
 def paired_difference(ours: np.ndarray, theirs: np.ndarray, confidence: float = 0.95) -> Interval:
     """The mean of ours - theirs over n pairs, and its two-sided t interval.
 
@@ -72,8 +83,19 @@ def verdict(interval: Interval) -> Verdict:
     return "worse" if interval.low > 0 else "no difference shown"
 
 
-def corrected_verdict(difference: float, p: float) -> Verdict:
-    """What a difference shows by its p-value, corrected for the other tests of its family: the rule is SIGNIFICANT."""
+def corrected_verdict(difference: float, p: float, error: float = 0.0) -> Verdict:
+    """What a difference shows by its p-value, corrected for the other tests of its family: the rule is SIGNIFICANT.
+
+    Where p is within CLOSE Monte Carlo errors of SIGNIFICANT, other flips could have put it on the other side, and the
+    verdict is "too close to say": it must not depend on a seed.
+
+    Args:
+        difference: below 0 if ours is better.
+        p: corrected.
+        error: the Monte Carlo standard error of p, if it is known.
+    """
+    if error and abs(p - SIGNIFICANT) <= CLOSE * error:
+        return "too close to say"
     if p >= SIGNIFICANT:
         return "no difference shown"
     return "better" if difference < 0 else "worse"
@@ -240,35 +262,71 @@ def _against_chance(observed: np.ndarray, null: np.ndarray) -> PermutationTest:
     return PermutationTest(observed[()], null.mean(0)[()], p[()])
 
 
-def westfall_young(differences: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+def settled_westfall_young(differences: np.ndarray, groups: np.ndarray, seed: int) -> CorrectedP:
+    """The p-values of `westfall_young`, each the mean over SETS sets of flips, with the standard error of that mean.
+
+    Among random flips, the p-values that the procedure compares are counted ones, and of many tests the smallest is
+    near the floor of 1 / (1 + FLIPS) again and again. So a corrected p-value is off by more than a plain share of
+    flips is (Ge, Dudoit and Speed 2003, Test 12, 1-77), and its error is measured, from sets that are independent.
+
+    Args:
+        differences: [n, m].
+        groups: [n], such as documents.
+        seed: of all flips.
+
+    Raises:
+        DynarouteError: what `bootstrap_difference` raises.
+    """
+    seeds = np.random.SeedSequence(seed).spawn(SETS)
+    found = np.stack([westfall_young(differences, groups, one) for one in seeds])
+    return CorrectedP(found.mean(0), found.std(0, ddof=1) / np.sqrt(SETS))
+
+
+def westfall_young(differences: np.ndarray, groups: np.ndarray, seed: int | np.random.SeedSequence) -> np.ndarray:
     """P-values [m] of m paired differences by sign flips of whole groups, corrected for all m being looked at.
 
     The step-down minP procedure of Westfall and Young (1993): a p-value is held against the smallest one that chance
     makes of the differences whose own is not smaller. All differences are flipped together, so nearly equal ones count
     as nearly one: that is what it gains over Holm's correction. The chance of any false finding is below the level.
 
+    Holding studentised statistics against the largest one (max-T; Romano and Wolf 2005, JASA 100, 94-108) would settle
+    with fewer flips, but weighs tests alike only where they have the same null distribution. A difference that rests on
+    one large document has another one than a difference that rests on many, and would hardly ever be found.
+
     Args:
         differences: [n, m].
         groups: [n], such as documents, whose rows keep their signs relative to each other.
-        seed: of the flips.
+        seed: of FLIPS random flips; of few groups all flips are counted, once each.
 
     Raises:
         DynarouteError: what `bootstrap_difference` raises.
     """
-    from scipy.stats import rankdata
-
     sums, _ = _by_group(np.asarray(differences, np.float64), groups)  # [groups, m]
     size = np.abs(sums).sum(0)
     scaled = np.divide(sums, size, out=np.zeros_like(sums), where=size > 0)
-    signs = np.random.default_rng(seed).choice((-1.0, 1.0), (1 + RESAMPLES, len(sums)))
-    signs[0] = 1  # the true order counts as one
-    found = np.abs(signs @ scaled).round(12)  # what is equal but for the order of its sums is equal
-    p = rankdata(-found, method="max", axis=0) / len(found)  # of every flip, were it the true order
-    order = np.argsort(p[0], kind="stable")
-    smallest = np.minimum.accumulate(p[:, order[::-1]], axis=1)[:, ::-1]  # of a difference and those after it
-    adjusted = np.empty(len(order))
-    adjusted[order] = np.maximum.accumulate((smallest <= p[0, order]).mean(0))
+    found = np.concatenate([(signs @ scaled).T for signs in _sign_flips(len(sums), seed)], axis=1)
+    for row in found:  # in place: the p-value of every flip, were it the true order
+        row[:] = np.abs(row).round(12)  # what is equal but for the order of its sums is equal
+        row[:] = 1 - np.searchsorted(np.sort(row), row) / len(row)
+    order = np.argsort(found[:, 0], kind="stable")
+    adjusted, smallest = np.empty(len(order)), np.ones(found.shape[1])
+    for index in order[::-1]:
+        smallest = np.minimum(smallest, found[index])  # of a difference and those that are less certain
+        adjusted[index] = (smallest <= found[index, 0]).mean()
+    adjusted[order] = np.maximum.accumulate(adjusted[order])
     return adjusted
+
+
+def _sign_flips(groups: int, seed: int | np.random.SeedSequence) -> Iterator[np.ndarray]:
+    """Signs [at most _FLIPS_AT_ONCE, groups]: all there are if FLIPS random ones were more; the first flips nothing."""
+    rng, number = np.random.default_rng(seed), min(2**groups, 1 + FLIPS)
+    for start in range(0, number, _FLIPS_AT_ONCE):
+        index = np.arange(start, min(start + _FLIPS_AT_ONCE, number))
+        if number == 2**groups:
+            yield 1.0 - 2 * (index[:, None] >> np.arange(groups) & 1)
+        else:
+            signs = rng.choice((-1.0, 1.0), (len(index), groups))
+            yield np.where(index[:, None] == 0, 1.0, signs)
 
 
 def holm(p: np.ndarray) -> np.ndarray:

@@ -63,19 +63,17 @@ def plot_runs(swept: list[Record], path: str | Path) -> None:
     losses = [math.exp(run["test_loss"]) for run in swept]
     with saved_figure(path, 5.4, 3.4) as figure:
         axes = figure.subplots()
-        styles = (("lru", "LRU", BLUE, "o-", 6), ("next_use", "next use", VERMILION, "s--", 16))
-        for policy, label, color, marker, away in styles:
+        styles = (("lru", "LRU", BLUE, "o-", -1), ("next_use", "next use", VERMILION, "s--", 1))
+        for policy, label, color, marker, side in styles:
             rates = [run["hit_rate"][policy] for run in swept]
             axes.plot(rates, losses, marker, color=color, linewidth=0.8, label=label)
             uniform = swept[0]["uniform_hit_rate"][policy]
             axes.axvline(uniform, color=color, linestyle=":", label=f"{label}, uniform routing")
-            for number, (rate, loss, run) in enumerate(zip(rates, losses, swept, strict=True)):
+            # Upright, below one line and above the other: runs that lie close together keep their labels apart.
+            beside = {"xytext": (0, 6 * side), "textcoords": "offset points", "rotation": 90, "ha": "center"}
+            beside["va"] = "bottom" if side > 0 else "top"
+            for rate, loss, run in zip(rates, losses, swept, strict=True):
                 text = f"λ = {run['settings']['balance_coefficient']:g}"
-                beside = {
-                    "xytext": (0, -away - 7 if number % 2 else away),
-                    "textcoords": "offset points",
-                    "ha": "center",
-                }
                 axes.annotate(text, (rate, loss), **beside, fontsize=7, color=color)
         axes.margins(x=0.12)
         axes.set_ylim(0.95 * min(losses), 1.08 * max(losses))  # what differs by less than a few percent looks alike

@@ -1,5 +1,6 @@
 """What stages wrote, read with errors that name the file: a report is no place for a traceback."""
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,24 @@ def check_same_run(expected: str, *records: Record) -> None:
     for record in records:
         if record["run"] != expected:
             raise DynarouteError(f"{record.path}: belongs to run {record['run']}, not {expected}: run dvc repro")
+
+
+def code_measured(stage: str) -> str:
+    """At which state of the code a benchmark was run, by what DVC recorded: whether its files have changed since."""
+    path = Path("benchmarks/dvc.lock")
+    recorded = Record(read_yaml(path), path)["stages"].get(stage) if path.exists() else None
+    if recorded is None:
+        return "At which state of the code is not recorded."
+    files = [one for one in recorded["deps"] if not one["md5"].endswith(".dir")]
+    changed = [f"`{one['path']}`" for one in files if not _is_still(Path(one["path"]), one["md5"])]
+    return (
+        f"The state of the code is the one in `{path}`. Of the {len(files)} files listed there, changed since: "
+        f"{', '.join(changed) or 'none'}. When: see `git log` of the file of results, which holds no date."
+    )
+
+
+def _is_still(path: Path, md5: str) -> bool:
+    return path.is_file() and hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == md5
 
 
 def file_size(path: str | Path) -> int:

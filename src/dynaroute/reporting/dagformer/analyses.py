@@ -33,6 +33,7 @@ COMPARISONS = [
     "p",
     "detectable",
     "p_corrected",
+    "p_error",
 ]
 
 
@@ -70,7 +71,7 @@ def read_analyses(settings: Settings, results: Results) -> Analyses:
     if sensitivity["base"] != results.main.run["identity"]["base"]:
         raise DynarouteError(f"{sensitivity.path}: of another base than {results.main.run.path}: run dvc repro")
     comparisons = read_csv(STATISTICS / "comparisons.csv", COMPARISONS)
-    known = {*results.variants, "baseline"}
+    known = {*results.variants, *(pool.name for pool in results.pools()), "baseline"}
     if not {*comparisons["ours"], *comparisons["theirs"]} <= known:
         raise DynarouteError(f"{STATISTICS / 'comparisons.csv'}: not of the variants of params.yaml: {REMEDY}")
     tables = (read_table(name) for name in ("gate_gradients", "removal", "removal_layer_pairs", "removal_heads"))

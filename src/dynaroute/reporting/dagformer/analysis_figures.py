@@ -1,6 +1,7 @@
 """The figures of the analyses X1, X2 and X3."""
 
 import itertools
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ def plot_sensitivity(analyses: Analyses, path: str | Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     layers, heads = (analyses.sensitivity[f"num_{name}"] for name in ("layers", "heads"))
-    with saved_figure(path, 7.2, 4.0) as figure:
+    with saved_figure(path, 7.2, 3.4) as figure:
         gradients, pairs, single = figure.subplots(1, 3)
         size, change = (np.full((layers, layers), np.nan) for _ in range(2))
         for table, values, column in ((analyses.gradients, size, "size"), (analyses.layer_pairs, change, "difference")):
@@ -80,10 +81,11 @@ def plot_sensitivity(analyses: Analyses, path: str | Path) -> None:
         by_head[analyses.heads["layer"].to_numpy(int), analyses.heads["head"].to_numpy(int)] = analyses.heads[
             "difference"
         ]
-        image = _map(gradients, size, 1, cmap="cividis", vmin=0, vmax=max(np.nanmax(size), 1e-12))
-        bar = figure.colorbar(image, ax=gradients, location="bottom", label="mean |dNLL/dA| at A = 1")
-        bar.locator = MaxNLocator(3)
-        bar.formatter.set_powerlimits((0, 0))  # one factor for all labels
+        largest = max(np.nanmax(size), 1e-12)
+        power = math.floor(math.log10(largest))  # in the label: matplotlib would print the factor across it
+        image = _map(gradients, size / 10**power, 1, cmap="cividis", vmin=0, vmax=largest / 10**power)
+        label = f"mean |dNLL/dA| at A = 1 ($10^{{{power}}}$)"
+        figure.colorbar(image, ax=gradients, location="bottom", label=label, ticks=MaxNLocator(4))
         gradients.set_title("gradient of a gate")
         most = max(np.nanmax(np.abs(change)), np.nanmax(np.abs(by_head)), 1e-6)
         _map(pairs, change, 1, cmap="PuOr", vmin=-most, vmax=most)

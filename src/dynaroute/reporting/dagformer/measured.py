@@ -1,7 +1,7 @@
 """reports/dagformer_measured.md: times and memory, which no second run repeats to the byte."""
 
 from dynaroute.reporting.dagformer.results import BENCHMARK, REFERENCE_VARIANT, Measurements, Results
-from dynaroute.reporting.inputs import Record
+from dynaroute.reporting.inputs import Record, code_measured
 from dynaroute.reporting.tables import NONE, duration, size, table
 
 
@@ -109,7 +109,7 @@ def _benchmark(benchmark: Record | None) -> str:
         "formulation, which concatenates all earlier head outputs at every layer, go backward to the adjacency. Random "
         f"weights, {benchmark['dtype']}; candidates take turns, and a ratio is the median over {benchmark['rounds']} "
         "rounds of the time to that of dense in the same round, with quartiles. Measured on "
-        f"{device}: {machine}. {other} sizes: not measured."
+        f"{device}: {machine}. {other} sizes: not measured. {code_measured('benchmark_dag')}"
     )
     return "\n\n".join([introduction, *(_benchmark_of_size(result) for result in measured)])
 

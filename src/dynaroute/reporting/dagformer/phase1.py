@@ -7,7 +7,7 @@ from dynaroute.reporting.dagformer.setup import health
 from dynaroute.reporting.dagformer.wording import budget, interval, knobs, metrics, numbers, steps, to_baseline
 from dynaroute.reporting.tables import count, figure, published, table
 
-COURSE = ("validation_density_hard", "validation_tau", "validation_lambda")
+COURSE = ("train_loss", "validation_density_hard", "validation_tau", "validation_lambda")
 
 
 def default(results: Results, analyses: Analyses) -> str:

@@ -60,7 +60,7 @@ def page(results: Results, analyses: Analyses) -> str:
     if results.joint is not None:
         parts += ["## 7. Joint training of base and predictor", comparisons.joint(results, analyses)]
     parts += [
-        *("## 8. Statistics", comparisons.statistics(analyses)),
+        *("## 8. Statistics", comparisons.statistics(results, analyses)),
         *("### Seeds", comparisons.seeds(analyses)),
         *("## 9. Validated properties", properties(results, analyses)),
         *("## 10. Known limitations", limitations(results)),
@@ -85,7 +85,8 @@ def introduction(results: Results) -> str:
         "so they are somewhat too narrow, and words beside an interval in a table (better if all of it lies below 0, "
         "worse if above) are of that one difference alone, **uncorrected**. Verdicts in sentences are made by rule "
         "from p-values of sign flips of whole documents, corrected for all comparisons of the family (section 8): "
-        f"better or worse where p is below {SIGNIFICANT}, else no difference shown."
+        f"better or worse where p is below {SIGNIFICANT}, too close to say where other flips could have put it on the "
+        "other side, else no difference shown."
     )
 
 
@@ -100,7 +101,8 @@ def at_a_glance(results: Results, analyses: Analyses) -> str:
         lines.append(f"S1 {sanity.identity_sentence(runs['S1'])}")
     if "S2" in runs:
         lines.append(f"S2: {sanity.flow_sentence(analyses, runs['S2'])}")
-    lines += [phase1.default_sentence(results.main, analyses), *baseline_sentences(results, analyses)]
+    lines.append(phase1.default_sentence(results.main, analyses))
+    lines += [*comparisons.direction_sentences(results, analyses), *baseline_sentences(results, analyses)]
     if "P2" in runs and runs["P2"].run["from"] in runs:
         lines.append(f"P2: {phase1.extended_sentence(analyses, runs['P2'], runs[runs['P2'].run['from']])}")
     lines.append(ablations.ablation_sentence(results, analyses))
@@ -112,12 +114,12 @@ def at_a_glance(results: Results, analyses: Analyses) -> str:
     by_domain = {name: found["domains"] for name, found in analyses.topology.items()}
     lines += [f"X2: {topology.domain_sentence(name, own)}" for name, own in by_domain.items() if own is not None]
     lines.append(f"X3: {sensitivity.flat_sentence(analyses.sensitivity)} {sensitivity.removal_sentence(analyses)}")
+    lines.append(f"Signs of gradients: {sensitivity.sign_sentence(analyses.removal)}")
     lines.append(f"Orders of removal: {sensitivity.order_sentence(analyses.sensitivity)}")
     lines.append(f"Gates optimised directly: {sensitivity.oracle_sentence(analyses.sensitivity)}")
     if results.joint is not None:
         lines.append(f"Joint training: {comparisons.joint_sentence(results, analyses)}")
     lines += [
-        comparisons.seeds_sentence(analyses),
         comparisons.statistics_sentence(analyses),
         health_sentence(results),
         f"{sum(outcomes)} of {count(len(outcomes), 'check')} that the pipeline made passed.",

@@ -21,6 +21,7 @@ REFERENCE = Path("reports/reference.yaml")
 BENCHMARK = Path("reports/benchmarks/dag.json")
 
 REFERENCE_VARIANT = "P1"  # every variant is this one with overrides
+CONTROL = "C1"  # one topology for all texts
 JOINT = ("J1", "J0")  # the base trained jointly with the predictor, and trained on with all gates held open
 MODES = ("soft", "hard")  # beside the baseline, in which every gate is one
 PROTOCOLS = ("window", "prefix")
@@ -75,6 +76,17 @@ class Variant(NamedTuple):
         return self.windows.loc[self.windows["protocol"] == protocol, f"nll_{mode}"].to_numpy()
 
 
+class Pool(NamedTuple):
+    """Variants of one base whose average is tested in their place."""
+
+    name: str
+    members: list[Variant]
+
+    def window_nll(self, mode: str, protocol: str) -> "np.ndarray":
+        """NLL of every held-out window, [n], averaged over the members; the mode may be baseline as well."""
+        return sum(member.window_nll(mode, protocol) for member in self.members) / len(self.members)
+
+
 class Results(NamedTuple):
     """Everything that the report is made from but for measurements."""
 
@@ -105,6 +117,15 @@ class Results(NamedTuple):
             if set(other.differs_from(self.main)) <= BUDGET | {"seed"}:
                 budgets.setdefault(other.knobs["steps"], []).append(other)
         return max(budgets.values(), key=len)
+
+    def pools(self) -> list[Pool]:
+        """What is tested for its direction as a whole, fixed without regard to any outcome.
+
+        They are all variants whose base is frozen, whatever they change, and the main one over its seeds.
+        """
+        frozen = [variant for variant in self.variants.values() if variant.knobs["base_lr"] == 0]
+        found = [Pool("frozen base", frozen), Pool(f"{REFERENCE_VARIANT} over seeds", self.seeds())]
+        return [pool for pool in found if len(pool.members) > 1]
 
     @property
     def joint(self) -> tuple[Variant, Variant] | None:

@@ -93,11 +93,15 @@ def identity_init(results: Results, analyses: Analyses, variant: Variant) -> str
             table(["item", "this run", f"published ({theirs['source']})"], rows),
             f"{identity_sentence(variant)} Paired differences: {to_baseline(variant, analyses)}.",
             "By step, on validation windows:",
-            steps(variant),
+            steps(variant, "train_loss"),
             "Farthest from the baseline at any validation: "
             + ", ".join(f"{value:.2%} in {mode} mode" for mode, value in largest.items())
             + ".",
-            published(f"By step ({theirs['source']}):\n\n{published_steps(theirs['rows'])}"),
+            published(
+                f"By step ({theirs['source']}; about {theirs['hours']:g} h on {theirs['hardware']}):\n\n"
+                f"{published_steps(theirs['rows'])}\n\nAt step {theirs['dip']['step']:,} a transient dip: nll_soft "
+                f"{theirs['dip']['nll_soft']:.3f}, mean_A {theirs['dip']['mean_A']:.3f}."
+            ),
         ]
     )
 
@@ -127,7 +131,7 @@ def gradient_flow(results: Results, analyses: Analyses, variant: Variant) -> str
         ],
         ["Training", health(variant), NONE],
     ]
-    columns = ("train_gate_gradient", "train_gate_slope", "validation_density_hard")
+    columns = ("train_loss", "train_gate_gradient", "train_gate_slope", "validation_density_hard")
     return "\n\n".join(
         [
             table(["item", "this run", f"published ({theirs['source']})"], rows),
@@ -140,7 +144,10 @@ def gradient_flow(results: Results, analyses: Analyses, variant: Variant) -> str
             "(root mean square over windows), and slope the mean dA/dZ by which it goes on to their logits Z; both are "
             "means over the steps since the previous row.",
             steps(variant, *columns),
-            published(f"By step ({theirs['source']}):\n\n{published_steps(theirs['rows'])}"),
+            published(
+                f"By step ({theirs['source']}):\n\n{published_steps(theirs['rows'])}\n\nTrain NLL of single "
+                f"batches: {theirs['train_nll'][0]:g} to {theirs['train_nll'][1]:g}. Ours above is a mean over steps."
+            ),
         ]
     )
 

@@ -25,8 +25,8 @@ def sensitivity(analyses: Analyses) -> str:
         ["mean size of a gate's gradient in one window", f"{shape['size']:.2e}"],
         ["mean size of a gate's mean gradient", f"{shape['size_of_mean']:.2e}"],
         ["the same with signs flipped by document", f"{shape['size_by_chance']:.2e}, {p_value(shape['p'])}"],
-        ["gates that closing would help, after correction", f"{shape['harmful']:.1%}"],
-        ["gates that closing would harm, after correction", f"{shape['helpful']:.1%}"],
+        ["gates whose gradient says that closing them would help, after correction", f"{shape['harmful']:.1%}"],
+        ["gates whose gradient says that closing them would harm, after correction", f"{shape['helpful']:.1%}"],
         ["sign consistency over windows (by chance)", _consistency(shape)],
     ]
     own = found["adjacent_minus_skip"]
@@ -45,6 +45,7 @@ def sensitivity(analyses: Analyses) -> str:
             "**Edges removed for real.** NLL less that at A = 1, on windows of other documents than those that the "
             "orders come from. Least gradient first removes what matters least to first order. Expected gain first "
             "removes the edge whose gradient says that NLL falls most. " + removal_sentence(analyses),
+            sign_sentence(analyses.removal),
             _removal(analyses.removal),
             order_sentence(found),
             f"**Layer pairs**, each removed alone: {_outcomes(found['removal']['layer_pairs'])}. The largest changes:",
@@ -102,6 +103,30 @@ def removal_sentence(analyses: Analyses) -> str:
     )
 
 
+def sign_sentence(removal: "pd.DataFrame") -> str:
+    """Whether closing the edges that gradients promise most of lowers NLL, by corrected verdicts."""
+    parts = removal[(removal["order"] == "expected_gain") & (removal["fraction"] < 1)]  # of all edges no order is left
+    outcomes: dict[str, list[str]] = {}
+    for _, row in parts.sort_values("fraction").iterrows():
+        outcomes.setdefault(_verdict(row), []).append(f"{row['fraction']:.0%} ({_change(row)})")
+    if not outcomes:
+        return "No part of the edges was removed, so whether gradients foretell the right sign was not measured."
+    if "better" in outcomes and "worse" in outcomes:
+        found = "Gradients foretell the sign for some fractions of edges and the wrong one for others"
+    elif "better" in outcomes:
+        found = "Gradients foretell the right sign"
+    elif "worse" in outcomes:
+        found = "Gradients foretell the wrong sign"
+    else:
+        found = "That gradients foretell the sign, right or wrong, is not shown"
+    words = {"better": "lowered NLL", "worse": "raised NLL"}
+    told = "; ".join(f"{words.get(outcome, outcome)}: {', '.join(own)}" for outcome, own in outcomes.items())
+    return (
+        f"{found}: closing the edges whose gradients promise most, by the share of edges closed: {told}. "
+        "A gradient at A = 1 is of an infinitesimal change of one gate, and closing many is neither."
+    )
+
+
 def order_sentence(found: Record) -> str:
     """How the orders that gradients give compare with the random one, on the same windows, by corrected verdicts."""
     rows = found["removal"]["orders"]
@@ -117,8 +142,8 @@ def order_sentence(found: Record) -> str:
         ]
         parts.append(f"{ORDERS[order]}: {', '.join(outcomes)}")
     return (
-        "NLL less that of the random order at the same fraction, paired, which shows whether gradients foretell what "
-        f"removal does: {'; '.join(parts)}; {_size(rows[0])}."
+        "NLL less that of the random order at the same fraction, paired, which shows whether gradients rank edges by "
+        f"what removal does: {'; '.join(parts)}; {_size(rows[0])}."
     )
 
 

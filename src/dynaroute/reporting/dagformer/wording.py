@@ -1,11 +1,14 @@
 """Cells, sentences and tables that several sections of the report share."""
 
+from typing import get_args
+
 from dynaroute.evaluation.statistics import Interval, Verdict, verdict
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant
 from dynaroute.reporting.inputs import Record
 from dynaroute.reporting.tables import NONE, count, table
 
+VERDICTS = get_args(Verdict)
 MAX_ROWS = 14  # of a per-step table; the file has all of them
 
 
@@ -60,11 +63,8 @@ def budget(results: Results, variant: Variant) -> str:
 
 def by_verdict(found: dict[str, Verdict]) -> str:
     """Sorts a number of differences by verdict: "better: A1; no difference shown: A2, A3"."""
-    groups = {words: [name for name, one in found.items() if one == words] for words in _VERDICTS}
+    groups = {words: [name for name, one in found.items() if one == words] for words in VERDICTS}
     return "; ".join(f"{words}: {', '.join(members)}" for words, members in groups.items() if members)
-
-
-_VERDICTS = ("better", "worse", "no difference shown")
 
 
 def metrics(variant: Variant) -> str:

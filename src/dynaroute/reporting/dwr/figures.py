@@ -64,7 +64,7 @@ def plot_gate_norms(router: "pd.DataFrame", path: str | Path) -> None:
         axes.set_xticks(by_layer.index)
         axes.set_xlabel("layer")
         axes.set_ylabel("gate norm (L2 norm of router row)")
-        axes.legend()
+        figure.legend(loc="outside upper center", ncols=2)  # wherever it is inside, it may hide a line
 
 
 def plot_expert_load(router: "pd.DataFrame", path: str | Path) -> None:

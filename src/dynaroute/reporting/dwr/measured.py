@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from dynaroute.reporting.dwr.results import Measurements, num_experts
-from dynaroute.reporting.inputs import Record
+from dynaroute.reporting.dwr.results import MOE, Measurements, num_experts
+from dynaroute.reporting.inputs import Record, code_measured
 from dynaroute.reporting.tables import NONE, count, duration, figure, published, size, table
 
 
@@ -21,6 +21,8 @@ def measured_page(run: Record, measurements: Measurements, reference: Record) ->
         _training(measurements.training, reference["timing"]),
         "## Cached inference",
         _cached(measurements, num_experts(run)),
+        "## The MoE layer against a dense one",
+        _moe(measurements.moe),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -80,6 +82,47 @@ def _cached(measurements: Measurements, total: int) -> str:
                 f"{'✓' if passed is True else '✗ **failed:**'} {name.replace('_', ' ')}."
                 for name, passed in checks.items()
             ),
+        ]
+    )
+
+
+def _moe(found: Record | None) -> str:
+    """The outcome of benchmark_moe: one layer by number of tokens, and training steps."""
+    if found is None:
+        return f"Not measured: `make benchmarks` does it, and writes `{MOE}`."
+    sizes, training = found["sizes"], found["training"]
+    machine = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+    layers = [
+        [
+            *(f"{row['tokens']:,}", row["layer"].replace("_", " "), duration(row["milliseconds"] / 1000)),
+            *(duration(row["interquartile_milliseconds"] / 1000), f"{row['ratio_to_dense']:.2f}"),
+        ]
+        for row in found["rows"]
+    ]
+    models = [
+        [
+            *(name.replace("_", " "), f"{one['parameters']:,}", duration(one["milliseconds"] / 1000)),
+            f"{one['tokens_per_second']:,.0f}",
+        ]
+        for name, one in training["models"].items()
+    ]
+    ratios = "; ".join(
+        f"{name.replace('_', ' ')}: {one['ratio']:.2f} ({one['quartiles'][0]:.2f}–{one['quartiles'][1]:.2f})"
+        for name, one in training["tokens_per_second_ratios"].items()
+    )
+    header = ["tokens", "layer", "forward + backward", "interquartile range", "time, ratio to dense"]
+    return "\n\n".join(
+        [
+            f"Outcome of `benchmark_moe`, which the default pipeline does not run, as it stands in `{MOE}`. Measured "
+            f"on: {machine}. {code_measured('benchmark_moe')}",
+            f"One layer of random weights: {sizes['d_model']} → {sizes['d_ff']:,} → {sizes['d_model']}, "
+            f"{sizes['num_experts']} experts, top-{sizes['top_k']}. Ratios are to a dense FFN of the same kind and "
+            "FLOPs, which for the layers of transformers is `gated dense`; above 1 is slower than dense.",
+            table(header, layers),
+            f"Whole training steps of {training['tokens_per_step']:,} tokens, {training['precision']}, with the model "
+            "of the parameters; `dense` has an FFN with as many active parameters in place of every MoE layer.",
+            table(["model", "parameters", "one step", "tokens/s"], models),
+            f"Ratios of tokens/s, medians over rounds with quartiles, above 1 is faster: {ratios}.",
         ]
     )
 

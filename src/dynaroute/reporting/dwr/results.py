@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 REPORTS = Path("reports/dwr")
 CHECKPOINTS = Path("data/dwr/train")
 REFERENCE = Path("reports/reference.yaml")
+MOE = Path("reports/benchmarks/moe.json")
 
 
 class Training(NamedTuple):
@@ -51,6 +52,7 @@ class Measurements(NamedTuple):
     cache: Record  # cache_timing.json
     resident: "pd.Series"  # the first row of cache_timing.csv: no cache
     cells: "pd.DataFrame"  # the others: a row for each cell
+    moe: Record | None  # of the MoE layer, by a target of its own; None if it was not run
 
 
 def num_experts(run: Record) -> int:
@@ -101,7 +103,8 @@ def read_measurements(run: str) -> Measurements:
     """
     cache = read_record(REPORTS / "cache_timing.json")
     check_same_run(run, cache)
-    return Measurements(read_record(REPORTS / "training_timing.json"), cache, *read_speeds())
+    moe = read_record(MOE) if MOE.exists() else None
+    return Measurements(read_record(REPORTS / "training_timing.json"), cache, *read_speeds(), moe)
 
 
 def read_speeds() -> "tuple[pd.Series, pd.DataFrame]":
@@ -132,7 +135,7 @@ def read_training() -> Training:
     curve = read_csv(path, ["step", "epoch", "tokens", "lr", "validation_loss", *balance])
     trained = curve[curve["step"] > 0]
     balance = [f"train_balance_loss_layer{layer}" for layer in router["layer"].unique()]
-    for name in ["train_loss", "train_dropped_share", *balance]:
+    for name in ["train_loss", "train_dropped_share", "train_gradient_norm", *balance]:
         if trained.empty or name not in trained or trained[name].isna().any():
             raise DynarouteError(f"{path}: {name!r} must hold a number in every row after step 0: {REMEDY}")
     return Training(read_record(REPORTS / "training.json"), curve, router)

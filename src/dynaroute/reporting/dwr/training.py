@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 from dynaroute.reporting.dwr import findings
 from dynaroute.reporting.dwr.findings import LEVEL, Course
 from dynaroute.reporting.dwr.results import Results
-from dynaroute.reporting.tables import NONE, count, figure, perplexity, published, table
+from dynaroute.reporting.tables import NONE, figure, perplexity, published, table
 
 if TYPE_CHECKING:
     import pandas as pd
 
+SPIKE = 0.5  # nats: a loss that rises by more from one validation to the next counts as a spike
 MAX_CURVE_ROWS = 24  # of the printed training curve; the file has all of them
 
 
@@ -88,9 +89,13 @@ def learning(results: Results) -> str:
     parts = []
     if len(losses) > 1:
         course = "fell" if last < first else "did not fall"
-        steadily = (
-            "it fell in every interval" if not rises else f"it rose in {rises} of {count(len(losses) - 1, 'interval')}"
-        )
+        compared = len(losses) - 1
+        if compared == 1:
+            steadily = "two values, and so one comparison"
+        elif not rises:
+            steadily = f"it fell in each of {compared} comparisons"
+        else:
+            steadily = f"it rose in {rises} of {compared} comparisons"
         parts.append(
             f"Training loss {course}: {first:.4f} as the mean of steps 1 to {trained['step'].iloc[0]:,}, {last:.4f} as "
             f"that of the last {trained['step'].iloc[-1] - trained['step'].iloc[-2]:,} steps"
@@ -107,7 +112,26 @@ def learning(results: Results) -> str:
         f"On the test split, the best checkpoint has a loss of {summary['test_loss']:.4f} (perplexity "
         f"{perplexity(summary['test_loss'])})."
     )
-    return " ".join(parts)
+    return f"{' '.join(parts)}\n\n{stability(results)}"
+
+
+def stability(results: Results) -> str:
+    """Whether gradients stayed finite and losses without a jump, as far as what was recorded can tell."""
+    curve, reference = results.training.curve, results.reference["stability"]
+    norms = curve.loc[curve["step"] > 0, "train_gradient_norm"]
+    jumps = [
+        f"{words} rose by up to {rise:.4f} nats from one row to the next"
+        for words, name in (("training loss", "train_loss"), ("validation loss", "validation_loss"))
+        if (rise := float(curve[name].diff().max())) > SPIKE
+    ]
+    spikes = "; ".join(jumps) or f"no loss rose by more than {SPIKE:g} nats from one row to the next"
+    clip = results.run["identity"]["dwr"]["training"]["clip_norm"]
+    return (
+        "Stability: no step had a loss or a gradient norm that was not finite, at which training stops with an error; "
+        f"{spikes}. The gradient norm before clipping at {clip:g} was between {norms.min():.3f} and {norms.max():.3f}. "
+        "Rows hold means over the steps since the previous one, so a spike of a single step may be hidden.\n\n"
+        + published(f"{reference['words']} ({reference['source']}).")
+    )
 
 
 def against_entropy(loss: float, entropy: float) -> str:
