@@ -137,6 +137,20 @@ def test_a_worker_runs_the_experiments_of_a_queued_sweep(tmp_path):
     assert found == {(tau, tau, 0.05, 0.2) for tau in (0.05, 0.1, 0.3)}  # A6 and J1 have their own
 
 
+def test_two_workers_whose_experiments_need_the_same_training_both_end_well(finished, tmp_path):
+    workspace = finished.copy(tmp_path / "sweep")
+    workspace.set_params({"dagformer.base.training": {"epochs": 0.3, "warmup_steps": 5, "validate_every": 1000}})
+    workspace.run("dvc", "exp", "run", "--queue", "-S", "tau_final=0.05,0.1", "prepare_base")
+    workspace.run("dvc", "queue", "start", "--jobs", "2")
+    assert workspace.run("dvc", "queue", "status").stdout.count("Success") == 2
+    bases = []
+    for name in workspace.run("dvc", "exp", "list", "--name-only").stdout.split():
+        workspace.run("dvc", "get", ".", "data/dagformer/base", "--rev", name, "--out", name)
+        bases.append((workspace.root / name / "model.safetensors").read_bytes())
+    assert bases[0] == bases[1]
+    assert not list((workspace.root / ".scratch/prepare_base").iterdir())
+
+
 def test_a_clone_pulls_the_results_that_were_pushed(finished, tmp_path):
     workspace = finished.copy(tmp_path / "workspace")
     workspace.run("dvc", "remote", "add", "--default", "store", str(tmp_path / "remote"))

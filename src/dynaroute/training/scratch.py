@@ -50,11 +50,14 @@ def exclusive(
     started, said = time.monotonic(), False
     while (lock := _take(folder)) is None:
         with contextlib.suppress(FileNotFoundError):  # the other one has just discarded it
-            holder = f"{folder}: process {(folder / 'lock').read_text().strip() or 'unknown'}"
+            holder = (folder / "lock").read_text().strip()  # empty until it has had the time to write it
             if time.monotonic() - started > patience:
-                raise DynarouteError(f"{holder} is already at work with these settings; wait for it, or stop it")
-            if not said:
-                tqdm.write(f"{holder} is at work with these settings: waiting for it", file=sys.stderr)
+                raise DynarouteError(
+                    f"{folder}: process {holder} is already at work with these settings; wait for it, or stop it"
+                )
+            if holder and not said:
+                waiting = f"{folder}: process {holder} is at work with these settings: waiting for it"
+                tqdm.write(waiting, file=sys.stderr)
                 said = True
         while_waiting()
         time.sleep(POLL)
