@@ -9,6 +9,29 @@ for lock in .scratch/running_*/lock gpu/.scratch/running_*/lock; do
   fi
 done
 
+# DVC itself works before and after each stage: it hashes results for minutes, and what it needs to record them must stay.
+python - <<'EOF' || exit 1
+import contextlib
+import sys
+from pathlib import Path
+
+import psutil
+
+root = Path.cwd()
+for process in psutil.process_iter():
+    with contextlib.suppress(psutil.Error):  # gone, or of somebody else
+        command, folder = process.cmdline(), Path(process.cwd())
+        repository = next((path for path in (folder, *folder.parents) if (path / ".dvc").is_dir()), None)
+        # The worker of a queue works in copies of its own.
+        is_dvc = "dvc" in [Path(word).name for word in command[:2]] or command[1:3] == ["-m", "dvc"]
+        if is_dvc and repository == root and "queue-worker" not in command:
+            sys.exit(f"process {process.pid} is at work: {' '.join(command)}: wait for it, or stop it")
+EOF
+if [ -e .dvc/tmp/lock ] && command -v flock >/dev/null && ! flock --nonblock .dvc/tmp/lock true; then
+  echo ".dvc/tmp/lock: process $(echo $(cat .dvc/tmp/lock)), on another machine, is at work: wait for it, or stop it"
+  exit 1
+fi
+
 rm -f "$(git rev-parse --git-path index.lock 2>/dev/null)" .dvc/tmp/rwlock .dvc/tmp/lock
 
 # A killed `dvc exp run` leaves git without a branch, and its own experiment for the next one to run as well.

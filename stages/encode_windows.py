@@ -40,10 +40,11 @@ def main(settings: Settings) -> None:
     dtype = compute_dtype(settings.device, dagformer.precision)
     encoder = load_encoder(dagformer.encoder, DATA / "base", shards["train"].tokenizer(), settings.device, dtype)
     # Apart, so that other windows to evaluate on do not retrain anything.
+    # The largest comes last: if the stage is killed after a folder is finished, DVC removes that one with the others.
     folders = {
-        "training": ({split: windows[split] for split in ("train", "validation")}, None),
-        "evaluation": ({"test": windows["test"]}, dagformer.prefix_tokens),
         "domains": ({}, None),
+        "evaluation": ({"test": windows["test"]}, dagformer.prefix_tokens),
+        "training": ({split: windows[split] for split in ("train", "validation")}, None),
     }
     drawn = domain_windows(shards["test"], dagformer.seq_len, settings.analysis.domain_windows)
     if drawn is not None:

@@ -8,8 +8,11 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections import defaultdict
+from collections.abc import Callable
 
+import psutil
 import pytest
 from repository import REPOSITORY
 from ruamel.yaml import YAML
@@ -132,6 +135,20 @@ def test_a_worker_runs_the_experiments_of_a_queued_sweep(tmp_path):
         variants = [read_yaml(workspace.root / name / f"{variant}.yaml") for variant in VARIANTS]
         found.add(tuple(variant["tau_final"] for variant in variants))
     assert found == {(tau, tau, 0.05, 0.2) for tau in (0.05, 0.1, 0.3)}  # A6 and J1 have their own
+
+
+def test_two_workers_whose_experiments_need_the_same_training_both_end_well(finished, tmp_path):
+    workspace = finished.copy(tmp_path / "sweep")
+    workspace.set_params({"dagformer.base.training": {"epochs": 0.3, "warmup_steps": 5, "validate_every": 1000}})
+    workspace.run("dvc", "exp", "run", "--queue", "-S", "tau_final=0.05,0.1", "prepare_base")
+    workspace.run("dvc", "queue", "start", "--jobs", "2")
+    assert workspace.run("dvc", "queue", "status").stdout.count("Success") == 2
+    bases = []
+    for name in workspace.run("dvc", "exp", "list", "--name-only").stdout.split():
+        workspace.run("dvc", "get", ".", "data/dagformer/base", "--rev", name, "--out", name)
+        bases.append((workspace.root / name / "model.safetensors").read_bytes())
+    assert bases[0] == bases[1]
+    assert not list((workspace.root / ".scratch/prepare_base").iterdir())
 
 
 def test_a_clone_pulls_the_results_that_were_pushed(finished, tmp_path):
@@ -337,6 +354,74 @@ def test_recover_waits_for_no_lock_but_that_of_a_stage_at_work_also_of_the_gpu_p
         refused = workspace.run("sh", "recover.sh", check=False)
     assert refused.returncode
     assert "gpu/.scratch/running_train_dwr/lock: process 17 is at work" in refused.stdout
+
+
+@pytest.fixture
+def one_stage(tmp_path) -> Workspace:
+    """A repository with one stage, which says that it has started and ends when it is told to."""
+    workspace = Workspace(tmp_path)
+    for name in ("Makefile", "recover.sh", "slurm/repro.sbatch"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(REPOSITORY / name, tmp_path / name)
+    command = "touch started; until [ -e go ]; do sleep 0.05; done; echo trained > weights"
+    (tmp_path / "dvc.yaml").write_text(f"stages: {{train: {{cmd: '{command}', outs: [weights]}}}}")
+    workspace.run("git", "init", "-q")
+    workspace.run("dvc", "init", "-q")
+    return workspace
+
+
+@pytest.mark.parametrize("mended_by", ["make recover", "a job that starts again", "a job that starts"])
+def test_nothing_takes_the_locks_of_a_dvc_that_hashes_what_was_trained(one_stage, tmp_path, mended_by):
+    first = one_stage.start("dvc", "repro")
+    wait_until((tmp_path / "started").exists)
+    first.send_signal(signal.SIGSTOP)  # as long as it takes to hash 40 GB
+    (tmp_path / "go").touch()
+    stage = psutil.Process(first.pid).children()[0]
+    wait_until(lambda: stage.status() == psutil.STATUS_ZOMBIE)
+    if mended_by == "make recover":
+        refused = one_stage.run("sh", "recover.sh", check=False)
+    else:
+        if mended_by == "a job that starts again":
+            one_stage.environment["SLURM_RESTART_COUNT"] = "1"
+        refused = one_stage.run("bash", "slurm/repro.sbatch", check=False)
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(60) == 0
+    assert "train" in read_yaml(tmp_path / "dvc.lock")["stages"]
+    assert refused.returncode
+    named = f"process {first.pid} is at work: " in refused.stdout + refused.stderr
+    assert named == (mended_by != "a job that starts")
+    assert ("nothing was mended" in refused.stdout) == (mended_by == "a job that starts again")
+
+
+def test_recover_refuses_where_the_lock_of_dvc_is_held_by_another_machine(one_stage, tmp_path):
+    lock = tmp_path / ".dvc/tmp/lock"
+    lock.write_text(" 17\n")
+    one_stage.run("sh", "recover.sh")
+    lock.write_text(" 17\n")
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refused = one_stage.run("sh", "recover.sh", check=False)
+    assert refused.returncode
+    assert refused.stdout.startswith(".dvc/tmp/lock: process 17, on another machine, is at work")
+    assert lock.exists()
+
+
+def test_a_job_that_slurm_starts_again_mends_what_its_dead_node_left(one_stage, tmp_path):
+    (tmp_path / "go").touch()
+    one_stage.run("bash", "slurm/repro.sbatch")
+    (tmp_path / ".dvc/tmp/rwlock").write_text("")  # cut off
+    (tmp_path / "weights").unlink()
+    assert one_stage.run("bash", "slurm/repro.sbatch", check=False).returncode  # it might be another job's
+    one_stage.environment["SLURM_RESTART_COUNT"] = "1"
+    one_stage.run("bash", "slurm/repro.sbatch")
+    assert (tmp_path / "weights").read_text() == "trained\n"
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -5,6 +5,7 @@ A folder that a stage wrote holds the SHA-256 of its files in checksums.json; of
 
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import json
@@ -54,7 +55,8 @@ def output_directory(path: str | Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _take_place(temporary, path, {})
+        _complete(temporary, {})
+        _take_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -62,25 +64,46 @@ def output_directory(path: str | Path) -> Iterator[Path]:
 def move_directory(folder: str | Path, path: str | Path, known: Mapping[str, str]) -> None:
     """Moves a finished folder to `path`, whose old content goes; it may lie on another file system.
 
+    A kill leaves it whole, either where it was or at `path`.
+
     `known`: the SHA-256 of files by name, which are not read for it once more.
     """
-    path = Path(path)
+    folder, path = Path(folder), Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.move(folder, temporary)
-    _take_place(temporary, path, known)
+    _complete(folder, known)
+    try:
+        _take_place(folder, path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        temporary = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            shutil.copytree(folder, temporary)
+            _flush_all(temporary)
+            _take_place(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder)
 
 
-def _take_place(temporary: Path, path: Path, known: Mapping[str, str]) -> None:
-    files = sorted(file for file in temporary.rglob("*") if file.is_file())
-    names = {file.relative_to(temporary).as_posix(): file for file in files}
-    write_json(temporary / CHECKSUMS, {name: known.get(name) or sha256(file) for name, file in names.items()})
-    for file in temporary.rglob("*"):
+def _complete(folder: Path, known: Mapping[str, str]) -> None:
+    """Writes the checksums of a folder, and forces it to disk."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    names = {file.relative_to(folder).as_posix(): file for file in files if file != folder / CHECKSUMS}
+    write_json(folder / CHECKSUMS, {name: known.get(name) or sha256(file) for name, file in names.items()})
+    _flush_all(folder)
+
+
+def _flush_all(folder: Path) -> None:
+    for file in folder.rglob("*"):
         flush(file)
+
+
+def _take_place(folder: Path, path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)
-    temporary.replace(path)
+    folder.replace(path)
     flush(path.parent)
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from dynaroute.config import Settings, load_settings
 from dynaroute.errors import DynarouteError
-from dynaroute.training.scratch import exclusive
+from dynaroute.training.scratch import PATIENCE, exclusive
 
 # What no code can put right: a full or failing disk, and files that may not be written.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -49,7 +49,8 @@ def run(main: Callable[..., None], doc: str, *arguments: str, launched: bool = F
         settings = load_settings()
         if launched:
             _launch(settings)
-        with exclusive(Path(".scratch") / stage) if leads else contextlib.nullcontext():
+        # Killing DVC alone leaves its stage running a while, and a second may start.
+        with exclusive(Path(".scratch") / stage, PATIENCE) if leads else contextlib.nullcontext():
             if "DVC_STAGE" in os.environ:
                 _end_with_dvc()
             main(settings, *values)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import encode_windows
@@ -12,8 +13,9 @@ from repository import REPOSITORY
 from safetensors.torch import load_file, save_file
 from small_tokens import write_tokens
 
+from dynaroute import artifacts
 from dynaroute.artifacts import checked
-from dynaroute.config import BaseEncoder, ByteBPE, HubEncoder, load_settings
+from dynaroute.config import BaseEncoder, ByteBPE, HubEncoder, Settings, load_settings
 from dynaroute.dagformer import encoders
 from dynaroute.dagformer.encoders import load_embeddings, load_encoder, write_embeddings
 from dynaroute.data.shards import TokenShards, Windows
@@ -362,6 +364,23 @@ def test_a_run_that_died_anywhere_ends_as_one_that_did_not_and_does_little_twice
     assert not (tmp_path / "scratch").exists()
 
 
+def test_a_run_killed_while_it_publishes_encodes_nothing_again(base, windows, tmp_path, monkeypatch):
+    encoder = load_encoder(BASE, base, None, "cpu")
+    write(encoder, BASE, windows, tmp_path / "whole")
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "_take_place", kill)
+        with pytest.raises(KeyboardInterrupt):
+            write(encoder, BASE, windows, tmp_path / "resumed")
+    encoder.encode = lambda _: pytest.fail("a window is encoded once more")
+    write(encoder, BASE, windows, tmp_path / "resumed")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes(), path.name
+
+
 @pytest.fixture
 def written(base, windows, tmp_path) -> Path:
     write(load_encoder(BASE, base, None, "cpu"), BASE, windows, tmp_path / "embeddings")
@@ -407,16 +426,44 @@ def test_loaded_embeddings_can_be_written_to_without_changing_the_file(written):
     assert (written / "train.npy").read_bytes() == before
 
 
-def test_the_stage_encodes_the_windows_that_the_settings_ask_for(base, tokens, tmp_path, monkeypatch):
+@pytest.fixture
+def stage_settings(base, tokens, tmp_path, monkeypatch) -> Settings:
+    """Of the stage, in a working directory with what it reads."""
     monkeypatch.chdir(tmp_path)
     settings = load_settings(REPOSITORY / "params.yaml")
     changes = {"seq_len": SEQ_LEN, "prefix_tokens": PREFIX, "train_windows": 4, "validation_windows": 1}
     dagformer = settings.dagformer.model_copy(update={**changes, "eval_windows": 2, "encoder": BASE})
-    settings = settings.model_copy(update={"dagformer": dagformer, "num_threads": torch.get_num_threads()})
     Path("data/tokens").mkdir(parents=True)
     Path("data/dagformer").mkdir()
     Path("data/tokens", dagformer.corpus).symlink_to(tokens)
     Path("data/dagformer/base").symlink_to(base)
+    return settings.model_copy(update={"dagformer": dagformer, "num_threads": torch.get_num_threads()})
+
+
+@pytest.mark.parametrize("killed_after", [1, 2])
+def test_a_stage_killed_between_two_folders_encodes_no_training_window_twice(stage_settings, monkeypatch, killed_after):
+    encoded, published = [], 0
+    write = encode_windows.write_embeddings
+
+    def counted(encoder, identity, windows, *rest):
+        nonlocal published
+        if published == killed_after:
+            raise KeyboardInterrupt
+        write(encoder, identity, windows, *rest)
+        encoded.extend(windows)
+        published += 1
+
+    monkeypatch.setattr(encode_windows, "write_embeddings", counted)
+    with pytest.raises(KeyboardInterrupt):
+        encode_windows.main(stage_settings)
+    shutil.rmtree("data/dagformer/embeddings")  # as DVC does before it runs the stage again
+    killed_after = -1
+    encode_windows.main(stage_settings)
+    assert encoded.count("train") == 1
+
+
+def test_the_stage_encodes_the_windows_that_the_settings_ask_for(stage_settings, base, tokens):
+    settings = stage_settings
     encode_windows.main(settings)
     found = load_embeddings("data/dagformer/embeddings/training")
     assert {name: len(vectors) for name, vectors in found.items()} == {"train": 4, "validation": 1}

@@ -1,10 +1,12 @@
 """A streamed corpus: the same tokens as from local files, whatever the server does and whenever the process dies."""
 
 import contextlib
+import errno
 import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from faulty_server import FaultyServer
 from repository import REPOSITORY
 from ruamel.yaml import YAML
 
+from dynaroute import artifacts
 from dynaroute.artifacts import checked
 from dynaroute.config import ByteBPE, Corpus, read_yaml
 from dynaroute.data import download, streaming, tokenization
@@ -257,6 +260,56 @@ def documents_noted(stream: Stream) -> int:
     with contextlib.suppress(OSError):
         return json.loads((stream.scratch / "progress.json").read_text())["note"]["documents"]
     return 0
+
+
+@pytest.mark.parametrize("moment", ["forced to disk", "renamed", "copied", "copy forced to disk", "copy renamed"])
+def test_a_run_killed_while_it_publishes_reads_nothing_again(
+    tmp_path, server, address, tokenizer, undisturbed, monkeypatch, moment
+):
+    """What is copied goes to another file system."""
+    stream = Stream(tmp_path / "killed", address, server, tokenizer)
+    flush, replace, copytree, reached = artifacts.flush, Path.replace, shutil.copytree, []
+
+    def kill(what: str) -> None:
+        if what == moment:
+            reached.append(what)
+            raise KeyboardInterrupt
+
+    def flush_or_die(path: Path) -> None:
+        if path.suffix == ".npy":
+            kill("copy forced to disk" if path.parent.name == ".tokens.tmp" else "forced to disk")
+        flush(path)
+
+    def replace_or_die(path: Path, target: Path) -> Path:
+        if Path(target) == stream.tokens:
+            kill("copy renamed" if path.name == ".tokens.tmp" else "renamed")
+            if path.parent == stream.scratch:
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return replace(path, target)
+
+    def copy_or_die(source: Path, target: Path, *rest: object) -> None:
+        if source == stream.scratch / "tokens":
+            target.mkdir()
+            shutil.copy(source / "train-00000.npy", target)
+            kill("copied")
+            shutil.rmtree(target)
+        copytree(source, target, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "flush", flush_or_die)
+        patch.setattr(Path, "replace", replace_or_die)
+        patch.setattr(shutil, "copytree", copy_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            stream.run()
+    assert reached == [moment]
+    assert not stream.tokens.exists()
+    shutil.rmtree(stream.root / ".tokens.tmp", ignore_errors=True)  # `make recover`
+    server.requests.clear()
+    stream.run()
+    assert stream.content() == undisturbed
+    assert checked(stream.tokens)
+    assert not server.requests
+    assert not stream.scratch.exists()
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, monkeypatch):

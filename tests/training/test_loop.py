@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import weakref
 
 import pytest
@@ -11,7 +12,6 @@ from small_training import Model, Objective, Tokens, assert_same_checkpoint, mak
 
 from dynaroute.errors import DynarouteError
 from dynaroute.machine import compute_dtype
-from dynaroute.training import scratch
 from dynaroute.training.checkpoints import load_checkpoint
 from dynaroute.training.loop import make_accelerator
 
@@ -228,11 +228,20 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
         train(tmp_path, Exploding())
 
 
-def test_a_second_trainer_on_the_same_run_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(scratch, "PATIENCE", 0.0)
-    with make_trainer(tmp_path), pytest.raises(DynarouteError, match=f"process {os.getpid()} is already at work"):
-        make_trainer(tmp_path).__enter__()
-    train(tmp_path)
+def test_a_second_trainer_on_the_same_run_waits_and_goes_on_from_what_the_first_left(tmp_path):
+    steps = []
+
+    def enter() -> None:
+        with make_trainer(tmp_path) as trainer:
+            steps.append(trainer.state.step)
+
+    second = threading.Thread(target=enter)
+    with make_trainer(tmp_path) as first:
+        second.start()
+        first.run()
+        assert not steps
+    second.join()
+    assert steps == [21]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "other_model", "not_a_checkpoint"])

@@ -51,6 +51,10 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step_and_the_run_goes
         assert_same_checkpoint(folder / "whole" / "last.safetensors", folder / name / "last.safetensors")
 
 
+def test_two_processes_that_waited_for_another_run_train_as_those_that_did_not(folder):
+    assert_same_checkpoint(folder / "whole" / "last.safetensors", folder / "waited" / "last.safetensors")
+
+
 def test_one_process_goes_on_from_where_two_were_stopped(folder):
     assert load_checkpoint(folder / "left" / "last.safetensors")[1]["step"] == 5
     runs = [train(folder / name, dropout=0.0, micro_batch_size=2) for name in ("left", "alone")]

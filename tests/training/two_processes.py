@@ -81,7 +81,22 @@ def stop(folder):
         train(folder / "left", InterruptedInAStep(), dropout=0.0, micro_batch_size=2)
 
 
+def wait(folder):
+    """Trains where another run is at work at first, for which the main process alone looks."""
+    exclusive = loop.exclusive
+
+    def held_at_first(scratch, while_waiting):
+        for _ in range(3):
+            while_waiting()
+        return exclusive(scratch)
+
+    loop.exclusive = held_at_first
+    train(folder / "waited", micro_batch_size=2)
+    loop.exclusive = exclusive
+
+
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(120, exit=True)  # a process whose other one has left waits for ever
     train_dwr(Path(sys.argv[1]))
     stop(Path(sys.argv[1]))
+    wait(Path(sys.argv[1]))

@@ -7,7 +7,6 @@ protocol needs it `test_prefix.npy`, of the same windows but from their first to
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from tokenize import TokenError
@@ -24,6 +23,7 @@ from dynaroute.dagformer.pretrained import load_model, load_tokenizer
 from dynaroute.data.tokenizers import Tokenizer
 from dynaroute.data.windows import Selection
 from dynaroute.errors import DynarouteError
+from dynaroute.training.scratch import discard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -192,7 +192,7 @@ def write_embeddings(
     metadata = identity | {"embedding_size": encoder.embedding_size, "files": files}
     write_json(folder / "metadata.json", metadata)
     move_directory(folder, directory, {file["file"]: file["sha256"] for file in files.values()})
-    shutil.rmtree(scratch)
+    discard(scratch)
 
 
 def _write_vectors(

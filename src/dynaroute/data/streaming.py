@@ -7,7 +7,6 @@ after that is dropped, and a file that it had begun is read again up to there.
 
 import contextlib
 import itertools
-import shutil
 import sys
 import threading
 from dataclasses import asdict, dataclass, field
@@ -35,6 +34,7 @@ from dynaroute.data.shard_writer import SHARD_TOKENS, ShardWriter, SplitState
 from dynaroute.data.tokenization import describe, encoded
 from dynaroute.data.tokenizers import load_tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
+from dynaroute.training.scratch import discard
 
 DOWNLOADS = 5  # files on their way or waiting, so this many of them are on disk at most, compressed
 NOTE_CHARACTERS = 2**28  # of text between two notes of where a run stands: what a kill can cost, seconds on many cores
@@ -188,7 +188,7 @@ def tokenize_stream(
     write_json(folder / "metadata.json", metadata)
     known = [file for own in splits.values() for file in (*own["shards"], own["offsets"], own["document_sources"])]
     move_directory(folder, directory, {file["file"]: file["sha256"] for file in known})
-    shutil.rmtree(scratch)
+    discard(scratch)
     return metadata
 
 

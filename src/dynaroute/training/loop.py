@@ -7,7 +7,6 @@ and several processes are accelerate's.
 
 import contextlib
 import math
-import shutil
 import signal
 import sys
 import time
@@ -36,7 +35,7 @@ from dynaroute.training.checkpoints import (
     save_checkpoint,
 )
 from dynaroute.training.schedules import decay_groups, warmup_cosine
-from dynaroute.training.scratch import StopRequest, exclusive
+from dynaroute.training.scratch import StopRequest, discard, exclusive
 
 
 class Batch(NamedTuple):
@@ -193,15 +192,16 @@ class Trainer:
         self.seconds = self.validation_seconds = 0.0
 
     def __enter__(self) -> "Trainer":
-        """Takes the scratch folder, and goes on from the checkpoint in it if there is one.
+        """Takes the scratch folder, when no other run trains there, and goes on from the checkpoint in it, if any.
 
         Raises:
-            DynarouteError: another process trains there, or the checkpoint is damaged.
+            DynarouteError: the checkpoint is damaged.
         """
         self._held = contextlib.ExitStack()
         if self.accelerator.is_main_process:
-            self._held.enter_context(exclusive(self.scratch))
-        self.accelerator.wait_for_everyone()
+            self._held.enter_context(exclusive(self.scratch, while_waiting=lambda: self._any(False)))
+        while not self._any(self.accelerator.is_main_process):  # a barrier would time out while the main process waits
+            pass
         if self.last_path.exists():
             self._restore()
         elif self.start is not None:
@@ -215,7 +215,7 @@ class Trainer:
     def discard_scratch(self) -> None:
         """Removes the scratch folder, once its results are where they belong."""
         if self.accelerator.is_main_process:
-            shutil.rmtree(self.scratch)
+            discard(self.scratch)
 
     @property
     def last_path(self) -> Path:
@@ -328,6 +328,10 @@ class Trainer:
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach().to(torch.float64)
         self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def _any(self, own: bool) -> bool:
+        """Whether it holds for any process."""
+        return bool(self.accelerator.gather(torch.tensor([int(own)], device=self.accelerator.device)).max())
 
     def _agree(self, stop: StopRequest) -> signal.Signals | None:
         """The signal that any process has got so far: all must leave after the same step.

@@ -4,17 +4,23 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
+import shutil
 import signal
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
+
+from tqdm import tqdm
 
 from dynaroute.errors import DynarouteError
 
 PATIENCE = 30.0  # seconds that whoever was asked to leave may take to save
+POLL = 0.2  # seconds between two looks at whether another process has let go
 
 
 def run_id(identity: dict[str, Any]) -> str:
@@ -28,31 +34,59 @@ def scratch_folder(stage: str, run: str) -> Path:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process: killing DVC alone leaves its stage running a while, and a second may start.
+def exclusive(
+    folder: Path, patience: float = math.inf, while_waiting: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Holds the folder, which is made if need be, for this process; waits while another one does, and says for whom.
+
+    Args:
+        folder: what to hold; its holder may remove it with `discard`.
+        patience: seconds that the other one may take.
+        while_waiting: called again and again.
 
     Raises:
-        DynarouteError: another process holds it, and still does after PATIENCE.
+        DynarouteError: another process holds it, and still does after `patience` seconds.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + PATIENCE
-    with (folder / "lock").open("a+") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    lock.seek(0)
-                    holder = lock.read().strip() or "unknown"
-                    raise DynarouteError(
-                        f"{folder}: process {holder} is already at work with these settings; wait for it, or stop it"
-                    ) from error
-                time.sleep(0.1)
+    started, said = time.monotonic(), False
+    while (lock := _take(folder)) is None:
+        with contextlib.suppress(FileNotFoundError):  # the other one has just discarded it
+            holder = (folder / "lock").read_text().strip()  # empty until it has had the time to write it
+            if time.monotonic() - started > patience:
+                raise DynarouteError(
+                    f"{folder}: process {holder} is already at work with these settings; wait for it, or stop it"
+                )
+            if holder and not said:
+                waiting = f"{folder}: process {holder} is at work with these settings: waiting for it"
+                tqdm.write(waiting, file=sys.stderr)
+                said = True
+        while_waiting()
+        time.sleep(POLL)
+    with lock:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def _take(folder: Path) -> TextIO | None:
+    """The locked lock file of a folder; None where another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack, contextlib.suppress(FileNotFoundError, BlockingIOError):
+        lock = stack.enter_context((folder / "lock").open("a+"))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # What was opened before its holder discarded it holds nothing.
+        if os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):
+            stack.pop_all()
+            return lock
+    return None
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder that this process holds, at once: another one may be waiting, and makes it anew."""
+    gone = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.replace(gone)
+    shutil.rmtree(gone)
 
 
 class StopRequest:
