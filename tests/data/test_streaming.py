@@ -460,3 +460,6 @@ def test_the_stages_stream_a_corpus(tmp_path, server, address, tokenizer, undist
     tokens = tmp_path / "data/tokens/mine"
     assert [TokenShards(tokens, split).num_documents for split in ("train", "validation", "test")] == [12, 3, 4]
     assert not list((tmp_path / ".scratch/tokenize_corpus").iterdir())
+        ("https:///2.gz\n", None, "'https:///2.gz' is no address: "),
+        ("http://exa mple/2.gz\n", None, "'http://exa mple/2.gz' is no address: "),
+        ("http://a:99999/2.gz\n", None, "'http://a:99999/2.gz' is no address: "),

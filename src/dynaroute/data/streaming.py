@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import requests
 from tqdm import tqdm
 
 from dynaroute.artifacts import (
@@ -60,6 +61,10 @@ def list_addresses(name: str, corpus: Corpus, directory: str | Path) -> dict[str
         raise DynarouteError(f"{place} has {len(addresses)} lines, fewer than files = {source.files or 1}")
     addresses = addresses[: source.files]
     for number, address in enumerate(addresses):
+        try:
+            requests.Request("GET", address).prepare()
+        except (requests.RequestException, ValueError) as error:  # such as one without a host
+            raise DynarouteError(f"{place}: {address!r} is no address: {error}") from error
         if urlsplit(address).scheme not in ("http", "https"):
             raise DynarouteError(f"{place}: {address!r} is no http or https address")
         if address in addresses[:number]:
