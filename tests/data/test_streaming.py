@@ -58,6 +58,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+DELAYS = {name: getattr(download, name) for name in ("FIRST_DELAY", "LONGEST_DELAY")}  # the real ones
+
+
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # what only a power cut needs takes most of the time here
@@ -359,6 +362,40 @@ def test_a_server_that_trickles_is_given_up(tmp_path, server, address, monkeypat
     assert server.requests[-1][1] > 0
 
 
+def test_headers_that_trickle_are_given_up(tmp_path, server, address, monkeypatch):
+    monkeypatch.setattr(download, "FAILURES", 2)
+    monkeypatch.setattr(download, "CONNECT_SECONDS", 0.5)
+    server.faults = {"2.json.gz": ["trickle_headers"] * 30}
+    with pytest.raises(
+        DynarouteError, match=r"2\.json\.gz: 2 failures without progress, .*: no answer in 0\.7 seconds"
+    ):
+        fetch_gzip(f"{address}/2.json.gz", tmp_path / "2.gz", threading.Event())
+    assert len(server.requests) == 2
+
+
+class Waits(threading.Event):
+    """An event that notes how long it is waited for, and does not wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def wait(self, timeout: float) -> bool:
+        self.seconds.append(timeout)
+        return False
+
+
+def test_a_server_that_is_down_is_asked_again_for_more_than_20_minutes(tmp_path, server, address, monkeypatch):
+    for name, seconds in DELAYS.items():
+        monkeypatch.setattr(download, name, seconds)
+    server.faults = {"2.json.gz": [503] * 30}
+    waits = Waits()
+    with pytest.raises(DynarouteError, match=r"2\.json\.gz: \d+ failures without progress, .*503"):
+        fetch_gzip(f"{address}/2.json.gz", tmp_path / "2.gz", waits)
+    assert sum(waits.seconds) > 20 * 60
+    assert max(waits.seconds) <= 120
+
+
 @pytest.mark.parametrize("keep", [0, 500, 10**6], ids=["empty", "truncated", "garbled"])
 def test_a_finished_download_that_a_power_cut_damaged_is_fetched_again(
     tmp_path, server, address, tokenizer, undisturbed, files, keep
@@ -424,6 +461,9 @@ def test_a_corpus_that_ends_within_its_region_is_refused(tmp_path, server, addre
     [
         ("http://a/1.gz\nhttp://a/1.gz\n", None, "http://a/1.gz occurs twice: its text would count twice"),
         ("http://a/1.gz\nftp://a/2.gz\n", None, "'ftp://a/2.gz' is no http or https address"),
+        ("https:///2.gz\n", None, "'https:///2.gz' is no address: "),
+        ("http://exa mple/2.gz\n", None, "'http://exa mple/2.gz' is no address: "),
+        ("http://a:99999/2.gz\n", None, "'http://a:99999/2.gz' is no address: "),
         ("http://a/1.gz\n\n", 2, "has 1 lines, fewer than files = 2"),
         ("\n", None, "has 0 lines, fewer than files = 1"),
         (None, None, "cannot be read: "),
@@ -460,6 +500,3 @@ def test_the_stages_stream_a_corpus(tmp_path, server, address, tokenizer, undist
     tokens = tmp_path / "data/tokens/mine"
     assert [TokenShards(tokens, split).num_documents for split in ("train", "validation", "test")] == [12, 3, 4]
     assert not list((tmp_path / ".scratch/tokenize_corpus").iterdir())
-        ("https:///2.gz\n", None, "'https:///2.gz' is no address: "),
-        ("http://exa mple/2.gz\n", None, "'http://exa mple/2.gz' is no address: "),
-        ("http://a:99999/2.gz\n", None, "'http://a:99999/2.gz' is no address: "),

@@ -1,6 +1,7 @@
 """Gzip files over HTTP that arrive whole, whatever the server does in between."""
 
 import gzip
+import queue
 import re
 import threading
 import time
@@ -15,8 +16,10 @@ from dynaroute.errors import DynarouteError
 
 CONNECT_SECONDS = 20.0
 READ_SECONDS, LEAST_BYTES = 60.0, 2**16  # a read that brings less than that in that time has stalled
-FAILURES = 15  # in a row, each with less than LEAST_BYTES that were not there before: given up after 20 to 35 minutes
 FIRST_DELAY, LONGEST_DELAY = 1.0, 120.0  # seconds between failures, doubling
+# In a row, each with less than LEAST_BYTES that were not there before. The delays alone are 22 minutes, and failures
+# that take as long as they may, 23 more.
+FAILURES = 17
 FINAL_STATUSES = {400, 401, 403, 404, 405, 406, 410, 451}  # what asking again does not change
 CHUNK_BYTES = 2**20
 
@@ -100,8 +103,7 @@ class _Download:
         headers = {"Accept-Encoding": "identity"}  # the gzip as it is
         if have:
             headers["Range"] = f"bytes={have}-"
-        timeout = CONNECT_SECONDS, READ_SECONDS
-        with requests.get(self.address, headers=headers, stream=True, timeout=timeout) as response:
+        with _ask(self.address, headers) as response:
             if response.status_code in FINAL_STATUSES:
                 raise DynarouteError(f"{self.address}: the server answers {response.status_code} {response.reason}")
             if response.status_code == 416:
@@ -136,6 +138,32 @@ class _Download:
             raise requests.ConnectionError(f"{size} bytes came of {self.total}")
         if self.total is not None and size > self.total:
             raise _FailureError(f"{size} bytes came of {self.total}")
+
+
+def _ask(address: str, headers: dict[str, str]) -> requests.Response:
+    """What the server answers, whose content is still to be read.
+
+    Raises:
+        requests.RequestException: there is no answer, or it takes too long.
+    """
+    answers: queue.SimpleQueue[requests.Response | Exception] = queue.SimpleQueue()
+
+    def get() -> None:
+        try:
+            answers.put(requests.get(address, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)))
+        except Exception as error:
+            answers.put(error)
+
+    # In a thread, since the time limit of `requests` counts anew with every byte of the headers.
+    threading.Thread(target=get, daemon=True).start()
+    seconds = CONNECT_SECONDS + READ_SECONDS
+    try:
+        answer = answers.get(timeout=seconds)
+    except queue.Empty as error:
+        raise requests.ReadTimeout(f"no answer in {seconds:g} seconds") from error
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _check(path: Path) -> None:
