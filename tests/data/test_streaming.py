@@ -12,6 +12,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faulty_server import FaultyServer, first_member
@@ -321,6 +322,32 @@ def test_what_was_read_from_each_address_is_in_the_metadata(tmp_path, server, ad
          "documents": 19}
         for name, data in files.items()
     ]  # fmt: skip
+
+
+def test_off_a_terminal_a_line_for_each_file_says_this_process_s_rate_and_the_time_left(
+    tmp_path, server, address, tokenizer, monkeypatch, capsys
+):
+    stream = Stream(tmp_path / "stream", address, server, tokenizer)
+    write, written = ShardWriter.write, 0
+
+    def timed(*args: object) -> None:
+        nonlocal written
+        written += 1
+        if written == 30:
+            raise KeyboardInterrupt
+        write(*args)
+
+    monkeypatch.setattr(streaming, "time", SimpleNamespace(monotonic=lambda: written / 8))  # seconds
+    monkeypatch.setattr(ShardWriter, "write", timed)
+    with pytest.raises(KeyboardInterrupt):
+        stream.run()
+    first = capsys.readouterr().err.splitlines()
+    stream.run()
+    lines = [*first, *capsys.readouterr().err.splitlines()]
+    assert [line.partition(" files, ")[0] for line in lines] == [f"c: {number} of 4" for number in (1, 2, 3, 4)]
+    assert [line.rpartition(" tokens, ")[2] for line in lines] == [
+        f"8 documents/s, 00:0{documents // 8} left" for documents in (57, 38, 19, 0)
+    ]
 
 
 def test_a_file_that_is_not_there_stops_the_run_at_once(tmp_path, server, address, tokenizer):

@@ -10,6 +10,7 @@ import itertools
 import shutil
 import sys
 import threading
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,7 @@ def tokenize_stream(
         run.splits = {split: writer.flush() for split, writer in writers.items()}
         write_note(note, asdict(run))
 
+    started, documents_before = time.monotonic(), run.documents
     bar = tqdm(total=len(addresses), initial=len(run.files), desc=f"tokenize {name}", unit="file", unit_scale=True,
                disable=None)  # fmt: skip
     left = range(len(run.files), len(addresses))
@@ -181,8 +183,11 @@ def tokenize_stream(
                 run.begun, run.taken = None, 0
                 save()
                 path.unlink()
+                rate = (run.documents - documents_before) / (time.monotonic() - started)  # of this process
+                to_come = run.documents / len(run.files) * (len(addresses) - len(run.files))  # if files are alike
                 sizes = f"{run.documents:,} documents, {sum(w.num_tokens for w in writers.values()):,} tokens"
-                bar.write(f"{name}: {number + 1} of {len(addresses)} files, {sizes}", file=sys.stderr)
+                speed = f"{rate:,.0f} documents/s, {tqdm.format_interval(to_come / rate) if rate else '?'} left"
+                bar.write(f"{name}: {number + 1} of {len(addresses)} files, {sizes}, {speed}", file=sys.stderr)
         finally:
             stop.set()
 
