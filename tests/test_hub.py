@@ -120,11 +120,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Hub]]:
     server.shutdown()
 
 
-def run(code: str, endpoint: str, home: Path) -> subprocess.CompletedProcess:
-    """Runs code in a process for which the hub is at `endpoint` and nothing is cached."""
+def run(code: str, endpoint: str, home: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Runs code in a process for which the hub is at `endpoint`, and what is cached in `home`."""
     proxies = {"HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "HF_TOKEN"}
     environment = {key: value for key, value in os.environ.items() if key not in proxies}
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **variables}
     return subprocess.run([sys.executable, "-c", code], env=environment, cwd=home, capture_output=True, text=True)
 
 
@@ -168,6 +168,49 @@ torch.save(encoder.encode_texts(["the cat", "the other mat"]), "vectors.pt")
     downloads = [path for path in server.asked if "/resolve/" in path]
     assert len(downloads) > 8
     assert all(f"/resolve/{COMMIT}/" in path for path in downloads)
+
+
+def test_without_a_network_nothing_is_asked_for_what_was_fetched_before(hub, tmp_path):
+    """By the commands of docs/paper-scale.md: `hf download`; and for datasets, `collect`."""
+    endpoint, server = hub
+    texts = f"""
+from dynaroute.config import Corpus, Hub, HubEncoder
+from dynaroute.data.corpora import documents, locate
+at = dict(revision="{COMMIT}")
+source = Hub(kind="hub", path="somebody/wiki", name="wiki-2", text_column="text", rows="documents", **at)
+locate(source)
+print(len(list(documents(source))))
+"""
+    fetch = """
+import sys
+from huggingface_hub.cli.hf import main
+sys.argv[:] = ["hf", "download", *{arguments}]
+main()
+"""
+    downloads = [["somebody/olmo"], ["somebody/qwen"], ["somebody/texts", "urls/v1.txt", "--type", "dataset"]]
+    for code in (texts, *(fetch.format(arguments=[*own, "--revision", COMMIT]) for own in downloads)):
+        done = run(code, endpoint, tmp_path)
+        assert done.returncode == 0, (server.asked, done.stderr)
+    asked = len(server.asked)
+    code = f"""{texts}
+from dynaroute.dagformer.base import load_base
+from dynaroute.dagformer.encoders import load_encoder
+from dynaroute.data.streaming import list_addresses
+from dynaroute.data.tokenizers import save_tokenizer
+own = dict(kind="hub", path="somebody/olmo", **at)
+stream = dict(kind="dolma_stream", path="somebody/texts", addresses="urls/v1.txt", files=None, **at)
+corpus = Corpus.model_validate(dict(source=stream, split=dict(validation=0.1, test=0.1), tokenizer=own))
+locate(corpus.source)
+print(len(list_addresses("c", corpus, "raw")["addresses"]))
+tokenizer = save_tokenizer(corpus.tokenizer, [], "tokenizer")
+load_base("somebody/olmo", "cpu", "{COMMIT}")
+encoder = load_encoder(HubEncoder(kind="hub", path="somebody/qwen", **at), "nowhere", tokenizer, "cpu")
+print(encoder.embedding_size)
+"""
+    done = run(code, endpoint, tmp_path, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["4", "2", "16"]
+    assert server.asked[asked:] == []
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from dynaroute.data.tokenizers import save_tokenizer
 
 PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch", "--main_process_port", "0"]
 STAGES = REPOSITORY / "stages"
 VOCABULARY = 260  # of a byte-level tokenizer
 
@@ -75,17 +76,21 @@ def rows(path: Path) -> list[dict[str, float]]:
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    for name, launcher in (("one", ["python"]), ("two", TORCHRUN)):
+    on_two = [*ACCELERATE, "--multi_gpu", "--num_processes", "2"]  # there need not be GPUs
+    for name, launcher in (("one", ["python"]), ("two", TORCHRUN), ("accelerate", on_two)):
         root = make_tree(tmp_path / name, epochs=1)
         set_launcher(root, launcher)
         run(root, PYTHON, "train_dwr.py")
-    one, two = tmp_path / "one/reports/dwr", tmp_path / "two/reports/dwr"
+    one, two, other = (tmp_path / name / "reports/dwr" for name in ("one", "two", "accelerate"))
     assert len(rows(one / "training.csv")) > 2
     for table in ("training.csv", "router.csv"):  # losses; gate norms, load and probability of every expert
         for ours, theirs in zip(rows(two / table), rows(one / table), strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4, nan_ok=True)
-    runs = [json.loads((tmp_path / name / "data/dwr/train/run.json").read_text()) for name in ("one", "two")]
-    assert [run["identity"]["num_processes"] for run in runs] == [1, 2]
+        for ours, theirs in zip(rows(other / table), rows(two / table), strict=True):
+            assert ours == pytest.approx(theirs, nan_ok=True)
+    names = "one", "two", "accelerate"
+    runs = [json.loads((tmp_path / name / "data/dwr/train/run.json").read_text()) for name in names]
+    assert [run["identity"]["num_processes"] for run in runs] == [1, 2, 2]
     report = json.loads((two / "training.json").read_text())
     assert all(holds for name, holds in report["checks"].items() if name != "validation_loss_is_below_unigram_entropy")
     assert not list((tmp_path / "two/.scratch/train_dwr").iterdir())
@@ -118,9 +123,27 @@ def test_a_damaged_shard_stops_two_processes_by_name_before_they_train(tmp_path)
     data = bytearray(shard.read_bytes())
     data[-2] ^= 1
     shard.write_bytes(data)
-    done = run(root, TORCHRUN, "train_dwr.py", check=False)
-    assert done.returncode != 0
+    set_launcher(root, [str(Path(sys.executable).with_name("torchrun")), *TORCHRUN[3:]])
+    done = run(root, PYTHON, "train_dwr.py", check=False)
+    assert done.returncode == 1
     assert done.stderr.count("train_dwr: data/tokens/docs/train-00000.npy: SHA-256 is ") == 1
+    assert done.stderr.endswith("\ntorchrun: the process of rank 0 ended with status 1\n")
+    assert "Traceback" not in done.stderr
+    assert not (root / ".scratch/train_dwr").exists()
+
+
+def test_fewer_processes_than_were_asked_for_are_refused(tmp_path):
+    """What accelerate starts on a CPU, or on one GPU."""
+    root = make_tree(tmp_path / "tree")
+    set_launcher(root, [*ACCELERATE, "--cpu", "--num_processes", "2"])
+    done = run(root, PYTHON, "train_dwr.py", check=False)
+    assert done.returncode == 1
+    launcher = read_yaml(root / "params.yaml")["launcher"]
+    *_, last_but_one, last = done.stderr.splitlines()
+    expected = f"train_dwr: params.yaml: launcher = {launcher!r}: is to start 2 processes, but has started 1: "
+    assert last_but_one.startswith(expected)
+    assert last == "accelerate: the process that it started ended with status 1"
+    assert "Traceback" not in done.stderr
     assert not (root / ".scratch/train_dwr").exists()
 
 

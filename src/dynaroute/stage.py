@@ -8,7 +8,9 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -25,6 +27,7 @@ from dynaroute.training.scratch import PATIENCE, exclusive
 # What no code can put right: a full or failing disk, and files that may not be written.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 LAUNCHED = "DYNAROUTE_LAUNCHED"  # set for what `launcher` starts, which must not launch it once more
+NUM_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate reads it
 
 
 def run(main: Callable[..., None], doc: str, *arguments: str, launched: bool = False) -> None:
@@ -69,16 +72,41 @@ def _launch(settings: Settings) -> None:
     """Becomes the launcher, which keeps the process's number, so that signals reach it.
 
     Raises:
-        DynarouteError: there is no such command.
+        DynarouteError: there is no such command; or it has started this process, but fewer than it was told to.
     """
-    if settings.launcher == "python" or LAUNCHED in os.environ or "RANK" in os.environ:  # the last by hand
+    if LAUNCHED in os.environ:
+        _refuse_fewer_processes(settings.launcher)
+        return
+    if settings.launcher == "python" or "RANK" in os.environ:  # the latter by hand
         return
     command = [*shlex.split(settings.launcher), *sys.argv]
+    found = shutil.which(command[0])
+    if found and _is_script_of_this_python(Path(found)):
+        command = [sys.executable, "-m", "dynaroute.launcher", found, *command[1:]]
     try:
         os.execvpe(command[0], command, os.environ | {LAUNCHED: "1"})
     except OSError as error:
         found = f"{command[0]} cannot be run: {error.strerror}"
         raise DynarouteError(f"params.yaml: launcher = {settings.launcher!r}: {found}") from error
+
+
+def _is_script_of_this_python(path: Path) -> bool:
+    if path.parent != Path(sys.executable).parent:
+        return False
+    with path.open("rb") as file:
+        first = file.read(200)
+    return first.startswith(b"#!") and b"python" in first
+
+
+def _refuse_fewer_processes(launcher: str) -> None:
+    """`accelerate launch --num_processes 4` starts one process, and says nothing, where it sees no two GPUs."""
+    asked = re.search(r"--(?:num[-_]processes|nproc[-_]per[-_]node)[= ](\d+)", launcher)
+    started = max(int(os.environ.get(name, 1)) for name in NUM_PROCESSES)
+    if asked and started < int(asked[1]):
+        raise DynarouteError(
+            f"params.yaml: launcher = {launcher!r}: is to start {asked[1]} processes, but has started {started}: "
+            "are there as many GPUs? Without, torchrun starts as many as it is told to"
+        )
 
 
 def _end_with_dvc() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,7 +16,10 @@ class FaultyServer:
     of a second while the client stays; truncate: a third is served as if it were all; garble: a byte is another one;
     empty: no byte is served as if that were all; page: something else is served; reset: the connection closes at once;
     ignore_range, wrong_range: the range asked for is not what comes; labelled: the gzip is said to be the encoding of
-    the file, as some servers do; a number: that status.
+    the file, as some servers do; first_member: what comes ends with the first of the file's gzips, but the length of
+    the file is stated; unstated: nothing says how long it is; unstated_first_member: both; other_total: a range is said
+    to be of a file of another length; trickle_headers: before the content, a header that does not end, a byte every
+    hundredth of a second while the client stays; a number: that status.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -72,13 +76,27 @@ class FaultyServer:
             body = body[:20] + bytes([body[20] ^ 0xFF]) + body[21:] if len(body) > 20 else b"x" * len(body)
         elif fault == "page":
             body = b"<html>Please try again later</html>"
+        elif fault in ("first_member", "unstated_first_member"):
+            body = data[start : first_member(data)] or body
         handler.send_response(206 if start else 200)
+        unstated = fault in ("unstated", "unstated_first_member")
         if start:
             first = start - 1 if fault == "wrong_range" else start
-            handler.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+            total = "*" if unstated else len(data) + (fault == "other_total")
+            handler.send_header("Content-Range", f"bytes {first}-{start + len(body) - 1}/{total}")
         if fault == "labelled":
             handler.send_header("Content-Encoding", "gzip")
-        handler.send_header("Content-Length", str(len(body)))
+        if not unstated:
+            handler.send_header(
+                "Content-Length", str(len(data) if fault == "first_member" and not start else len(body))
+            )
+        if fault == "trickle_headers":
+            handler.flush_headers()
+            handler.wfile.write(b"X-Padding: ")
+            for _ in range(500):
+                handler.wfile.write(b"x")
+                time.sleep(0.01)
+            return
         handler.end_headers()
         if fault == "trickle":
             for place in range(len(body)):
@@ -92,3 +110,10 @@ class FaultyServer:
             handler.connection.shutdown(socket.SHUT_RDWR)
         else:
             handler.wfile.write(body)
+
+
+def first_member(data: bytes) -> int:
+    """The bytes of the first of several gzips."""
+    decompressor = zlib.decompressobj(wbits=31)
+    decompressor.decompress(data)
+    return len(data) - len(decompressor.unused_data)

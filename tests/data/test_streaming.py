@@ -14,9 +14,10 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from faulty_server import FaultyServer
+from faulty_server import FaultyServer, first_member
 from repository import REPOSITORY
 from ruamel.yaml import YAML
 
@@ -39,7 +40,7 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "some", "cats", "Zwölf",
 
 
 def make_files(number: int = 4, documents: int = 20) -> dict[str, bytes]:
-    """Files in Dolma's format, which hardly shrink, so that a third of one breaks off within a document."""
+    """Files in Dolma's format of two gzips each; they hardly shrink: a third of one breaks off within a document."""
     draw = random.Random(7)
     files = {}
     for file in range(number):
@@ -49,7 +50,8 @@ def make_files(number: int = 4, documents: int = 20) -> dict[str, bytes]:
             for index in range(documents)
         ]  # fmt: skip
         rows[3]["text"] = " \n"  # blank: not a document
-        files[f"{file}.json.gz"] = gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0)
+        halves = ("".join(json.dumps(row) + "\n" for row in half) for half in (rows[::2], rows[1::2]))
+        files[f"{file}.json.gz"] = b"".join(gzip.compress(half.encode(), mtime=0) for half in halves)
     return files
 
 
@@ -58,6 +60,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer") / "bpe"
     save_tokenizer(ByteBPE(kind="bpe", vocab_size=290), [" ".join(WORDS)] * 50, folder)
     return folder
+
+
+DELAYS = {name: getattr(download, name) for name in ("FIRST_DELAY", "LONGEST_DELAY")}  # the real ones
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +170,8 @@ def test_the_region_is_held_out_and_stays_the_same_when_more_files_follow(tmp_pa
     assert held_out[0] == held_out[1]
 
 
-FAULTS = ["drop", "stall", "trickle", "truncate", "garble", "empty", "page", "reset", "labelled", 416, 429, 500, 503]
+FAULTS = ["drop", "stall", "trickle", "truncate", "garble", "empty", "page", "reset", "labelled", "unstated",
+          416, 429, 500, 503]  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -175,10 +181,14 @@ def test_a_fault_changes_nothing(tmp_path, server, address, tokenizer, undisturb
     stream.run()
     assert stream.content() == undisturbed
     asked = [name for name, _ in server.requests].count("2.json.gz")
-    assert asked == (1 if fault == "labelled" else 3)
+    assert asked == (1 if fault in ("labelled", "unstated") else 3)
 
 
-@pytest.mark.parametrize("fault", ["ignore_range", "wrong_range", "garble", "truncate", "page", 416])
+@pytest.mark.parametrize(
+    "fault",
+    ["ignore_range", "wrong_range", "garble", "truncate", "page", "first_member", "unstated", "unstated_first_member",
+     "other_total", 416],
+)  # fmt: skip
 def test_a_fault_within_a_resumed_download_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, fault):
     server.faults = {name: ["drop", fault] for name in server.files}
     stream = Stream(tmp_path / "faulty", address, server, tokenizer)
@@ -190,7 +200,8 @@ def test_a_fault_within_a_resumed_download_changes_nothing(tmp_path, server, add
 def test_any_mixture_of_faults_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, seed):
     draw = random.Random(seed)
     faults = [fault for fault in FAULTS if fault not in ("stall", "trickle")]  # which take long
-    server.faults = {name: draw.choices([*faults, "ignore_range", "wrong_range"], k=5) for name in server.files}
+    of_ranges = ["ignore_range", "wrong_range", "first_member", "other_total"]
+    server.faults = {name: draw.choices([*faults, *of_ranges], k=5) for name in server.files}
     stream = Stream(tmp_path / "faulty", address, server, tokenizer)
     stream.run()
     assert stream.content() == undisturbed
@@ -203,6 +214,14 @@ def test_a_download_that_broke_off_goes_on_where_it_stopped(tmp_path, server, ad
     size = len(files["1.json.gz"])
     starts = [start for name, start in server.requests if name == "1.json.gz"]
     assert starts == [0, size // 3, size // 3 + (size - size // 3) // 3]
+
+
+def test_a_download_goes_on_after_the_first_of_several_gzips(tmp_path, server, address, files):
+    """What came by then is whole as gzip goes: the length alone says that something is missing."""
+    server.faults = {"1.json.gz": ["drop", "first_member"]}
+    fetch_gzip(f"{address}/1.json.gz", tmp_path / "1.gz", threading.Event())
+    assert (tmp_path / "1.gz").read_bytes() == files["1.json.gz"]
+    assert server.requests[-1] == ("1.json.gz", first_member(files["1.json.gz"]))
 
 
 @pytest.mark.parametrize("crash_at", [0, 1, 12, 19, 20, 37, 57, 75])
@@ -358,6 +377,32 @@ def test_what_was_read_from_each_address_is_in_the_metadata(tmp_path, server, ad
     ]  # fmt: skip
 
 
+def test_off_a_terminal_a_line_for_each_file_says_this_process_s_rate_and_the_time_left(
+    tmp_path, server, address, tokenizer, monkeypatch, capsys
+):
+    stream = Stream(tmp_path / "stream", address, server, tokenizer)
+    write, written = ShardWriter.write, 0
+
+    def timed(*args: object) -> None:
+        nonlocal written
+        written += 1
+        if written == 30:
+            raise KeyboardInterrupt
+        write(*args)
+
+    monkeypatch.setattr(streaming, "time", SimpleNamespace(monotonic=lambda: written / 8))  # seconds
+    monkeypatch.setattr(ShardWriter, "write", timed)
+    with pytest.raises(KeyboardInterrupt):
+        stream.run()
+    first = capsys.readouterr().err.splitlines()
+    stream.run()
+    lines = [*first, *capsys.readouterr().err.splitlines()]
+    assert [line.partition(" files, ")[0] for line in lines] == [f"c: {number} of 4" for number in (1, 2, 3, 4)]
+    assert [line.rpartition(" tokens, ")[2] for line in lines] == [
+        f"8 documents/s, 00:0{documents // 8} left" for documents in (57, 38, 19, 0)
+    ]
+
+
 def test_a_file_that_is_not_there_stops_the_run_at_once(tmp_path, server, address, tokenizer):
     stream = Stream(tmp_path / "stream", address, server, tokenizer)
     del server.files["1.json.gz"]
@@ -395,6 +440,40 @@ def test_a_server_that_trickles_is_given_up(tmp_path, server, address, monkeypat
     fetch_gzip(f"{address}/2.json.gz", tmp_path / "2.gz", threading.Event())
     assert (tmp_path / "2.gz").read_bytes() == server.files["2.json.gz"]
     assert server.requests[-1][1] > 0
+
+
+def test_headers_that_trickle_are_given_up(tmp_path, server, address, monkeypatch):
+    monkeypatch.setattr(download, "FAILURES", 2)
+    monkeypatch.setattr(download, "CONNECT_SECONDS", 0.5)
+    server.faults = {"2.json.gz": ["trickle_headers"] * 30}
+    with pytest.raises(
+        DynarouteError, match=r"2\.json\.gz: 2 failures without progress, .*: no answer in 0\.7 seconds"
+    ):
+        fetch_gzip(f"{address}/2.json.gz", tmp_path / "2.gz", threading.Event())
+    assert len(server.requests) == 2
+
+
+class Waits(threading.Event):
+    """An event that notes how long it is waited for, and does not wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def wait(self, timeout: float) -> bool:
+        self.seconds.append(timeout)
+        return False
+
+
+def test_a_server_that_is_down_is_asked_again_for_more_than_20_minutes(tmp_path, server, address, monkeypatch):
+    for name, seconds in DELAYS.items():
+        monkeypatch.setattr(download, name, seconds)
+    server.faults = {"2.json.gz": [503] * 30}
+    waits = Waits()
+    with pytest.raises(DynarouteError, match=r"2\.json\.gz: \d+ failures without progress, .*503"):
+        fetch_gzip(f"{address}/2.json.gz", tmp_path / "2.gz", waits)
+    assert sum(waits.seconds) > 20 * 60
+    assert max(waits.seconds) <= 120
 
 
 @pytest.mark.parametrize("keep", [0, 500, 10**6], ids=["empty", "truncated", "garbled"])
@@ -462,6 +541,9 @@ def test_a_corpus_that_ends_within_its_region_is_refused(tmp_path, server, addre
     [
         ("http://a/1.gz\nhttp://a/1.gz\n", None, "http://a/1.gz occurs twice: its text would count twice"),
         ("http://a/1.gz\nftp://a/2.gz\n", None, "'ftp://a/2.gz' is no http or https address"),
+        ("https:///2.gz\n", None, "'https:///2.gz' is no address: "),
+        ("http://exa mple/2.gz\n", None, "'http://exa mple/2.gz' is no address: "),
+        ("http://a:99999/2.gz\n", None, "'http://a:99999/2.gz' is no address: "),
         ("http://a/1.gz\n\n", 2, "has 1 lines, fewer than files = 2"),
         ("\n", None, "has 0 lines, fewer than files = 1"),
         (None, None, "cannot be read: "),

@@ -9,11 +9,13 @@ import contextlib
 import itertools
 import sys
 import threading
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import requests
 from tqdm import tqdm
 
 from dynaroute.artifacts import (
@@ -60,6 +62,10 @@ def list_addresses(name: str, corpus: Corpus, directory: str | Path) -> dict[str
         raise DynarouteError(f"{place} has {len(addresses)} lines, fewer than files = {source.files or 1}")
     addresses = addresses[: source.files]
     for number, address in enumerate(addresses):
+        try:
+            requests.Request("GET", address).prepare()
+        except (requests.RequestException, ValueError) as error:  # such as one without a host
+            raise DynarouteError(f"{place}: {address!r} is no address: {error}") from error
         if urlsplit(address).scheme not in ("http", "https"):
             raise DynarouteError(f"{place}: {address!r} is no http or https address")
         if address in addresses[:number]:
@@ -150,6 +156,7 @@ def tokenize_stream(
         run.splits = {split: writer.flush() for split, writer in writers.items()}
         write_note(note, asdict(run))
 
+    started, documents_before = time.monotonic(), run.documents
     bar = tqdm(total=len(addresses), initial=len(run.files), desc=f"tokenize {name}", unit="file", unit_scale=True,
                disable=None)  # fmt: skip
     left = range(len(run.files), len(addresses))
@@ -176,8 +183,11 @@ def tokenize_stream(
                 run.begun, run.taken = None, 0
                 save()
                 path.unlink()
+                rate = (run.documents - documents_before) / (time.monotonic() - started)  # of this process
+                to_come = run.documents / len(run.files) * (len(addresses) - len(run.files))  # if files are alike
                 sizes = f"{run.documents:,} documents, {sum(w.num_tokens for w in writers.values()):,} tokens"
-                bar.write(f"{name}: {number + 1} of {len(addresses)} files, {sizes}", file=sys.stderr)
+                speed = f"{rate:,.0f} documents/s, {tqdm.format_interval(to_come / rate) if rate else '?'} left"
+                bar.write(f"{name}: {number + 1} of {len(addresses)} files, {sizes}, {speed}", file=sys.stderr)
         finally:
             stop.set()
 

@@ -1,0 +1,32 @@
+"""Runs a launcher of training, such as torchrun, but for its traceback when a process that it started has failed.
+
+    python -m dynaroute.launcher /path/to/torchrun --standalone --nproc_per_node 4 stages/train_dwr.py
+
+That process has said what is wrong, in a line, which dozens of lines about the launcher's own code would hide.
+"""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Runs the script that the command line names, with the arguments after it; its exit status is the launcher's."""
+    del sys.argv[0]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except subprocess.CalledProcessError as error:  # of accelerate, with one process
+        sys.exit(f"{Path(sys.argv[0]).name}: the process that it started ended with status {error.returncode}")
+    except Exception as error:
+        # By name: torch takes seconds to import, and the launcher may not be of torch.
+        if type(error).__name__ == "ChildFailedError":
+            rank, failure = error.get_first_failure()
+            sys.exit(f"{Path(sys.argv[0]).name}: the process of rank {rank} ended with status {failure.exitcode}")
+        if type(error).__name__ == "SignalException":
+            sys.exit(f"{Path(sys.argv[0]).name}: stopped by {error.sigval.name}")
+        raise
+
+
+if __name__ == "__main__":
+    main()
