@@ -170,7 +170,7 @@ def make_dagformer_tree(root: Path) -> Path:
     }  # fmt: skip
     params["analysis"]["variants"] = ["P1"]
     params["dagformer"] |= {
-        "seq_len": SEQ_LEN, "train_windows": 20, "validation_windows": 5, "prefix_tokens": 6,
+        "seq_len": SEQ_LEN, "train_windows": 20, "validation_windows": 5, "eval_windows": 5, "prefix_tokens": 6,
         "base": {"kind": "load", "path": "published", "revision": None},
     }  # fmt: skip
     YAML(typ="safe").dump(params, root / "params.yaml")

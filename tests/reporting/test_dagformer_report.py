@@ -228,8 +228,8 @@ def test_the_gradient_check_shows_gradient_and_slope_by_step():
 
     edit_csv(REPORTS / "S2/training.csv", change)
     row = row_of(section(report(), "S2"), f"{load_settings().variant('S2').validate_every}")
-    assert row[5:7] == ["1.00e-03", "1.00e-05"]
-    assert row_of(section(report(), "S2"), "0")[5:7] == ["–", "–"]
+    assert row[6:8] == ["1.00e-03", "1.00e-05"]
+    assert row_of(section(report(), "S2"), "0")[6:8] == ["–", "–"]
 
 
 def test_a_long_curve_is_thinned_and_says_so():
@@ -353,7 +353,8 @@ def window_nll(name: str, mode: str) -> pd.Series:
 )
 def test_the_learning_rate_that_p2_starts_anew_with_is_that_of_its_knobs(warm_up, words):
     edit_json("data/dagformer/P2/run.json", lambda data: data["knobs"].update(lr=0.0321, warmup_steps=warm_up))
-    edit_json("data/dagformer/P1/run.json", lambda data: data["knobs"].update(min_lr=0.0012))
+    for name in ("P1", "P1s1", "P1s2"):  # the others are P1 with other seeds
+        edit_json(f"data/dagformer/{name}/run.json", lambda data: data["knobs"].update(min_lr=0.0012))
     assert f"starts anew at its full rate: {words}, where P1's was to end at 0.0012." in section(report(), "P2")
 
 
@@ -448,7 +449,7 @@ def test_p1_alone_makes_a_report():
     keep(["P1"])
     text = report()
     assert "No ablation was run at a budget of P1's." in text
-    assert "0 of" not in text
+    assert not re.search(r"\b0 of (?!4 comparisons)", text)  # none of the four is too close to say
 
 
 def test_without_p1_there_is_nothing_to_compare_with():
