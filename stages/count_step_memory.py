@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmark_dagformer_step import ENCODER, VOCABULARY
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,8 +31,7 @@ from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.stage import run
 
-VOCABULARY = 100352  # of allenai/OLMo-2-0425-1B, by its config.json
-EMBEDDING = 1024  # the width of Qwen/Qwen3-Embedding-0.6B
+EMBEDDING = ENCODER["hidden_size"]
 STEPS = 2  # AdamW makes its moments at the first
 
 

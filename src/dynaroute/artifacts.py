@@ -171,10 +171,15 @@ def sha256(path: str | Path) -> str:
     Raises:
         DynarouteError: it cannot be read.
     """
-    return _digest(path, "sha256")
+    return digest(path, "sha256")
 
 
-def _digest(path: str | Path, algorithm: str) -> str:
+def digest(path: str | Path, algorithm: str) -> str:
+    """A hash of a file's bytes, as hexadecimal digits, by an algorithm of hashlib: `sha256`, or DVC's `md5`.
+
+    Raises:
+        DynarouteError: it cannot be read.
+    """
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, algorithm).hexdigest()
@@ -196,7 +201,7 @@ def checked(path: str | Path) -> Path:
     if folder is not None:
         _compare(folder, path)
     elif "DVC_STAGE" in os.environ and path.is_file():
-        expected, found = _recorded_by_dvc(Path.cwd()).get(path.as_posix()), _digest(path, "md5")
+        expected, found = _recorded_by_dvc(Path.cwd()).get(path.as_posix()), digest(path, "md5")
         if expected not in (None, found):
             raise DynarouteError(f"{path}: MD5 is {found}, but dvc.lock says {expected}: {REMEDY}")
     return path

@@ -1,10 +1,9 @@
 """What stages wrote, read with errors that name the file: a report is no place for a traceback."""
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynaroute.artifacts import REMEDY, checked, read_json
+from dynaroute.artifacts import REMEDY, checked, digest, read_json
 from dynaroute.config import read_yaml
 from dynaroute.errors import DynarouteError
 
@@ -92,15 +91,15 @@ def code_measured(stage: str) -> str:
     if recorded is None:
         return "At which state of the code is not recorded."
     files = [one for one in recorded["deps"] if not one["md5"].endswith(".dir")]
-    changed = [f"`{one['path']}`" for one in files if not _is_still(Path(one["path"]), one["md5"])]
+    changed = [
+        f"`{one['path']}`"
+        for one in files
+        if not Path(one["path"]).is_file() or digest(one["path"], "md5") != one["md5"]
+    ]
     return (
         f"The state of the code is the one in `{path}`. Of the {len(files)} files listed there, changed since: "
         f"{', '.join(changed) or 'none'}. When: see `git log` of the file of results, which holds no date."
     )
-
-
-def _is_still(path: Path, md5: str) -> bool:
-    return path.is_file() and hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() == md5
 
 
 def file_size(path: str | Path) -> int:
