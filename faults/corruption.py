@@ -26,8 +26,6 @@ import numpy as np
 import torch
 from workspace import REPOSITORY, Row, finished_workspace, parse_arguments, run_campaign, with_log
 
-from dynaroute import artifacts
-from dynaroute.artifacts import CHECKSUMS, read_json, read_note, write_note
 from dynaroute.config import Settings, load_settings
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
@@ -41,6 +39,8 @@ from dynaroute.dwr.inference import load_resident
 from dynaroute.dwr.trace import load_trace
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.nll import read_nll
+from dynaroute.pipeline import artifacts
+from dynaroute.pipeline.artifacts import CHECKSUMS, read_json, read_note, write_note
 from dynaroute.reporting import cached_inference
 from dynaroute.reporting.dagformer import analyses, results
 from dynaroute.reporting.dwr import results as dwr_results

@@ -12,7 +12,7 @@ from typing import Any
 
 from workspace import PAGE, REPORTS, REPOSITORY, Row
 
-from dynaroute.artifacts import read_json, write_text
+from dynaroute.pipeline.artifacts import read_json, write_text
 
 TEMPLATE = Path(__file__).with_name("reliability.md")
 AS_PROMISED = {  # outcomes; of `repeat`, see `as_promised`

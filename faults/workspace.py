@@ -17,14 +17,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
 
 from repository import REPOSITORY as REPOSITORY
 from ruamel.yaml import YAML
 from tiny_pipeline import LOCATE as LOCATE
 from tiny_pipeline import MEASURED, RUNS, VARIANTS, Workspace, project_files
 
-from dynaroute.artifacts import write_json, write_text
+from dynaroute.pipeline.artifacts import write_json, write_text
 
 REPORTS, PAGE = Path("reports/reliability"), Path("docs/reliability.md")  # what campaigns write
 OWN_VARIANTS = ("P1", "J1")

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynaroute.artifacts import sha256, write_csv, write_json
 from dynaroute.config import Analysis, Settings
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.gates import dag_mask, layer_distance
@@ -57,7 +56,8 @@ from dynaroute.evaluation.statistics import (
     paired_difference,
     westfall_young,
 )
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import sha256, write_csv, write_json
+from dynaroute.pipeline.stage import run
 
 BASE, REPORTS = Path("data/dagformer/base"), Path("reports/dagformer")
 BATCH = 8  # windows. A constant: float sums depend on it

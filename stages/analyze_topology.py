@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
@@ -43,7 +42,8 @@ from dynaroute.evaluation.domains import Domains, DomainWindows, domain_windows,
 from dynaroute.evaluation.nll import Wiring, read_nll, sequence_nll, wire, wired_nll
 from dynaroute.evaluation.statistics import compare, holm
 from dynaroute.evaluation.topology import by_layer_pair, jaccard_distances, same_text_test, variation
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import write_csv, write_json
+from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
 
 DATA, REPORTS, EVALUATED = Path("data/dagformer"), Path("reports/dagformer"), Path("data/eval")

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings
 from dynaroute.dwr.benchmark import (
     Cell,
@@ -34,8 +33,9 @@ from dynaroute.dwr.benchmark import (
 from dynaroute.dwr.experts import ExpertCache, ExpertStore
 from dynaroute.dwr.experts.prefetch import GatePrefetcher
 from dynaroute.dwr.inference import bind_experts, load_backbone, read_text
-from dynaroute.machine import describe_machine
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import write_csv, write_json
+from dynaroute.pipeline.machine import describe_machine
+from dynaroute.pipeline.stage import run
 
 STORE = Path("data/dwr/expert_store")
 REPORTS = Path("reports/dwr")

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dynaroute.artifacts import write_json
 from dynaroute.config import Settings
 from dynaroute.dwr.benchmark import decode, store_forgetter
 from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, Usage, export_store, make_policy
@@ -38,8 +37,9 @@ from dynaroute.dwr.experts.residency import Residency
 from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, load_resident
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights, expert_ffn
 from dynaroute.errors import DynarouteError
-from dynaroute.machine import describe_machine
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import write_json
+from dynaroute.pipeline.machine import describe_machine
+from dynaroute.pipeline.stage import run
 
 CONFIG = DWRConfig(
     d_model=512, d_ff=2048, num_layers=6, num_heads=8, num_experts=16, top_k=2, max_seq_len=512, dropout=0.0,

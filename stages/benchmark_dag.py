@@ -37,13 +37,13 @@ from torch import Tensor, nn
 from transformers import Olmo2Config, Olmo2ForCausalLM
 from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb
 
-from dynaroute.artifacts import write_json
 from dynaroute.config import Settings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.errors import DynarouteError
-from dynaroute.machine import describe_machine, failure, require_device
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import write_json
+from dynaroute.pipeline.machine import describe_machine, failure, require_device
+from dynaroute.pipeline.stage import run
 
 ROUNDS, WARM_UP = 9, 2
 MIB = 2**20

@@ -20,15 +20,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dynaroute.artifacts import write_json
 from dynaroute.config import PretrainedBase, Settings, Variant
 from dynaroute.dagformer.base import new_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.objective import DagObjective
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.errors import DynarouteError
-from dynaroute.machine import compute_dtype, describe_machine, peak_memory, require_device
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import write_json
+from dynaroute.pipeline.machine import compute_dtype, describe_machine, peak_memory, require_device
+from dynaroute.pipeline.stage import run
 from dynaroute.training.loop import Batch, make_accelerator
 from dynaroute.training.schedules import decay_groups
 

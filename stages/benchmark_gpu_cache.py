@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from dynaroute.artifacts import write_json
 from dynaroute.config import Settings
 from dynaroute.dwr.benchmark import Cell, Pass, held_out_texts, make_cells, nearest_a_third, sweep
 from dynaroute.dwr.experts import ExpertStore
-from dynaroute.machine import describe_machine, require_device
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import write_json
+from dynaroute.pipeline.machine import describe_machine, require_device
+from dynaroute.pipeline.stage import run
 
 STORE = Path("data/dwr/expert_store")
 

@@ -34,13 +34,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dynaroute.artifacts import write_json
 from dynaroute.config import Settings, Training
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, MoE, RouterStatistics, expert_ffn
 from dynaroute.dwr.objective import DWRObjective
-from dynaroute.machine import describe_machine, failure
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import write_json
+from dynaroute.pipeline.machine import describe_machine, failure
+from dynaroute.pipeline.stage import run
 from dynaroute.training.loop import Batch, make_accelerator
 from dynaroute.training.schedules import decay_groups
 

@@ -38,14 +38,14 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from dynaroute.artifacts import write_json
 from dynaroute.config import GPT2, Settings
 from dynaroute.data.collection import read_documents
 from dynaroute.data.shard_writer import ShardWriter
 from dynaroute.data.tokenization import encoded
 from dynaroute.data.tokenizers import TiktokenTokenizer, Tokenizer, available_cores, load_tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import write_json
+from dynaroute.pipeline.stage import run
 
 CHARACTERS = 2**25  # of text: sixteen batches; the library holds its tokens as Python objects
 PIECE = 2**14  # characters of a document at most
@@ -180,7 +180,9 @@ def measure(tokenizers: dict[str, Path], pieces: Path, core_counts: list[int]) -
 
 def main(settings: Settings) -> None:
     """Measures, prints a table and writes the report."""
-    from dynaroute.machine import describe_machine  # imports torch, which the processes that measure do not need
+    from dynaroute.pipeline.machine import (
+        describe_machine,  # imports torch, which the processes that measure do not need
+    )
 
     if not hasattr(os, "sched_setaffinity"):
         raise DynarouteError("this benchmark needs Linux, where a process can be kept to some of the cores")

@@ -13,7 +13,7 @@ from pathlib import Path
 from dynaroute.config import DolmaStream, Settings
 from dynaroute.data.collection import collect
 from dynaroute.data.streaming import list_addresses
-from dynaroute.stage import run
+from dynaroute.pipeline.stage import run
 
 
 def main(settings: Settings, name: str) -> None:

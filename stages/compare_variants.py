@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings
 from dynaroute.data.shards import TokenShards
 from dynaroute.evaluation.domains import main_documents
@@ -36,6 +35,8 @@ from dynaroute.evaluation.statistics import (
     paired_difference,
     settled_westfall_young,
 )
+from dynaroute.pipeline.artifacts import write_csv, write_json
+from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dagformer.results import (
     CONTROL,
     MODES,
@@ -45,7 +46,6 @@ from dynaroute.reporting.dagformer.results import (
     Variant,
     read_results,
 )
-from dynaroute.stage import run
 
 REPORTS = Path("reports/statistics")
 

@@ -24,12 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from dynaroute.artifacts import write_json
 from dynaroute.config import Settings, Variant, load_settings
 from dynaroute.dagformer.base import new_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import write_json
+from dynaroute.pipeline.stage import run
 
 EMBEDDING = ENCODER["hidden_size"]
 STEPS = 2  # AdamW makes its moments at the first

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 
-from dynaroute.artifacts import sha256
 from dynaroute.config import BaseEncoder, Settings
 from dynaroute.dagformer.encoders import load_encoder, write_embeddings
 from dynaroute.data.shards import TokenShards
 from dynaroute.data.windows import KEYS, Selection, dagformer_windows
 from dynaroute.evaluation.domains import domain_windows
-from dynaroute.machine import compute_dtype
-from dynaroute.stage import run
-from dynaroute.training.scratch import exclusive, run_id, scratch_folder
+from dynaroute.pipeline.artifacts import sha256
+from dynaroute.pipeline.machine import compute_dtype
+from dynaroute.pipeline.scratch import exclusive, run_id, scratch_folder
+from dynaroute.pipeline.stage import run
 
 DATA = Path("data/dagformer")
 

@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynaroute.artifacts import sha256, write_csv, write_json
 from dynaroute.config import Settings
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
@@ -46,7 +45,8 @@ from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.nll import baseline_nll, sequence_nll, tokens_by_source, wire, wired_nll
 from dynaroute.evaluation.statistics import paired_difference, verdict
 from dynaroute.evaluation.topology import measure
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import sha256, write_csv, write_json
+from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import save_checkpoint
 
 DATA, REPORTS, EVALUATED = Path("data/dagformer"), Path("reports/dagformer"), Path("data/eval")

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from dynaroute.artifacts import checked, read_json, write_json
 from dynaroute.config import Precision, Settings
 from dynaroute.data.shards import IGNORED_TARGET, TokenShards, Windows
 from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store
@@ -26,7 +25,8 @@ from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 from dynaroute.dwr.trace import count_transitions, record_routing
 from dynaroute.errors import DynarouteError
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import checked, read_json, write_json
+from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 
 TRAINED = Path("data/dwr/train")

@@ -11,9 +11,9 @@ Writes  data/dwr/tokens/NAME.json  SHA-256 of its metadata, which hold those of 
 
 from pathlib import Path
 
-from dynaroute.artifacts import sha256, write_json
 from dynaroute.config import Settings
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import sha256, write_json
+from dynaroute.pipeline.stage import run
 
 
 def main(settings: Settings, name: str) -> None:

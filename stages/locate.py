@@ -10,10 +10,10 @@ Writes  data/raw/NAME.source.json
 
 from pathlib import Path
 
-from dynaroute.artifacts import write_json
 from dynaroute.config import Hosted, Settings
 from dynaroute.data.corpora import locate
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import write_json
+from dynaroute.pipeline.stage import run
 
 
 def main(settings: Settings, name: str) -> None:

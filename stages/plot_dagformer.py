@@ -13,6 +13,7 @@ from pathlib import Path
 from dynaroute.config import Settings
 from dynaroute.dagformer.objective import SATURATED_SLOPE
 from dynaroute.evaluation.topology import by_layer_pair
+from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dagformer import analysis_figures, figures
 from dynaroute.reporting.dagformer.analyses import read_analyses, read_wirings
 from dynaroute.reporting.dagformer.results import (
@@ -23,7 +24,6 @@ from dynaroute.reporting.dagformer.results import (
     read_mean_gates,
     read_results,
 )
-from dynaroute.stage import run
 
 FIGURES = Path("reports/figures")
 CURVES = ("S1", "S2", "P1", "P2", "L0", "C1")  # with a panel for each

@@ -10,9 +10,9 @@ Writes  reports/figures/dwr_{training_curves,gate_norms,expert_load,cache_hit_ra
 from pathlib import Path
 
 from dynaroute.config import Settings
+from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dwr import figures
 from dynaroute.reporting.dwr.results import read_simulated_hits, read_speeds, read_training
-from dynaroute.stage import run
 
 FIGURES = Path("reports/figures")
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dynaroute.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.config import LoadedBase, Settings
 from dynaroute.dagformer.base import LanguageModelObjective, load_base, new_base
 from dynaroute.dagformer.graph import DagForward
@@ -29,11 +28,12 @@ from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.data.windows import KEYS, Subset, dagformer_windows
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.statistics import paired_difference, verdict
-from dynaroute.machine import compute_dtype, describe_machine, peak_memory
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json
+from dynaroute.pipeline.machine import compute_dtype, describe_machine, peak_memory
+from dynaroute.pipeline.scratch import run_id, scratch_folder
+from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 from dynaroute.training.loop import Trainer, make_accelerator, steps_in_epochs, with_all_columns
-from dynaroute.training.scratch import run_id, scratch_folder
 
 BASE = Path("data/dagformer/base")
 REPORTS = Path("reports/dagformer")

@@ -7,10 +7,10 @@ Reads   reports/dwr/{export,cache,simulation}.json, reports/dwr/{cache,simulated
 Writes  reports/cached_inference.md
 """
 
-from dynaroute.artifacts import write_text
 from dynaroute.config import Settings
+from dynaroute.pipeline.artifacts import write_text
+from dynaroute.pipeline.stage import run
 from dynaroute.reporting.cached_inference import page, read_results
-from dynaroute.stage import run
 
 
 def main(settings: Settings) -> None:

@@ -14,13 +14,13 @@ Writes  reports/dagformer.md           the same bytes on every run
         reports/dagformer_measured.md  times, speeds and memory
 """
 
-from dynaroute.artifacts import write_text
 from dynaroute.config import Settings
+from dynaroute.pipeline.artifacts import write_text
+from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dagformer.analyses import read_analyses
 from dynaroute.reporting.dagformer.measured import measured_page
 from dynaroute.reporting.dagformer.report import page
 from dynaroute.reporting.dagformer.results import read_measurements, read_results
-from dynaroute.stage import run
 
 
 def main(settings: Settings) -> None:

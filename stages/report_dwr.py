@@ -9,12 +9,12 @@ Writes  reports/dwr.md           the same bytes on every run
         reports/dwr_measured.md  times, speeds and memory
 """
 
-from dynaroute.artifacts import write_text
 from dynaroute.config import Settings
+from dynaroute.pipeline.artifacts import write_text
+from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dwr.measured import measured_page
 from dynaroute.reporting.dwr.report import page
 from dynaroute.reporting.dwr.results import read_measurements, read_results
-from dynaroute.stage import run
 
 
 def main(settings: Settings) -> None:

@@ -6,10 +6,10 @@ Reads   reports/dwr_runs/
 Writes  reports/dwr_runs.md, reports/figures/dwr_runs.png
 """
 
-from dynaroute.artifacts import write_text
 from dynaroute.config import Settings
+from dynaroute.pipeline.artifacts import write_text
+from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dwr_runs import page, plot_runs, read_runs, sweep
-from dynaroute.stage import run
 
 
 def main(settings: Settings) -> None:

@@ -6,10 +6,10 @@ Reads   cards.yaml, reports/dwr, reports/benchmarks, ../reports/reference.yaml
 Writes  ../reports/gpu.md
 """
 
-from dynaroute.artifacts import write_text
 from dynaroute.config import Settings
+from dynaroute.pipeline.artifacts import write_text
+from dynaroute.pipeline.stage import run
 from dynaroute.reporting.gpu import page, read_results
-from dynaroute.stage import run
 
 
 def main(settings: Settings) -> None:

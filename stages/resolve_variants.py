@@ -11,9 +11,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from dynaroute.artifacts import output_directory
 from dynaroute.config import Settings
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import output_directory
+from dynaroute.pipeline.stage import run
 
 
 def main(settings: Settings) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import PrefetchName, Settings
 from dynaroute.dwr.benchmark import nearest_a_third
 from dynaroute.dwr.experts import CacheStatistics, ExpertStore, make_policy
@@ -25,7 +24,8 @@ from dynaroute.dwr.experts.residency import Residency
 from dynaroute.dwr.simulate import Call, Seconds, make_foretell, ratio_to_resident, replay
 from dynaroute.dwr.trace import Trace, load_trace, uniform_trace
 from dynaroute.errors import DynarouteError
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import write_csv, write_json
+from dynaroute.pipeline.stage import run
 
 STORE = Path("data/dwr/expert_store")
 TRACE = Path("data/dwr/trace")

@@ -14,12 +14,12 @@ Writes  data/tokens/NAME/{train,validation,test}-*.npy, metadata.json, tokenizer
 
 from pathlib import Path
 
-from dynaroute.artifacts import sha256
 from dynaroute.config import DolmaStream, Settings
 from dynaroute.data.streaming import tokenize_stream
 from dynaroute.data.tokenization import tokenize
-from dynaroute.stage import run
-from dynaroute.training.scratch import exclusive, run_id, scratch_folder
+from dynaroute.pipeline.artifacts import sha256
+from dynaroute.pipeline.scratch import exclusive, run_id, scratch_folder
+from dynaroute.pipeline.stage import run
 
 
 def main(settings: Settings, name: str) -> None:

@@ -15,7 +15,7 @@ from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.dwr.experts import ExpertStore
 from dynaroute.dwr.inference import load_resident
 from dynaroute.dwr.trace import record_routing, save_trace
-from dynaroute.stage import run
+from dynaroute.pipeline.stage import run
 
 STORE = Path("data/dwr/expert_store")
 TRACE = Path("data/dwr/trace")

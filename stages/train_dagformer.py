@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from dynaroute.artifacts import checked, output_directory, sha256, write_csv, write_json
 from dynaroute.config import Settings, Variant, read_yaml
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
@@ -34,11 +33,12 @@ from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.data.windows import Subset
 from dynaroute.errors import DynarouteError
-from dynaroute.machine import describe_machine, peak_memory
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import checked, output_directory, sha256, write_csv, write_json
+from dynaroute.pipeline.machine import describe_machine, peak_memory
+from dynaroute.pipeline.scratch import run_id, scratch_folder
+from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import save_checkpoint
 from dynaroute.training.loop import Trainer, make_accelerator, with_all_columns
-from dynaroute.training.scratch import run_id, scratch_folder
 
 DATA = Path("data/dagformer")
 REPORTS = Path("reports/dagformer")

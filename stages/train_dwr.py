@@ -18,17 +18,17 @@ from pathlib import Path
 
 import torch
 
-from dynaroute.artifacts import output_directory, write_csv, write_json
 from dynaroute.config import Settings
 from dynaroute.data.shards import Windows
 from dynaroute.data.windows import cache_benchmark_windows, evenly_spaced
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.dwr.training import make_trainer, open_tokens
-from dynaroute.machine import describe_machine, peak_memory
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import output_directory, write_csv, write_json
+from dynaroute.pipeline.machine import describe_machine, peak_memory
+from dynaroute.pipeline.scratch import run_id
+from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 from dynaroute.training.loop import Trainer, make_accelerator, own_share, with_all_columns
-from dynaroute.training.scratch import run_id
 
 REPORTS = Path("reports/dwr")
 

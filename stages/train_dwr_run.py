@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from dynaroute.artifacts import checked, write_json
 from dynaroute.config import DWRRun, Settings, read_yaml
 from dynaroute.data.shards import Windows
 from dynaroute.data.windows import Selection, Subset, evenly_spaced
@@ -23,10 +22,11 @@ from dynaroute.dwr.simulate import replay
 from dynaroute.dwr.trace import Trace, record_routing, uniform_trace
 from dynaroute.dwr.training import make_trainer, open_tokens
 from dynaroute.errors import DynarouteError
-from dynaroute.stage import run
+from dynaroute.pipeline.artifacts import checked, write_json
+from dynaroute.pipeline.scratch import run_id
+from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 from dynaroute.training.loop import make_accelerator, own_share
-from dynaroute.training.scratch import run_id
 
 REPORTS = Path("reports/dwr_runs")
 

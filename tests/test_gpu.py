@@ -17,10 +17,10 @@ from repository import REPOSITORY
 from ruamel.yaml import YAML
 from small_tokens import write_tokens
 
-from dynaroute.artifacts import write_text
 from dynaroute.config import Settings, load_settings
 from dynaroute.dwr.model import DWRConfig
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import write_text
 from dynaroute.reporting.gpu import early_stop, page, read_results
 
 GPU = REPOSITORY / "gpu"

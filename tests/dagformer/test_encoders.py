@@ -13,8 +13,6 @@ from repository import REPOSITORY
 from safetensors.torch import load_file, save_file
 from small_tokens import write_tokens
 
-from dynaroute import artifacts
-from dynaroute.artifacts import checked
 from dynaroute.config import BaseEncoder, ByteBPE, HubEncoder, Settings, load_settings
 from dynaroute.dagformer import encoders
 from dynaroute.dagformer.encoders import load_embeddings, load_encoder, write_embeddings
@@ -23,6 +21,8 @@ from dynaroute.data.tokenizers import load_tokenizer, save_tokenizer
 from dynaroute.data.windows import KEYS, Subset
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.domains import domain_windows
+from dynaroute.pipeline import artifacts
+from dynaroute.pipeline.artifacts import checked
 
 BASE = BaseEncoder(kind="base")
 SEQ_LEN, PREFIX, WIDTH, VOCABULARY = 8, 3, 16, 280

@@ -12,9 +12,9 @@ from small_base import EMBEDDING, SEQ_LEN, VOCABULARY, make_base
 from small_tokens import write_tokens
 from test_objective import STEPS, make, make_variant, validate
 
-from dynaroute.artifacts import read_json, sha256, write_json
 from dynaroute.config import load_settings
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import read_json, sha256, write_json
 from dynaroute.training.checkpoints import load_checkpoint
 
 

@@ -7,13 +7,13 @@ import benchmark_tokenization as benchmark
 import pytest
 from repository import REPOSITORY
 
-from dynaroute.artifacts import write_json
 from dynaroute.config import GPT2, ByteBPE, load_settings
 from dynaroute.data.collection import read_documents
 from dynaroute.data.shards import TokenShards
 from dynaroute.data.tokenization import describe
 from dynaroute.data.tokenizers import save_tokenizer
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import write_json
 
 BPE = ByteBPE(kind="bpe", vocab_size=280)
 TEXTS = ["the cat sat on the mat, Zwölf <|endoftext|>\n" * 20, "def cat(the):\n    return the\n" * 9, "x"]

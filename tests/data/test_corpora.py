@@ -312,7 +312,7 @@ def test_locate_follows_a_local_dataset_and_names_a_remote_one(hub_folder):
 
 def test_heavy_libraries_are_imported_only_where_they_are_used():
     code = (
-        "import sys, dynaroute.stage, dynaroute.data.corpora as light; "
+        "import sys, dynaroute.pipeline.stage, dynaroute.data.corpora as light; "
         "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)); "
         "import dynaroute.data.tokenization; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     )

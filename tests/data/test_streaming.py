@@ -21,8 +21,6 @@ from faulty_server import FaultyServer, first_member
 from repository import REPOSITORY
 from ruamel.yaml import YAML
 
-from dynaroute import artifacts
-from dynaroute.artifacts import checked
 from dynaroute.config import ByteBPE, Corpus, read_yaml
 from dynaroute.data import download, streaming, tokenization
 from dynaroute.data.collection import collect
@@ -33,6 +31,8 @@ from dynaroute.data.streaming import list_addresses, tokenize_stream
 from dynaroute.data.tokenization import tokenize
 from dynaroute.data.tokenizers import save_tokenizer
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline import artifacts
+from dynaroute.pipeline.artifacts import checked
 
 REGION = {"skip": 13, "validation": 6, "test": 9}
 SHARD_TOKENS = 700

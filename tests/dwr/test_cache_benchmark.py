@@ -11,7 +11,6 @@ import torch
 from plain_lru import lru_hit_rate
 from small_store import RUN, export, make_model, uniform_usage
 
-from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings, load_settings
 from dynaroute.data.shards import TokenShards
 from dynaroute.data.tokenization import tokenize
@@ -20,6 +19,7 @@ from dynaroute.dwr.benchmark import Cell, peak_memory, sweep
 from dynaroute.dwr.experts import CacheStatistics
 from dynaroute.dwr.trace import load_trace, uniform_trace
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.training.checkpoints import save_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]

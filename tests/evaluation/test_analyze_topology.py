@@ -24,7 +24,6 @@ from small_dagformer import (
     write_variant,
 )
 
-from dynaroute.artifacts import sha256, write_json
 from dynaroute.config import Settings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
@@ -32,6 +31,7 @@ from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.domains import domain_windows
 from dynaroute.evaluation.statistics import paired_difference
+from dynaroute.pipeline.artifacts import sha256, write_json
 from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
 
 FILES = ["reports/dagformer/P1/topology.json", "reports/dagformer/P1/swaps.csv", "data/analysis/P1/wirings.safetensors"]

@@ -7,7 +7,6 @@ import pytest
 import torch
 from small_dagformer import write_tokens
 
-from dynaroute.artifacts import write_json
 from dynaroute.data.shard_writer import ShardWriter
 from dynaroute.data.shards import TokenShards
 from dynaroute.evaluation.domains import (
@@ -19,6 +18,7 @@ from dynaroute.evaluation.domains import (
 )
 from dynaroute.evaluation.statistics import holm
 from dynaroute.evaluation.topology import jaccard_distances
+from dynaroute.pipeline.artifacts import write_json
 
 SOURCES, DOCUMENTS, WINDOWS, GATES = 3, 6, 5, 30  # documents of a source, windows of a document
 DOCUMENT_OF = np.repeat(np.arange(SOURCES * DOCUMENTS), WINDOWS)

@@ -6,7 +6,6 @@ import torch
 from small_base import EMBEDDING, HEADS, LAYERS, make_base
 from small_dagformer import make_predictor, make_windows, write_tokens
 
-from dynaroute.artifacts import write_csv
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.errors import DynarouteError
@@ -19,6 +18,7 @@ from dynaroute.evaluation.nll import (
     wire,
     wired_nll,
 )
+from dynaroute.pipeline.artifacts import write_csv
 
 VALID = dag_mask(LAYERS, HEADS)
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from repository import REPOSITORY
 
-from dynaroute.artifacts import write_csv, write_json
 from dynaroute.config import Settings, load_settings
 from dynaroute.evaluation.statistics import paired_difference, verdict
+from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.training.checkpoints import save_checkpoint
 
 MACHINE = {"processor": "A Processor 9000", "threads": 2, "torch": "2.9.99"}

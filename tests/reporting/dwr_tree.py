@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 from repository import REPOSITORY
 
-from dynaroute.artifacts import sha256, write_csv, write_json
 from dynaroute.config import read_yaml
+from dynaroute.pipeline.artifacts import sha256, write_csv, write_json
 
 RUN = "0123456789abcdef"
 LAYERS, EXPERTS = 3, 4

@@ -7,7 +7,7 @@ import sys
 
 from repository import REPOSITORY
 
-from dynaroute.artifacts import sha256
+from dynaroute.pipeline.artifacts import sha256
 
 STRANGE = re.compile(r"7,?777,?777|8888\.[89]")
 

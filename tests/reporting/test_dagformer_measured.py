@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 from dwr_tree import edit_json
 
-from dynaroute.artifacts import write_json
 from dynaroute.config import load_settings
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import write_json
 from dynaroute.reporting.dagformer.analyses import read_analyses
 from dynaroute.reporting.dagformer.measured import measured_page
 from dynaroute.reporting.dagformer.report import page

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from dwr_tree import RUN, edit_csv, edit_json
 
-from dynaroute.artifacts import write_json
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import write_json
 from dynaroute.reporting.dwr.measured import measured_page
 from dynaroute.reporting.dwr.report import page
 from dynaroute.reporting.dwr.results import MOE, read_measurements, read_results

@@ -9,9 +9,9 @@ from dwr_tree import edit_json
 from report_checks import hashes
 from repository import REPOSITORY
 
-from dynaroute.artifacts import write_json
 from dynaroute.config import Settings, read_yaml
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import write_json
 from dynaroute.reporting.dwr_runs import page, plot_runs, read_runs, sweep
 
 RUNS = {

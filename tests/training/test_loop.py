@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from small_training import Model, Objective, Tokens, assert_same_checkpoint, make_trainer, train
 
 from dynaroute.errors import DynarouteError
-from dynaroute.machine import compute_dtype
+from dynaroute.pipeline.machine import compute_dtype
 from dynaroute.training.checkpoints import load_checkpoint
 from dynaroute.training.loop import make_accelerator
 

@@ -17,7 +17,7 @@ def folder(tmp_path_factory) -> Path:
     """What two_processes.py wrote."""
     folder = tmp_path_factory.mktemp("two_processes")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = Path(__file__).with_name("two_processes.py")
+    script = REPOSITORY / "tests/support/two_processes.py"
     done = subprocess.run([*launcher, str(script), str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder

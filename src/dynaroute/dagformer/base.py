@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaroute.artifacts import checked
 from dynaroute.config import PretrainedBase
 from dynaroute.dagformer.pretrained import load_model
 from dynaroute.data.shards import IGNORED_TARGET
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import checked
 
 if TYPE_CHECKING:
     from transformers import Olmo2ForCausalLM  # at run time where a base is made or loaded: slow to import

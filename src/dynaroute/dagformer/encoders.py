@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dynaroute.artifacts import checked, move_directory, read_json, read_note, sha256, write_json, write_note
 from dynaroute.config import BaseEncoder, HubEncoder
 from dynaroute.dagformer.pretrained import load_model, load_tokenizer
 from dynaroute.data.tokenizers import Tokenizer
 from dynaroute.data.windows import Selection
 from dynaroute.errors import DynarouteError
-from dynaroute.training.scratch import discard
+from dynaroute.pipeline.artifacts import checked, move_directory, read_json, read_note, sha256, write_json, write_note
+from dynaroute.pipeline.scratch import discard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

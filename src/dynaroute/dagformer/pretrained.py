@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from dynaroute.errors import DynarouteError
-from dynaroute.machine import require_device
+from dynaroute.pipeline.machine import require_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase  # at run time where they are loaded: slow

@@ -5,10 +5,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dynaroute.artifacts import read_json
 from dynaroute.config import Variant
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import read_json
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 
 

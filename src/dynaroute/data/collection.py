@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dynaroute.artifacts import checked, output_directory, write_json
 from dynaroute.config import Corpus, HeldOut, Region, Split
 from dynaroute.data.corpora import Document, documents, parse_document
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import checked, output_directory, write_json
 
 SPLITS = ("train", "validation", "test")
 

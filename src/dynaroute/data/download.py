@@ -11,8 +11,8 @@ from pathlib import Path
 import requests
 import urllib3
 
-from dynaroute.artifacts import flush
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import flush
 
 CONNECT_SECONDS = 20.0
 READ_SECONDS, LEAST_BYTES = 60.0, 2**16  # a read that brings less than that in that time has stalled

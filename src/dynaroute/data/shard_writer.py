@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynaroute.artifacts import sha256
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import sha256
 
 SHARD_TOKENS = 2**26
 

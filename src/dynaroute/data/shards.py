@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dynaroute.artifacts import read_json, sha256
 from dynaroute.data.tokenizers import Tokenizer, load_tokenizer
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import read_json, sha256
 
 if TYPE_CHECKING:
     import torch  # at run time where windows become tensors: tokenizing should not wait for it

@@ -18,15 +18,6 @@ from urllib.parse import urlsplit
 import requests
 from tqdm import tqdm
 
-from dynaroute.artifacts import (
-    move_directory,
-    output_directory,
-    read_json,
-    read_note,
-    sha256,
-    write_json,
-    write_note,
-)
 from dynaroute.config import Corpus, DolmaStream
 from dynaroute.data.collection import SPLITS, refuse_unfilled_splits, split_of, stable_hash
 from dynaroute.data.corpora import read_dolma, usable
@@ -36,7 +27,16 @@ from dynaroute.data.shard_writer import SHARD_TOKENS, ShardWriter, SplitState
 from dynaroute.data.tokenization import describe, encoded
 from dynaroute.data.tokenizers import load_tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
-from dynaroute.training.scratch import discard
+from dynaroute.pipeline.artifacts import (
+    move_directory,
+    output_directory,
+    read_json,
+    read_note,
+    sha256,
+    write_json,
+    write_note,
+)
+from dynaroute.pipeline.scratch import discard
 
 DOWNLOADS = 5  # files on their way or waiting, so this many of them are on disk at most, compressed
 NOTE_CHARACTERS = 2**28  # of text between two notes of where a run stands: what a kill can cost, seconds on many cores

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dynaroute.artifacts import output_directory, read_json, write_json
 from dynaroute.config import GPT2, ByteBPE, HubTokenizer
 from dynaroute.data.collection import SPLITS, read_documents
 from dynaroute.data.corpora import Document
@@ -17,6 +16,7 @@ from dynaroute.data.parallel import in_order
 from dynaroute.data.shard_writer import SHARD_TOKENS, ShardWriter, padded, token_dtype
 from dynaroute.data.tokenizers import Tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import output_directory, read_json, write_json
 
 BATCH_CHARACTERS = 2**21  # enough to keep all cores busy, and some 100 MB while the tokens are Python objects
 BATCHES_AHEAD = 3  # so that no core waits for the last document of a batch

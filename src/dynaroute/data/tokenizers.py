@@ -20,9 +20,9 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from dynaroute.artifacts import checked, read_json, write_json, write_text
 from dynaroute.config import GPT2, ByteBPE, HubTokenizer
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import checked, read_json, write_json, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's pattern of what a token may not cross; possessive quantifiers do not change what it matches.

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dynaroute.artifacts import sha256
 from dynaroute.config import DWR, Settings
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.data.windows import Selection
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 from dynaroute.dwr.objective import DWRObjective
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import sha256
+from dynaroute.pipeline.scratch import run_id, scratch_folder
 from dynaroute.training.loop import Trainer, steps_in_epochs
-from dynaroute.training.scratch import run_id, scratch_folder
 
 
 def open_tokens(corpus: str, check: bool) -> dict[str, TokenShards]:

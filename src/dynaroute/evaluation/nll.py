@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynaroute.artifacts import checked
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.shards import IGNORED_TARGET, TokenShards
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import checked
 
 if TYPE_CHECKING:
     from dynaroute.dagformer.predictor import StructurePredictor

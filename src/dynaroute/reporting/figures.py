@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynaroute.artifacts import output_file
+from dynaroute.pipeline.artifacts import output_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure  # at run time where figures are made: it is slow to import

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynaroute.artifacts import REMEDY, checked, digest, read_json
 from dynaroute.config import read_yaml
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import REMEDY, checked, digest, read_json
 
 if TYPE_CHECKING:
     import pandas as pd  # at run time where tables are read: it is slow to import

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dynaroute.artifacts import output_file
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import output_file
 
 
 def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:

@@ -22,11 +22,12 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dynaroute.artifacts import read_note, write_note
 from dynaroute.config import EpochTraining, Training
 from dynaroute.data.shards import Windows
 from dynaroute.errors import DynarouteError
-from dynaroute.machine import compute_dtype, require_device
+from dynaroute.pipeline.artifacts import read_note, write_note
+from dynaroute.pipeline.machine import compute_dtype, require_device
+from dynaroute.pipeline.scratch import StopRequest, discard, exclusive
 from dynaroute.training.checkpoints import (
     load_checkpoint,
     load_optimizer,
@@ -35,7 +36,6 @@ from dynaroute.training.checkpoints import (
     save_checkpoint,
 )
 from dynaroute.training.schedules import decay_groups, warmup_cosine
-from dynaroute.training.scratch import StopRequest, discard, exclusive
 
 
 class Batch(NamedTuple):

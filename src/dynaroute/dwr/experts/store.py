@@ -23,12 +23,12 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dynaroute.artifacts import output_directory, read_json, sha256, write_json
 from dynaroute.config import Positive, Precision, Section, invalid
 from dynaroute.dwr.experts.mapping import PAGE, drop_from_page_cache, map_file
 from dynaroute.dwr.experts.precision import DTYPES, TensorEntry, decode, encode, stored_tensors
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import output_directory, read_json, sha256, write_json
 from dynaroute.training.checkpoints import read_safetensors
 
 BACKBONE = "backbone.safetensors"

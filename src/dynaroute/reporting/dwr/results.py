@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynaroute.artifacts import sha256
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import sha256
 from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_csv, read_record
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dynaroute.errors import DynarouteError
-from dynaroute.training.scratch import discard, exclusive
+from dynaroute.pipeline.scratch import discard, exclusive
 
 
 class Second:

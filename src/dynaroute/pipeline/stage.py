@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from dynaroute.config import Settings, load_settings
 from dynaroute.errors import DynarouteError
-from dynaroute.training.scratch import PATIENCE, exclusive
+from dynaroute.pipeline.scratch import PATIENCE, exclusive
 
 # What no code can put right: a full or failing disk, and files that may not be written.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -82,7 +82,7 @@ def _launch(settings: Settings) -> None:
     command = [*shlex.split(settings.launcher), *sys.argv]
     found = shutil.which(command[0])
     if found and _is_script_of_this_python(Path(found)):
-        command = [sys.executable, "-m", "dynaroute.launcher", found, *command[1:]]
+        command = [sys.executable, "-m", "dynaroute.pipeline.launcher", found, *command[1:]]
     try:
         os.execvpe(command[0], command, os.environ | {LAUNCHED: "1"})
     except OSError as error:

@@ -19,9 +19,9 @@ from ruamel.yaml import YAML
 from small_base import EMBEDDING, SEQ_LEN, make_base
 from small_tokens import write_tokens
 
-from dynaroute.artifacts import sha256, write_json
 from dynaroute.config import ByteBPE, read_yaml
 from dynaroute.data.tokenizers import save_tokenizer
+from dynaroute.pipeline.artifacts import sha256, write_json
 
 PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynaroute.artifacts import write_json
 from dynaroute.data.shard_writer import SHARD_TOKENS, ShardWriter, padded, token_dtype
+from dynaroute.pipeline.artifacts import write_json
 
 
 def write_tokens(

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from dynaroute import artifacts
-from dynaroute.artifacts import checked, output_directory, read_json, read_note, write_json, write_note
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline import artifacts
+from dynaroute.pipeline.artifacts import checked, output_directory, read_json, read_note, write_json, write_note
 
 
 @pytest.fixture

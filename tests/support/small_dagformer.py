@@ -8,11 +8,11 @@ import torch
 from repository import REPOSITORY
 from small_base import EMBEDDING, HEADS, LAYERS, SEQ_LEN, VOCABULARY, make_base
 
-from dynaroute.artifacts import sha256, write_json
 from dynaroute.config import Settings, Variant, load_settings
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.data.shards import TokenShards, Windows
 from dynaroute.data.windows import Subset
+from dynaroute.pipeline.artifacts import sha256, write_json
 from dynaroute.training.checkpoints import save_checkpoint
 
 PREFIX, WINDOWS = 6, 11  # 11 windows are more than one batch of the stage, and not a whole number of them
