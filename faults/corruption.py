@@ -30,10 +30,10 @@ from dynaroute.config import Settings, load_settings
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
 from dynaroute.dagformer.trained import load_predictor
-from dynaroute.data.collection import read_documents
-from dynaroute.data.shard_writer import ShardWriter, SplitState
-from dynaroute.data.shards import TokenShards
-from dynaroute.data.tokenizers import load_tokenizer
+from dynaroute.data.text.collect import read_documents
+from dynaroute.data.tokens.shard_writer import ShardWriter, SplitState
+from dynaroute.data.tokens.shards import TokenShards
+from dynaroute.data.tokens.tokenizers import load_tokenizer
 from dynaroute.dwr.experts import ExpertStore
 from dynaroute.dwr.inference import load_resident
 from dynaroute.dwr.trace import load_trace

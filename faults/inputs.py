@@ -41,9 +41,9 @@ from workspace import (
 )
 
 from dynaroute.config import Corpus, load_settings, read_yaml
-from dynaroute.data.collection import SPLITS, collect
-from dynaroute.data.shards import TokenShards
-from dynaroute.data.tokenization import tokenize
+from dynaroute.data.text.collect import SPLITS, collect
+from dynaroute.data.tokens.encode import tokenize
+from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
 
 VALUES = [

@@ -30,8 +30,8 @@ from dynaroute.config import Analysis, Settings
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.gates import dag_mask, layer_distance
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.data.windows import Selection
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.windows import Selection
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.domains import evenly, windows_of_documents
 from dynaroute.evaluation.nll import sequence_nll, wired_nll

@@ -35,8 +35,8 @@ from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.dagformer.trained import load_predictor
-from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.data.windows import Subset
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.windows import Subset
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.domains import Domains, DomainWindows, domain_windows, main_documents
 from dynaroute.evaluation.nll import Wiring, read_nll, sequence_nll, wire, wired_nll

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynaroute.config import Settings, Training
-from dynaroute.data.shards import TokenShards, Windows
+from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, MoE, RouterStatistics, expert_ffn
 from dynaroute.dwr.objective import DWRObjective
 from dynaroute.pipeline.artifacts import write_json

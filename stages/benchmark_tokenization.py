@@ -39,10 +39,16 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from dynaroute.config import GPT2, Settings
-from dynaroute.data.collection import read_documents
-from dynaroute.data.shard_writer import ShardWriter
-from dynaroute.data.tokenization import encoded
-from dynaroute.data.tokenizers import TiktokenTokenizer, Tokenizer, available_cores, load_tokenizer, save_tokenizer
+from dynaroute.data.text.collect import read_documents
+from dynaroute.data.tokens.encode import encoded
+from dynaroute.data.tokens.shard_writer import ShardWriter
+from dynaroute.data.tokens.tokenizers import (
+    TiktokenTokenizer,
+    Tokenizer,
+    available_cores,
+    load_tokenizer,
+    save_tokenizer,
+)
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_json
 from dynaroute.pipeline.stage import run

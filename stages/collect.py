@@ -11,8 +11,8 @@ Writes  data/raw/NAME/{train,validation,test}.jsonl, metadata.json; or metadata.
 from pathlib import Path
 
 from dynaroute.config import DolmaStream, Settings
-from dynaroute.data.collection import collect
-from dynaroute.data.streaming import list_addresses
+from dynaroute.data.text.collect import collect
+from dynaroute.data.tokens.stream import list_addresses
 from dynaroute.pipeline.stage import run
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dynaroute.config import Settings
-from dynaroute.data.shards import TokenShards
+from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.evaluation.domains import main_documents
 from dynaroute.evaluation.statistics import (
     compare,

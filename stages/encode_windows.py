@@ -19,8 +19,8 @@ import torch
 
 from dynaroute.config import BaseEncoder, Settings
 from dynaroute.dagformer.encoders import load_encoder, write_embeddings
-from dynaroute.data.shards import TokenShards
-from dynaroute.data.windows import KEYS, Selection, dagformer_windows
+from dynaroute.data.tokens.shards import TokenShards
+from dynaroute.data.tokens.windows import KEYS, Selection, dagformer_windows
 from dynaroute.evaluation.domains import domain_windows
 from dynaroute.pipeline.artifacts import sha256
 from dynaroute.pipeline.machine import compute_dtype

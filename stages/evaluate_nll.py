@@ -39,8 +39,8 @@ from dynaroute.dagformer.encoders import load_embeddings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.trained import load_predictor
-from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.data.windows import Subset
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.windows import Subset
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.nll import baseline_nll, sequence_nll, tokens_by_source, wire, wired_nll
 from dynaroute.evaluation.statistics import paired_difference, verdict

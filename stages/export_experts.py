@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from dynaroute.config import Precision, Settings
-from dynaroute.data.shards import IGNORED_TARGET, TokenShards, Windows
+from dynaroute.data.tokens.shards import IGNORED_TARGET, TokenShards, Windows
 from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store
 from dynaroute.dwr.experts.precision import round_experts, stored_tensors
 from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident

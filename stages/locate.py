@@ -11,7 +11,7 @@ Writes  data/raw/NAME.source.json
 from pathlib import Path
 
 from dynaroute.config import Hosted, Settings
-from dynaroute.data.corpora import locate
+from dynaroute.data.text.sources import locate
 from dynaroute.pipeline.artifacts import write_json
 from dynaroute.pipeline.stage import run
 

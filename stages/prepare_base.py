@@ -24,8 +24,8 @@ from dynaroute.config import LoadedBase, Settings
 from dynaroute.dagformer.base import LanguageModelObjective, load_base, new_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.pretrained import load_tokenizer
-from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.data.windows import KEYS, Subset, dagformer_windows
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.windows import KEYS, Subset, dagformer_windows
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.statistics import paired_difference, verdict
 from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json

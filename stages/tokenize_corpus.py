@@ -15,8 +15,8 @@ Writes  data/tokens/NAME/{train,validation,test}-*.npy, metadata.json, tokenizer
 from pathlib import Path
 
 from dynaroute.config import DolmaStream, Settings
-from dynaroute.data.streaming import tokenize_stream
-from dynaroute.data.tokenization import tokenize
+from dynaroute.data.tokens.encode import tokenize
+from dynaroute.data.tokens.stream import tokenize_stream
 from dynaroute.pipeline.artifacts import sha256
 from dynaroute.pipeline.scratch import exclusive, run_id, scratch_folder
 from dynaroute.pipeline.stage import run

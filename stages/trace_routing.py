@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dynaroute.config import Settings
-from dynaroute.data.shards import TokenShards, Windows
+from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.dwr.experts import ExpertStore
 from dynaroute.dwr.inference import load_resident
 from dynaroute.dwr.trace import record_routing, save_trace

@@ -30,8 +30,8 @@ from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.joint import JointModel
 from dynaroute.dagformer.objective import DagObjective, verdict
 from dynaroute.dagformer.predictor import StructurePredictor
-from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.data.windows import Subset
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.windows import Subset
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import checked, output_directory, sha256, write_csv, write_json
 from dynaroute.pipeline.machine import describe_machine, peak_memory

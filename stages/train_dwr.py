@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from dynaroute.config import Settings
-from dynaroute.data.shards import Windows
-from dynaroute.data.windows import cache_benchmark_windows, evenly_spaced
+from dynaroute.data.tokens.shards import Windows
+from dynaroute.data.tokens.windows import cache_benchmark_windows, evenly_spaced
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.dwr.training import make_trainer, open_tokens
 from dynaroute.pipeline.artifacts import output_directory, write_csv, write_json

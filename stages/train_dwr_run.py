@@ -14,8 +14,8 @@ import torch
 from pydantic import ValidationError
 
 from dynaroute.config import DWRRun, Settings, read_yaml
-from dynaroute.data.shards import Windows
-from dynaroute.data.windows import Selection, Subset, evenly_spaced
+from dynaroute.data.tokens.shards import Windows
+from dynaroute.data.tokens.windows import Selection, Subset, evenly_spaced
 from dynaroute.dwr.experts.policies import LRU, Belady, NextUse
 from dynaroute.dwr.experts.residency import Residency
 from dynaroute.dwr.simulate import replay

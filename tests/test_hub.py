@@ -18,7 +18,7 @@ from pyarrow import parquet
 from transformers import Olmo2Config, Olmo2ForCausalLM, Qwen3Config, Qwen3Model
 
 from dynaroute.config import ByteBPE
-from dynaroute.data.tokenizers import save_tokenizer
+from dynaroute.data.tokens.tokenizers import save_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SIZES = {
@@ -136,9 +136,9 @@ from pathlib import Path
 from dynaroute.config import Corpus, Hub, HubEncoder, HubTokenizer
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_encoder
-from dynaroute.data.corpora import documents
-from dynaroute.data.streaming import list_addresses
-from dynaroute.data.tokenizers import save_tokenizer
+from dynaroute.data.text.sources import documents
+from dynaroute.data.tokens.stream import list_addresses
+from dynaroute.data.tokens.tokenizers import save_tokenizer
 at = dict(revision="{COMMIT}")
 source = Hub(kind="hub", path="somebody/wiki", name="wiki-2", text_column="text", rows="documents", **at)
 print([(document.split, document.text) for document in documents(source)])
@@ -175,7 +175,7 @@ def test_without_a_network_nothing_is_asked_for_what_was_fetched_before(hub, tmp
     endpoint, server = hub
     texts = f"""
 from dynaroute.config import Corpus, Hub, HubEncoder
-from dynaroute.data.corpora import documents, locate
+from dynaroute.data.text.sources import documents, locate
 at = dict(revision="{COMMIT}")
 source = Hub(kind="hub", path="somebody/wiki", name="wiki-2", text_column="text", rows="documents", **at)
 locate(source)
@@ -195,8 +195,8 @@ main()
     code = f"""{texts}
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_encoder
-from dynaroute.data.streaming import list_addresses
-from dynaroute.data.tokenizers import save_tokenizer
+from dynaroute.data.tokens.stream import list_addresses
+from dynaroute.data.tokens.tokenizers import save_tokenizer
 own = dict(kind="hub", path="somebody/olmo", **at)
 stream = dict(kind="dolma_stream", path="somebody/texts", addresses="urls/v1.txt", files=None, **at)
 corpus = Corpus.model_validate(dict(source=stream, split=dict(validation=0.1, test=0.1), tokenizer=own))
@@ -225,7 +225,7 @@ print(encoder.embedding_size)
             "somebody/none",
         ),
         (
-            "from dynaroute.config import Hub; from dynaroute.data.corpora import documents; list(documents(Hub("
+            "from dynaroute.config import Hub; from dynaroute.data.text.sources import documents; list(documents(Hub("
             "kind='hub', path='somebody/wiki', name='wiki-2', text_column='text', rows='documents', revision='feed')))",
             "dataset somebody/wiki, wiki-2, feed cannot be loaded",
         ),

@@ -15,8 +15,8 @@ from small_tokens import write_tokens
 from dynaroute.config import load_settings, read_yaml
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
-from dynaroute.data.shards import TokenShards
-from dynaroute.data.tokenizers import load_tokenizer
+from dynaroute.data.tokens.shards import TokenShards
+from dynaroute.data.tokens.tokenizers import load_tokenizer
 from dynaroute.dwr.experts import ExpertStore, Usage, export_store
 from dynaroute.dwr.inference import load_resident
 from dynaroute.dwr.model import DWRConfig, DWRTransformer

@@ -16,9 +16,9 @@ from small_tokens import write_tokens
 from dynaroute.config import BaseEncoder, ByteBPE, HubEncoder, Settings, load_settings
 from dynaroute.dagformer import encoders
 from dynaroute.dagformer.encoders import load_embeddings, load_encoder, write_embeddings
-from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.data.tokenizers import load_tokenizer, save_tokenizer
-from dynaroute.data.windows import KEYS, Subset
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.tokenizers import load_tokenizer, save_tokenizer
+from dynaroute.data.tokens.windows import KEYS, Subset
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.domains import domain_windows
 from dynaroute.pipeline import artifacts

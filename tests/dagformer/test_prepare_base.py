@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, Olmo2
 from dynaroute.config import ByteBPE, LoadedBase, load_settings
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.data.tokenizers import save_tokenizer
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.tokenizers import save_tokenizer
 from dynaroute.errors import DynarouteError
 
 SEQ_LEN, VOCABULARY = 16, 260

@@ -8,10 +8,10 @@ import pytest
 from repository import REPOSITORY
 
 from dynaroute.config import GPT2, ByteBPE, load_settings
-from dynaroute.data.collection import read_documents
-from dynaroute.data.shards import TokenShards
-from dynaroute.data.tokenization import describe
-from dynaroute.data.tokenizers import save_tokenizer
+from dynaroute.data.text.collect import read_documents
+from dynaroute.data.tokens.encode import describe
+from dynaroute.data.tokens.shards import TokenShards
+from dynaroute.data.tokens.tokenizers import save_tokenizer
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_json
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from plain_lru import lru_hit_rate
+from repository import REPOSITORY
 from small_store import RUN, export, make_model, uniform_usage
 
 from dynaroute.config import Settings, load_settings
-from dynaroute.data.shards import TokenShards
-from dynaroute.data.tokenization import tokenize
+from dynaroute.data.tokens.encode import tokenize
+from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.dwr import benchmark
 from dynaroute.dwr.benchmark import Cell, peak_memory, sweep
 from dynaroute.dwr.experts import CacheStatistics
@@ -22,7 +23,6 @@ from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.training.checkpoints import save_checkpoint
 
-REPOSITORY = Path(__file__).parents[2]
 EXACT = [f"reports/dwr/{name}" for name in ("cache.csv", "cache.json", "export.json", "simulation.json")]
 EXACT += [f"reports/dwr/simulated_{name}.csv" for name in ("hits", "speed")]
 EXACT += ["data/dwr/trace/experts.npy", "data/dwr/expert_store/manifest.json"]

@@ -12,7 +12,7 @@ from small_dagformer import HEADS, LAYERS, SEQ_LEN, make_base, tiny_settings, wr
 
 from dynaroute.config import Settings
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.data.shards import TokenShards
+from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.statistics import paired_difference
 

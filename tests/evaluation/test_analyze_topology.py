@@ -27,7 +27,7 @@ from small_dagformer import (
 from dynaroute.config import Settings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.data.shards import TokenShards, Windows
+from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.domains import domain_windows
 from dynaroute.evaluation.statistics import paired_difference

@@ -7,8 +7,8 @@ import pytest
 import torch
 from small_dagformer import write_tokens
 
-from dynaroute.data.shard_writer import ShardWriter
-from dynaroute.data.shards import TokenShards
+from dynaroute.data.tokens.shard_writer import ShardWriter
+from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.evaluation.domains import (
     Domains,
     domain_windows,

@@ -19,7 +19,7 @@ from small_dagformer import PREFIX, RUN, WINDOWS, make_predictor, tiny_settings,
 
 from dynaroute.dagformer.gates import cascade, dag_mask
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.data.shards import TokenShards
+from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
 from dynaroute.evaluation.nll import check_same_baseline
 from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint

@@ -20,7 +20,7 @@ from small_base import EMBEDDING, SEQ_LEN, make_base
 from small_tokens import write_tokens
 
 from dynaroute.config import ByteBPE, read_yaml
-from dynaroute.data.tokenizers import save_tokenizer
+from dynaroute.data.tokens.tokenizers import save_tokenizer
 from dynaroute.pipeline.artifacts import sha256, write_json
 
 PYTHON = [sys.executable]

@@ -10,8 +10,8 @@ from small_base import EMBEDDING, HEADS, LAYERS, SEQ_LEN, VOCABULARY, make_base
 
 from dynaroute.config import Settings, Variant, load_settings
 from dynaroute.dagformer.predictor import StructurePredictor
-from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.data.windows import Subset
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.windows import Subset
 from dynaroute.pipeline.artifacts import sha256, write_json
 from dynaroute.training.checkpoints import save_checkpoint
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynaroute.data.shard_writer import SHARD_TOKENS, ShardWriter, padded, token_dtype
+from dynaroute.data.tokens.shard_writer import SHARD_TOKENS, ShardWriter, padded, token_dtype
 from dynaroute.pipeline.artifacts import write_json
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import REPOSITORY
 from small_training import assert_same_checkpoint, make_dwr_trainer, train
 
 from dynaroute.training.checkpoints import load_checkpoint

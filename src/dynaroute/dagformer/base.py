@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dynaroute.config import PretrainedBase
 from dynaroute.dagformer.pretrained import load_model
-from dynaroute.data.shards import IGNORED_TARGET
+from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import checked
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from dynaroute.config import BaseEncoder, HubEncoder
 from dynaroute.dagformer.pretrained import load_model, load_tokenizer
-from dynaroute.data.tokenizers import Tokenizer
-from dynaroute.data.windows import Selection
+from dynaroute.data.tokens.tokenizers import Tokenizer
+from dynaroute.data.tokens.windows import Selection
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import checked, move_directory, read_json, read_note, sha256, write_json, write_note
 from dynaroute.pipeline.scratch import discard

@@ -16,7 +16,7 @@ from dynaroute.config import Variant
 from dynaroute.dagformer.gates import dag_mask, density, gate_fraction, layer_distance
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor, sequence_noise
-from dynaroute.data.shards import IGNORED_TARGET
+from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.training.loop import Batch
 
 RAMP = 0.2  # the share of the steps over which lambda rises

@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynaroute.config import BenchmarkCache, PolicyName, PrefetchName
-from dynaroute.data.shards import TokenShards
-from dynaroute.data.windows import cache_benchmark_windows
+from dynaroute.data.tokens.shards import TokenShards
+from dynaroute.data.tokens.windows import cache_benchmark_windows
 from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, make_policy, make_prefetcher
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
 from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, read_text

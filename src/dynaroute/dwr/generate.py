@@ -21,7 +21,7 @@ from typing import get_args
 import torch
 
 from dynaroute.config import PolicyName, PrefetchName
-from dynaroute.data.tokenizers import Tokenizer, load_tokenizer
+from dynaroute.data.tokens.tokenizers import Tokenizer, load_tokenizer
 from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, make_policy, make_prefetcher
 from dynaroute.dwr.experts.store import TOKENIZER
 from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, sample

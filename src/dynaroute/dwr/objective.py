@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaroute.data.shards import IGNORED_TARGET
+from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.dwr.model import DWRConfig
 from dynaroute.training.loop import Batch
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynaroute.data.shards import Windows
-from dynaroute.data.windows import evenly_spaced
+from dynaroute.data.tokens.shards import Windows
+from dynaroute.data.tokens.windows import evenly_spaced
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import checked, output_directory, read_json, write_json

@@ -7,8 +7,8 @@ import torch
 from accelerate import Accelerator
 
 from dynaroute.config import DWR, Settings
-from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.data.windows import Selection
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.windows import Selection
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 from dynaroute.dwr.objective import DWRObjective
 from dynaroute.errors import DynarouteError

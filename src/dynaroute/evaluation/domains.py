@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dynaroute.data.shards import TokenShards
+from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.evaluation.statistics import PermutationTest, permutation_test
 
 RIDGE = 0.1  # of the linear probe, relative to the mean square of a window's centred features

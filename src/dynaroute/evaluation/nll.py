@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.data.shards import IGNORED_TARGET, TokenShards
+from dynaroute.data.tokens.shards import IGNORED_TARGET, TokenShards
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import checked
 

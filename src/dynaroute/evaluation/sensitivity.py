@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.data.shards import IGNORED_TARGET
+from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.evaluation.nll import WindowSet, sequence_nll, token_nll, wired_nll
 from dynaroute.evaluation.statistics import SIGNIFICANT, benjamini_hochberg, group_means, mean_vector_test, t_test_p
 

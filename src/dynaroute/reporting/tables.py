@@ -9,7 +9,7 @@ NONE = "–"  # in place of a value that does not exist
 
 def shared_text(split: Mapping[str, Any]) -> str:
     """How much of a held-out split training has read in other documents, from the metadata of the tokens."""
-    from dynaroute.data.overlap import SPAN  # it is slow to import
+    from dynaroute.data.tokens.overlap import SPAN  # it is slow to import
 
     share = split.get("share_in_train")
     return "not looked for" if share is None else f"{share:.1%}, in spans of {SPAN} tokens or longer"

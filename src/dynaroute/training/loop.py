@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynaroute.config import EpochTraining, Training
-from dynaroute.data.shards import Windows
+from dynaroute.data.tokens.shards import Windows
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_note, write_note
 from dynaroute.pipeline.machine import compute_dtype, require_device

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokens import write_tokens
 
-from dynaroute.data.shard_writer import padded, token_dtype
-from dynaroute.data.shards import TokenShards, Windows
+from dynaroute.data.tokens.shard_writer import padded, token_dtype
+from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
 
 VOCABULARY = 300

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from dynaroute.config import Dolma, DolmaStream, Files, Hub, InstalledDocs, Source
-from dynaroute.data import installed_docs
+from dynaroute.data.text import installed_docs
 from dynaroute.errors import DynarouteError
 
 # Documents are held whole. A longer line is most often a file without line ends.

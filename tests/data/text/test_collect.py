@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from dynaroute.config import Corpus, Split
-from dynaroute.data.collection import SPLITS, collect, read_documents, split_of, stable_hash
+from dynaroute.data.text.collect import SPLITS, collect, read_documents, split_of, stable_hash
 from dynaroute.errors import DynarouteError
 
 THIRDS = {"validation": 0.3, "test": 0.3}
@@ -109,7 +109,7 @@ def test_an_id_that_occurs_twice_is_named(tmp_path):
 def test_ids_of_equal_hash_are_not_taken_for_duplicates(tmp_path, monkeypatch):
     values = {"d3": 2**63, "d4": 2**63}
     monkeypatch.setattr(
-        "dynaroute.data.collection.stable_hash", lambda name: values.get(name, stable_hash(name)), raising=True
+        "dynaroute.data.text.collect.stable_hash", lambda name: values.get(name, stable_hash(name)), raising=True
     )
     collect("c", dolma_corpus(tmp_path / "a.gz", [f"d{i}" for i in range(50)]), tmp_path / "out")
     assert {"d3", "d4"} <= set(split_by_id(tmp_path / "out"))

@@ -23,13 +23,13 @@ from ruamel.yaml import YAML
 
 from dynaroute.config import ByteBPE, Corpus, read_yaml
 from dynaroute.data import download, streaming, tokenization
-from dynaroute.data.collection import collect
-from dynaroute.data.download import fetch_gzip
-from dynaroute.data.shard_writer import ShardWriter
-from dynaroute.data.shards import TokenShards
-from dynaroute.data.streaming import list_addresses, tokenize_stream
-from dynaroute.data.tokenization import tokenize
-from dynaroute.data.tokenizers import save_tokenizer
+from dynaroute.data.text.collect import collect
+from dynaroute.data.text.download import fetch_gzip
+from dynaroute.data.tokens.encode import tokenize
+from dynaroute.data.tokens.shard_writer import ShardWriter
+from dynaroute.data.tokens.shards import TokenShards
+from dynaroute.data.tokens.stream import list_addresses, tokenize_stream
+from dynaroute.data.tokens.tokenizers import save_tokenizer
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline import artifacts
 from dynaroute.pipeline.artifacts import checked

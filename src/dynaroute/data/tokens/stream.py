@@ -19,13 +19,13 @@ import requests
 from tqdm import tqdm
 
 from dynaroute.config import Corpus, DolmaStream
-from dynaroute.data.collection import SPLITS, refuse_unfilled_splits, split_of, stable_hash
-from dynaroute.data.corpora import read_dolma, usable
-from dynaroute.data.download import fetch_gzip
-from dynaroute.data.parallel import in_order
-from dynaroute.data.shard_writer import SHARD_TOKENS, ShardWriter, SplitState
-from dynaroute.data.tokenization import describe, encoded
-from dynaroute.data.tokenizers import load_tokenizer, save_tokenizer
+from dynaroute.data.text.collect import SPLITS, refuse_unfilled_splits, split_of, stable_hash
+from dynaroute.data.text.download import fetch_gzip
+from dynaroute.data.text.sources import read_dolma, usable
+from dynaroute.data.tokens.encode import describe, encoded
+from dynaroute.data.tokens.parallel import in_order
+from dynaroute.data.tokens.shard_writer import SHARD_TOKENS, ShardWriter, SplitState
+from dynaroute.data.tokens.tokenizers import load_tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import (
     move_directory,

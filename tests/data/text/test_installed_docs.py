@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dynaroute.data import installed_docs
+from dynaroute.data.text import installed_docs
 from dynaroute.errors import DynarouteError
 
 MODULE = '''

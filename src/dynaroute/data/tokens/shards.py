@@ -1,4 +1,4 @@
-"""Tokens on disk, read through memory maps and cut into windows; dynaroute.data.shard_writer writes them.
+"""Tokens on disk, read through memory maps and cut into windows; dynaroute.data.tokens.shard_writer writes them.
 
 A folder of tokens holds, for each split, shards `train-00000.npy` ... of one unbroken stream in which an end-of-text
 token follows each document; where each document starts and which source it has; the tokenizer; and metadata.json.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dynaroute.data.tokenizers import Tokenizer, load_tokenizer
+from dynaroute.data.tokens.tokenizers import Tokenizer, load_tokenizer
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_json, sha256
 

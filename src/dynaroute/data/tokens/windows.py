@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dynaroute.config import BenchmarkCache, DAGFormer
-from dynaroute.data.shards import TokenShards, Windows
+from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dynaroute.config import Corpus, HeldOut, Region, Split
-from dynaroute.data.corpora import Document, documents, parse_document
+from dynaroute.data.text.sources import Document, documents, parse_document
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import checked, output_directory, write_json
 

@@ -4,14 +4,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import REPOSITORY
 
 from dynaroute.config import ByteBPE
-from dynaroute.data import tokenization
-from dynaroute.data.shards import TokenShards
-from dynaroute.data.tokenization import tokenize
+from dynaroute.data.tokens import encode as tokenization
+from dynaroute.data.tokens.encode import tokenize
+from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
 
-STAGES = Path(__file__).parents[2] / "stages"
+STAGES = REPOSITORY / "stages"
 BPE = ByteBPE(kind="bpe", vocab_size=280)
 
 

@@ -11,8 +11,8 @@ from repository import REPOSITORY
 from ruamel.yaml import YAML
 
 from dynaroute.config import Dolma, Files, Hub, InstalledDocs, read_yaml
-from dynaroute.data import corpora
-from dynaroute.data.corpora import Document, documents, locate
+from dynaroute.data.text import sources as corpora
+from dynaroute.data.text.sources import Document, documents, locate
 from dynaroute.errors import DynarouteError
 
 
@@ -312,9 +312,9 @@ def test_locate_follows_a_local_dataset_and_names_a_remote_one(hub_folder):
 
 def test_heavy_libraries_are_imported_only_where_they_are_used():
     code = (
-        "import sys, dynaroute.pipeline.stage, dynaroute.data.corpora as light; "
+        "import sys, dynaroute.pipeline.stage, dynaroute.data.text.sources as light; "
         "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)); "
-        "import dynaroute.data.tokenization; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+        "import dynaroute.data.tokens.encode; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\nset()\n"

@@ -9,12 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from dynaroute.config import GPT2, ByteBPE, HubTokenizer
-from dynaroute.data.collection import SPLITS, read_documents
-from dynaroute.data.corpora import Document
-from dynaroute.data.overlap import shared_shares
-from dynaroute.data.parallel import in_order
-from dynaroute.data.shard_writer import SHARD_TOKENS, ShardWriter, padded, token_dtype
-from dynaroute.data.tokenizers import Tokenizer, save_tokenizer
+from dynaroute.data.text.collect import SPLITS, read_documents
+from dynaroute.data.text.sources import Document
+from dynaroute.data.tokens.overlap import shared_shares
+from dynaroute.data.tokens.parallel import in_order
+from dynaroute.data.tokens.shard_writer import SHARD_TOKENS, ShardWriter, padded, token_dtype
+from dynaroute.data.tokens.tokenizers import Tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import output_directory, read_json, write_json
 

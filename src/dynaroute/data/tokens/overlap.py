@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dynaroute.data.shards import TokenShards
+from dynaroute.data.tokens.shards import TokenShards
 
 FACTORS = np.random.default_rng(1).integers(0, 2**63, 5, np.uint64) * np.uint64(2) + np.uint64(1)
 SPAN = 2 ** len(FACTORS)  # tokens that must be the same in a row: 32

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokens import write_tokens
 
-from dynaroute.data.shards import TokenShards, Windows
-from dynaroute.data.windows import KEYS, Subset
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.windows import KEYS, Subset
 from dynaroute.errors import DynarouteError
 
 SEQ_LEN, TOTAL = 4, 23

@@ -1,4 +1,4 @@
-"""Writes tokens to disk as a stream, in the form that dynaroute.data.shards describes and reads."""
+"""Writes tokens to disk as a stream, in the form that dynaroute.data.tokens.shards describes and reads."""
 
 import hashlib
 import math

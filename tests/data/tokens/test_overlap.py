@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small_tokens import write_tokens
 
-from dynaroute.data import overlap
-from dynaroute.data.overlap import SPAN, shared_shares
+from dynaroute.data.tokens import overlap
+from dynaroute.data.tokens.overlap import SPAN, shared_shares
 
 VOCABULARY = 300
 
