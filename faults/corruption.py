@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from workspace import REPOSITORY, Row, finished_workspace, parse_arguments, run_campaign, with_log
 
+from dynaroute.analysis.nll import read_nll
+from dynaroute.analysis.traces import load_trace
 from dynaroute.config import Settings, load_settings
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
@@ -36,9 +38,7 @@ from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.data.tokens.tokenizers import load_tokenizer
 from dynaroute.dwr.experts import ExpertStore
 from dynaroute.dwr.inference import load_resident
-from dynaroute.dwr.trace import load_trace
 from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.nll import read_nll
 from dynaroute.pipeline import artifacts
 from dynaroute.pipeline.artifacts import CHECKSUMS, read_json, read_note, write_note
 from dynaroute.reporting import cached_inference

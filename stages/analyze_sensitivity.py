@@ -26,16 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynaroute.config import Analysis, Settings
-from dynaroute.dagformer.base import load_base
-from dynaroute.dagformer.gates import dag_mask, layer_distance
-from dynaroute.dagformer.graph import DagForward
-from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.data.tokens.windows import Selection
-from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.domains import evenly, windows_of_documents
-from dynaroute.evaluation.nll import sequence_nll, wired_nll
-from dynaroute.evaluation.sensitivity import (
+from dynaroute.analysis.domains import evenly, windows_of_documents
+from dynaroute.analysis.nll import sequence_nll, wired_nll
+from dynaroute.analysis.sensitivity import (
     describe_gradients,
     flatness,
     gate_gradients,
@@ -46,7 +39,7 @@ from dynaroute.evaluation.sensitivity import (
     without_head,
     without_layer_pair,
 )
-from dynaroute.evaluation.statistics import (
+from dynaroute.analysis.statistics import (
     SIGNIFICANT,
     bootstrap_ratio,
     compare,
@@ -56,6 +49,13 @@ from dynaroute.evaluation.statistics import (
     paired_difference,
     westfall_young,
 )
+from dynaroute.config import Analysis, Settings
+from dynaroute.dagformer.base import load_base
+from dynaroute.dagformer.gates import dag_mask, layer_distance
+from dynaroute.dagformer.graph import DagForward
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.windows import Selection
+from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import sha256, write_csv, write_json
 from dynaroute.pipeline.stage import run
 

@@ -28,6 +28,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dynaroute.analysis.domains import Domains, DomainWindows, domain_windows, main_documents
+from dynaroute.analysis.nll import Wiring, read_nll, sequence_nll, wire, wired_nll
+from dynaroute.analysis.statistics import compare, holm
+from dynaroute.analysis.topology import by_layer_pair, jaccard_distances, same_text_test, variation
 from dynaroute.config import Settings
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
@@ -38,10 +42,6 @@ from dynaroute.dagformer.trained import load_predictor
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.windows import Subset
 from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.domains import Domains, DomainWindows, domain_windows, main_documents
-from dynaroute.evaluation.nll import Wiring, read_nll, sequence_nll, wire, wired_nll
-from dynaroute.evaluation.statistics import compare, holm
-from dynaroute.evaluation.topology import by_layer_pair, jaccard_distances, same_text_test, variation
 from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from dynaroute.config import Settings
-from dynaroute.dwr.benchmark import (
+from dynaroute.analysis.cache_benchmark import (
     Cell,
     Memory,
     Pass,
@@ -30,6 +29,7 @@ from dynaroute.dwr.benchmark import (
     peak_memory,
     sweep,
 )
+from dynaroute.config import Settings
 from dynaroute.dwr.experts import ExpertCache, ExpertStore
 from dynaroute.dwr.experts.prefetch import GatePrefetcher
 from dynaroute.dwr.inference import bind_experts, load_backbone, read_text

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dynaroute.analysis.cache_benchmark import decode, store_forgetter
 from dynaroute.config import Settings
-from dynaroute.dwr.benchmark import decode, store_forgetter
 from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, Usage, export_store, make_policy
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
 from dynaroute.dwr.experts.policies import LRU
@@ -215,7 +215,7 @@ def offloaded(store: ExpertStore) -> nn.Module:
 
 @torch.inference_mode()
 def decode_mixtral(model: nn.Module, before_pass: Callable[[], None] | None = None) -> Run:
-    """Greedy decoding, as `dynaroute.dwr.benchmark.decode` does it."""
+    """Greedy decoding, as `dynaroute.analysis.cache_benchmark.decode` does it."""
     token, keys, seconds = torch.zeros(1, 1, dtype=torch.int64), None, []
     for _ in range(NEW_TOKENS + 1):
         if before_pass:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from dynaroute.analysis.cache_benchmark import Cell, Pass, held_out_texts, make_cells, nearest_a_third, sweep
 from dynaroute.config import Settings
-from dynaroute.dwr.benchmark import Cell, Pass, held_out_texts, make_cells, nearest_a_third, sweep
 from dynaroute.dwr.experts import ExpertStore
 from dynaroute.pipeline.artifacts import write_json
 from dynaroute.pipeline.machine import describe_machine, require_device

@@ -13,7 +13,7 @@ Families, each corrected for its own number of tests by `settled_westfall_young`
 Reads   reports/dagformer/<id>/* and data/dagformer/<id>/run.json of every variant in params.yaml;
         data/tokens/<dagformer.corpus> (test), for the document that each window is of
 Writes  reports/statistics/comparisons.csv  a row for each comparison, protocol and mode: family, ours, theirs,
-            protocol, mode; what `dynaroute.evaluation.statistics.compare` gives; p_corrected; p_error, its Monte Carlo
+            protocol, mode; what `dynaroute.analysis.statistics.compare` gives; p_corrected; p_error, its Monte Carlo
             standard error; verdict, by the rule of `corrected_verdict`
         reports/statistics/seeds.json       seeds, by variant; by protocol and mode: differences, to the baseline, by
             variant; spread, their standard deviation; mean, low, high, n of the t interval over seeds
@@ -26,15 +26,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dynaroute.config import Settings
-from dynaroute.data.tokens.shards import TokenShards
-from dynaroute.evaluation.domains import main_documents
-from dynaroute.evaluation.statistics import (
+from dynaroute.analysis.domains import main_documents
+from dynaroute.analysis.statistics import (
     compare,
     corrected_verdict,
     paired_difference,
     settled_westfall_young,
 )
+from dynaroute.config import Settings
+from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dagformer.results import (

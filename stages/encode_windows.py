@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
+from dynaroute.analysis.domains import domain_windows
 from dynaroute.config import BaseEncoder, Settings
 from dynaroute.dagformer.encoders import load_encoder, write_embeddings
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.data.tokens.windows import KEYS, Selection, dagformer_windows
-from dynaroute.evaluation.domains import domain_windows
 from dynaroute.pipeline.artifacts import sha256
 from dynaroute.pipeline.machine import compute_dtype
 from dynaroute.pipeline.scratch import exclusive, run_id, scratch_folder

@@ -18,7 +18,7 @@ Writes  reports/dagformer/<id>/nll.csv     a row for each protocol and window:
         reports/dagformer/<id>/nll.json    run, variant, n (windows), checks, largest_logit_difference_to_transformers,
             and for each protocol: tokens; nll_soft, nll_hard, nll_baseline, means over windows; soft_minus_baseline and
             hard_minus_baseline, each mean, low and high of the paired 95 % t interval, n, verdict; the measures of
-            `dynaroute.evaluation.topology.measure`; nll_own_base, if the base was trained jointly: its mean NLL with
+            `dynaroute.analysis.topology.measure`; nll_own_base, if the base was trained jointly: its mean NLL with
             all gates at one
         data/eval/<id>/gates.safetensors   a checkpoint of ours, with float32 tensors for each protocol:
             <protocol>.logits [n, valid entries], where Z[:, dag_mask(num_layers, num_heads)] = logits;
@@ -33,6 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynaroute.analysis.nll import baseline_nll, sequence_nll, tokens_by_source, wire, wired_nll
+from dynaroute.analysis.statistics import paired_difference, verdict
+from dynaroute.analysis.topology import measure
 from dynaroute.config import Settings
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
@@ -42,9 +45,6 @@ from dynaroute.dagformer.trained import load_predictor
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.windows import Subset
 from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.nll import baseline_nll, sequence_nll, tokens_by_source, wire, wired_nll
-from dynaroute.evaluation.statistics import paired_difference, verdict
-from dynaroute.evaluation.topology import measure
 from dynaroute.pipeline.artifacts import sha256, write_csv, write_json
 from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import save_checkpoint

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
+from dynaroute.analysis.traces import count_transitions, record_routing
 from dynaroute.config import Precision, Settings
 from dynaroute.data.tokens.shards import IGNORED_TARGET, TokenShards, Windows
 from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store
 from dynaroute.dwr.experts.precision import round_experts, stored_tensors
 from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
-from dynaroute.dwr.trace import count_transitions, record_routing
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import checked, read_json, write_json
 from dynaroute.pipeline.stage import run

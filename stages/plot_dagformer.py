@@ -10,9 +10,9 @@ Writes  reports/figures/dagformer_{adjacency,density_by_layer_pair,nll_by_step,s
 
 from pathlib import Path
 
+from dynaroute.analysis.topology import by_layer_pair
 from dynaroute.config import Settings
 from dynaroute.dagformer.objective import SATURATED_SLOPE
-from dynaroute.evaluation.topology import by_layer_pair
 from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dagformer import analysis_figures, figures
 from dynaroute.reporting.dagformer.analyses import read_analyses, read_wirings

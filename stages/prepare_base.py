@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from dynaroute.analysis.statistics import paired_difference, verdict
 from dynaroute.config import LoadedBase, Settings
 from dynaroute.dagformer.base import LanguageModelObjective, load_base, new_base
 from dynaroute.dagformer.graph import DagForward
@@ -27,7 +28,6 @@ from dynaroute.dagformer.pretrained import load_tokenizer
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.windows import KEYS, Subset, dagformer_windows
 from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.statistics import paired_difference, verdict
 from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.pipeline.machine import compute_dtype, describe_machine, peak_memory
 from dynaroute.pipeline.scratch import run_id, scratch_folder

@@ -16,13 +16,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dynaroute.analysis.cache_benchmark import nearest_a_third
+from dynaroute.analysis.replay import Call, Seconds, make_foretell, ratio_to_resident, replay
+from dynaroute.analysis.traces import Trace, load_trace, uniform_trace
 from dynaroute.config import PrefetchName, Settings
-from dynaroute.dwr.benchmark import nearest_a_third
 from dynaroute.dwr.experts import CacheStatistics, ExpertStore, make_policy
 from dynaroute.dwr.experts.policies import Belady
 from dynaroute.dwr.experts.residency import Residency
-from dynaroute.dwr.simulate import Call, Seconds, make_foretell, ratio_to_resident, replay
-from dynaroute.dwr.trace import Trace, load_trace, uniform_trace
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.pipeline.stage import run

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
+from dynaroute.analysis.traces import record_routing, save_trace
 from dynaroute.config import Settings
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.dwr.experts import ExpertStore
 from dynaroute.dwr.inference import load_resident
-from dynaroute.dwr.trace import record_routing, save_trace
 from dynaroute.pipeline.stage import run
 
 STORE = Path("data/dwr/expert_store")

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
+from dynaroute.analysis.replay import replay
+from dynaroute.analysis.traces import Trace, record_routing, uniform_trace
 from dynaroute.config import DWRRun, Settings, read_yaml
 from dynaroute.data.tokens.shards import Windows
 from dynaroute.data.tokens.windows import Selection, Subset, evenly_spaced
 from dynaroute.dwr.experts.policies import LRU, Belady, NextUse
 from dynaroute.dwr.experts.residency import Residency
-from dynaroute.dwr.simulate import replay
-from dynaroute.dwr.trace import Trace, record_routing, uniform_trace
 from dynaroute.dwr.training import make_trainer, open_tokens
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import checked, write_json

@@ -12,6 +12,7 @@ from repository import REPOSITORY
 from small_base import make_base
 from small_tokens import write_tokens
 
+from dynaroute.analysis.traces import Trace, load_trace, save_trace
 from dynaroute.config import load_settings, read_yaml
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
@@ -20,7 +21,6 @@ from dynaroute.data.tokens.tokenizers import load_tokenizer
 from dynaroute.dwr.experts import ExpertStore, Usage, export_store
 from dynaroute.dwr.inference import load_resident
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
-from dynaroute.dwr.trace import Trace, load_trace, save_trace
 from dynaroute.errors import DynarouteError
 from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
 

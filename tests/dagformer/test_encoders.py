@@ -13,6 +13,7 @@ from repository import REPOSITORY
 from safetensors.torch import load_file, save_file
 from small_tokens import write_tokens
 
+from dynaroute.analysis.domains import domain_windows
 from dynaroute.config import BaseEncoder, ByteBPE, HubEncoder, Settings, load_settings
 from dynaroute.dagformer import encoders
 from dynaroute.dagformer.encoders import load_embeddings, load_encoder, write_embeddings
@@ -20,7 +21,6 @@ from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.tokenizers import load_tokenizer, save_tokenizer
 from dynaroute.data.tokens.windows import KEYS, Subset
 from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.domains import domain_windows
 from dynaroute.pipeline import artifacts
 from dynaroute.pipeline.artifacts import checked
 

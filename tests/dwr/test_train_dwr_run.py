@@ -13,9 +13,9 @@ from plain_lru import lru_hit_rate
 from repository import REPOSITORY
 from small_tokens import write_tokens
 
+from dynaroute.analysis.traces import Trace, uniform_trace
 from dynaroute.config import Settings, read_yaml
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
-from dynaroute.dwr.trace import Trace, uniform_trace
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_json
 from dynaroute.training.loop import Trainer

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from repository import REPOSITORY
 
+from dynaroute.analysis.statistics import paired_difference, verdict
 from dynaroute.config import Settings, load_settings
-from dynaroute.evaluation.statistics import paired_difference, verdict
 from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.training.checkpoints import save_checkpoint
 

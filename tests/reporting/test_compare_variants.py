@@ -10,8 +10,8 @@ import pytest
 from dagformer_tree import WINDOWS
 from dwr_tree import edit_csv, edit_yaml
 
+from dynaroute.analysis.statistics import compare, settled_westfall_young
 from dynaroute.config import load_settings
-from dynaroute.evaluation.statistics import compare, settled_westfall_young
 
 pytestmark = pytest.mark.usefixtures("dagformer_tree")
 

@@ -9,9 +9,9 @@ from dagformer_tree import BASELINE, write_comparisons, write_variant
 from dwr_tree import edit_csv, edit_json, edit_yaml
 from report_checks import STRANGE, strange, table_rows, unmarked
 
+from dynaroute.analysis.statistics import paired_difference
 from dynaroute.config import load_settings
 from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.statistics import paired_difference
 from dynaroute.reporting.dagformer.analyses import read_analyses
 from dynaroute.reporting.dagformer.report import page
 from dynaroute.reporting.dagformer.results import read_results

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from dynaroute.evaluation.statistics import Verdict
+from dynaroute.analysis.statistics import Verdict
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import JOINT, MODES, PROTOCOLS, REFERENCE_VARIANT, Results, Variant
 from dynaroute.reporting.dagformer.setup import changes, health

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynaroute.analysis.statistics import Verdict
 from dynaroute.config import Settings
 from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.statistics import Verdict
 from dynaroute.reporting.dagformer.results import REPORTS, Results
 from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_checkpoint, read_csv, read_record
 

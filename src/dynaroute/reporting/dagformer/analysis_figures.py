@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynaroute.evaluation.statistics import Interval
+from dynaroute.analysis.statistics import Interval
 from dynaroute.reporting.dagformer.analyses import Analyses, Wirings
 from dynaroute.reporting.dagformer.figures import mark_no_connection, name_layers
 from dynaroute.reporting.dagformer.sensitivity import ORDERS, TEXTS

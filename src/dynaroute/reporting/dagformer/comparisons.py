@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from dynaroute.evaluation.statistics import CLOSE, FLIPS, RESAMPLES, SETS, SIGNIFICANT, Interval, verdict
+from dynaroute.analysis.statistics import CLOSE, FLIPS, RESAMPLES, SETS, SIGNIFICANT, Interval, verdict
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, REFERENCE_VARIANT, Pool, Results
 from dynaroute.reporting.dagformer.setup import health

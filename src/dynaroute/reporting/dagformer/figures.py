@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynaroute.evaluation.statistics import Interval
+from dynaroute.analysis.statistics import Interval
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, to_baseline
 from dynaroute.reporting.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, saved_figure
 from dynaroute.reporting.inputs import Record

@@ -1,6 +1,6 @@
 """Phase 1: P1, the default configuration, and P2, which goes on from its end."""
 
-from dynaroute.evaluation.statistics import Interval
+from dynaroute.analysis.statistics import Interval
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant
 from dynaroute.reporting.dagformer.setup import health

@@ -5,7 +5,7 @@ the page of `measured.py`. Numbers of the reference appear in columns headed "pu
 with "Published", and nowhere else.
 """
 
-from dynaroute.evaluation.statistics import SIGNIFICANT
+from dynaroute.analysis.statistics import SIGNIFICANT
 from dynaroute.reporting.dagformer import ablations, comparisons, phase1, sanity, sensitivity, topology
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results

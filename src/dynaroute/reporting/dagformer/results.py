@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynaroute.analysis.statistics import Interval, paired_difference
 from dynaroute.config import Settings
 from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.statistics import Interval, paired_difference
 from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_checkpoint, read_csv, read_record
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def check_comparable(variants: list[Variant]) -> None:
     Raises:
         DynarouteError: naming the file that does not fit.
     """
-    from dynaroute.evaluation.nll import check_same_baseline  # it is slow to import
+    from dynaroute.analysis.nll import check_same_baseline  # it is slow to import
 
     first = variants[0]
     for variant in variants[1:]:

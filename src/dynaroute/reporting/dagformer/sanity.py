@@ -1,6 +1,6 @@
 """The sanity checks: S0, the dense baseline; S1, the start of training; S2, whether a gradient reaches the gates."""
 
-from dynaroute.evaluation.statistics import verdict
+from dynaroute.analysis.statistics import verdict
 from dynaroute.reporting.dagformer import findings
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.findings import MOVED, WITHIN

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from dynaroute.evaluation.statistics import SIGNIFICANT, Interval, corrected_verdict
+from dynaroute.analysis.statistics import SIGNIFICANT, Interval, corrected_verdict
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.topology import p_value
 from dynaroute.reporting.dagformer.wording import numbers, signed

@@ -1,6 +1,6 @@
 """X1, X2 and the protocols: whether texts are wired differently, by domain as well, and what it is worth."""
 
-from dynaroute.evaluation.statistics import SIGNIFICANT, Interval, corrected_verdict, holm
+from dynaroute.analysis.statistics import SIGNIFICANT, Interval, corrected_verdict, holm
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, REFERENCE_VARIANT
 from dynaroute.reporting.dagformer.wording import interval, numbers

@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from dynaroute.evaluation.statistics import Interval, Verdict, verdict
+from dynaroute.analysis.statistics import Interval, Verdict, verdict
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, Results, Variant
 from dynaroute.reporting.inputs import Record

@@ -8,14 +8,14 @@ import scipy.stats
 import torch
 from small_store import make_model
 
+from dynaroute.analysis.replay import Seconds, make_foretell, ratio_to_resident, replay
+from dynaroute.analysis.traces import Trace, count_transitions, load_trace, record_routing, save_trace, uniform_trace
 from dynaroute.config import PolicyName, SimulatedMachine, SimulatedModel
 from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store, make_policy, make_prefetcher
 from dynaroute.dwr.experts.policies import LRU
 from dynaroute.dwr.experts.residency import Residency
 from dynaroute.dwr.inference import bind_experts, load_backbone
 from dynaroute.dwr.model import KVCache
-from dynaroute.dwr.simulate import Seconds, make_foretell, ratio_to_resident, replay
-from dynaroute.dwr.trace import Trace, count_transitions, load_trace, record_routing, save_trace, uniform_trace
 from dynaroute.errors import DynarouteError
 
 

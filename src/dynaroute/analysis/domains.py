@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dynaroute.analysis.statistics import PermutationTest, permutation_test
 from dynaroute.data.tokens.shards import TokenShards
-from dynaroute.evaluation.statistics import PermutationTest, permutation_test
 
 RIDGE = 0.1  # of the linear probe, relative to the mean square of a window's centred features
 ROUNDING = 1e-14  # relative: features that vary less, by their squares, do not vary

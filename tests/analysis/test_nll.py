@@ -6,10 +6,7 @@ import torch
 from small_base import EMBEDDING, HEADS, LAYERS, make_base
 from small_dagformer import make_predictor, make_windows, write_tokens
 
-from dynaroute.dagformer.gates import dag_mask
-from dynaroute.dagformer.graph import DagForward
-from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.nll import (
+from dynaroute.analysis.nll import (
     baseline_nll,
     check_same_baseline,
     sequence_nll,
@@ -18,6 +15,9 @@ from dynaroute.evaluation.nll import (
     wire,
     wired_nll,
 )
+from dynaroute.dagformer.gates import dag_mask
+from dynaroute.dagformer.graph import DagForward
+from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_csv
 
 VALID = dag_mask(LAYERS, HEADS)

@@ -7,17 +7,17 @@ import pytest
 import torch
 from small_dagformer import write_tokens
 
-from dynaroute.data.tokens.shard_writer import ShardWriter
-from dynaroute.data.tokens.shards import TokenShards
-from dynaroute.evaluation.domains import (
+from dynaroute.analysis.domains import (
     Domains,
     domain_windows,
     leave_one_group_out,
     main_documents,
     windows_of_documents,
 )
-from dynaroute.evaluation.statistics import holm
-from dynaroute.evaluation.topology import jaccard_distances
+from dynaroute.analysis.statistics import holm
+from dynaroute.analysis.topology import jaccard_distances
+from dynaroute.data.tokens.shard_writer import ShardWriter
+from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.pipeline.artifacts import write_json
 
 SOURCES, DOCUMENTS, WINDOWS, GATES = 3, 6, 5, 30  # documents of a source, windows of a document

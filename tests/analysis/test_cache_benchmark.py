@@ -12,13 +12,13 @@ from plain_lru import lru_hit_rate
 from repository import REPOSITORY
 from small_store import RUN, export, make_model, uniform_usage
 
+from dynaroute.analysis import cache_benchmark as benchmark
+from dynaroute.analysis.cache_benchmark import Cell, peak_memory, sweep
+from dynaroute.analysis.traces import load_trace, uniform_trace
 from dynaroute.config import Settings, load_settings
 from dynaroute.data.tokens.encode import tokenize
 from dynaroute.data.tokens.shards import TokenShards
-from dynaroute.dwr import benchmark
-from dynaroute.dwr.benchmark import Cell, peak_memory, sweep
 from dynaroute.dwr.experts import CacheStatistics
-from dynaroute.dwr.trace import load_trace, uniform_trace
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.training.checkpoints import save_checkpoint

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dynaroute.errors import DynarouteError
-from dynaroute.evaluation import statistics
-from dynaroute.evaluation.statistics import (
+from dynaroute.analysis import statistics
+from dynaroute.analysis.statistics import (
     Interval,
     benjamini_hochberg,
     bootstrap_difference,
@@ -27,6 +26,7 @@ from dynaroute.evaluation.statistics import (
     verdict,
     westfall_young,
 )
+from dynaroute.errors import DynarouteError
 
 
 def test_the_interval_is_the_textbook_formula():

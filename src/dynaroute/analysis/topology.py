@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynaroute.analysis.statistics import PermutationTest, permutation_test
 from dynaroute.dagformer.gates import dag_mask, density, gate_fraction, layer_distance
-from dynaroute.evaluation.statistics import PermutationTest, permutation_test
 
 ROUNDING = torch.finfo(torch.float64).eps
 

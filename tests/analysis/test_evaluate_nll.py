@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from small_base import SEQ_LEN, make_base
 from small_dagformer import PREFIX, RUN, WINDOWS, make_predictor, tiny_settings, write_all, write_variant
 
+from dynaroute.analysis.nll import check_same_baseline
 from dynaroute.dagformer.gates import cascade, dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.nll import check_same_baseline
 from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
 
 OUTPUTS = ["reports/dagformer/{}/nll.csv", "reports/dagformer/{}/nll.json", "data/eval/{}/gates.safetensors"]

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dynaroute.analysis.traces import Trace
 from dynaroute.config import PrefetchName, SimulatedMachine, SimulatedModel
 from dynaroute.dwr.experts import Usage
 from dynaroute.dwr.experts.policies import Key
 from dynaroute.dwr.experts.residency import Residency
-from dynaroute.dwr.trace import Trace
 
 Foretell = Callable[[int, int], list[int]]  # (token, layer) -> experts of the layer after it
 

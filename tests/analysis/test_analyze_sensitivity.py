@@ -10,11 +10,11 @@ import pytest
 import torch
 from small_dagformer import HEADS, LAYERS, SEQ_LEN, make_base, tiny_settings, write_all
 
+from dynaroute.analysis.statistics import paired_difference
 from dynaroute.config import Settings
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.statistics import paired_difference
 
 REPORTS = Path("reports/dagformer")
 FILES = [

@@ -7,9 +7,7 @@ import pytest
 import torch
 from small_dagformer import HEADS, LAYERS, make_base, make_windows
 
-from dynaroute.dagformer.gates import dag_mask
-from dynaroute.dagformer.graph import DagForward
-from dynaroute.evaluation.sensitivity import (
+from dynaroute.analysis.sensitivity import (
     chance_consistency,
     describe_gradients,
     flatness,
@@ -21,7 +19,9 @@ from dynaroute.evaluation.sensitivity import (
     without_head,
     without_layer_pair,
 )
-from dynaroute.evaluation.statistics import benjamini_hochberg, t_test_p
+from dynaroute.analysis.statistics import benjamini_hochberg, t_test_p
+from dynaroute.dagformer.gates import dag_mask
+from dynaroute.dagformer.graph import DagForward
 
 VALID = dag_mask(LAYERS, HEADS)
 EDGES = [(i, j) for i, j in itertools.product(range(LAYERS * HEADS), repeat=2) if i // HEADS < j // HEADS]

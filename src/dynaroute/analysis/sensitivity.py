@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dynaroute.analysis.nll import WindowSet, sequence_nll, token_nll, wired_nll
+from dynaroute.analysis.statistics import SIGNIFICANT, benjamini_hochberg, group_means, mean_vector_test, t_test_p
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import IGNORED_TARGET
-from dynaroute.evaluation.nll import WindowSet, sequence_nll, token_nll, wired_nll
-from dynaroute.evaluation.statistics import SIGNIFICANT, benjamini_hochberg, group_means, mean_vector_test, t_test_p
 
 
 def gate_gradients(graph: DagForward, windows: WindowSet, batch_size: int) -> Tensor:

@@ -4,8 +4,7 @@ import pytest
 import scipy.spatial.distance
 import torch
 
-from dynaroute.dagformer.gates import dag_mask
-from dynaroute.evaluation.topology import (
+from dynaroute.analysis.topology import (
     by_layer_pair,
     effective_rank,
     gate_entropy,
@@ -15,6 +14,7 @@ from dynaroute.evaluation.topology import (
     same_text_test,
     variation,
 )
+from dynaroute.dagformer.gates import dag_mask
 
 # Two heads in each of three layers. Of 12 valid gates, 8 are between adjacent layers: 0,1 -> 2,3 and 2,3 -> 4,5; and
 # 4 skip a layer: 0,1 -> 4,5.

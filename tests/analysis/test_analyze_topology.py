@@ -24,13 +24,13 @@ from small_dagformer import (
     write_variant,
 )
 
+from dynaroute.analysis.domains import domain_windows
+from dynaroute.analysis.statistics import paired_difference
 from dynaroute.config import Settings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
-from dynaroute.evaluation.domains import domain_windows
-from dynaroute.evaluation.statistics import paired_difference
 from dynaroute.pipeline.artifacts import sha256, write_json
 from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
 
