@@ -25,7 +25,7 @@ benchmarks: env  ## layers, peers and tokenization at the paper's sizes, into re
 gpu: env  ## what takes a GPU, by gpu/params.yaml, into reports/gpu.md; what is done is not run again
 	@python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make gpu: PyTorch {torch.__version__} finds no \
 	CUDA device: nvidia-smi shows whether there is one, and up to which version of CUDA its driver goes")'
-	dvc repro --keep-going gpu/dvc.yaml || { cd gpu && python ../stages/report_gpu.py; exit 1; }  # what there is so far
+	dvc repro --keep-going gpu/dvc.yaml || { cd gpu && python ../benchmarks/report_gpu.py; exit 1; }  # what there is so far
 
 faults: env  ## what kills, damage, odd input and full disks do, into docs/reliability.md: most of an hour (KILLS=108 CASES=720)
 	python faults/corruption.py --workspace .scratch/faults --cases $(or $(CASES),720)

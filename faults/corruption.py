@@ -46,7 +46,7 @@ from dynaroute.reporting.dagformer import analyses, results
 from dynaroute.reporting.dwr import results as dwr_results
 from dynaroute.training.checkpoints import load_checkpoint
 
-sys.path.insert(0, str(REPOSITORY / "stages"))
+sys.path += [str(REPOSITORY / f"stages/{system}") for system in ("data", "dwr", "dagformer")]
 
 import export_experts
 import train_dagformer

@@ -217,7 +217,7 @@ def judge_huge_document(workspace: Workspace, kind: str) -> str:
     corpora = read_yaml(workspace.root / "params.yaml")["corpora"]
     corpora["huge"] = corpora["docs"] | {"source": {"kind": kind, "paths": [path.name]}}
     change_params(workspace, corpora=corpora)
-    limited = f"ulimit -v {2 * GIGABYTE // 1024}; PYTHONPATH=src exec python stages/collect.py huge"
+    limited = f"ulimit -v {2 * GIGABYTE // 1024}; PYTHONPATH=src exec python stages/data/collect.py huge"
     done = workspace.run("bash", "-c", limited, check=False)
     said = done.stderr.strip().splitlines()[-1:]
     if not done.returncode:

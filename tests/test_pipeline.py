@@ -175,7 +175,7 @@ def test_a_clone_pulls_the_results_that_were_pushed(finished, tmp_path):
     bare = Workspace(tmp_path / "bare")
     assert ran(bare.run("dvc", "repro", "--allow-missing").stdout) == {LOCATE}
     assert not (bare.root / "data/dwr").exists()
-    script = bare.root / "stages/trace_routing.py"
+    script = bare.root / "stages/dwr/trace_routing.py"
     script.write_text(script.read_text() + "# changed\n")
     missing = bare.run("dvc", "repro", "--allow-missing", "trace_routing", check=False)
     assert "failed to reproduce 'trace_routing'" in missing.stdout + missing.stderr
@@ -187,7 +187,7 @@ def test_a_clone_pulls_the_results_that_were_pushed(finished, tmp_path):
 def test_a_dry_run_in_a_new_clone_needs_what_locate_writes(finished, tmp_path):
     finished.run("git", "clone", "-q", str(finished.root), str(tmp_path / "clone"))
     clone = Workspace(tmp_path / "clone")
-    script = clone.root / "stages/collect.py"
+    script = clone.root / "stages/data/collect.py"
     script.write_text(script.read_text() + "# changed\n")
     refused = clone.run("dvc", "repro", "--allow-missing", "--dry", check=False)
     assert "failed to reproduce 'collect@docs'" in refused.stdout + refused.stderr
@@ -292,7 +292,7 @@ def test_a_mistake_in_params_stops_every_stage_with_one_line(finished, tmp_path)
 
 def test_every_script_explains_itself(finished):
     for script, done in finished.run_scripts(defaultdict(lambda: ["--help"])):
-        assert f"stages/{script.name}" in done.stdout, script
+        assert f"stages/{script.parent.name}/{script.name}" in done.stdout, script
 
 
 @pytest.mark.parametrize("committed", [True, False])

@@ -214,5 +214,5 @@ def test_vectors_of_other_windows_are_refused(analyze):
     analyze()
     path = Path("data/dagformer/embeddings/domains/metadata.json")
     write_json(path, {"embedding_size": EMBEDDING, "files": {}})
-    with pytest.raises(DynarouteError, match=r"embeddings/domains: 0 texts of domains, not \d+: run stages/encode_w"):
+    with pytest.raises(DynarouteError, match=r"embeddings/domains: 0 texts of domains, not \d+: run the stage"):
         analyze(again=True)

@@ -224,7 +224,7 @@ def test_input_that_does_not_fit_is_an_error_in_one_line(tree):
     with pytest.raises(DynarouteError, match="data/dagformer/P1: files of two runs, 0123456789abcdef and another"):
         stage.main(tiny_settings(), "P1")
     Path("data/dagformer/P1/run.json").write_text('{"run": "1"}')
-    with pytest.raises(DynarouteError, match=r"data/dagformer/P1/run\.json: damaged: 'knobs': run stages/train_dagfo"):
+    with pytest.raises(DynarouteError, match=r"data/dagformer/P1/run\.json: damaged: 'knobs': run the stage"):
         stage.main(tiny_settings(), "P1")
     with pytest.raises(DynarouteError, match=r"data/dagformer/P9/run\.json: cannot be read"):
         stage.main(tiny_settings(), "P9")
@@ -233,7 +233,7 @@ def test_input_that_does_not_fit_is_an_error_in_one_line(tree):
 
 def test_the_command_takes_the_name_of_a_variant(tree, monkeypatch):
     shutil.copy(REPOSITORY / "params.yaml", tree)
-    script = str(REPOSITORY / "stages/evaluate_nll.py")
+    script = str(REPOSITORY / "stages/dagformer/evaluate_nll.py")
     monkeypatch.setattr(sys, "argv", [script, "P9"])
     with pytest.raises(SystemExit, match=r"evaluate_nll: data/dagformer/P9/run\.json: cannot be read"):
         runpy.run_path(script, run_name="__main__")

@@ -248,7 +248,7 @@ def test_an_encoder_that_cannot_be_loaded_whole_and_safely_is_refused_in_one_lin
 
 
 def test_a_missing_base_says_which_stage_makes_it(tmp_path):
-    with pytest.raises(DynarouteError, match=r"no base model: run stages/prepare_base.py"):
+    with pytest.raises(DynarouteError, match=r"no base model: run the stage prepare_base"):
         load_encoder(BASE, tmp_path, None, "cpu")
 
 

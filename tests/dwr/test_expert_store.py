@@ -34,7 +34,7 @@ def refusal(action) -> str:
         action()
     message = str(caught.value)
     assert "\n" not in message
-    assert "run stages/export_experts.py again" in message or "run the stage that makes it again" in message
+    assert "run the stage export_experts again" in message or "run the stage that makes it again" in message
     return message
 
 

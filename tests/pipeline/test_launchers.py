@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from repository import REPOSITORY
+from repository import REPOSITORY, stage_script
 from ruamel.yaml import YAML
 from small_base import EMBEDDING, SEQ_LEN, make_base
 from small_tokens import write_tokens
@@ -26,7 +26,6 @@ from dynaroute.pipeline.artifacts import sha256, write_json
 PYTHON = [sys.executable]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch", "--main_process_port", "0"]
-STAGES = REPOSITORY / "stages"
 VOCABULARY = 260  # of a byte-level tokenizer
 
 
@@ -59,7 +58,7 @@ def environment() -> dict[str, str]:
 def run(
     root: Path, launcher: list[str], stage: str, *arguments: str, check: bool = True
 ) -> subprocess.CompletedProcess:
-    command = [*launcher, str(STAGES / stage), *arguments]
+    command = [*launcher, str(stage_script(stage)), *arguments]
     done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr
     return done
@@ -80,7 +79,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     for name, launcher in (("one", ["python"]), ("two", TORCHRUN), ("accelerate", on_two)):
         root = make_tree(tmp_path / name, epochs=1)
         set_launcher(root, launcher)
-        run(root, PYTHON, "train_dwr.py")
+        run(root, PYTHON, "train_dwr")
     one, two, other = (tmp_path / name / "reports/dwr" for name in ("one", "two", "accelerate"))
     assert len(rows(one / "training.csv")) > 2
     for table in ("training.csv", "router.csv"):  # losses; gate norms, load and probability of every expert
@@ -100,7 +99,7 @@ def test_a_launcher_takes_the_place_of_the_stage_and_no_shell_reads_it(tmp_path)
     root = make_tree(tmp_path / "tree")
     (root / "probe.py").write_text("import json, os, sys; print(json.dumps([os.getpid(), sys.argv]))")
     set_launcher(root, [sys.executable, "probe.py", "--log", "$(touch x); touch x"])
-    script = str(STAGES / "train_dagformer.py")
+    script = str(stage_script("train_dagformer"))
     stage = subprocess.Popen([*PYTHON, script, "P1"], cwd=root, env=environment(), stdout=subprocess.PIPE, text=True)
     found, _ = stage.communicate(timeout=300)
     assert json.loads(found) == [stage.pid, ["probe.py", "--log", "$(touch x); touch x", script, "P1"]]
@@ -110,7 +109,7 @@ def test_a_launcher_takes_the_place_of_the_stage_and_no_shell_reads_it(tmp_path)
 def test_a_launcher_that_is_not_there_is_named(tmp_path):
     root = make_tree(tmp_path / "tree")
     set_launcher(root, ["torchrunn", "--standalone"])
-    done = run(root, PYTHON, "train_dwr.py", check=False)
+    done = run(root, PYTHON, "train_dwr", check=False)
     assert done.returncode == 1
     expected = "train_dwr: params.yaml: launcher = 'torchrunn --standalone': torchrunn cannot be run: "
     assert done.stderr == f"{expected}No such file or directory\n"
@@ -124,7 +123,7 @@ def test_a_damaged_shard_stops_two_processes_by_name_before_they_train(tmp_path)
     data[-2] ^= 1
     shard.write_bytes(data)
     set_launcher(root, [str(Path(sys.executable).with_name("torchrun")), *TORCHRUN[3:]])
-    done = run(root, PYTHON, "train_dwr.py", check=False)
+    done = run(root, PYTHON, "train_dwr", check=False)
     assert done.returncode == 1
     assert done.stderr.count("train_dwr: data/tokens/docs/train-00000.npy: SHA-256 is ") == 1
     assert done.stderr.endswith("\ntorchrun: the process of rank 0 ended with status 1\n")
@@ -136,7 +135,7 @@ def test_fewer_processes_than_were_asked_for_are_refused(tmp_path):
     """What accelerate starts on a CPU, or on one GPU."""
     root = make_tree(tmp_path / "tree")
     set_launcher(root, [*ACCELERATE, "--cpu", "--num_processes", "2"])
-    done = run(root, PYTHON, "train_dwr.py", check=False)
+    done = run(root, PYTHON, "train_dwr", check=False)
     assert done.returncode == 1
     launcher = read_yaml(root / "params.yaml")["launcher"]
     *_, last_but_one, last = done.stderr.splitlines()
@@ -150,7 +149,7 @@ def test_fewer_processes_than_were_asked_for_are_refused(tmp_path):
 def test_fewer_windows_to_validate_on_than_processes_are_refused_before_training(tmp_path):
     root = make_tree(tmp_path / "tree")
     write_tokens(root / "data/tokens/docs", VOCABULARY, train=[[1] * 1700], validation=[[1] * 15], test=[[1] * 200])
-    done = run(root, TORCHRUN, "train_dwr.py", check=False)
+    done = run(root, TORCHRUN, "train_dwr", check=False)
     assert done.returncode != 0
     expected = "train_dwr: params.yaml: launcher starts 2 processes, but they have 1 windows to score together: "
     assert expected in done.stderr
@@ -195,7 +194,7 @@ def test_two_processes_load_a_base_once_and_train_a_predictor_as_one_does(tmp_pa
     run(root, PYTHON, "resolve_variants.py")
     tables = []
     for launcher in (PYTHON, TORCHRUN):
-        run(root, launcher, "train_dagformer.py", "P1")
+        run(root, launcher, "train_dagformer", "P1")
         tables.append(rows(root / "reports/dagformer/P1/training.csv"))
         checks = json.loads((root / "reports/dagformer/P1/training.json").read_text())["checks"]
         assert checks["base_is_unchanged_to_the_bit"]
@@ -210,7 +209,7 @@ def test_two_processes_load_a_base_once_and_train_a_predictor_as_one_does(tmp_pa
 def test_the_loss_of_one_process_ends_the_job_with_an_error_and_without_results(tmp_path):
     root = make_tree(tmp_path / "tree", epochs=10_000)
     job = subprocess.Popen(
-        [*TORCHRUN, str(STAGES / "train_dwr.py")], cwd=root, env=environment(), stderr=subprocess.PIPE, text=True
+        [*TORCHRUN, str(stage_script("train_dwr"))], cwd=root, env=environment(), stderr=subprocess.PIPE, text=True
     )
     try:
         deadline = time.monotonic() + 120

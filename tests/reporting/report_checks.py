@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 
-from repository import REPOSITORY
+from repository import REPOSITORY, stage_script
 
 from dynaroute.pipeline.artifacts import sha256
 
@@ -14,7 +14,7 @@ STRANGE = re.compile(r"7,?777,?777|8888\.[89]")
 
 def run_stage(name: str, **environment: str) -> subprocess.CompletedProcess:
     """Runs a stage in the working directory."""
-    command = [sys.executable, str(REPOSITORY / f"stages/{name}.py")]
+    command = [sys.executable, str(stage_script(name))]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), **environment}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 

@@ -119,7 +119,7 @@ class Workspace:
 
     def run_scripts(self, arguments: Mapping[str, list[str]]) -> list[tuple[Path, subprocess.CompletedProcess]]:
         """Runs the script of every stage, with arguments by its name."""
-        scripts = sorted((self.root / "stages").glob("*.py"))
+        scripts = sorted(self.root.glob("stages/*/*.py"))
         commands = [["python", str(script), *arguments[script.stem]] for script in scripts]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(zip(scripts, pool.map(lambda command: self.run(*command, check=False), commands), strict=True))

@@ -158,11 +158,11 @@ def read_nll(path: Path, protocol: str) -> dict[str, np.ndarray]:
             rows = [row for row in csv.DictReader(file) if row["protocol"] == protocol]
         found = {mode: np.array([float(row[f"nll_{mode}"]) for row in rows]) for mode in ("soft", "hard", "baseline")}
     except OSError as error:
-        raise DynarouteError(f"{path}: cannot be read: {error.strerror}: run stages/evaluate_nll.py") from error
+        raise DynarouteError(f"{path}: cannot be read: {error.strerror}: run the stage evaluate_nll") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise DynarouteError(f"{path}: damaged: {error}: run stages/evaluate_nll.py again") from error
+        raise DynarouteError(f"{path}: damaged: {error}: run the stage evaluate_nll again") from error
     if not rows:
-        raise DynarouteError(f"{path}: has no rows of the {protocol} protocol: run stages/evaluate_nll.py again")
+        raise DynarouteError(f"{path}: has no rows of the {protocol} protocol: run the stage evaluate_nll again")
     return found
 
 
@@ -178,14 +178,14 @@ def check_same_baseline(paths: list[Path]) -> None:
             with checked(path).open(encoding="utf-8", newline="") as file:
                 found = [tuple(row[name] for name in BASELINE_COLUMNS) for row in csv.DictReader(file)]
         except OSError as error:
-            raise DynarouteError(f"{path}: cannot be read: {error.strerror}: run stages/evaluate_nll.py") from error
+            raise DynarouteError(f"{path}: cannot be read: {error.strerror}: run the stage evaluate_nll") from error
         except KeyError as error:
-            raise DynarouteError(f"{path}: lacks the column {error}: run stages/evaluate_nll.py again") from error
+            raise DynarouteError(f"{path}: lacks the column {error}: run the stage evaluate_nll again") from error
         expected = found if expected is None else expected
         if found != expected:
             raise DynarouteError(
                 f"{path}: its baseline NLL or windows differ from those of {paths[0]}: not of the same base and text; "
-                f"run stages/evaluate_nll.py again for both"
+                f"run the stage evaluate_nll again for both"
             )
 
 

@@ -99,7 +99,7 @@ def load_trace(path: str | Path) -> Trace:
             with checked(file).open("rb") as content:
                 arrays[name] = np.lib.format.read_array(content, allow_pickle=False)
         except (OSError, ValueError, TokenError) as error:
-            raise DynarouteError(f"{file}: missing or damaged: {error}: run stages/trace_routing.py again") from error
+            raise DynarouteError(f"{file}: missing or damaged: {error}: run the stage trace_routing again") from error
     return Trace(read_json(path / "metadata.json")["run"], **arrays)
 
 

@@ -58,7 +58,7 @@ def load_base(path: str | Path, device: str, revision: str | None = None) -> "Ol
 
     if isinstance(path, Path):
         if not (path / "config.json").is_file():
-            raise DynarouteError(f"{path}: no base model: run stages/prepare_base.py")
+            raise DynarouteError(f"{path}: no base model: run the stage prepare_base")
         checked(path)
         return load_model(str(path), AutoModelForCausalLM, path, device, "auto")
     return load_model(str(path), AutoModelForCausalLM, path, device, torch.float32, revision)

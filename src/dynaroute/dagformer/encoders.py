@@ -138,7 +138,7 @@ def load_encoder(
 
     if isinstance(settings, BaseEncoder):
         if not (Path(base) / "config.json").is_file():
-            raise DynarouteError(f"{base}: no base model: run stages/prepare_base.py")
+            raise DynarouteError(f"{base}: no base model: run the stage prepare_base")
         return BaseStates(load_model(str(base), AutoModelForCausalLM, checked(base), device, "auto").base_model)
     name = f"dagformer.encoder.path: {settings.path}" + (f" at {settings.revision}" if settings.revision else "")
     model = load_model(name, AutoModel, settings.path, device, dtype, settings.revision)
@@ -260,17 +260,17 @@ def load_embeddings(directory: str | Path, check: bool = True) -> dict[str, np.n
                 for name, own in files.items()}  # fmt: skip
     except (AttributeError, KeyError, TypeError) as error:
         path = directory / "metadata.json"
-        raise DynarouteError(f"{path}: damaged: {error}: run stages/encode_windows.py again") from error
+        raise DynarouteError(f"{path}: damaged: {error}: run the stage encode_windows again") from error
 
 
 def _open_vectors(path: Path, windows: int, size: int, expected: str | None) -> np.ndarray:
     try:
         vectors = np.lib.format.open_memmap(path, mode="c")  # .npy alone, and never a pickle
     except (OSError, ValueError, TokenError) as error:
-        raise DynarouteError(f"{path}: missing or damaged: {error}: run stages/encode_windows.py again") from error
+        raise DynarouteError(f"{path}: missing or damaged: {error}: run the stage encode_windows again") from error
     if vectors.dtype != "<f4" or vectors.shape != (windows, size):
         found = f"{vectors.dtype} {vectors.shape}"
         raise DynarouteError(f"{path}: {found}, but metadata.json says float32 {(windows, size)}")
     if expected is not None and (found := sha256(path)) != expected:
-        raise DynarouteError(f"{path}: SHA-256 is {found}, not {expected}: run stages/encode_windows.py again")
+        raise DynarouteError(f"{path}: SHA-256 is {found}, not {expected}: run the stage encode_windows again")
     return vectors.view(np.ndarray)

@@ -28,7 +28,7 @@ def load_predictor(folder: Path, device: str) -> tuple[dict[str, Any], Structure
         record["identity"]["base"]
     except (KeyError, TypeError, ValidationError) as error:
         reason = str(error).splitlines()[0]
-        raise DynarouteError(f"{path}: damaged: {reason}: run stages/train_dagformer.py again") from error
+        raise DynarouteError(f"{path}: damaged: {reason}: run the stage train_dagformer again") from error
     if len(runs) > 1:
         raise DynarouteError(f"{folder}: files of two runs, {' and '.join(sorted(runs))}: train the variant again")
     predictor = StructurePredictor(variant, *sizes)

@@ -31,7 +31,7 @@ from dynaroute.errors import DynarouteError
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", required=True, help="folder that stages/export_experts.py wrote")
+    parser.add_argument("--store", required=True, help="folder that stages/dwr/export_experts.py wrote")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate at most (default: %(default)s)")
     parser.add_argument("--cache", type=int, metavar="N", help="experts in memory (default: all, resident)")

@@ -1,6 +1,6 @@
 """Runs a launcher of training, such as torchrun, but for its traceback when a process that it started has failed.
 
-    python -m dynaroute.pipeline.launcher /path/to/torchrun --standalone --nproc_per_node 4 stages/train_dwr.py
+    python -m dynaroute.pipeline.launcher /path/to/torchrun --standalone --nproc_per_node 4 stages/dwr/train_dwr.py
 
 That process has said what is wrong, in a line, which dozens of lines about the launcher's own code would hide.
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 from pyarrow import parquet
-from repository import REPOSITORY
+from repository import REPOSITORY, stage_script
 from ruamel.yaml import YAML
 
 from dynaroute.config import Dolma, Files, Hub, InstalledDocs, read_yaml
@@ -344,7 +344,7 @@ def test_nothing_starts_before_all_that_the_hub_holds_has_a_revision(tmp_path, k
 
     def run() -> subprocess.CompletedProcess:
         YAML(typ="safe").dump(params, tmp_path / "params.yaml")
-        command = [sys.executable, str(REPOSITORY / "stages" / "locate.py"), "docs"]
+        command = [sys.executable, str(stage_script("locate")), "docs"]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     done = run()

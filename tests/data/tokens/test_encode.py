@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from repository import REPOSITORY
+from repository import REPOSITORY, stage_script
 
 from dynaroute.config import ByteBPE
 from dynaroute.data.tokens import encode as tokenization
@@ -12,7 +12,6 @@ from dynaroute.data.tokens.encode import tokenize
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
 
-STAGES = REPOSITORY / "stages"
 BPE = ByteBPE(kind="bpe", vocab_size=280)
 
 
@@ -88,21 +87,21 @@ def test_the_tokenizer_of_other_tokens_is_refused(tmp_path, collected):
 
 
 def test_no_stage_script_hides_a_module_of_the_standard_library():
-    assert not {path.stem for path in STAGES.glob("*.py")} & sys.stdlib_module_names
+    assert not {path.stem for path in REPOSITORY.glob("stages/*/*.py")} & sys.stdlib_module_names
 
 
 def test_the_three_stages_turn_files_into_tokens(tmp_path):
     (tmp_path / "texts").mkdir()
     for index in range(30):
         (tmp_path / "texts" / f"{index}.txt").write_text(f"Text {index} of thirty, about the cat and the mat. " * 5)
-    parameters = (STAGES.parent / "params.yaml").read_text()
+    parameters = (REPOSITORY / "params.yaml").read_text()
     corpus = (
         "\n  mine:\n    source: {kind: files, paths: ['texts/*.txt']}\n"
         "    split: {validation: 0.2, test: 0.2}\n    tokenizer: {kind: bpe, vocab_size: 280}\n"
     )
     (tmp_path / "params.yaml").write_text(parameters.replace("corpora:\n", f"corpora:{corpus}", 1))
     for stage in ("locate", "collect", "tokenize_corpus"):
-        command = [sys.executable, str(STAGES / f"{stage}.py"), "mine"]
+        command = [sys.executable, str(stage_script(stage)), "mine"]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert result.stderr == ""  # no progress bar where nobody watches
     assert len(json.loads((tmp_path / "data/raw/mine.source.json").read_text())["files"]) == 30
@@ -113,6 +112,6 @@ def test_the_three_stages_turn_files_into_tokens(tmp_path):
 
 
 def test_a_corpus_that_params_yaml_does_not_name_is_an_error_of_one_line():
-    command = [sys.executable, str(STAGES / "locate.py"), "dcos"]
-    result = subprocess.run(command, cwd=STAGES.parent, capture_output=True, text=True)
+    command = [sys.executable, str(stage_script("locate")), "dcos"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (1, "locate: corpora.dcos: no such corpus; known: docs\n")

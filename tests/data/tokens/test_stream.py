@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 from faulty_server import FaultyServer, first_member
-from repository import REPOSITORY
+from repository import REPOSITORY, stage_script
 from ruamel.yaml import YAML
 
 from dynaroute.config import ByteBPE, Corpus, read_yaml
@@ -573,7 +573,7 @@ def test_the_stages_stream_a_corpus(tmp_path, server, address, tokenizer, undist
     YAML(typ="safe").dump(params, tmp_path / "params.yaml")
     environment = {key: value for key, value in os.environ.items() if key != "DVC_ROOT"}
     for stage in ("locate", "collect", "tokenize_corpus"):
-        command = [sys.executable, str(REPOSITORY / "stages" / f"{stage}.py"), "mine"]
+        command = [sys.executable, str(stage_script(stage)), "mine"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert done.stderr.startswith("mine: 1 of 1 files, 19 documents, ")  # where nobody watches, a line for each file

@@ -34,7 +34,7 @@ from dynaroute.training.checkpoints import read_safetensors
 BACKBONE = "backbone.safetensors"
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
-REMEDY = "run stages/export_experts.py again"
+REMEDY = "run the stage export_experts again"
 
 
 class FileEntry(Section):

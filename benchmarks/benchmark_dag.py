@@ -1,0 +1,369 @@
+"""Times the DAG forward against its dense base and against the formulation that concatenates all head outputs.
+
+    PYTHONPATH=src python benchmarks/benchmark_dag.py        (or: dvc repro benchmarks/dvc.yaml:benchmark_dag)
+
+Writes  reports/benchmarks/dag.json
+
+Random OLMo-2 bases with an MLP of width 4 * D, of sizes that depend on `device`, fp32 on a CPU and bf16 on CUDA:
+    dense      transformers' own forward; backward to its embeddings, weights frozen
+    ours       dynaroute.dagformer.graph on the same weights; backward to the adjacency
+    reference  every layer concatenates the outputs of all earlier heads and mixes them by einsum in the adjacency's
+               fp32; backward to the adjacency. Attention is fused as in the other two, so that only mixing differs.
+At the largest of the CUDA sizes also `_compiled` ones: torch.compile on all of dense and of the reference; on norms and
+MLPs of ours, whose mixing it cannot take. One that fails, or for which the memory is too small, is left out, and it is
+recorded why; if it is dense or ours, so is the whole size.
+
+Candidates take turns, so that what else the machine does falls on all of them alike. A ratio is the median over
+rounds of a candidate's time to dense's time in the same round.
+
+The bounds are ratios to dense too. By FLOPs: dense has two units of work, mixing three (forward, heads, gates). By
+bytes: dense's time, and the head outputs, inputs and gradients that mixing has to move at the bandwidth of a copy.
+"""
+
+import copy
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb
+
+from dynaroute.config import Settings
+from dynaroute.dagformer.gates import dag_mask
+from dynaroute.dagformer.graph import DagForward
+from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import write_json
+from dynaroute.pipeline.machine import describe_machine, failure, require_device
+from dynaroute.pipeline.stage import run
+
+ROUNDS, WARM_UP = 9, 2
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Size:
+    """Layers, heads, model width, batch, tokens and vocabulary; whether to compile as well."""
+
+    L: int
+    H: int
+    D: int
+    B: int
+    T: int
+    V: int = 2048
+    compiled: bool = False
+
+
+SIZES = {
+    "cpu": (Size(L=8, H=8, D=512, B=1, T=256), Size(L=12, H=16, D=1024, B=1, T=256)),
+    # The published research code's 300M model, and OLMo-2-0425-1B, by its config.json on the hub.
+    "cuda": tuple(
+        Size(**shape, B=batch, T=1024, compiled=batch == 8)
+        for shape in ({"L": 12, "H": 16, "D": 1024}, {"L": 16, "H": 16, "D": 2048, "V": 100352})
+        for batch in (1, 2, 4, 8)
+    ),
+}
+
+
+class ConcatenatingDag(nn.Module):
+    """The DAG forward as it is usually written: everything sent so far, concatenated anew at every layer."""
+
+    def __init__(self, base: Olmo2ForCausalLM) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, tokens: Tensor, adjacency: Tensor) -> Tensor:
+        """Tokens [B, T] and adjacency [B, N, N] to logits [B, T, V]."""
+        model, H = self.base.model, self.base.config.num_attention_heads
+        base = hidden = model.embed_tokens(tokens)
+        B, T, D = base.shape
+        cos_sin = model.rotary_emb(base, torch.arange(T, device=tokens.device)[None])
+        sent: list[Tensor] = []  # [B, H, T, D] of every layer
+        for n, layer in enumerate(model.layers):
+            attention, norm = layer.self_attn, layer.post_attention_layernorm
+            inputs = base[:, None].expand(B, H, T, D)
+            if sent:
+                gates = adjacency[:, : n * H, n * H : (n + 1) * H]
+                heads = torch.cat(sent, dim=1).to(adjacency.dtype)
+                inputs = inputs + torch.einsum("bij,bitd->bjtd", gates, heads).to(base.dtype)
+            q, k, v = (
+                torch.einsum("bhtd,hkd->bthk", inputs, p.weight.view(H, -1, D)).flatten(2)
+                for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            q, k = attention.q_norm(q), attention.k_norm(k)
+            q, k, v = (x.unflatten(-1, (H, -1)).transpose(1, 2) for x in (q, k, v))
+            q, k = apply_rotary_pos_emb(q, k, *cos_sin)
+            z = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, H, T, K]
+            raw = torch.einsum("bhtk,dhk->bhtd", z, attention.o_proj.weight.view(D, H, -1))
+            square = raw.sum(1).float().square().mean(-1)
+            rms = torch.sqrt(square + norm.variance_epsilon)[:, None, :, None]
+            sent.append((norm.weight * raw / rms).to(base.dtype))
+            hidden = hidden + sent[-1].sum(1)
+            mlp = layer.post_feedforward_layernorm(layer.mlp(hidden))
+            base, hidden = base + mlp, hidden + mlp
+        return self.base.lm_head(model.norm(hidden))
+
+
+def make_base(size: Size, device: str) -> Olmo2ForCausalLM:
+    """A random frozen base."""
+    torch.manual_seed(0)
+    config = Olmo2Config(
+        vocab_size=size.V, hidden_size=size.D, intermediate_size=4 * size.D, num_hidden_layers=size.L,
+        num_attention_heads=size.H, max_position_embeddings=size.T, pad_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):  # drawing a billion weights takes a GPU no time
+        base = Olmo2ForCausalLM(config)
+    return base.to(dtype).eval().requires_grad_(False)
+
+
+def candidates(size: Size, device: str, compiled: bool = False) -> dict[str, Callable[[bool], Tensor]]:
+    """Of each candidate, a step: forward, and on demand backward to embeddings or adjacency. It returns logits."""
+    base = make_base(size, device)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(size.V, (size.B, size.T), generator=generator).to(device)
+    nodes = size.L * size.H
+    gates = (torch.rand(size.B, nodes, nodes, generator=generator) * dag_mask(size.L, size.H)).to(device)
+
+    def step(forward: Callable[[Tensor], Tensor], source: Tensor) -> Callable[[bool], Tensor]:
+        def call(backward: bool) -> Tensor:
+            with torch.set_grad_enabled(backward):
+                logits = forward(source.detach().requires_grad_(backward))
+                if backward:
+                    F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+            return logits.detach()
+
+        return call
+
+    def to_embeddings(model: nn.Module) -> Callable[[bool], Tensor]:
+        return step(lambda x: model(inputs_embeds=x, use_cache=False).logits, base.model.embed_tokens(tokens))
+
+    def to_gates(model: nn.Module) -> Callable[[bool], Tensor]:
+        return step(lambda a: model(tokens, a), gates)
+
+    found = {"dense": to_embeddings(base), "ours": to_gates(DagForward(base))}
+    found["reference"] = to_gates(ConcatenatingDag(base))
+    if compiled:
+        found["dense_compiled"] = to_embeddings(torch.compile(base))
+        found["ours_compiled"] = to_gates(DagForward(with_compiled_modules(base)))
+        found["reference_compiled"] = to_gates(torch.compile(ConcatenatingDag(base)))
+    return found
+
+
+def with_compiled_modules(base: Olmo2ForCausalLM) -> Olmo2ForCausalLM:
+    """A copy whose norms and MLPs are compiled."""
+    base = copy.deepcopy(base)
+    for module in base.model.modules():
+        if type(module).__name__ in ("Olmo2RMSNorm", "Olmo2MLP"):
+            module.compile()
+    return base
+
+
+def interleaved(steps: dict[str, Callable[[bool], Tensor]], backward: bool, device: str) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round; the first rounds are left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(WARM_UP + ROUNDS):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step(backward)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: values[WARM_UP:] for name, values in seconds.items()}
+
+
+def step_memory(size: Size, name: str, backward: bool, device: str) -> float:
+    """MiB that a step of one candidate takes beside the weights; on a CPU to be run in a fresh process."""
+    gc.collect()  # what earlier candidates held
+    step = candidates(size, device)[name]
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(backward)
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    process, samples = psutil.Process(), []
+    samples.append(process.memory_info().rss)
+    done = threading.Event()
+
+    def watch() -> None:  # the kernel's own peak would still be that of building the models
+        while not done.wait(1e-3):
+            samples.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    step(backward)
+    done.set()
+    watcher.join()
+    return (max(samples) - samples[0]) / MIB
+
+
+def mixing_traffic(layers: int, squares: bool) -> int:
+    """How often mixing reads or writes one layer's head outputs, inputs or their gradients, forward and backward.
+
+    Layer by layer, or in the squares of `dynaroute.dagformer.graph`. Temporaries and norms are not counted.
+    """
+    once = (layers - 1) + (layers - 1) + (layers - 1) + (layers - 2)  # heads, inputs, gradients of both: outside mixing
+    total = once
+    if not squares:
+        for n in range(1, layers):
+            total += n + 1  # forward: reads all sources, writes inputs
+            total += n + 1  # gates: reads all sources and gradients of inputs
+            total += (layers - 1 - n) + (n < layers - 1)  # heads of layer n: reads all later gradients, writes one
+        return total
+    for n in range(1, layers):
+        size = n & -n
+        sources, targets = size, min(n + size, layers) - n
+        differentiable = n - max(n - size, 1)  # layer 0 depends on no gate
+        total += sources + targets * (1 if n == size else 2)  # the first square of a target only writes
+        total += sources + targets
+        if differentiable:
+            total += targets + differentiable * (1 if n + size >= layers else 2)
+    return total
+
+
+def bounds(size: Size, dense_seconds: float, bytes_per_second: float, item_size: int) -> dict[str, float]:
+    """What limits forward + backward, as ratios to dense."""
+    block = 4 * size.D**2 + 3 * size.D * 4 * size.D + size.D * size.T  # multiply-adds of a token; attention is causal
+    dense = 2 * (size.L * block + size.D * size.V)
+    mixing = 3 * size.H**2 * size.D * size.L * (size.L - 1) // 2
+    one_layer = size.B * size.T * size.H * size.D * item_size  # bytes of its head outputs
+    moved = {name: mixing_traffic(size.L, name == "squares") * one_layer for name in ("layer_by_layer", "squares")}
+    return {
+        "flop_bound": (dense + mixing) / dense,
+        **{f"{name}_mib": moved[name] / MIB for name in moved},
+        **{f"{name}_byte_bound": 1 + moved[name] / bytes_per_second / dense_seconds for name in moved},
+    }
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of a copy that no cache holds."""
+    # On a GPU so long that the start and the end of a copy, some 20 us, do not count.
+    source = torch.ones((2048 if device == "cuda" else 256) * MIB // 4, device=device)
+    target = torch.empty_like(source)
+
+    def copy(_: bool) -> Tensor:
+        return target.copy_(source)
+
+    return 2 * source.nbytes / statistics.median(interleaved({"copy": copy}, False, device)["copy"])
+
+
+def summary(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
+    """Median and quartiles of one candidate's milliseconds and of its ratio to dense."""
+    ratios = [own / dense for own, dense in zip(seconds[name], seconds["dense"], strict=True)]
+    low, _, high = statistics.quantiles(seconds[name], n=4)
+    ratio_low, ratio, ratio_high = statistics.quantiles(ratios, n=4)
+    return {
+        "milliseconds": 1e3 * statistics.median(seconds[name]),
+        "milliseconds_quartiles": [1e3 * low, 1e3 * high],
+        "ratio_to_dense": ratio,
+        "ratio_to_dense_quartiles": [ratio_low, ratio_high],
+    }
+
+
+def peaks(size: Size, names: list[str], device: str) -> dict[str, dict[str, float]]:
+    """Of every candidate, the memory that forward, and forward and backward, take beside the weights."""
+    parts = {"forward_peak_mib": False, "forward_backward_peak_mib": True}
+    if device == "cuda":
+        return {name: {part: step_memory(size, name, parts[part], device) for part in parts} for name in names}
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return {
+            name: {part: pool.apply(step_memory, (size, name, parts[part], device)) for part in parts} for name in names
+        }
+
+
+def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
+    """Everything about one size; where dense or ours cannot run, only why."""
+    steps = candidates(size, device, size.compiled)
+    names = [name for name in steps if not name.endswith("_compiled")]
+    failed = {
+        name: reason
+        for name, step in steps.items()
+        if (reason := failure(lambda step=step: (step(True), step(False))))  # each is compiled for itself
+    }
+    sizes = {key: value for key, value in asdict(size).items() if key not in ("V", "compiled")}
+    sizes |= {"intermediate_size": 4 * size.D, "vocabulary": size.V}
+    if "dense" in failed or "ours" in failed:
+        return {"size": sizes, "candidates": {}, "failed": failed}
+    for name in failed:
+        del steps[name]
+    difference = None
+    if "reference" in steps:
+        difference = (steps["ours"](False).float() - steps["reference"](False).float()).abs().max().item()
+    forward = interleaved(steps, False, device)
+    both = interleaved(steps, True, device)
+    timed = list(steps)
+    del steps  # and what they hold
+    memory = peaks(size, [name for name in names if name in timed], device)
+    dense_seconds = statistics.median(both["dense"])
+    limits = bounds(size, dense_seconds, bytes_per_second, 2 if device == "cuda" else 4)
+    ours = statistics.median(own / dense for own, dense in zip(both["ours"], both["dense"], strict=True))
+    return {
+        "size": sizes,
+        "candidates": {
+            name: {
+                "forward": summary(forward, name),
+                "forward_backward": summary(both, name),
+                **memory.get(name, {}),
+            }
+            for name in timed
+        },
+        "failed": failed,
+        "bounds": limits,
+        "fraction_of_byte_bound": limits["squares_byte_bound"] / ours,
+        "largest_difference_to_reference": difference,
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """One size, for the eye."""
+    print("  ".join(f"{key} {value}" for key, value in result["size"].items()))
+    for name, reason in result["failed"].items():
+        print(f"  {name} failed: {reason}")
+    if not result["candidates"]:
+        return
+    print(f"  {'':18}{'forward':>24}{'forward + backward':>24}{'peak':>12}")
+    for name, row in result["candidates"].items():
+        times = (row["forward"], row["forward_backward"])
+        cells = [f"{x['milliseconds']:.1f} ms = {x['ratio_to_dense']:.2f}" for x in times]
+        peak = f"{row['forward_backward_peak_mib']:.0f} MiB" if "forward_backward_peak_mib" in row else ""
+        print(f"  {name:18}{cells[0]:>24}{cells[1]:>24}{peak:>12}")
+    limits = result["bounds"]
+    by_bytes = f"{limits['squares_byte_bound']:.2f} ({limits['layer_by_layer_byte_bound']:.2f} layer by layer)"
+    print(f"  bound by FLOPs {limits['flop_bound']:.2f}, by bytes {by_bytes}: {result['fraction_of_byte_bound']:.0%}")
+
+
+def main(settings: Settings) -> None:
+    """Measures, prints a table and writes the report."""
+    device = settings.device
+    require_device(device)
+    torch.set_num_threads(settings.num_threads)
+    bytes_per_second = copy_bandwidth(device)
+    results = []
+    for size in SIZES[device]:
+        results.append(measure(size, device, bytes_per_second))
+        print_table(results[-1])
+        gc.collect()  # what failed leaves cycles, and the next size wants the memory
+    if not any(result["candidates"] for result in results):
+        raise DynarouteError(f"no size could be measured: {results[0]['size']}: {results[0]['failed']}")
+    write_json(
+        "reports/benchmarks/dag.json",
+        {
+            "dtype": "bfloat16" if device == "cuda" else "float32",
+            "rounds": ROUNDS,
+            "copy_gigabytes_per_second": bytes_per_second / 1e9,
+            "results": results,
+            "machine": describe_machine(device),
+        },
+    )
+
+
+if __name__ == "__main__":
+    run(main, __doc__)

@@ -1,0 +1,313 @@
+"""Times the MoE layer against a dense FFN and other dispatches, and training with it against other models.
+
+    PYTHONPATH=src python benchmarks/benchmark_moe.py        (or: dvc repro benchmarks/dvc.yaml:benchmark_moe)
+
+Reads   data/tokens/<dwr.corpus>
+Writes  reports/benchmarks/moe.json
+
+Layers: forward and backward of one layer at the paper's sizes (512 -> 2048 -> 512, 16 experts, top-2) on T tokens,
+fp32 on a CPU and bf16 on CUDA. Ratios are to a dense FFN of the same kind and FLOPs: GELU of width 4096 for ours and
+the plain loop; for transformers, whose Mixtral has gated experts (three matrices), a gated FFN with the FLOPs of its
+two active experts.
+
+Training: whole optimizer steps of params.yaml's model as train_dwr takes them, on one micro-batch of the training
+split. `plain_loop` has the same weights at the start and differs in the dispatch alone: both route, keep to the
+capacity, record router statistics, and minimise NLL and balance loss. `dense` has an FFN of width top_k * d_ff in place
+of every MoE layer, so that as many of its parameters are active, and no router. On CUDA also `_compiled` ones,
+torch.compile on every block, and peak memory, with weights, gradients and optimizer states. Ours runs its experts one
+after another on a CPU, and in bf16 on CUDA all at once (`ResidentExperts.run_all`). The ratios of tokens/s are medians
+over rounds, each a pair.
+
+Candidates take turns, so that what else the machine does falls on all of them alike; medians are reported.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dynaroute.config import Settings, Training
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.dwr.model import DWRConfig, DWRTransformer, MoE, RouterStatistics, expert_ffn
+from dynaroute.dwr.objective import DWRObjective
+from dynaroute.pipeline.artifacts import write_json
+from dynaroute.pipeline.machine import describe_machine, failure
+from dynaroute.pipeline.stage import run
+from dynaroute.training.loop import Batch, make_accelerator
+from dynaroute.training.schedules import decay_groups
+
+D, F_EXPERT, E, K = 512, 2048, 16, 2
+TOKENS = (512, 2048, 8192)
+ROUNDS, WARM_UP = 15, 3
+RATIOS = (("dynaroute", "plain_loop"), ("dynaroute", "dense"), ("dynaroute_compiled", "dense_compiled"))
+GATED_WIDTH = 1360  # 3 * 1360 matrices of a gated expert do about the work of 2 * 2048
+
+
+class LoopMoE(MoE):
+    """The textbook dispatch: a loop over all experts, each picking its tokens by a mask and adding to the output."""
+
+    def dispatch(self, x: Tensor, weights: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
+        """What `MoE.dispatch` computes."""
+        capacity = self.capacity(x.shape[0])
+        y = torch.zeros_like(x)
+        for expert, parameters in self.experts.fetch(list(range(self.config.num_experts))):
+            token, rank = (index[:capacity] for index in torch.where(chosen == expert))
+            y.index_add_(0, token, (weights[token, rank, None] * expert_ffn(x[token], parameters)).to(y.dtype))
+        return y
+
+
+class DenseLayer(nn.Module):
+    """A feed-forward layer with as many parameters as are active in an MoE layer, but for the router's."""
+
+    def __init__(self, config: DWRConfig) -> None:
+        super().__init__()
+        width = config.top_k * config.d_ff
+        self.up, self.down = nn.Linear(config.d_model, width), nn.Linear(width, config.d_model)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterStatistics]:
+        """[B, T, D] -> [B, T, D], and the statistics of no router."""
+        nothing = x.new_zeros(())
+        return self.down(F.gelu(self.up(x))), RouterStatistics(*[nothing] * len(RouterStatistics._fields))
+
+
+class GatedFFN(nn.Module):
+    """A dense SwiGLU feed-forward layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(D, 2 * width, bias=False), nn.Linear(width, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+def mixtral(implementation: str) -> nn.Module:
+    """transformers' Mixtral layer with one of its dispatches."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(hidden_size=D, intermediate_size=GATED_WIDTH, num_local_experts=E, num_experts_per_tok=K)
+    config._experts_implementation = implementation
+    return MixtralSparseMoeBlock(config)
+
+
+def candidates(device: str, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """All layers, with weights of the same spread so that routing is alike."""
+    config = DWRConfig(
+        d_model=D, d_ff=F_EXPERT, num_layers=1, num_heads=8, num_experts=E, top_k=K, max_seq_len=512, dropout=0.0,
+        capacity_factor=None, vocab_size=64,
+    )  # fmt: skip
+    layers = {
+        "dense": nn.Sequential(nn.Linear(D, K * F_EXPERT), nn.GELU(), nn.Linear(K * F_EXPERT, D)),
+        "dynaroute": MoE(config),
+        "plain_loop": LoopMoE(config),
+        "gated_dense": GatedFFN(K * GATED_WIDTH),
+        "transformers_eager": mixtral("eager"),
+        "transformers_grouped_mm": mixtral("grouped_mm"),
+    }
+    for layer in layers.values():
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        layer.to(device, dtype)
+    return layers
+
+
+def seconds(step: Callable[[], None], device: str) -> float:
+    """Wall time of one call, with what it queued on the device."""
+    started = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def interleaved(steps: dict[str, Callable[[], None]], device: str, what: str) -> dict[str, list[float]]:
+    """Times of all candidates, which take turns; the first rounds are left out."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in tqdm(range(WARM_UP + ROUNDS), desc=what, unit="round", disable=None):
+        for name, step in steps.items():
+            times[name].append(seconds(step, device))
+    return {name: values[WARM_UP:] for name, values in times.items()}
+
+
+def layer_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Forward and backward of a layer to its input and parameters."""
+
+    def step() -> None:
+        y = layer(x)
+        y = y[0] if isinstance(y, tuple) else y
+        y.backward(torch.ones_like(y))
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+
+    return step
+
+
+def layer_rows(device: str) -> list[dict[str, Any]]:
+    """Times of every layer at every number of tokens."""
+    layers = candidates(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    rows = []
+    for tokens in TOKENS:
+        x = torch.randn(1, tokens, D, device=device, dtype=next(layers["dense"].parameters()).dtype, requires_grad=True)
+        steps = {name: layer_step(layer, x) for name, layer in layers.items()}
+        for name in list(steps):
+            if reason := failure(steps[name]):
+                rows.append({"tokens": tokens, "layer": name, "failed": reason})
+                del steps[name]
+        times = interleaved(steps, device, f"layers, {tokens} tokens")
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        for name, values in times.items():
+            own_dense = medians["gated_dense" if name.startswith(("gated", "transformers")) else "dense"]
+            quartiles = statistics.quantiles(values, n=4)
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "layer": name,
+                    "milliseconds": 1e3 * medians[name],
+                    "interquartile_milliseconds": 1e3 * (quartiles[2] - quartiles[0]),
+                    "ratio_to_dense": medians[name] / own_dense,
+                }
+            )
+            print(f"T {tokens:5}  {name:24} {1e3 * medians[name]:8.1f} ms  {medians[name] / own_dense:5.2f} of dense")
+    return rows
+
+
+def training_models(config: DWRConfig) -> dict[str, DWRTransformer]:
+    """The model with our dispatch, with the plain loop, and dense."""
+    models = {"dynaroute": DWRTransformer(config)}
+    models["plain_loop"] = copy.deepcopy(models["dynaroute"])
+    for layer in models["plain_loop"].layers:
+        layer.moe.__class__ = LoopMoE
+    models["dense"] = copy.deepcopy(models["dynaroute"])
+    for layer in models["dense"].layers:
+        layer.moe = DenseLayer(config)
+    return models
+
+
+def compiled(model: DWRTransformer) -> DWRTransformer:
+    """A copy whose blocks are compiled, but for a loop over experts: how many tokens each gets is new at every step."""
+    model = copy.deepcopy(model)
+    for layer in model.layers:
+        if isinstance(layer.moe, MoE):
+            layer.moe._run_experts = torch.compiler.disable(layer.moe._run_experts)
+        layer.compile()
+    return model
+
+
+def training_steps(
+    settings: Settings, accelerator: Accelerator
+) -> tuple[dict[str, Callable[[], None]], dict[str, dict[str, Any]], DWRConfig]:
+    """Optimizer steps of the models on one micro-batch; what is known of each; the configuration of ours.
+
+    A model that cannot take a step has none: why, is among what is known of it.
+    """
+    dwr, device = settings.dwr, accelerator.device
+    shards = TokenShards(Path("data/tokens") / dwr.corpus, "train")
+    sizes = dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"})
+    config = DWRConfig(vocab_size=shards.padded_vocab_size, **sizes)
+    windows = Windows(shards, dwr.max_seq_len, keep_tail=False)
+    indices = [index % len(windows) for index in range(dwr.training.micro_batch_size)]
+    tokens, targets = (part.to(device) for part in windows.batch(indices))
+    batch = Batch(tokens, targets, torch.tensor(indices, device=device))
+
+    models = training_models(config)
+    if device.type == "cuda":
+        models |= {f"{name}_compiled": compiled(models[name]) for name in ("dynaroute", "dense")}
+    objective = DWRObjective(config, dwr.balance_coefficient)
+    steps, known = {}, {}
+    for name in list(models):
+        known[name] = {"parameters": sum(parameter.numel() for parameter in models[name].parameters())}
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() if cuda else 0
+        step = training_step(models.pop(name), objective, batch, dwr.training, accelerator)
+        if reason := failure(step) or failure(step):  # twice: the optimizer's states come at the end of the first
+            known[name]["failed"] = reason
+            continue
+        steps[name] = step
+        known[name]["peak_memory_bytes"] = torch.cuda.max_memory_allocated() - before if cuda else None
+    return steps, known, config
+
+
+def training_step(
+    model: DWRTransformer, objective: DWRObjective, batch: Batch, training: Training, accelerator: Accelerator
+) -> Callable[[], None]:
+    """One optimizer step on a batch."""
+    groups = decay_groups(model, training.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=tuple(training.betas), fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+
+    def step() -> None:
+        loss, _ = objective.loss(model, batch, 0)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def flops_per_token(config: DWRConfig) -> int:
+    """Of forward and backward: 6 N + 12 L D T with N the active parameters but for the embedding table, which is
+    looked up (Chowdhery et al., PaLM, 2022, appendix B: attention is counted in full, recomputation is not)."""
+    active = config.num_active_params() - config.vocab_size * config.d_model
+    return 6 * active + 12 * config.num_layers * config.d_model * config.max_seq_len
+
+
+def training_comparison(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
+    """Training tokens/s of all models, and the ratios of ours to others."""
+    steps, models, config = training_steps(settings, accelerator)
+    tokens = settings.dwr.training.micro_batch_size * config.max_seq_len
+    times = interleaved(steps, settings.device, "training")
+    for name, values in times.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        models[name]["milliseconds"] = 1e3 * median
+        models[name]["milliseconds_quartiles"] = [1e3 * low, 1e3 * high]
+        models[name]["tokens_per_second"] = tokens / median
+    ratios = {}
+    for ours, other in RATIOS:
+        if ours in times and other in times:
+            pairs = zip(times[ours], times[other], strict=True)
+            low, median, high = statistics.quantiles([theirs / own for own, theirs in pairs], n=4)
+            ratios[f"{ours}_to_{other}"] = {"ratio": median, "quartiles": [low, high]}
+            print(f"training tokens/s of {ours} to {other}: {median:.2f} (quartiles {low:.2f} to {high:.2f})")
+    return {
+        "tokens_per_step": tokens,
+        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        "active_parameters": config.num_active_params(),
+        "flops_per_token": flops_per_token(config),
+        "models": models,
+        "tokens_per_second_ratios": ratios,
+    }
+
+
+def main(settings: Settings) -> None:
+    """Measures, prints a table and writes the report."""
+    torch.set_num_threads(settings.num_threads)
+    torch.manual_seed(settings.seed)
+    accelerator = make_accelerator(settings.device, settings.dwr.training.precision)
+    write_json(
+        "reports/benchmarks/moe.json",
+        {
+            "sizes": {"d_model": D, "d_ff": F_EXPERT, "num_experts": E, "top_k": K},
+            "rows": layer_rows(settings.device),
+            "training": training_comparison(settings, accelerator),
+            "machine": describe_machine(settings.device),
+        },
+    )
+
+
+if __name__ == "__main__":
+    run(main, __doc__)

@@ -1,0 +1,132 @@
+"""Counts the memory of a DAGFormer training step at the published sizes, without having it.
+
+    python benchmarks/count_step_memory.py
+
+The base has the sizes of `dagformer.base` in gpu/params.yaml, which are OLMo-2-0425-1B's; the variant is P1. A step is
+what train_dagformer does: forward through predictor and base, NLL, backward, AdamW. Its tensors have shapes and no
+memory, and every one is counted from where it appears to where it is gone. Not counted: what an allocator and a GPU's
+libraries take beside that (a tenth more is usual). Heads are sent as on a CPU; on a GPU a little less is kept of them.
+
+Reads   gpu/params.yaml
+Writes  reports/benchmarks/step_memory.json
+"""
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from benchmark_dagformer_step import ENCODER, VOCABULARY
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from dynaroute.config import Settings, Variant, load_settings
+from dynaroute.dagformer.base import new_base
+from dynaroute.dagformer.graph import DagForward
+from dynaroute.dagformer.predictor import StructurePredictor
+from dynaroute.pipeline.artifacts import write_json
+from dynaroute.pipeline.stage import run
+
+EMBEDDING = ENCODER["hidden_size"]
+STEPS = 2  # AdamW makes its moments at the first
+
+
+class MemoryCount(TorchDispatchMode):
+    """Sums the bytes of all storages that operations make while it is entered: `now`, and at most, `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._add(value.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.remove(key)
+        self.now -= size
+
+
+def main(_: Settings) -> None:
+    """Counts and writes the report."""
+    settings = load_settings("gpu/params.yaml")
+    variant, seq_len = settings.variant("P1"), settings.dagformer.seq_len
+    rows = []
+    cells = list(itertools.product((False, True), (1, 2, 4)))
+    for joint, windows in tqdm(cells, desc="count_step_memory", unit="setting", disable=None):
+        row = {"base_is_trained": joint, "micro_batch_size": windows, "seq_len": seq_len}
+        rows.append(row | count(settings, variant, joint, windows))
+        print(
+            ", ".join(
+                f"{name} {value / 1e9:.1f} GB" if "bytes" in name else f"{name} {value}"
+                for name, value in rows[-1].items()
+            )
+        )
+    write_json("reports/benchmarks/step_memory.json", {"results": rows, "torch": torch.__version__})
+
+
+def count(settings: Settings, variant: Variant, joint: bool, windows: int) -> dict[str, int]:
+    """Bytes of a step of one micro-batch of `windows` windows.
+
+    Returns:
+        weights_bytes: of base and predictor, with what is stacked of them. The base is bf16; `joint` has a copy in
+            fp32 beside it, which is trained, and the memory that its evaluation at A = 1 has left.
+        kept_bytes: what the forward pass leaves for the backward pass, logits and loss included.
+        peak_bytes: the most at any time, with weights, gradients and moments.
+    """
+    seq_len = settings.dagformer.seq_len
+    with FakeTensorMode(), MemoryCount() as memory:
+        tokens = torch.randint(VOCABULARY, (windows, seq_len + 1))
+        graph = dense = DagForward(make_base(settings, torch.bfloat16))
+        nodes = graph.num_layers * graph.num_heads
+        predictor = StructurePredictor(variant, graph.num_layers, graph.num_heads, EMBEDDING)
+        trained = list(predictor.parameters())
+        if joint:
+            graph = DagForward(make_base(settings, torch.float32), trainable=True)
+            trained += graph.base.parameters()
+            with torch.no_grad():
+                dense(tokens[:, :-1], torch.ones(windows, nodes, nodes))
+        weights = memory.now
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        kept = 0
+        for _ in range(STEPS):
+            before = memory.now
+            noise = torch.randn(windows, nodes, nodes)
+            adjacency = predictor(torch.randn(windows, EMBEDDING), variant.tau_init, "train", noise)
+            loss = F.cross_entropy(graph(tokens[:, :-1], adjacency).float().flatten(0, 1), tokens[:, 1:].flatten())
+            kept = max(kept, memory.now - before)  # the second step has the buffer of the first
+            loss.backward()
+            del loss, adjacency
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return {"weights_bytes": weights, "kept_bytes": kept, "peak_bytes": memory.peak}
+
+
+def make_base(settings: Settings, dtype: torch.dtype) -> torch.nn.Module:
+    """A base of the sizes of `dagformer.base`."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return new_base(settings.dagformer.base, VOCABULARY, settings.dagformer.seq_len, eot_id=0).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+if __name__ == "__main__":
+    run(main, __doc__)

@@ -1,0 +1,233 @@
+"""Trains the predictor of one DAGFormer variant on a frozen base, or jointly with a copy of the base.
+
+    python stages/dagformer/train_dagformer.py P1
+
+Reads   data/dagformer/variants/<id>.yaml, data/dagformer/base, data/dagformer/embeddings,
+        data/tokens/<dagformer.corpus>; where the variant continues another, data/dagformer/<from>, and the files of
+        variants back to the one that started from the base
+Writes  data/dagformer/<id>/            predictor.safetensors (final weights), last.safetensors (all that a run goes on
+                                        from), run.json; base/, a transformers directory, if it was trained jointly:
+                                        in fp32 on any device, and saved in the dtype of the base that it began as
+        reports/dagformer/<id>/         training.csv (a row for each validation), training.json (summary, checks)
+        reports/dagformer_measured/<id>.json  what was measured
+
+A run that was stopped goes on from its last checkpoint in .scratch/train_dagformer/.
+"""
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from dynaroute.config import Settings, Variant, read_yaml
+from dynaroute.dagformer.base import load_base
+from dynaroute.dagformer.encoders import load_embeddings
+from dynaroute.dagformer.graph import DagForward
+from dynaroute.dagformer.joint import JointModel
+from dynaroute.dagformer.objective import DagObjective, verdict
+from dynaroute.dagformer.predictor import StructurePredictor
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.windows import Subset
+from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import checked, output_directory, sha256, write_csv, write_json
+from dynaroute.pipeline.machine import describe_machine, peak_memory
+from dynaroute.pipeline.scratch import run_id, scratch_folder
+from dynaroute.pipeline.stage import run
+from dynaroute.training.checkpoints import save_checkpoint
+from dynaroute.training.loop import Trainer, make_accelerator, with_all_columns
+
+DATA = Path("data/dagformer")
+REPORTS = Path("reports/dagformer")
+MEASURED = Path("reports/dagformer_measured")
+TRAINED_ON = ("corpus", "seq_len", "train_windows", "validation_windows")  # of what variants share
+SURELY_OPEN = 2.0  # an init_logit, around which logits start with a standard deviation of 0.1
+NEARLY_OPEN = 0.8  # soft gates
+
+
+def main(settings: Settings, name: str) -> None:
+    """Trains, then publishes the predictor and what was found."""
+    started = time.perf_counter()
+    torch.set_num_threads(settings.num_threads)
+    dagformer = settings.dagformer
+    start, variant = read_variant(name)
+    accelerator = make_accelerator(settings.device, "fp32")  # first: it gives each process its own GPU
+    tokens, check = Path("data/tokens") / dagformer.corpus, accelerator.is_main_process
+    shards = {split: TokenShards(tokens, split, check) for split in ("train", "validation")}
+    windows = {split: Windows(own, dagformer.seq_len, keep_tail=False) for split, own in shards.items()}
+    training = Subset(windows["train"], dagformer.train_windows)
+    validation = Subset(windows["validation"], dagformer.validation_windows)
+    embeddings = load_embeddings(DATA / "embeddings/training", check)
+    joint = variant.base_lr > 0
+    frozen = load_base(DATA / "base", settings.device)
+    base_before = fingerprint(frozen)
+    if joint:  # in fp32 on any device: steps are small beside what bf16 can tell apart
+        graph = DagForward(load_base(DATA / "base", settings.device).float(), variant.input_norm, trainable=True)
+    else:
+        graph = DagForward(frozen, variant.input_norm)
+
+    identity = {
+        "variant": variant.model_dump(),
+        "dagformer": dagformer.model_dump(include=set(TRAINED_ON)),
+        "device": settings.device,
+        "num_threads": settings.num_threads,
+        "base": sha256(DATA / "base" / "model.safetensors"),
+        "base_dtype": str(frozen.dtype).removeprefix("torch."),
+        "embeddings": sha256(DATA / "embeddings/training/metadata.json"),
+        "start": None if start == "base" else sha256(DATA / start / "last.safetensors"),
+    }
+    identifier = run_id(identity)
+    if joint and accelerator.num_processes > 1:  # gradients of a base outside the wrapped model are not shared
+        found = f"{accelerator.num_processes} processes: a joint variant is trained by one: launch it with python"
+        raise DynarouteError(f"variants.{name}.base_lr = {variant.base_lr:g}: {found}")
+    torch.manual_seed(variant.seed)
+    predictor = StructurePredictor(variant, graph.num_layers, graph.num_heads, embeddings["train"].shape[1])
+    predictor.fit_normalisation(embeddings["train"])
+    seed = seed_of(start, variant)
+    objective = DagObjective(
+        graph,
+        variant,
+        torch.from_numpy(embeddings["train"]),
+        torch.from_numpy(embeddings["validation"]),
+        seed,
+        DagForward(frozen) if joint else None,
+    )
+    model = JointModel(predictor, graph.base) if joint else predictor
+    trainer = Trainer(
+        model,
+        objective,
+        training,
+        validation,
+        variant,
+        total_steps=variant.steps,
+        accelerator=accelerator,
+        seed=seed,
+        scratch=scratch_folder("train_dagformer", identifier),
+        start=None if start == "base" else DATA / start / "last.safetensors",
+        parameter_groups=model.parameter_groups(variant) if joint else None,
+        remark=lambda history: alarm(history, variant.alarm_steps),
+        keep_best=False,  # the weights that count are those at the final tau and lambda
+    )
+    loading_seconds = time.perf_counter() - started
+    with trainer:
+        state = trainer.run()
+        if not accelerator.is_main_process:
+            return
+        health, reason = verdict(state.history, variant.alarm_steps)
+        first, last = state.history[0], state.history[-1]
+        checks = {
+            "base_is_unchanged_to_the_bit": fingerprint(frozen) == base_before,
+            "base_holds_no_gradients": all(p.grad is None and not p.requires_grad for p in frozen.parameters()),
+        }
+        if start == "base" and graph.base.dtype == frozen.dtype:
+            checks |= checks_before_training(variant, first)
+        with output_directory(DATA / name) as folder:
+            weights = predictor.state_dict()
+            save_checkpoint(folder / "predictor.safetensors", weights, {"run": identifier, "step": state.step})
+            if joint:
+                graph.base.to(frozen.dtype).save_pretrained(folder / "base")  # scored as the baseline is
+            shutil.copyfile(trainer.last_path, folder / "last.safetensors")
+            write_json(
+                folder / "run.json",
+                {
+                    "run": identifier,
+                    "variant": name,
+                    "from": start,
+                    "knobs": variant.model_dump(),
+                    "num_layers": graph.num_layers,
+                    "num_heads": graph.num_heads,
+                    "embedding_size": embeddings["train"].shape[1],
+                    "identity": identity,
+                },
+            )
+        write_csv(REPORTS / name / "training.csv", with_all_columns(state.history))
+        metrics = {key.removeprefix("validation_"): last[key] for key in last if key.startswith("validation_")}
+        write_json(
+            REPORTS / name / "training.json",
+            {
+                "run": identifier,
+                "variant": name,
+                "steps": state.step,
+                "tokens": last["tokens"],
+                "predictor_parameters": sum(p.numel() for p in predictor.parameters()),
+                **metrics,
+                "verdict": health,
+                "verdict_reason": reason,
+                "checks": checks,
+            },
+        )
+        write_json(
+            MEASURED / f"{name}.json",
+            {
+                "seconds": trainer.seconds,
+                "seconds_per_step": trainer.seconds / state.step,
+                "validation_seconds": trainer.validation_seconds / len(state.history),
+                "loading_seconds": loading_seconds,
+                "peak_memory_bytes": peak_memory(settings.device),
+                "machine": describe_machine(settings.device),
+            },
+        )
+        trainer.discard_scratch()
+
+
+def read_variant(name: str) -> tuple[str, Variant]:
+    """What a variant starts from, and its knobs, as resolve_variants wrote them.
+
+    Raises:
+        DynarouteError: the file is missing or damaged.
+    """
+    path = DATA / "variants" / f"{name}.yaml"
+    knobs = read_yaml(checked(path))
+    try:
+        start = knobs.pop("from")
+        return start, Variant.model_validate(knobs)
+    except (AttributeError, KeyError, TypeError, ValidationError) as error:
+        raise DynarouteError(f"{path}: not the knobs of a variant: run resolve_variants again") from error
+
+
+def seed_of(start: str, variant: Variant) -> int:
+    """The seed of data order and noise: its own for each variant of a chain that one after the other continues.
+
+    Raises:
+        DynarouteError: the file of a variant before this one is missing or damaged.
+    """
+    seed = variant.seed
+    while start != "base":
+        start, _ = read_variant(start)
+        seed += 1_000_003
+    return seed
+
+
+def checks_before_training(variant: Variant, row: dict[str, Any]) -> dict[str, bool]:
+    """That gates which a new predictor leaves open change nothing, from the validation before the first step.
+
+    Empty where that is not so by design: gates that do not all start open, a layer 0 that the cascade shuts, or an
+    input norm that changes what open gates let through.
+    """
+    if variant.init_logit < SURELY_OPEN or variant.input_norm not in ("none", "gate_mean"):
+        return {}
+    if variant.cascade != "off" and not variant.exempt_first_layer:
+        return {}
+    soft, hard, dense = (row[f"validation_nll_{mode}"] for mode in ("soft", "hard", "baseline"))
+    checks = {"hard_nll_is_the_baseline_before_training": abs(hard - dense) < 1e-5}
+    if 1 / (1 + math.exp(-variant.init_logit / variant.tau_init)) > NEARLY_OPEN:
+        checks["soft_nll_is_within_1_percent_of_the_baseline_before_training"] = abs(soft / dense - 1) < 0.01
+    return checks
+
+
+def alarm(history: list[dict[str, Any]], alarm_steps: int) -> str:
+    """What is wrong with a run so far; empty if nothing is."""
+    health, reason = verdict(history, alarm_steps)
+    return f"alarm: {health}: {reason}" if health in ("collapsed", "saturated") else ""
+
+
+def fingerprint(model: torch.nn.Module) -> list[int]:
+    """A hash of every parameter's bytes."""
+    return [hash(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()) for p in model.parameters()]
+
+
+if __name__ == "__main__":
+    run(main, __doc__, "name", launched=True)

@@ -1,0 +1,31 @@
+"""Reads the documents of a corpus and splits them into training, validation and test.
+
+    python stages/data/collect.py docs
+
+Of a corpus of kind dolma_stream, which is read when it is tokenized, it lists the addresses instead.
+
+Reads   params.yaml (corpora.NAME.source, corpora.NAME.split), data/raw/NAME.source.json (by DVC alone)
+Writes  data/raw/NAME/{train,validation,test}.jsonl, metadata.json; or metadata.json alone, with the addresses
+"""
+
+from pathlib import Path
+
+from dynaroute.config import DolmaStream, Settings
+from dynaroute.data.text.collect import collect
+from dynaroute.data.tokens.stream import list_addresses
+from dynaroute.pipeline.stage import run
+
+
+def main(settings: Settings, name: str) -> None:
+    """Writes the splits and prints their sizes, or lists what is to be read."""
+    corpus, folder = settings.corpus(name), Path("data/raw") / name
+    if isinstance(corpus.source, DolmaStream):
+        print(f"{name}: {len(list_addresses(name, corpus, folder)['addresses']):,} files to read")
+        return
+    metadata = collect(name, corpus, folder)
+    for split, size in metadata["splits"].items():
+        print(f"{name} {split}: {size['documents']:,} documents, {size['characters']:,} characters")
+
+
+if __name__ == "__main__":
+    run(main, __doc__, "name")

@@ -1,0 +1,205 @@
+"""Reads held-out text token by token with the experts in caches, against all of them resident.
+
+    python stages/dwr/benchmark_cache.py
+
+Every capacity with every policy and prefetcher. Every logit of every cell is compared with the resident model's to the
+bit; one that differs stops the stage. On the CPU, whatever `device` says.
+
+Reads   data/dwr/expert_store, data/tokens/<dwr.corpus>
+Writes  reports/dwr/cache.csv          hit rates, evictions and what was to be prefetched, for each cell
+        reports/dwr/cache.json         summary metrics and checks
+        reports/dwr/cache_timing.csv   what was measured: speed, waiting, reads, what became of prefetches, memory
+        reports/dwr/cache_timing.json  its summary and checks, and the machine
+"""
+
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from dynaroute.analysis.cache_benchmark import (
+    Cell,
+    Memory,
+    Pass,
+    decode,
+    held_out_texts,
+    make_cells,
+    nearest_a_third,
+    peak_memory,
+    sweep,
+)
+from dynaroute.config import Settings
+from dynaroute.dwr.experts import ExpertCache, ExpertStore
+from dynaroute.dwr.experts.prefetch import GatePrefetcher
+from dynaroute.dwr.inference import bind_experts, load_backbone, read_text
+from dynaroute.pipeline.artifacts import write_csv, write_json
+from dynaroute.pipeline.machine import describe_machine
+from dynaroute.pipeline.stage import run
+
+STORE = Path("data/dwr/expert_store")
+REPORTS = Path("reports/dwr")
+
+
+def main(settings: Settings) -> None:
+    """Runs the grid and writes what is exact apart from what is measured."""
+    torch.set_num_threads(settings.num_threads)
+    benchmark = settings.benchmark_cache
+    store = ExpertStore(STORE)
+    warm, cold = make_cells(benchmark, store.num_experts)
+    third = nearest_a_third(benchmark.capacities, store.num_experts)
+    texts = held_out_texts(store, Path("data/tokens") / settings.dwr.corpus, benchmark)
+    store.verify()
+    passes = sweep(store, texts, benchmark.prompt_tokens, [*warm, *cold], benchmark.lookahead, benchmark.repeats)
+    memory = peak_memory(STORE, texts, benchmark.prompt_tokens, benchmark.capacities)
+
+    control = control_accuracy(store, texts[:1], benchmark.prompt_tokens)
+
+    rows = [exact_row(store, cell, passes[cell][0]) for cell in warm]
+    statistics = [part for results in passes.values() for one in results for part in (one.prefill, one.decode)]
+    checks = {
+        "logits_are_equal_to_the_bit_in_every_cell": True,  # or the sweep would have raised
+        "hits_and_misses_add_up_to_requests": all(s.hits + s.misses == s.requests for s in statistics),
+        "every_repeat_has_the_same_hits_and_misses": all(
+            (one.prefill, one.decode) == (results[0].prefill, results[0].decode)
+            for results in passes.values()
+            for one in results
+        ),
+        "without_prefetching_every_miss_is_one_read": all(
+            (part.reads, part.reads_ahead) == (part.misses, 0)
+            for cell, results in passes.items()
+            if cell.prefetch == "none"
+            for one in results
+            for part in (one.prefill, one.decode)
+        ),
+        "a_prediction_without_staleness_is_always_right": control == 1,
+    }
+    write_csv(REPORTS / "cache.csv", rows)
+    write_json(
+        REPORTS / "cache.json",
+        {
+            "run": store.run,
+            "prompts": benchmark.num_prompts,
+            "prompt_tokens": benchmark.prompt_tokens,
+            "new_tokens": benchmark.new_tokens,
+            "experts": store.num_experts,
+            "expert_file_bytes": store.file_bytes,
+            "lookahead": benchmark.lookahead,
+            "capacity_nearest_a_third": third,
+            "decode_hit_rate_at_a_third": {
+                row["policy"]: row["decode_hit_rate"]
+                for row in rows
+                if row["capacity"] == third and row["prefetch"] == "none"
+            },
+            "checks": checks,
+        },
+    )
+    timing = [
+        timing_row(store, cell, results, passes[Cell()], benchmark.new_tokens, memory.get(cell))
+        for cell, results in passes.items()
+    ]
+    write_csv(REPORTS / "cache_timing.csv", timing)
+    write_json(REPORTS / "cache_timing.json", timing_summary(store, timing, third, benchmark.repeats))
+
+
+def control_accuracy(store: ExpertStore, text: torch.Tensor, prompt_tokens: int) -> float:
+    """The accuracy of a prefetcher that foretells what a router has just said: whether accuracy is counted rightly."""
+    model = load_backbone(store)
+    control = GatePrefetcher([layer.moe.router for layer in model.layers], store.config.top_k, ahead=0)
+    with ExpertCache(store, store.num_experts, prefetcher=control) as cache:
+        bind_experts(model, cache)
+        result, _ = decode(read_text(model, text, prompt_tokens), cache)
+    return result.decode.accuracy
+
+
+def exact_row(store: ExpertStore, cell: Cell, result: Pass) -> dict[str, Any]:
+    """What a cache did over all texts: the same on every run."""
+    both = result.prefill + result.decode
+    return {
+        "capacity": cell.capacity,
+        "share_of_experts": cell.capacity / store.num_experts,
+        "policy": cell.policy,
+        "prefetch": cell.prefetch,
+        "prefill_requests": result.prefill.requests,
+        "prefill_hit_rate": result.prefill.hit_rate,
+        "decode_requests": result.decode.requests,
+        "decode_hit_rate": result.decode.hit_rate,
+        "misses": both.misses,
+        "evictions": both.evictions,
+        "accuracy": result.decode.accuracy if result.decode.foretold else None,
+        "prefetched": both.prefetched,
+        "prefetch_evictions": both.prefetch_evictions,
+    }
+
+
+def timing_row(
+    store: ExpertStore, cell: Cell, results: list[Pass], resident: list[Pass], new_tokens: int, memory: Memory | None
+) -> dict[str, Any]:
+    """Decoding speed, reads, and peak memory, which is measured with LRU alone; no capacity: all resident.
+
+    A repeat's speed is the median over its texts, and so is its ratio to the resident model, of pairs that were
+    decoded within seconds of one another. Rows give the median over repeats, and their range; of reads the mean of a
+    repeat, so that they add up.
+    """
+    speeds = [median(new_tokens / seconds for seconds in one.decode_seconds) for one in results]
+    ratios = [
+        median(theirs / ours for ours, theirs in zip(one.decode_seconds, other.decode_seconds, strict=True))
+        for one, other in zip(results, resident, strict=True)
+    ]
+    cached = cell.capacity is not None
+    totals = [one.prefill + one.decode for one in results]
+    experts = {
+        "read": [total.reads for total in totals],
+        "read_ahead": [total.reads_ahead for total in totals],
+        "useful": [total.used_ahead for total in totals],
+        "late": [total.late for total in totals],
+        "wasted": [total.reads_ahead - total.used_ahead for total in totals],
+    }
+    return {
+        "capacity": cell.capacity,
+        "policy": cell.policy if cached else None,
+        "prefetch": cell.prefetch if cached else None,
+        "page_cache": ("cold" if cell.cold else "warm") if cached else None,
+        "tokens_per_second": median(speeds),
+        "tokens_per_second_lowest": min(speeds),
+        "tokens_per_second_highest": max(speeds),
+        "ratio_to_resident": median(ratios),
+        "ratio_lowest": min(ratios),
+        "ratio_highest": max(ratios),
+        "wait_share": median(one.decode.wait_seconds / sum(one.decode_seconds) for one in results),
+        **{f"bytes_{name}": fmean(counts) * store.file_bytes for name, counts in experts.items()},
+        "prefill_seconds": median(seconds for one in results for seconds in one.prefill_seconds),
+        "peak_memory_bytes": memory and memory.resident,
+        "peak_anonymous_bytes": memory and memory.anonymous,
+        "peak_file_backed_bytes": memory and memory.file_backed,
+        "peak_mapped_expert_bytes": memory and memory.mapped_experts,
+    }
+
+
+def timing_summary(store: ExpertStore, timing: list[dict[str, Any]], third: int, repeats: int) -> dict[str, Any]:
+    """The resident model and a third of its experts side by side."""
+    resident, *cells = timing
+    cached = next(row for row in cells if row["capacity"] == third)
+    file_pages = -(-store.file_bytes // 4096) * 4096
+    mapped = {row["capacity"]: row["peak_mapped_expert_bytes"] for row in cells if row["peak_memory_bytes"]}
+    names = ("tokens_per_second", "peak_memory_bytes", "peak_anonymous_bytes", "peak_mapped_expert_bytes")
+    summary: dict[str, Any] = {
+        "run": store.run,
+        "repeats": repeats,
+        "resident": {name: resident[name] for name in names},
+        "at_a_third_of_the_experts": {
+            **{name: cached[name] for name in ("capacity", "policy", "prefetch", "ratio_to_resident")},
+            **{name: cached[name] for name in names},
+        },
+        "checks": {},
+        "machine": describe_machine("cpu"),
+    }
+    if None not in mapped.values():
+        summary["checks"]["no_more_experts_are_in_memory_than_the_capacity"] = all(
+            found <= capacity * file_pages for capacity, found in mapped.items()
+        )
+    return summary
+
+
+if __name__ == "__main__":
+    run(main, __doc__)

@@ -1,0 +1,113 @@
+"""Replays the trace of routing through caches of every size and policy, and through machines that are not here.
+
+    python stages/dwr/simulate_cache.py
+
+Reads   data/dwr/trace, data/dwr/expert_store (how experts are used)
+Writes  reports/dwr/simulated_hits.csv   hit rates by capacity, policy (MIN among them) and kind of budget; and what
+                                         the same hits of as many tokens that are routed uniformly and independently
+        reports/dwr/simulated_speed.csv  speed relative to residency by machine, model and prefetcher: at a third of the
+                                         experts with every policy, at other capacities with that which hits most
+        reports/dwr/simulation.json      at a third of the experts: the share of the gap to MIN that each policy closes
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dynaroute.analysis.cache_benchmark import nearest_a_third
+from dynaroute.analysis.replay import Call, Seconds, make_foretell, ratio_to_resident, replay
+from dynaroute.analysis.traces import Trace, load_trace, uniform_trace
+from dynaroute.config import PrefetchName, Settings
+from dynaroute.dwr.experts import CacheStatistics, ExpertStore, make_policy
+from dynaroute.dwr.experts.policies import Belady
+from dynaroute.dwr.experts.residency import Residency
+from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import write_csv, write_json
+from dynaroute.pipeline.stage import run
+
+STORE = Path("data/dwr/expert_store")
+TRACE = Path("data/dwr/trace")
+REPORTS = Path("reports/dwr")
+
+
+def main(settings: Settings) -> None:
+    """Replays, and writes what was found."""
+    store, trace, simulate = ExpertStore(STORE), load_trace(TRACE), settings.simulate_cache
+    if trace.run != store.run:
+        raise DynarouteError(f"{TRACE}: belongs to run {trace.run}, not {store.run}: run the stage trace_routing")
+    config, policies, experts = store.config, settings.benchmark_cache.policies, store.num_experts
+    third, routings = nearest_a_third(simulate.capacities, experts), (trace, uniform_trace(trace))
+
+    def run_one(
+        trace: Trace, capacity: int, policy: str, per_layer: bool, prefetch: PrefetchName = "none"
+    ) -> tuple[CacheStatistics, list[Call]]:
+        chosen = Belady(trace.calls()) if policy == "min" else make_policy(policy, store.usage.load)
+        residency = Residency(capacity, chosen, config.num_layers, config.top_k, per_layer)
+        foretell = make_foretell(prefetch, trace, store.usage, settings.benchmark_cache.lookahead)
+        return residency.statistics, replay(trace, residency, foretell)
+
+    cells = [(capacity, policy, False) for capacity in simulate.capacities for policy in [*policies, "min"]]
+    cells += [(third, policy, True) for policy in [*policies, "min"] if third >= config.num_layers]
+    hits = [
+        {
+            "capacity": capacity,
+            "share_of_experts": capacity / experts,  # no online policy can expect to hit more of uniform routing
+            "policy": policy,
+            "per_layer": per_layer,
+            "requests": found.requests,
+            "hit_rate": found.hit_rate,
+            "uniform_hit_rate": uniform.hit_rate,
+        }
+        for capacity, policy, per_layer in tqdm(cells, desc="hit rates", unit="replay", disable=None)
+        for (found, _), (uniform, _) in [[run_one(routing, capacity, policy, per_layer) for routing in routings]]
+    ]
+    online = [row for row in hits if row["policy"] != "min" and not row["per_layer"]]
+    pairs = [(third, policy) for policy in policies]
+    for capacity in sorted({*simulate.capacities} - {third}):
+        best = max((row for row in online if row["capacity"] == capacity), key=lambda row: row["hit_rate"])
+        pairs.append((capacity, best["policy"]))
+    replays = itertools.product(pairs, settings.benchmark_cache.prefetchers)
+    speeds = [
+        {
+            "machine": machine,
+            "model": model,
+            "capacity": capacity,
+            "policy": policy,
+            "prefetch": prefetch,
+            "hit_rate": found.hit_rate,
+            "accuracy": found.accuracy if found.foretold else None,
+            "ratio_to_resident": ratio_to_resident(calls, Seconds.of(on, of)),
+        }
+        for (capacity, policy), prefetch in tqdm(list(replays), desc="speeds", unit="replay", disable=None)
+        for found, calls in [run_one(trace, capacity, policy, False, prefetch)]
+        for machine, on in simulate.machines.items()
+        for model, of in simulate.models.items()
+    ]
+    write_csv(REPORTS / "simulated_hits.csv", hits)
+    write_csv(REPORTS / "simulated_speed.csv", speeds)
+    write_json(REPORTS / "simulation.json", summary(hits, store.run, len(trace.experts), third))
+
+
+def summary(hits: list[dict[str, Any]], run_name: str, tokens: int, third: int) -> dict[str, Any]:
+    """Hit rates at a third of the experts under one budget, and the share of the gap from LRU to MIN they close."""
+    at_a_third = [row for row in hits if row["capacity"] == third and not row["per_layer"]]
+    rates = {row["policy"]: row["hit_rate"] for row in at_a_third}
+    gap = rates["min"] - rates["lru"] if "lru" in rates else 0.0
+    best = {(row["capacity"], row["per_layer"]): row["hit_rate"] for row in hits if row["policy"] == "min"}
+    return {
+        "run": run_name,
+        "tokens": tokens,
+        "capacity_nearest_a_third": third,
+        "hit_rate": rates,
+        "uniform_hit_rate": {row["policy"]: row["uniform_hit_rate"] for row in at_a_third},
+        "share_of_gap_closed": {name: (rate - rates["lru"]) / gap for name, rate in rates.items()} if gap else {},
+        "checks": {
+            "no_policy_beats_min": all(row["hit_rate"] <= best[row["capacity"], row["per_layer"]] for row in hits)
+        },
+    }
+
+
+if __name__ == "__main__":
+    run(main, __doc__)

@@ -1,0 +1,156 @@
+"""Trains the DWR model and measures what its routers do.
+
+    python stages/dwr/train_dwr.py
+
+Reads   data/tokens/<dwr.corpus>, and of the corpora in dwr.also_validate_on
+Writes  data/dwr/train/            best.safetensors (weights), last.safetensors (all that a run goes on from), run.json
+        reports/dwr/training.csv   a row for each validation
+        reports/dwr/training.json  summary metrics and checks
+        reports/dwr/router.csv     gate norm and load of every expert, on the validation split
+        reports/dwr/training_timing.json  what was measured: seconds, tokens/s, memory
+
+A run that was stopped goes on from its last checkpoint in .scratch/train_dwr/.
+"""
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from dynaroute.config import Settings
+from dynaroute.data.tokens.shards import Windows
+from dynaroute.data.tokens.windows import cache_benchmark_windows, evenly_spaced
+from dynaroute.dwr.model import DWRTransformer
+from dynaroute.dwr.training import make_trainer, open_tokens
+from dynaroute.pipeline.artifacts import output_directory, write_csv, write_json
+from dynaroute.pipeline.machine import describe_machine, peak_memory
+from dynaroute.pipeline.scratch import run_id
+from dynaroute.pipeline.stage import run
+from dynaroute.training.checkpoints import load_checkpoint, load_weights
+from dynaroute.training.loop import Trainer, make_accelerator, own_share, with_all_columns
+
+REPORTS = Path("reports/dwr")
+
+
+def main(settings: Settings) -> None:
+    """Trains, then publishes the checkpoints and what was found."""
+    dwr = settings.dwr
+    torch.set_num_threads(settings.num_threads)
+    accelerator = make_accelerator(settings.device, dwr.training.precision)
+    shards = open_tokens(dwr.corpus, check=accelerator.is_main_process)
+    training = Windows(shards["train"], dwr.max_seq_len, keep_tail=False)
+    validation, test = (Windows(shards[split], dwr.max_seq_len, keep_tail=True) for split in ("validation", "test"))
+    trainer, identity = make_trainer(settings, dwr, accelerator, shards["train"], training, validation, "train_dwr")
+    identifier, objective = run_id(identity), trainer.objective
+    model, config = accelerator.unwrap_model(trainer.model), objective.config
+    # What is refused when there is too little text is refused now, and not after the training; also for later stages.
+    own_share(test, accelerator)
+    routed = Windows(shards["test"], dwr.max_seq_len, keep_tail=False)
+    evenly_spaced(routed, settings.trace_routing.windows, "trace_routing.windows")
+    cache_benchmark_windows(shards["test"], settings.benchmark_cache)
+    with trainer:
+        state = trainer.run()
+        gradients = router_gradients(trainer, training)
+        weights, best = load_checkpoint(trainer.best_path)
+        load_weights(model, weights, trainer.best_path)
+        sums = trainer.validation_sums(validation)
+        validated = objective.validation_metrics(sums)
+        tested = objective.validation_metrics(trainer.validation_sums(test))
+        if not accelerator.is_main_process:
+            return
+        checks = {
+            "parameter_count_matches_the_formula": sum(p.numel() for p in model.parameters()) == config.num_params(),
+            "nll_gradient_reaches_every_router": all(router > 1e-6 * expert for router, expert in gradients),
+            "best_checkpoint_reproduces_its_validation_loss": validated["loss"] == best["validation_loss"],
+            "validation_loss_is_below_unigram_entropy": validated["loss"] < shards["validation"].unigram_entropy,
+        }
+        if dwr.training.weight_decay:
+            matrices = {name for name, p in model.named_parameters() if p.dim() == 2 and "embedding" not in name}
+            checks["weight_decay_is_on_all_matrices_and_nothing_else"] = decayed_parameters(trainer) == matrices
+        with output_directory("data/dwr/train") as folder:
+            shutil.copyfile(trainer.best_path, folder / "best.safetensors")
+            shutil.copyfile(trainer.last_path, folder / "last.safetensors")
+            write_json(folder / "run.json", {"run": identifier, "config": config.model_dump(), "identity": identity})
+        write_csv(REPORTS / "training.csv", with_all_columns(state.history))
+        write_csv(REPORTS / "router.csv", router_rows(model, sums))
+        write_json(
+            REPORTS / "training.json",
+            {
+                "run": identifier,
+                "parameters": config.num_params(),
+                "active_parameters": config.num_active_params(),
+                "training_tokens": shards["train"].num_tokens,
+                "steps": state.step,
+                "steps_planned": trainer.total_steps,
+                "steps_per_epoch": trainer.steps_per_epoch,
+                "stopped_early": state.step < trainer.total_steps,
+                "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+                "best_step": state.best_step,
+                "best_validation_loss": validated["loss"],
+                "best_validation_perplexity": math.exp(validated["loss"]),
+                "final_validation_loss": state.history[-1]["validation_loss"],
+                "test_loss": tested["loss"],
+                "test_perplexity": math.exp(tested["loss"]),
+                "validation_unigram_entropy": shards["validation"].unigram_entropy,
+                "checks": checks,
+            },
+        )
+        write_json(
+            REPORTS / "training_timing.json",
+            {
+                "seconds": trainer.seconds,
+                "tokens_per_second": state.history[-1]["tokens"] / trainer.seconds,
+                "peak_memory_bytes": peak_memory(settings.device),
+                "machine": describe_machine(settings.device),
+            },
+        )
+        trainer.discard_scratch()
+
+
+def decayed_parameters(trainer: Trainer) -> set[str]:
+    """The names of the parameters on which weight decay acts."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)] for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+
+
+def router_gradients(trainer: Trainer, windows: Windows) -> list[tuple[float, float]]:
+    """By layer, the norm of the NLL's gradient at the router and at all its experts together, over one window.
+
+    With top_k = 1 the renormalised weight is 1 whatever the router says, and its gradient is rounding noise.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    tokens, targets = (part.to(trainer.accelerator.device) for part in windows.batch([0]))
+    loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    norms = [
+        (
+            float(layer.moe.router.weight.grad.norm()),
+            math.hypot(*(float(p.grad.norm()) for p in layer.moe.experts.parameters() if p.grad is not None)),
+        )
+        for layer in model.layers
+    ]
+    model.zero_grad(set_to_none=True)
+    return norms
+
+
+def router_rows(model: DWRTransformer, sums: dict[str, torch.Tensor]) -> list[dict[str, float]]:
+    """A row for each expert: the L2 norm of its router row, its share of assignments, its mean probability."""
+    load = sums["assigned"] / sums["assigned"].sum(1, keepdim=True)  # [L, E]
+    probability = sums["probability"] / sums["tokens"]  # [L, E]
+    return [
+        {
+            "layer": index,
+            "expert": expert,
+            "gate_norm": float(norm),
+            "load": float(load[index, expert]),
+            "mean_probability": float(probability[index, expert]),
+        }
+        for index, layer in enumerate(model.layers)
+        for expert, norm in enumerate(layer.moe.router.weight.detach().norm(dim=1))
+    ]
+
+
+if __name__ == "__main__":
+    run(main, __doc__, launched=True)
