@@ -1,4 +1,8 @@
+import pytest
+
+from dynaroute.errors import DynarouteError
 from dynaroute.reporting import tables
+from dynaroute.reporting.inputs import Record
 
 
 def test_columns_of_numbers_are_aligned_to_the_right():
@@ -27,3 +31,18 @@ def test_durations():
 
 def test_a_count_agrees_with_its_noun():
     assert [tables.count(n, "check") for n in (0, 1, 2000)] == ["0 checks", "1 check", "2,000 checks"]
+
+
+def test_a_table_takes_rows_and_a_list_of_columns():
+    rows = [{"name": "a", "loss": 1.23456, "steps": 1200}, {"name": "b", "loss": None, "steps": float("nan")}]
+    text = tables.tabulate(rows, [("name", "run"), ("loss", "NLL", "+.3f"), ("steps", "steps")])
+    assert text.splitlines()[2:] == ["| a | +1.235 | 1,200 |", "| b | – | – |"]
+
+
+def test_a_row_that_lacks_a_column_names_its_file():
+    with pytest.raises(DynarouteError, match=r"^a\.json: lacks 'loss'"):
+        tables.tabulate([Record({"name": "a"}, "a.json")], [("name", "run"), ("loss", "NLL", ".3f")])
+
+
+def test_items_are_listed_as_in_a_sentence():
+    assert [tables.listed(items) for items in ([], "a", "ab", "abc")] == ["–", "a", "a and b", "a, b and c"]

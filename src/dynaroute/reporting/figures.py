@@ -22,9 +22,11 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
 )
 GREY = "#767676"  # for what is only there to compare with
 
+MAX_WIDTH = 7.2  # inches, 792 pixels: `dvc plots diff` shows two figures side by side
+
 STYLE = {
     "figure.constrained_layout.use": True,
-    "savefig.dpi": 200,
+    "savefig.dpi": 110,
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
@@ -49,7 +51,8 @@ STYLE = {
 def saved_figure(path: str | Path, width: float, height: float) -> Iterator["Figure"]:
     """Yields an empty figure of that size in inches, and writes it as PNG, atomically, when the block succeeds.
 
-    It does without pyplot: no window system, no global state, and a user's own matplotlib settings do not matter.
+    No figure is wider than `MAX_WIDTH`. It does without pyplot: no window system, no global state, and a user's own
+    matplotlib settings do not matter.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -57,7 +60,7 @@ def saved_figure(path: str | Path, width: float, height: float) -> Iterator["Fig
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(width, height))
+        figure = Figure(figsize=(min(width, MAX_WIDTH), height))
         yield figure
         with output_file(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})  # the version of matplotlib

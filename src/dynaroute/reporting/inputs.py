@@ -84,21 +84,25 @@ def check_same_run(expected: str, *records: Record) -> None:
             raise DynarouteError(f"{record.path}: belongs to run {record['run']}, not {expected}: run dvc repro")
 
 
-def code_measured(stage: str) -> str:
-    """At which state of the code a benchmark was run, by what DVC recorded: whether its files have changed since."""
+def changed_since_measured(stage: str) -> list[str] | None:
+    """Files that a benchmark depends on and that have changed since it ran; None if DVC has no record of the run."""
     path = Path("benchmarks/dvc.lock")
     recorded = Record(read_yaml(path), path)["stages"].get(stage) if path.exists() else None
     if recorded is None:
-        return "At which state of the code is not recorded."
+        return None
     files = [one for one in recorded["deps"] if not one["md5"].endswith(".dir")]
-    changed = [
-        f"`{one['path']}`"
-        for one in files
-        if not Path(one["path"]).is_file() or digest(one["path"], "md5") != one["md5"]
-    ]
+    return [one["path"] for one in files if not Path(one["path"]).is_file() or digest(one["path"], "md5") != one["md5"]]
+
+
+def code_measured(stage: str) -> str:
+    """At which state of the code a benchmark was run, by what DVC recorded: whether its files have changed since."""
+    changed = changed_since_measured(stage)
+    if changed is None:
+        return "At which state of the code is not recorded."
+    listed = ", ".join(f"`{path}`" for path in changed)
     return (
-        f"The state of the code is the one in `{path}`. Of the {len(files)} files listed there, changed since: "
-        f"{', '.join(changed) or 'none'}. When: see `git log` of the file of results, which holds no date."
+        f"The state of the code is the one in `benchmarks/dvc.lock`. Of the files listed there, changed since: "
+        f"{listed or 'none'}. When: see `git log` of the file of results, which holds no date."
     )
 
 

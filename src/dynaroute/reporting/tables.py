@@ -1,10 +1,33 @@
-"""Markdown: tables, quotations and numbers with units."""
+"""Markdown: tables, quotations and numbers with units; most of it also serves templates as filters."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 NONE = "–"  # in place of a value that does not exist
+Format = str | Callable[[Any], str]  # a format specification (",.3f"), or a function such as `size`
+Column = tuple[str, str, Format] | tuple[str, str]  # key, heading, format
+
+
+def fmt(value: Any, how: Format = "") -> str:
+    """One value as text: a string as it is, None and NaN as a dash, a number with separators unless told otherwise."""
+    if value is None or value != value:
+        return NONE
+    if isinstance(value, str):
+        return value
+    if callable(how):
+        return how(value)
+    return format(value, how or ",")
+
+
+def tabulate(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column]) -> str:
+    """A Markdown table with a row for each mapping and a cell for each column, formatted by `fmt`.
+
+    Raises:
+        KeyError: a row lacks a column's key; a DynarouteError that names the file if the row is an `inputs.Record`.
+    """
+    cells = [[fmt(row[key], *how) for key, _, *how in columns] for row in rows]
+    return table([heading for _, heading, *_ in columns], cells)
 
 
 def shared_text(split: Mapping[str, Any]) -> str:
@@ -57,6 +80,12 @@ def perplexity(loss: float) -> str:
         return f"e^{loss:,.0f}"
     value = math.exp(loss)
     return f"{value:,.{max(0, 3 - math.floor(math.log10(value)))}f}"
+
+
+def listed(items: Iterable[Any], word: str = "and") -> str:
+    """Items in a sentence: "a, b and c"; a dash if there are none."""
+    *others, last = [*map(str, items)] or [NONE]
+    return f"{', '.join(others)} {word} {last}" if others else last
 
 
 def count(number: int, singular: str, plural: str | None = None) -> str:

@@ -1,0 +1,38 @@
+"""Pages from templates.
+
+Whole sentences stand in templates/. Python passes values, tables, and which of a few sentences applies.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from dynaroute.pipeline.artifacts import write_text
+from dynaroute.reporting.tables import count, duration, fmt, listed, perplexity, published, size
+
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    undefined=StrictUndefined,  # a misspelt name is an error, not a gap in a sentence
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    autoescape=False,
+)
+for one in (count, duration, fmt, listed, perplexity, published, size):
+    ENVIRONMENT.filters[one.__name__] = one
+
+
+def render(template: str, values: dict[str, Any]) -> str:
+    """The text of `templates/<template>` with its values filled in.
+
+    Raises:
+        DynarouteError: the template asks for a key that a file of results lacks (see `inputs.Record`).
+        jinja2.UndefinedError: it asks for a value that was not passed.
+    """
+    return ENVIRONMENT.get_template(template).render(values)
+
+
+def write_page(path: str | Path, template: str, values: dict[str, Any]) -> None:
+    """Renders a template into a file, atomically; raises as `render` does."""
+    write_text(path, render(template, values))
