@@ -7,7 +7,7 @@ import pytest
 from repository import REPOSITORY, stage_script
 
 from dynaroute.config import ByteBPE
-from dynaroute.data.tokens import encode as tokenization
+from dynaroute.data.tokens import encode
 from dynaroute.data.tokens.encode import tokenize
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
@@ -40,7 +40,7 @@ def collected(tmp_path: Path) -> Path:
 
 
 def test_every_document_comes_back_from_its_tokens_with_one_separator(tmp_path, collected, monkeypatch):
-    monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", 200)  # several batches
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 200)  # several batches
     metadata = tokenize("c", BPE, collected, tmp_path / "tokens", shard_tokens=50)
     for split in ("train", "test"):
         shards = TokenShards(tmp_path / "tokens", split)

@@ -22,9 +22,11 @@ from repository import REPOSITORY, stage_script
 from ruamel.yaml import YAML
 
 from dynaroute.config import ByteBPE, Corpus, read_yaml
-from dynaroute.data import download, streaming, tokenization
+from dynaroute.data.text import download
 from dynaroute.data.text.collect import collect
 from dynaroute.data.text.download import fetch_gzip
+from dynaroute.data.tokens import encode
+from dynaroute.data.tokens import stream as streaming
 from dynaroute.data.tokens.encode import tokenize
 from dynaroute.data.tokens.shard_writer import ShardWriter
 from dynaroute.data.tokens.shards import TokenShards
@@ -73,7 +75,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "FIRST_DELAY", 0.001)
     monkeypatch.setattr(download, "LONGEST_DELAY", 0.01)
     monkeypatch.setattr(streaming, "NOTE_CHARACTERS", 1500)  # some notes in each file
-    monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", 400)
+    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 400)
 
 
 def make_corpus(tokenizer: Path, source: dict, split: dict | None = None) -> Corpus:
@@ -251,9 +253,9 @@ def test_a_run_that_died_anywhere_ends_as_one_that_did_not(
 def test_a_process_killed_time_and_again_ends_as_one_that_was_not(tmp_path, server, address, tokenizer, undisturbed):
     stream = Stream(tmp_path / "killed", address, server, tokenizer)
     code = (
-        "import sys, time; sys.path[:0] = sys.argv[1:3]; import test_streaming as t; from pathlib import Path;"
-        "from dynaroute.data import streaming, tokenization;"
-        "streaming.NOTE_CHARACTERS, tokenization.BATCH_CHARACTERS = 1500, 400;"
+        "import sys, time; sys.path[:0] = sys.argv[1:3]; import test_stream as t; from pathlib import Path;"
+        "from dynaroute.data.tokens import encode, stream as streaming;"
+        "streaming.NOTE_CHARACTERS, encode.BATCH_CHARACTERS = 1500, 400;"
         "write = t.ShardWriter.write;"
         "t.ShardWriter.write = lambda *args: (time.sleep(0.01), write(*args));"
         "stream = t.Stream.__new__(t.Stream); root = Path(sys.argv[3]);"
@@ -262,7 +264,15 @@ def test_a_process_killed_time_and_again_ends_as_one_that_was_not(tmp_path, serv
         "stream.corpus = t.make_corpus(Path(sys.argv[4]), source); stream.run()"
     )
     tests = REPOSITORY / "tests"
-    command = [sys.executable, "-c", code, str(tests), str(tests / "data"), str(stream.root), str(tokenizer)]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(tests / "support"),
+        str(tests / "data/tokens"),
+        str(stream.root),
+        str(tokenizer),
+    ]
     for enough in (15, 45):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
