@@ -21,10 +21,9 @@ bytes: dense's time, and the head outputs, inputs and gradients that mixing has 
 """
 
 import copy
+import functools
 import gc
-import statistics
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -33,6 +32,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
+from timing import failure, interleaved, quartiles, ratio
 from torch import Tensor, nn
 from transformers import Olmo2Config, Olmo2ForCausalLM
 from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb
@@ -42,7 +42,7 @@ from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_json
-from dynaroute.pipeline.machine import describe_machine, failure, require_device
+from dynaroute.pipeline.machine import describe_machine, require_device
 from dynaroute.pipeline.stage import run
 
 ROUNDS, WARM_UP = 9, 2
@@ -167,19 +167,6 @@ def with_compiled_modules(base: Olmo2ForCausalLM) -> Olmo2ForCausalLM:
     return base
 
 
-def interleaved(steps: dict[str, Callable[[bool], Tensor]], backward: bool, device: str) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round; the first rounds are left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(WARM_UP + ROUNDS):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step(backward)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: values[WARM_UP:] for name, values in seconds.items()}
-
-
 def step_memory(size: Size, name: str, backward: bool, device: str) -> float:
     """MiB that a step of one candidate takes beside the weights; on a CPU to be run in a fresh process."""
     gc.collect()  # what earlier candidates held
@@ -249,22 +236,19 @@ def copy_bandwidth(device: str) -> float:
     source = torch.ones((2048 if device == "cuda" else 256) * MIB // 4, device=device)
     target = torch.empty_like(source)
 
-    def copy(_: bool) -> Tensor:
-        return target.copy_(source)
-
-    return 2 * source.nbytes / statistics.median(interleaved({"copy": copy}, False, device)["copy"])
+    times = interleaved({"copy": lambda: target.copy_(source)}, ROUNDS, WARM_UP, device, "copy")["copy"]
+    return 2 * source.nbytes / quartiles(times)[0]
 
 
 def summary(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
     """Median and quartiles of one candidate's milliseconds and of its ratio to dense."""
-    ratios = [own / dense for own, dense in zip(seconds[name], seconds["dense"], strict=True)]
-    low, _, high = statistics.quantiles(seconds[name], n=4)
-    ratio_low, ratio, ratio_high = statistics.quantiles(ratios, n=4)
+    median, (low, high) = quartiles(seconds[name])
+    to_dense, to_dense_quartiles = ratio(seconds[name], seconds["dense"])
     return {
-        "milliseconds": 1e3 * statistics.median(seconds[name]),
+        "milliseconds": 1e3 * median,
         "milliseconds_quartiles": [1e3 * low, 1e3 * high],
-        "ratio_to_dense": ratio,
-        "ratio_to_dense_quartiles": [ratio_low, ratio_high],
+        "ratio_to_dense": to_dense,
+        "ratio_to_dense_quartiles": to_dense_quartiles,
     }
 
 
@@ -294,17 +278,18 @@ def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
         return {"size": sizes, "candidates": {}, "failed": failed}
     for name in failed:
         del steps[name]
-    difference = None
+    turns, difference = (ROUNDS, WARM_UP, device), None
     if "reference" in steps:
         difference = (steps["ours"](False).float() - steps["reference"](False).float()).abs().max().item()
-    forward = interleaved(steps, False, device)
-    both = interleaved(steps, True, device)
+
+    forward, both = (
+        interleaved({name: functools.partial(step, backward) for name, step in steps.items()}, *turns, what)
+        for backward, what in ((False, "forward"), (True, "forward and backward"))
+    )
     timed = list(steps)
     del steps  # and what they hold
     memory = peaks(size, [name for name in names if name in timed], device)
-    dense_seconds = statistics.median(both["dense"])
-    limits = bounds(size, dense_seconds, bytes_per_second, 2 if device == "cuda" else 4)
-    ours = statistics.median(own / dense for own, dense in zip(both["ours"], both["dense"], strict=True))
+    limits = bounds(size, quartiles(both["dense"])[0], bytes_per_second, 2 if device == "cuda" else 4)
     return {
         "size": sizes,
         "candidates": {
@@ -317,7 +302,7 @@ def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
         },
         "failed": failed,
         "bounds": limits,
-        "fraction_of_byte_bound": limits["squares_byte_bound"] / ours,
+        "fraction_of_byte_bound": limits["squares_byte_bound"] / ratio(both["ours"], both["dense"])[0],
         "largest_difference_to_reference": difference,
     }
 

@@ -11,14 +11,12 @@ take turns.
 Writes  reports/benchmarks/dagformer_step.json
 """
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from timing import interleaved, quartiles
 from torch import nn
-from tqdm import tqdm
 
 from dynaroute.config import PretrainedBase, Settings, Variant
 from dynaroute.dagformer.base import new_base
@@ -61,14 +59,7 @@ def main(settings: Settings) -> None:
         encoder(input_ids=texts, use_cache=False).last_hidden_state.float().mean(1).cpu()
 
     steps = {"step": training_step(predictor, graph, variant, seq_len, device), "encoder": encode}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in tqdm(range(WARM_UP + ROUNDS), desc="training step", unit="round", disable=None):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - started)
+    times = interleaved(steps, ROUNDS, WARM_UP, device, "training step")
     models = {"base": base, "encoder": encoder, "predictor": predictor}
     report = {
         "batch_size": variant.batch_size,
@@ -76,7 +67,7 @@ def main(settings: Settings) -> None:
         "seq_len": seq_len,
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
-        **{name: summary(values[WARM_UP:]) for name, values in times.items()},
+        **{name: summary(values) for name, values in times.items()},
         "peak_memory_bytes": peak_memory(device),
         "machine": describe_machine(device),
     }
@@ -121,7 +112,7 @@ def training_step(
 
 def summary(seconds: list[float]) -> dict[str, Any]:
     """Median and quartiles, in milliseconds."""
-    low, median, high = statistics.quantiles(seconds, n=4)
+    median, (low, high) = quartiles(seconds)
     return {"milliseconds": 1e3 * median, "milliseconds_quartiles": [1e3 * low, 1e3 * high]}
 
 

@@ -22,8 +22,6 @@ Candidates take turns, so that what else the machine does falls on all of them a
 """
 
 import copy
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,15 +29,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from timing import failure, interleaved, quartiles, ratio
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dynaroute.config import Settings, Training
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, MoE, RouterStatistics, expert_ffn
 from dynaroute.dwr.objective import DWRObjective
 from dynaroute.pipeline.artifacts import write_json
-from dynaroute.pipeline.machine import describe_machine, failure
+from dynaroute.pipeline.machine import describe_machine
 from dynaroute.pipeline.stage import run
 from dynaroute.training.loop import Batch, make_accelerator
 from dynaroute.training.schedules import decay_groups
@@ -122,24 +120,6 @@ def candidates(device: str, dtype: torch.dtype) -> dict[str, nn.Module]:
     return layers
 
 
-def seconds(step: Callable[[], None], device: str) -> float:
-    """Wall time of one call, with what it queued on the device."""
-    started = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def interleaved(steps: dict[str, Callable[[], None]], device: str, what: str) -> dict[str, list[float]]:
-    """Times of all candidates, which take turns; the first rounds are left out."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in tqdm(range(WARM_UP + ROUNDS), desc=what, unit="round", disable=None):
-        for name, step in steps.items():
-            times[name].append(seconds(step, device))
-    return {name: values[WARM_UP:] for name, values in times.items()}
-
-
 def layer_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
     """Forward and backward of a layer to its input and parameters."""
 
@@ -164,17 +144,17 @@ def layer_rows(device: str) -> list[dict[str, Any]]:
             if reason := failure(steps[name]):
                 rows.append({"tokens": tokens, "layer": name, "failed": reason})
                 del steps[name]
-        times = interleaved(steps, device, f"layers, {tokens} tokens")
-        medians = {name: statistics.median(values) for name, values in times.items()}
+        times = interleaved(steps, ROUNDS, WARM_UP, device, f"layers, {tokens} tokens")
+        medians = {name: quartiles(values)[0] for name, values in times.items()}
         for name, values in times.items():
             own_dense = medians["gated_dense" if name.startswith(("gated", "transformers")) else "dense"]
-            quartiles = statistics.quantiles(values, n=4)
+            _, (low, high) = quartiles(values)
             rows.append(
                 {
                     "tokens": tokens,
                     "layer": name,
                     "milliseconds": 1e3 * medians[name],
-                    "interquartile_milliseconds": 1e3 * (quartiles[2] - quartiles[0]),
+                    "interquartile_milliseconds": 1e3 * (high - low),
                     "ratio_to_dense": medians[name] / own_dense,
                 }
             )
@@ -270,17 +250,16 @@ def training_comparison(settings: Settings, accelerator: Accelerator) -> dict[st
     """Training tokens/s of all models, and the ratios of ours to others."""
     steps, models, config = training_steps(settings, accelerator)
     tokens = settings.dwr.training.micro_batch_size * config.max_seq_len
-    times = interleaved(steps, settings.device, "training")
+    times = interleaved(steps, ROUNDS, WARM_UP, settings.device, "training")
     for name, values in times.items():
-        low, median, high = statistics.quantiles(values, n=4)
+        median, (low, high) = quartiles(values)
         models[name]["milliseconds"] = 1e3 * median
         models[name]["milliseconds_quartiles"] = [1e3 * low, 1e3 * high]
         models[name]["tokens_per_second"] = tokens / median
     ratios = {}
     for ours, other in RATIOS:
         if ours in times and other in times:
-            pairs = zip(times[ours], times[other], strict=True)
-            low, median, high = statistics.quantiles([theirs / own for own, theirs in pairs], n=4)
+            median, (low, high) = ratio(times[other], times[ours])
             ratios[f"{ours}_to_{other}"] = {"ratio": median, "quartiles": [low, high]}
             print(f"training tokens/s of {ours} to {other}: {median:.2f} (quartiles {low:.2f} to {high:.2f})")
     return {

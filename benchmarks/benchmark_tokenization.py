@@ -26,16 +26,16 @@ import functools
 import itertools
 import json
 import os
-import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from timing import quartiles
+from timing import ratio as ratio_of
 from tqdm import tqdm
 
 from dynaroute.config import GPT2, Settings
@@ -119,12 +119,6 @@ def seconds(user: str, tokenizer_folder: Path, pieces: Path) -> Times:
         return Times(*(clock() - start for clock, start in zip(clocks, started, strict=True)))
 
 
-def quartiles(ones: Sequence[float], others: Sequence[float]) -> tuple[float, list[float]]:
-    """Of the ratio of two times of the same round: its median, and the quartiles beside it."""
-    low, median, high = statistics.quantiles([one / other for one, other in zip(ones, others, strict=True)], n=4)
-    return median, [low, high]
-
-
 def measure(tokenizers: dict[str, Path], pieces: Path, core_counts: list[int]) -> list[dict[str, Any]]:
     """A row for each tokenizer and number of cores, of which 1 is the first."""
     spawn, cores = get_context("spawn"), sorted(os.sched_getaffinity(0))
@@ -156,29 +150,29 @@ def measure(tokenizers: dict[str, Path], pieces: Path, core_counts: list[int]) -
     rows = []
     for name, count in cells:
         ours, library, independent = (of(who, name, count) for who in ("dynaroute", "library", "independent"))
-        ratio, ratio_quartiles = quartiles(library.clock, ours.clock)
-        speedup, speedup_quartiles = quartiles(of("dynaroute", name, 1).clock, ours.clock)
-        scaling, scaling_quartiles = quartiles(independent.clock, ours.clock)
+        ratio, ratio_quartiles = ratio_of(library.clock, ours.clock)
+        speedup, speedup_quartiles = ratio_of(of("dynaroute", name, 1).clock, ours.clock)
+        scaling, scaling_quartiles = ratio_of(independent.clock, ours.clock)
         package = "tiktoken" if isinstance(load_tokenizer(tokenizers[name]), TiktokenTokenizer) else "tokenizers"
         rows.append(
             {
                 "tokenizer": name,
                 "library": f"{package} {version(package)}",
                 "cores": count,
-                "megabytes_per_second": megabytes / statistics.median(ours.clock),
-                "library_megabytes_per_second": megabytes / statistics.median(library.clock),
+                "megabytes_per_second": megabytes / quartiles(ours.clock)[0],
+                "library_megabytes_per_second": megabytes / quartiles(library.clock)[0],
                 "throughput_against_library": ratio,
                 "throughput_against_library_quartiles": ratio_quartiles,
-                "throughput_against_library_by_cpu_time": quartiles(library.cpu, ours.cpu)[0],
+                "throughput_against_library_by_cpu_time": ratio_of(library.cpu, ours.cpu)[0],
                 "throughput_against_independent_processes": scaling,
                 "throughput_against_independent_processes_quartiles": scaling_quartiles,
-                "throughput_against_independent_processes_by_cpu_time": quartiles(independent.cpu, ours.cpu)[0],
-                "main_thread_share_of_cpu_time": quartiles(ours.main, ours.cpu)[0],
-                "megabytes_per_cpu_second": megabytes / statistics.median(ours.cpu),
+                "throughput_against_independent_processes_by_cpu_time": ratio_of(independent.cpu, ours.cpu)[0],
+                "main_thread_share_of_cpu_time": ratio_of(ours.main, ours.cpu)[0],
+                "megabytes_per_cpu_second": megabytes / quartiles(ours.cpu)[0],
                 "speedup_over_one_core": speedup,
                 "speedup_over_one_core_quartiles": speedup_quartiles,
-                "library_speedup_over_one_core": quartiles(of("library", name, 1).clock, library.clock)[0],
-                "independent_speedup_over_one_core": quartiles(of("independent", name, 1).clock, independent.clock)[0],
+                "library_speedup_over_one_core": ratio_of(of("library", name, 1).clock, library.clock)[0],
+                "independent_speedup_over_one_core": ratio_of(of("independent", name, 1).clock, independent.clock)[0],
             }
         )
     return rows

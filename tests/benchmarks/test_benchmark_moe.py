@@ -5,6 +5,7 @@ from pathlib import Path
 
 import benchmark_moe
 import pytest
+import timing
 import torch
 from repository import REPOSITORY
 from small_store import make_model
@@ -132,7 +133,7 @@ def test_it_records_every_layer_and_the_ratios_of_training_speeds(tree, monkeypa
     known = {name: {"parameters": 7} for name in steps}
     config = make_model().config.model_copy(update={"max_seq_len": 100})
     monkeypatch.setattr(benchmark_moe, "training_steps", lambda *_: (steps, known, config))
-    monkeypatch.setattr(benchmark_moe, "seconds", lambda step, _: step() or 1.0)  # training steps tell their time
+    monkeypatch.setattr(timing, "seconds", lambda step, _: step() or 1.0)  # training steps tell their time
     benchmark_moe.main(tiny_settings())
     report = json.loads(Path("reports/benchmarks/moe.json").read_text())
     training = report["training"]

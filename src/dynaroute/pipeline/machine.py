@@ -3,7 +3,6 @@
 import platform
 import resource
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +45,6 @@ def peak_memory(device: str) -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
-
-
-def failure(step: Callable[[], object]) -> str | None:
-    """Takes a step that a benchmark can do without, and says in one line why it failed; None if it did not.
-
-    Memory may be too small for it on a GPU, and a compiler fails in ways that have no common base.
-    """
-    try:
-        step()
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return None
 
 
 def _cpu_model() -> str:
