@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import errno
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -22,12 +21,12 @@ from safetensors import SafetensorError
 
 from dynaroute.config import Settings, load_settings
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.environment import check_environment, check_processes
 from dynaroute.pipeline.scratch import PATIENCE, exclusive
 
 # What no code can put right: a full or failing disk, and files that may not be written.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 LAUNCHED = "DYNAROUTE_LAUNCHED"  # set for what `launcher` starts, which must not launch it once more
-NUM_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as accelerate reads it
 
 
 def run(main: Callable[..., None], doc: str, *arguments: str, launched: bool = False) -> None:
@@ -50,6 +49,8 @@ def run(main: Callable[..., None], doc: str, *arguments: str, launched: bool = F
     leads = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started
     try:
         settings = load_settings()
+        check_environment(settings.device)
+        check_processes(may_be_several=launched)
         if launched:
             _launch(settings)
         # Killing DVC alone leaves its stage running a while, and a second may start.
@@ -72,12 +73,9 @@ def _launch(settings: Settings) -> None:
     """Becomes the launcher, which keeps the process's number, so that signals reach it.
 
     Raises:
-        DynarouteError: there is no such command; or it has started this process, but fewer than it was told to.
+        DynarouteError: there is no such command.
     """
-    if LAUNCHED in os.environ:
-        _refuse_fewer_processes(settings.launcher)
-        return
-    if settings.launcher == "python" or "RANK" in os.environ:  # the latter by hand
+    if settings.launcher == "python" or not os.environ.keys().isdisjoint({LAUNCHED, "RANK"}):  # RANK: by hand
         return
     command = [*shlex.split(settings.launcher), *sys.argv]
     found = shutil.which(command[0])
@@ -96,17 +94,6 @@ def _is_script_of_this_python(path: Path) -> bool:
     with path.open("rb") as file:
         first = file.read(200)
     return first.startswith(b"#!") and b"python" in first
-
-
-def _refuse_fewer_processes(launcher: str) -> None:
-    """`accelerate launch --num_processes 4` starts one process, and says nothing, where it sees no two GPUs."""
-    asked = re.search(r"--(?:num[-_]processes|nproc[-_]per[-_]node)[= ](\d+)", launcher)
-    started = max(int(os.environ.get(name, 1)) for name in NUM_PROCESSES)
-    if asked and started < int(asked[1]):
-        raise DynarouteError(
-            f"params.yaml: launcher = {launcher!r}: is to start {asked[1]} processes, but has started {started}: "
-            "are there as many GPUs? Without, torchrun starts as many as it is told to"
-        )
 
 
 def _end_with_dvc() -> None:

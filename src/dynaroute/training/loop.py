@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,6 +27,7 @@ from dynaroute.config import EpochTraining, Training
 from dynaroute.data.tokens.shards import Windows
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_note, write_note
+from dynaroute.pipeline.environment import check_environment
 from dynaroute.pipeline.machine import compute_dtype, require_device
 from dynaroute.pipeline.scratch import StopRequest, discard, exclusive
 from dynaroute.training.checkpoints import (
@@ -82,16 +84,28 @@ class TrainingState:
 def make_accelerator(device: str, precision: str) -> Accelerator:
     """The accelerator for params.yaml's `device` and a `precision`; bf16 falls back to fp32 where it would be slow.
 
+    What accelerate would otherwise read from the environment is given here, so that no variable changes a result.
+
     Raises:
-        DynarouteError: the device is not there.
+        DynarouteError: the device is not there, or what `check_environment` raises.
     """
+    check_environment(device)
     require_device(device)
     bf16 = compute_dtype(device, precision) == torch.bfloat16
     # An expert that no token of a batch chose is not part of that step's graph.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # The others wait while the main process checks the tokens, at the published scale 40 GB.
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=device == "cpu", kwargs_handlers=[unused, patient])
+    threads = torch.get_num_threads()
+    accelerator = Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
+        cpu=device == "cpu",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
+        kwargs_handlers=[unused, patient],
+    )
+    torch.set_num_threads(threads)  # accelerate divides the cores among processes on a CPU
+    return accelerator
 
 
 def steps_in_epochs(settings: EpochTraining, num_windows: int) -> int:
