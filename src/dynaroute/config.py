@@ -301,7 +301,7 @@ class DWRArchitecture(Section):
     top_k: Positive  # experts per token
     max_seq_len: Positive  # learned positions, and the training window
     dropout: Fraction
-    capacity_factor: PositiveFloat | None  # null: dropless; else each expert takes at most factor * fair share
+    capacity_factor: PositiveFloat | None  # in training, an expert takes at most factor * fair share; null: all
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:

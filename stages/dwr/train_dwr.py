@@ -116,10 +116,7 @@ def decayed_parameters(trainer: Trainer) -> set[str]:
 
 
 def router_gradients(trainer: Trainer, windows: Windows) -> list[tuple[float, float]]:
-    """By layer, the norm of the NLL's gradient at the router and at all its experts together, over one window.
-
-    With top_k = 1 the renormalised weight is 1 whatever the router says, and its gradient is rounding noise.
-    """
+    """By layer, the norm of the NLL's gradient at the router and at all its experts together, over one window."""
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     tokens, targets = (part.to(trainer.accelerator.device) for part in windows.batch([0]))
     loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
@@ -138,7 +135,7 @@ def router_gradients(trainer: Trainer, windows: Windows) -> list[tuple[float, fl
 def router_rows(model: DWRTransformer, sums: dict[str, torch.Tensor]) -> list[dict[str, float]]:
     """A row for each expert: the L2 norm of its router row, its share of assignments, its mean probability."""
     load = sums["assigned"] / sums["assigned"].sum(1, keepdim=True)  # [L, E]
-    probability = sums["probability"] / sums["tokens"]  # [L, E]
+    probability = sums["probability"] / sums["predicted"]  # [L, E]
     return [
         {
             "layer": index,

@@ -44,7 +44,7 @@ def tree(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("capacity_factor", [None, 0.5])
 def test_the_plain_loop_that_ours_is_timed_against_returns_the_same_with_the_same_gradients(capacity_factor):
-    moe = make_model(num_layers=1, capacity_factor=capacity_factor).layers[0].moe
+    moe = make_model(num_layers=1, capacity_factor=capacity_factor).train().layers[0].moe
     x = torch.randn(2, 9, 32, requires_grad=True)
     found = []
     for kind in (MoE, benchmark_moe.LoopMoE):

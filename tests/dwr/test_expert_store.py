@@ -343,6 +343,14 @@ def test_a_manifest_that_describes_no_such_model_is_refused(tmp_path, change, na
     assert named in message
 
 
+def test_a_store_of_the_format_before_is_read_unless_it_weighed_a_single_expert_by_one(tmp_path):
+    for top_k in (2, 1):
+        path = export(tmp_path / f"store{top_k}", make_model(top_k=top_k)).path
+        edit_manifest(path, lambda data: data.update(format=2))
+    assert ExpertStore(tmp_path / "store2").config.top_k == 2
+    assert "format: must be 3 with top_k = 1" in refusal(lambda: ExpertStore(tmp_path / "store1"))
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe"])
 def test_a_damaged_manifest_is_refused(tmp_path, content):
     path = export(tmp_path / "store").path

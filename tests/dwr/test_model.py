@@ -42,7 +42,8 @@ def plain_moe(moe, x, capacity=None):
         probabilities = F.softmax(moe.router.weight @ token + moe.router.bias, dim=0)
         values, chosen = probabilities.topk(moe.config.top_k)
         y = torch.zeros_like(token)
-        for value, expert in zip(values / values.sum(), chosen.tolist(), strict=True):
+        total = values.sum() if len(values) > 1 else 1
+        for value, expert in zip(values / total, chosen.tolist(), strict=True):
             taken[expert] += 1
             if capacity is None or taken[expert] <= capacity:
                 w1, b1, w2, b2 = expert_weights(moe, expert)
@@ -92,6 +93,14 @@ def test_moe_equals_a_plain_loop_in_values_and_gradients(top_k, shape):
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_router_learns_from_the_outputs(top_k):
+    moe = make(MoE, top_k=top_k)
+    moe(torch.randn(2, 8, 32, dtype=torch.float64))[0].square().sum().backward()
+    experts = max(p.grad.norm() for p in moe.experts.parameters() if p.grad is not None)
+    assert moe.router.weight.grad.norm() > 1e-2 * experts
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
@@ -167,7 +176,7 @@ def test_router_statistics_are_what_the_formulas_say():
     share = torch.stack([(chosen == expert).sum() / 24 for expert in range(5)])
     assert statistics.counts.sum() == 48
     torch.testing.assert_close(statistics.counts / 24, share)
-    torch.testing.assert_close(statistics.mean_probability.double(), probabilities.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(statistics.probability.double().view(24, 5), probabilities, rtol=1e-5, atol=1e-6)
     expected = 5 * (share * probabilities.mean(0)).sum()
     torch.testing.assert_close(statistics.balance_loss.double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(statistics.chosen.view(-1, 2), chosen)
@@ -202,7 +211,7 @@ def test_experts_may_arrive_in_any_order():
 
 @pytest.mark.parametrize("factor", [0.2, 0.5, 1.0, 3.0])
 def test_capacity_drops_and_counts_the_overflow(factor):
-    moe = make(MoE, capacity_factor=factor)
+    moe = make(MoE, capacity_factor=factor).train()
     x = torch.randn(2, 10, 32, dtype=torch.float64)
     capacity = min(20, math.ceil(factor * 20 * 2 / 5))
     ours, statistics = moe(x)
@@ -211,6 +220,16 @@ def test_capacity_drops_and_counts_the_overflow(factor):
     assert statistics.dropped == sum(max(0, count - capacity) for count in taken)
     if factor == 0.2:
         assert statistics.dropped > 0
+
+
+def test_only_training_drops_tokens_so_logits_do_not_depend_on_the_rest_of_a_batch():
+    model = make(DWRTransformer, capacity_factor=0.2)
+    tokens = torch.randint(64, (5, 12))
+    logits, router = model(tokens)
+    torch.testing.assert_close(logits[:1], model(tokens[:1]).logits)
+    torch.testing.assert_close(logits, make(DWRTransformer, capacity_factor=None)(tokens).logits)
+    assert not any(layer.dropped for layer in router)
+    assert all(layer.dropped for layer in model.train()(tokens).router)
 
 
 def plain_forward(model, tokens):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynaroute.data.tokens.shards import Windows
+from dynaroute.data.tokens.shards import IGNORED_TARGET, Windows
 from dynaroute.data.tokens.windows import evenly_spaced
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.errors import DynarouteError
@@ -33,7 +33,7 @@ class Trace(NamedTuple):
 
 @torch.inference_mode()
 def record_routing(model: DWRTransformer, windows: Windows, run: str, num_windows: int) -> Trace:
-    """Records `num_windows` windows, evenly spread; every window is a text of its own.
+    """Records `num_windows` windows, evenly spread; every window is a text of its own, without its padding.
 
     Raises:
         DynarouteError: there are fewer.
@@ -46,14 +46,15 @@ def record_routing(model: DWRTransformer, windows: Windows, run: str, num_window
     ]
     chosen, foretold = [], []
     for start in range(0, num_windows, BATCH):
-        tokens, _ = windows.batch(indices[start : start + BATCH])
+        tokens, targets = windows.batch(indices[start : start + BATCH])
+        kept = (targets != IGNORED_TARGET).flatten()  # [B*T]
         statistics = model(tokens).router
-        chosen.append(torch.stack([layer.chosen for layer in statistics], 2).flatten(0, 1))  # [B*T, L, K]
+        chosen.append(torch.stack([layer.chosen for layer in statistics], 2).flatten(0, 1)[kept])  # [tokens, L, K]
         # Not by calling the module: its hook would note another layer's state as its own.
-        said = [router.forward(states[layer]) for layer, router in enumerate(routers[1:])]
-        orders = [scores.argsort(-1, descending=True) for scores in said]  # L - 1 times [B*T, E]
+        said = [router.forward(states[layer])[kept] for layer, router in enumerate(routers[1:])]
+        orders = [scores.argsort(-1, descending=True) for scores in said]  # L - 1 times [tokens, E]
         nothing = chosen[-1].new_empty(len(chosen[-1]), 0, model.config.num_experts)  # of a model of one layer
-        foretold.append(torch.stack(orders, 1) if orders else nothing)  # [B*T, L-1, E]
+        foretold.append(torch.stack(orders, 1) if orders else nothing)  # [tokens, L-1, E]
     for hook in hooks:
         hook.remove()
     return Trace(run, _as_uint16(chosen), _as_uint16(foretold))

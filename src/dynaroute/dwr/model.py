@@ -109,7 +109,7 @@ class RouterStatistics(NamedTuple):
 
     balance_loss: Tensor  # scalar with gradient; top_k when routing is uniform
     counts: Tensor  # [E] int64, tokens assigned to each expert
-    mean_probability: Tensor  # [E]
+    probability: Tensor  # [B, T, E]
     dropped: Tensor  # scalar int64, assignments over capacity
     chosen: Tensor  # [B, T, K] int64, each token's experts, most probable first
 
@@ -149,7 +149,12 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class MoE(nn.Module):
-    """Top-k routing, renormalised; tokens are sorted by expert, and experts without tokens cost nothing."""
+    """Top-k routing; tokens are sorted by expert, and experts without tokens cost nothing.
+
+    The probabilities of the chosen experts, renormalised to sum to one, weigh their outputs. With top_k = 1 it is the
+    probability itself, as in the Switch Transformer: renormalised it would be 1 whatever the router says, and no
+    gradient of the NLL would reach the router.
+    """
 
     def __init__(self, config: DWRConfig) -> None:
         super().__init__()
@@ -165,17 +170,21 @@ class MoE(nn.Module):
         scores = self.router(x)  # [S, E]
         probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # not in bf16
         weights, chosen = probabilities.topk(top_k)  # [S, K]
-        weights = weights / weights.sum(-1, keepdim=True)
+        if top_k > 1:
+            weights = weights / weights.sum(-1, keepdim=True)
         # Not bincount, for whose size a GPU is waited for.
         counts = (chosen.reshape(-1, 1) == torch.arange(num_experts, device=x.device)).sum(0)  # [E]
         y = self.dispatch(x, weights, chosen, counts)  # [S, D]
 
         tokens = x.shape[0]
-        mean_probability = probabilities.mean(0)  # [E]
-        balance_loss = num_experts * (counts / tokens * mean_probability).sum()
+        balance_loss = num_experts * (counts / tokens * probabilities.mean(0)).sum()
         dropped = (counts - self.capacity(tokens)).clamp(min=0).sum()
         statistics = RouterStatistics(
-            balance_loss, counts, mean_probability.detach(), dropped, chosen.view(batch, time, top_k)
+            balance_loss,
+            counts,
+            probabilities.detach().view(batch, time, num_experts),
+            dropped,
+            chosen.view(batch, time, top_k),
         )
         return y.view(batch, time, d), statistics
 
@@ -205,12 +214,16 @@ class MoE(nn.Module):
 
         Experts without tokens then have a gradient of zero, not none.
         """
-        resident = isinstance(self.experts, ResidentExperts) and self.config.capacity_factor is None
-        return resident and x.is_cuda and _compute_dtype(x) == torch.bfloat16
+        dropless = self.config.capacity_factor is None or not self.training
+        resident = isinstance(self.experts, ResidentExperts)
+        return resident and dropless and x.is_cuda and _compute_dtype(x) == torch.bfloat16
 
     def capacity(self, tokens: int) -> int:
-        """Assignments that one expert takes of a batch of `tokens`; all of them when dropless."""
-        if self.config.capacity_factor is None:
+        """Assignments that one expert takes of a batch of `tokens`; all of them when dropless.
+
+        Only training drops tokens: otherwise a text's logits would depend on what it is batched with.
+        """
+        if self.config.capacity_factor is None or not self.training:
             return tokens
         fair_share = tokens * self.config.top_k / self.config.num_experts
         return min(tokens, math.ceil(self.config.capacity_factor * fair_share))

@@ -14,6 +14,8 @@ class DWRObjective:
 
     The balance loss of a layer is `E * sum_e f_e * P_e` (Switch Transformer, eq. 4, with `f` counting all top-k
     assignments, so that uniform routing gives top_k; its validation metric is divided by top_k, where 1 is ideal).
+    In training, `f` and `P` are those of a micro-batch: the loss is not linear in both, so its mean over micro-batches
+    depends on their size. In validation they are those of the whole split.
     """
 
     def __init__(self, config: DWRConfig, balance_coefficient: float) -> None:
@@ -33,22 +35,24 @@ class DWRObjective:
         return nll + self.balance_coefficient * balance.sum(), metrics
 
     def validation_sums(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Sums over the batch's tokens: NLL and predicted tokens; by layer and expert, assignments and probability."""
+        """Sums over the tokens that have one to predict: NLL and their number; by layer and expert, [L, E], assignments
+        and probability. What the last window is padded with has none.
+        """
         logits, router = model(batch.tokens)
+        predicts = batch.targets != IGNORED_TARGET  # [B, T]
+        counts = [layer.chosen[predicts].flatten().bincount(minlength=self.config.num_experts) for layer in router]
         nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
-        counts = torch.stack([layer.counts for layer in router]).double()  # [L, E]
         return {
             "nll": nll.double().sum(),
-            "predicted": (batch.targets != IGNORED_TARGET).sum(),
-            "tokens": torch.tensor(batch.tokens.numel(), device=batch.tokens.device),
-            "assigned": counts,
-            "probability": torch.stack([layer.mean_probability for layer in router]).double() * batch.tokens.numel(),
+            "predicted": predicts.sum(),
+            "assigned": torch.stack(counts).double(),
+            "probability": torch.stack([layer.probability[predicts].double().sum(0) for layer in router]),
         }
 
     def validation_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Mean NLL in nats per token, and the balance loss of each layer over the whole set, divided by top_k."""
-        share = sums["assigned"] / sums["tokens"]  # [L, E], sums to top_k
-        probability = sums["probability"] / sums["tokens"]  # [L, E], sums to one
+        share = sums["assigned"] / sums["predicted"]  # [L, E], sums to top_k
+        probability = sums["probability"] / sums["predicted"]  # [L, E], sums to one
         balance = self.config.num_experts * (share * probability).sum(1) / self.config.top_k  # [L]
         metrics = {"loss": float(sums["nll"] / sums["predicted"])}
         return metrics | {f"balance_layer{index}": float(value) for index, value in enumerate(balance)}

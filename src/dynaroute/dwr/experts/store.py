@@ -55,7 +55,7 @@ class Usage(Section):
 class Manifest(Section):
     """Content of manifest.json."""
 
-    format: Literal[2]
+    format: Literal[2, 3]  # of 3, a top_k of 1 weighs outputs by their probability; of 2, by 1
     run: Annotated[str, Field(max_length=64)]  # of the training; short, so that an expert's header fits in one page
     config: DWRConfig
     precision: Precision  # of the experts' weights
@@ -65,6 +65,8 @@ class Manifest(Section):
     @model_validator(mode="after")
     def _describes_its_model(self) -> Self:
         layers, experts, usage = self.config.num_layers, self.config.num_experts, self.usage
+        if self.format == 2 and self.config.top_k == 1:
+            raise invalid("format", self.format, "must be 3 with top_k = 1, whose router could not learn before")
         if not _is_matrix(usage.load, layers, experts):
             raise invalid("usage.load", usage.load, f"must be {layers} layers of {experts} experts")
         if len(usage.transitions) != layers - 1 or not all(_is_matrix(m, experts, experts) for m in usage.transitions):
@@ -133,7 +135,7 @@ def export_store(
             files[name] = FileEntry(bytes=size, sha256=sha256(folder / name), tensors=entries)
         if tokenizer:
             shutil.copytree(tokenizer, folder / TOKENIZER)
-        manifest = Manifest(format=2, run=run, config=model.config, precision=precision, usage=usage, files=files)
+        manifest = Manifest(format=3, run=run, config=model.config, precision=precision, usage=usage, files=files)
         write_json(folder / MANIFEST, manifest.model_dump())
     for name in files:  # what was written lies in small pages; it is read in huge ones
         drop_from_page_cache(Path(path) / name)
