@@ -53,6 +53,19 @@ def test_text_is_the_same_with_every_cache(monkeypatch, capsys, store, choice):
         assert run(monkeypatch, capsys, store, "--tokens", "20", *choice, *arguments).out == resident.out
 
 
+@pytest.mark.parametrize("choice", [[], ["--temperature", "100"]])
+def test_padding_of_the_vocabulary_never_comes(monkeypatch, capsys, store, tmp_path, choice):
+    model = make_model(vocab_size=320, max_seq_len=48)  # 270, padded
+    with torch.no_grad():
+        model.output.weight[270:] *= 100
+    export_store(model, "run", uniform_usage(model), tmp_path / "store", tokenizer=store / "tokenizer")
+    ids = []
+    monkeypatch.setattr(generate, "stream", lambda tokenizer, tokens, _: ids.extend(tokens))
+    run(monkeypatch, capsys, tmp_path / "store", *choice)
+    assert len(ids) > 30
+    assert max(ids) < 270
+
+
 def test_the_summary_says_what_the_cache_did(monkeypatch, capsys, store):
     line = run(monkeypatch, capsys, store, "--tokens", "12", "--cache", "3", "--prefetch", "gate").err
     assert re.fullmatch(

@@ -17,7 +17,7 @@ SHAPES = {
     "wide": {"d_model": 64, "d_ff": 128, "num_heads": 2, "num_experts": 4},
     "narrow experts": {"d_model": 48, "d_ff": 16, "top_k": 1},
     "all experts": {"num_layers": 1, "num_experts": 3, "top_k": 3},
-    "with dropped tokens": {"capacity_factor": 0.7},
+    "with a capacity": {"capacity_factor": 0.7},
 }
 
 
@@ -156,9 +156,10 @@ def test_decoding_uses_all_positions_and_no_more(tmp_path):
         list(greedy_decode(model, tokens, 3))
 
 
-def drawn(model, temperature, top_p, seed, count=12):
+def drawn(model, temperature, top_p, seed, count=12, allowed=None):
     generator = torch.Generator().manual_seed(seed)
-    return list(itertools.islice(sample(model, [5, 9, 2], temperature, top_p, generator), count))
+    allowed = torch.arange(model.config.vocab_size) if allowed is None else allowed
+    return list(itertools.islice(sample(model, [5, 9, 2], temperature, top_p, generator, allowed), count))
 
 
 def test_greedy_sampling_is_greedy_decoding():
@@ -186,6 +187,16 @@ def test_tokens_are_drawn_by_their_probability_within_the_nucleus():
     assert counts[order[nucleus:]].sum() == 0
     expected = probability[:nucleus] / probability[:nucleus].sum()
     assert (counts[order[:nucleus]] / 600 - expected).abs().max() < 4 * (0.25 / 600) ** 0.5
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (5.0, 1.0), (5.0, 0.9)])
+def test_only_allowed_tokens_come(temperature, top_p):
+    model, allowed = make_model(), torch.tensor([2, 3, 5, 40])
+    with torch.no_grad():
+        model.output.weight[allowed] *= 0.1  # all others are more probable, or less
+    texts = [drawn(model, temperature, top_p, seed, 18, allowed) for seed in range(20)]
+    assert all(map(set(allowed.tolist()).issuperset, texts))
+    assert temperature == 0 or {token for text in texts for token in text} == set(allowed.tolist())
 
 
 def test_sampling_ends_with_the_positions():

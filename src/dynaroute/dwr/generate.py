@@ -131,7 +131,8 @@ def main() -> None:
         interrupted = False
         with nullcontext() if cache is None else cache:
             started = time.perf_counter()
-            tokens = sample(model, prompt, arguments.temperature, arguments.top_p, generator)
+            allowed = torch.from_numpy(tokenizer.ids)
+            tokens = sample(model, prompt, arguments.temperature, arguments.top_p, generator, allowed)
             try:
                 stream(tokenizer, itertools.islice(tokens, arguments.tokens), ids)
             except KeyboardInterrupt:

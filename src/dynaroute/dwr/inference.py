@@ -72,7 +72,12 @@ def read_text(model: DWRTransformer, text: Tensor, prompt_tokens: int) -> Iterat
 
 @torch.inference_mode()
 def sample(
-    model: DWRTransformer, prompt: list[int], temperature: float, top_p: float, generator: torch.Generator
+    model: DWRTransformer,
+    prompt: list[int],
+    temperature: float,
+    top_p: float,
+    generator: torch.Generator,
+    allowed: Tensor,
 ) -> Iterator[int]:
     """Continues a prompt token by token, until the model has no more positions.
 
@@ -83,18 +88,20 @@ def sample(
         top_p: the most probable tokens whose probabilities add up to this, at least one, are drawn from (nucleus
             sampling, Holtzman et al., 2020).
         generator: on the CPU, where tokens are drawn whatever the device.
+        allowed: int64, ids that may come: a vocabulary that is padded, or has gaps, has others without text.
     """
     weight = model.token_embedding.weight
     cache = KVCache(model.config, 1, like=weight)
     tokens = torch.tensor([prompt], device=weight.device)
     while cache.length + tokens.shape[1] <= model.config.max_seq_len:
-        token = _choose(model(tokens, cache).logits[0, -1].cpu(), temperature, top_p, generator)
+        logits = model(tokens, cache).logits[0, -1].cpu()[allowed]
+        token = int(allowed[_choose(logits, temperature, top_p, generator)])
         yield token
         tokens = torch.tensor([[token]], device=weight.device)
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """A token, given the logits [V] of the next one."""
+    """An index into the logits, 1-dimensional, of the next token."""
     if temperature == 0:
         return int(logits.argmax())
     probability, tokens = (logits / temperature).softmax(-1).sort(descending=True)

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def test_any_text_survives_encoding_and_decoding(bpe_folder, text):
 def test_a_trained_bpe_has_the_size_asked_for_and_merges_what_is_frequent(bpe_folder):
     tokenizer = load_tokenizer(bpe_folder)
     assert tokenizer.vocab_size == 280
+    assert tokenizer.ids.tolist() == list(range(280))
     assert len(encode(tokenizer, " the")[0]) == 1
     assert tokenizer.decode([tokenizer.eot_id]) == "<|endoftext|>"
 
@@ -102,6 +104,19 @@ def test_a_hub_tokenizer_is_saved_whole_and_adds_nothing(tmp_path, bpe_folder):
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").eos_token == "</s>"
 
 
+def test_gaps_in_a_vocabulary_are_no_tokens(tmp_path, bpe_folder):
+    content = json.loads((bpe_folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    *_, last = vocabulary
+    vocabulary[last] = 300
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_bytes((bpe_folder / "tokenizer_config.json").read_bytes())
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 301
+    assert tokenizer.ids.tolist() == [*range(279), 300]
+    assert all(tokenizer.decode([token]) for token in tokenizer.ids.tolist())
+
+
 def test_a_hub_tokenizer_that_cannot_be_used_is_named(tmp_path, bpe_folder):
     from transformers import AutoTokenizer
 
@@ -128,6 +143,7 @@ def test_gpt2_from_its_folder_is_gpt2(tmp_path, gpt2_files, shared_data, monkeyp
     assert encoded == [reference.encode_ordinary(text) for text in texts]
     assert [tokenizer.decode(ids) for ids in encoded] == texts
     assert (tokenizer.vocab_size, tokenizer.eot_id) == (50257, 50256)
+    assert tokenizer.ids.tolist() == list(range(50257))
 
 
 def test_the_wikitext2_test_split_is_287644_gpt2_tokens(tmp_path, gpt2_files, shared_data, monkeypatch):

@@ -38,6 +38,7 @@ def available_cores() -> int:
 class Tokenizer(Protocol):
     """What every tokenizer offers, whichever library does the work."""
 
+    ids: np.ndarray  # int64, those that have a token, ascending; there may be gaps
     vocab_size: int  # the largest id + 1
     eot_id: int  # the end-of-text token
 
@@ -67,6 +68,7 @@ class TiktokenTokenizer:
             self.encoding = self._make()
         except (OSError, ValueError) as error:
             raise DynarouteError(f"{path}: not a readable token file: {error}: tokenize the corpus again") from error
+        self.ids = np.array(sorted([*ranks.values(), self.encoding.eot_token]))
         self.vocab_size = self.encoding.n_vocab
         self.eot_id = self.encoding.eot_token
         self._own = threading.local()
@@ -106,7 +108,8 @@ class HuggingFaceTokenizer:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # as ordinary text; the file does not keep this setting
-        self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
+        self.ids = np.array(sorted(self.tokenizer.get_vocab().values()))
+        self.vocab_size = int(self.ids[-1]) + 1
         eos = read_json(folder / "tokenizer_config.json").get("eos_token")
         eos = eos["content"] if isinstance(eos, dict) else eos
         eot_id = self.tokenizer.token_to_id(eos) if isinstance(eos, str) else None
