@@ -137,6 +137,11 @@ def load_existing(
             f"dagformer.base.path: {wanted.path} has {model.config.vocab_size} tokens, but those of corpus "
             f"{settings.dagformer.corpus} go up to {shards.vocab_size}: tokenize the corpus with the base's tokenizer"
         )
+    if model.config.max_position_embeddings < settings.dagformer.seq_len:
+        raise DynarouteError(
+            f"dagformer.seq_len = {settings.dagformer.seq_len}: must be at most "
+            f"{model.config.max_position_embeddings}, the positions of dagformer.base.path: {wanted.path}"
+        )
     if model.config.num_hidden_layers < 3:
         raise DynarouteError(
             f"dagformer.base.path: {wanted.path} has {model.config.num_hidden_layers} layers: must have at least 3, so "

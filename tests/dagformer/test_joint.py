@@ -11,6 +11,7 @@ from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.joint import JointModel
 from dynaroute.dagformer.objective import DagObjective
 from dynaroute.dagformer.predictor import StructurePredictor
+from dynaroute.errors import DynarouteError
 from dynaroute.training.loop import Trainer, make_accelerator
 from dynaroute.training.schedules import decay_groups, warmup_cosine
 
@@ -84,6 +85,13 @@ def test_each_part_has_its_learning_rate(tmp_path, base_lr, factor):
         [factor] * len(list(model.base.parameters()))
     )
     assert len(rates) == len(list(model.parameters()))
+
+
+def test_a_base_with_tied_embeddings_is_refused_before_training():
+    base = make_base()
+    base.lm_head.weight = base.model.embed_tokens.weight
+    with pytest.raises(DynarouteError, match=r"^dagformer.base: has tied embeddings \(lm_head.weight\): it cannot be"):
+        JointModel(torch.nn.Linear(1, 1), base)
 
 
 @pytest.mark.parametrize("crash_at", [2, 5])

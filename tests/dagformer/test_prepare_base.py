@@ -120,6 +120,10 @@ def test_nll_is_raised_only_if_the_whole_interval_lies_above_zero(tree, monkeypa
     ("sizes", "message"),
     [
         ({"vocab_size": 100}, "has 100 tokens, but those of corpus docs go up to 260: tokenize the corpus with"),
+        (
+            {"max_position_embeddings": 15},
+            "^dagformer.seq_len = 16: must be at most 15, the positions of dagformer.base",
+        ),
         ({"num_hidden_layers": 2}, "has 2 layers: must have at least 3"),
         ({"num_attention_heads": 4, "num_key_value_heads": 2}, "key"),
     ],

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dynaroute.config import Variant
 from dynaroute.dagformer.predictor import StructurePredictor
+from dynaroute.errors import DynarouteError
 from dynaroute.training.schedules import decay_groups
 
 if TYPE_CHECKING:
@@ -18,7 +19,13 @@ class JointModel(nn.Module):
     """
 
     def __init__(self, predictor: StructurePredictor, base: "Olmo2ForCausalLM") -> None:
+        """Raises DynarouteError if parameters of the base share memory: a checkpoint holds each tensor once."""
         super().__init__()
+        names = dict(base.named_parameters(remove_duplicate=False))
+        if tied := sorted(names.keys() - dict(base.named_parameters()).keys()):
+            raise DynarouteError(
+                f"dagformer.base: has tied embeddings ({tied[0]}): it cannot be trained jointly, so base_lr must be 0"
+            )
         self.predictor, self.base = predictor, base
 
     def forward(self, *arguments: Any) -> Tensor:
