@@ -224,7 +224,9 @@ class ExpertCache:
     def _fill(self, slot: _Slot, key: Key, ahead: bool = False) -> None:
         """Reads an expert into its slot, on any thread, unless it is there, or the slot is another's by now."""
         with slot.lock:
-            if slot.key != key or slot.holds(key):
+            if slot.key != key:
+                return
+            if slot.holds(key) and (slot.memory or not self.store.is_modified(*key)):
                 return
             with self._counting:
                 self.statistics.reads += 1

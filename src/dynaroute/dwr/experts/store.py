@@ -13,6 +13,7 @@ matrix product on misaligned weights may not.
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +25,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dynaroute.config import Positive, Precision, Section, invalid
-from dynaroute.dwr.experts.mapping import PAGE, drop_from_page_cache, map_file
+from dynaroute.dwr.experts.mapping import PAGE, Version, drop_from_page_cache, map_file
 from dynaroute.dwr.experts.precision import DTYPES, TensorEntry, decode, encode, stored_tensors
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import output_directory, read_json, sha256, write_json
-from dynaroute.training.checkpoints import read_safetensors
 
 BACKBONE = "backbone.safetensors"
 MANIFEST = "manifest.json"
@@ -142,6 +142,10 @@ def export_store(
 class ExpertStore:
     """Reads a store. Opening it checks everything but the weights; a file's SHA-256 is checked when it is first read.
 
+    An open store is one model. A file that was written to, replaced or linked since its SHA-256 was checked, which one
+    `fstat` tells, is checked again: reading gives the weights that the manifest named at opening, or fails. Files are
+    opened when they are read, not kept open: a large model has more experts than a process may have descriptors.
+
     Attributes:
         run: the training that the weights are from.
         config: sizes of the model.
@@ -166,9 +170,9 @@ class ExpertStore:
         self.num_experts = self.config.num_layers * self.config.num_experts
         self.expert_bytes = 4 * self.config.num_params_per_expert()
         self.file_bytes = manifest.files[expert_file(0, 0)].bytes
-        self._verified: set[str] = set()
+        self._read: dict[str, tuple[Version, bool]] = {}  # by file: version when hashed; whether later writes must show
         self._held: dict[tuple[int, int], Tensor] = {}  # files that `hold_in_memory` has read
-        self._places = _places(stored_tensors(self.config, self.precision))
+        self._places = _places(stored_tensors(self.config, self.precision), self.file_bytes)
         # File names come from the config, never from the manifest, so nothing outside of the folder is ever opened.
         for name, (entries, state) in file_contents(self.config, self.run, self.precision).items():
             _check_file(self.path / name, manifest.files[name].bytes, entries, state)
@@ -179,8 +183,8 @@ class ExpertStore:
         Raises:
             DynarouteError: naming the first file that has changed.
         """
-        for name, entry in self._manifest.files.items():
-            self._check_sha256(name, self._map(name, entry.bytes))
+        for name in self._manifest.files:
+            self._map(name, recheck=True)
 
     def hold_in_memory(self) -> None:
         """Reads all experts' files into memory, from which `map` then serves them: a GPU's host memory.
@@ -201,8 +205,8 @@ class ExpertStore:
 
     def new_weights(self, device: str = "cpu") -> ExpertWeights:
         """Uninitialised float32 weights of one expert, in one piece of memory and aligned as in a file."""
-        memory = torch.empty(PAGE + self.expert_bytes, dtype=torch.uint8, device=device)
-        return ExpertWeights(**_views(memory, _places(stored_tensors(self.config, "fp32"))))
+        memory = torch.empty(self.expert_bytes, dtype=torch.uint8, device=device)
+        return ExpertWeights(**_views(memory, _places(stored_tensors(self.config, "fp32"), self.expert_bytes)))
 
     def map(self, layer: int, expert: int) -> Tensor:
         """An expert's file in memory, uint8 [file_bytes], without a copy; `views` finds the tensors in it.
@@ -210,16 +214,24 @@ class ExpertStore:
         Any number of threads may map at a time. The memory goes with the last view of it.
 
         Raises:
-            DynarouteError: the file has gone or was truncated since the store was opened; or, when it is read for the
-                first time, it is not the one that was exported.
+            DynarouteError: the file is missing or truncated, or is not the one that was exported.
         """
         if (layer, expert) in self._held:
             return self._held[layer, expert]
+        return self._map(expert_file(layer, expert))
+
+    def is_modified(self, layer: int, expert: int) -> bool:
+        """Whether an expert's file was written to in place since `map` read it, so that older maps have changed.
+
+        A file that took its place does not count: maps keep the old one.
+        """
         name = expert_file(layer, expert)
-        content = self._map(name, self.file_bytes)
-        if name not in self._verified:
-            self._check_sha256(name, content)
-        return content
+        version, _ = self._read[name]
+        try:
+            found = Version.of(os.stat(f"{self.path}/{name}"))  # noqa: PTH116
+        except OSError:
+            return False
+        return found != version and found[:2] == version[:2]
 
     def views(self, content: Tensor) -> dict[str, Tensor]:
         """An expert's tensors, as they are stored, given all bytes of its file."""
@@ -240,21 +252,23 @@ class ExpertStore:
         Raises:
             DynarouteError: the file is not the one that was exported.
         """
-        self._check_sha256(BACKBONE, self._map(BACKBONE, self._manifest.files[BACKBONE].bytes))
-        tensors, _ = read_safetensors(self.path / BACKBONE)
-        return {name: tensor.clone() for name, tensor in tensors.items()}  # what was loaded is a map of the file
+        entry = self._manifest.files[BACKBONE]
+        views = _views(self._map(BACKBONE), _places(entry.tensors, entry.bytes))
+        return {name: tensor.clone() for name, tensor in views.items()}  # aligned, and not a map of the file
 
-    def _map(self, name: str, size: int) -> Tensor:
+    def _map(self, name: str, recheck: bool = False) -> Tensor:
+        """A file whose SHA-256 is the manifest's; hashed unless its version says that it is as it was when hashed."""
+        entry = self._manifest.files[name]
         try:
-            return map_file(self.path / name, size)
+            content, version = map_file(self.path / name, entry.bytes)
         except OSError as error:
             raise DynarouteError(f"{self.path / name}: cannot be read: {error.strerror}: {REMEDY}") from error
-
-    def _check_sha256(self, name: str, content: Tensor) -> None:
-        found, expected = hashlib.sha256(content.numpy()).hexdigest(), self._manifest.files[name].sha256
-        if found != expected:
-            raise DynarouteError(f"{self.path / name}: SHA-256 is {found}, not {expected}: {REMEDY}")
-        self._verified.add(name)
+        if recheck or self._read.get(name) != (version, True):
+            settled, found = version.is_settled(), hashlib.sha256(content.numpy()).hexdigest()
+            if found != entry.sha256:
+                raise DynarouteError(f"{self.path / name}: SHA-256 is {found}, not {entry.sha256}: {REMEDY}")
+            self._read[name] = version, settled
+        return content
 
 
 def file_contents(
@@ -292,9 +306,9 @@ def safetensors_header(entries: dict[str, TensorEntry], state: dict[str, Any]) -
     return len(text).to_bytes(8, "little") + text
 
 
-def _places(entries: dict[str, TensorEntry]) -> list[tuple[str, slice, torch.dtype, Sequence[int]]]:
-    """Where an expert's tensors are in its file, whose header is one page; looked up at every read."""
-    places, end = [], PAGE
+def _places(entries: dict[str, TensorEntry], file_bytes: int) -> list[tuple[str, slice, torch.dtype, Sequence[int]]]:
+    """Where the tensors of a file are in it: at its end. Looked up at every read."""
+    places, end = [], file_bytes - sum(entry.num_bytes() for entry in entries.values())
     for name, entry in entries.items():
         begin, end = end, end + entry.num_bytes()
         places.append((name, slice(begin, end), DTYPES[entry.dtype], entry.shape))
