@@ -12,6 +12,7 @@ Writes  reports/dwr/cache.csv          hit rates, evictions and what was to be p
         reports/dwr/cache_timing.json  its summary and checks, and the machine
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -56,18 +57,23 @@ def main(settings: Settings) -> None:
     control = control_accuracy(store, texts[:1], benchmark.prompt_tokens)
 
     rows = [exact_row(store, cell, passes[cell][0]) for cell in warm]
-    statistics = [part for results in passes.values() for one in results for part in (one.prefill, one.decode)]
+    cached = {cell: results for cell, results in passes.items() if cell.capacity}
     checks = {
         "logits_are_equal_to_the_bit_in_every_cell": True,  # or the sweep would have raised
-        "hits_and_misses_add_up_to_requests": all(s.hits + s.misses == s.requests for s in statistics),
-        "every_repeat_has_the_same_hits_and_misses": all(
-            (one.prefill, one.decode) == (results[0].prefill, results[0].decode)
-            for results in passes.values()
+        "hits_and_misses_add_up_to_requests": every(
+            part.hits + part.misses == part.requests
+            for results in cached.values()
             for one in results
+            for part in (one.prefill, one.decode)
         ),
-        "without_prefetching_every_miss_is_one_read": all(
+        "every_repeat_has_the_same_hits_and_misses": every(
+            (one.prefill, one.decode) == (first.prefill, first.decode)
+            for first, *others in cached.values()
+            for one in others
+        ),
+        "without_prefetching_every_miss_is_one_read": every(
             (part.reads, part.reads_ahead) == (part.misses, 0)
-            for cell, results in passes.items()
+            for cell, results in cached.items()
             if cell.prefetch == "none"
             for one in results
             for part in (one.prefill, one.decode)
@@ -99,7 +105,13 @@ def main(settings: Settings) -> None:
         for cell, results in passes.items()
     ]
     write_csv(REPORTS / "cache_timing.csv", timing)
-    write_json(REPORTS / "cache_timing.json", timing_summary(store, timing, third, benchmark.repeats))
+    write_json(REPORTS / "cache_timing.json", timing_summary(store, timing, memory, third, benchmark.repeats))
+
+
+def every(outcomes: Iterable[bool]) -> bool | None:
+    """Whether a check holds in all cases; None without any: nothing was measured."""
+    found = list(outcomes)
+    return all(found) if found else None
 
 
 def control_accuracy(store: ExpertStore, text: torch.Tensor, prompt_tokens: int) -> float:
@@ -176,14 +188,16 @@ def timing_row(
     }
 
 
-def timing_summary(store: ExpertStore, timing: list[dict[str, Any]], third: int, repeats: int) -> dict[str, Any]:
+def timing_summary(
+    store: ExpertStore, timing: list[dict[str, Any]], memory: dict[Cell, Memory], third: int, repeats: int
+) -> dict[str, Any]:
     """The resident model and a third of its experts side by side."""
     resident, *cells = timing
     cached = next(row for row in cells if row["capacity"] == third)
     file_pages = -(-store.file_bytes // 4096) * 4096
-    mapped = {row["capacity"]: row["peak_mapped_expert_bytes"] for row in cells if row["peak_memory_bytes"]}
+    mapped = {cell.capacity: found.mapped_experts for cell, found in memory.items() if cell.capacity}
     names = ("tokens_per_second", "peak_memory_bytes", "peak_anonymous_bytes", "peak_mapped_expert_bytes")
-    summary: dict[str, Any] = {
+    return {
         "run": store.run,
         "repeats": repeats,
         "resident": {name: resident[name] for name in names},
@@ -191,14 +205,13 @@ def timing_summary(store: ExpertStore, timing: list[dict[str, Any]], third: int,
             **{name: cached[name] for name in ("capacity", "policy", "prefetch", "ratio_to_resident")},
             **{name: cached[name] for name in names},
         },
-        "checks": {},
+        "checks": {
+            "no_more_experts_are_in_memory_than_the_capacity": None
+            if None in mapped.values()
+            else every(found <= capacity * file_pages for capacity, found in mapped.items())
+        },
         "machine": describe_machine("cpu"),
     }
-    if None not in mapped.values():
-        summary["checks"]["no_more_experts_are_in_memory_than_the_capacity"] = all(
-            found <= capacity * file_pages for capacity, found in mapped.items()
-        )
-    return summary
 
 
 if __name__ == "__main__":

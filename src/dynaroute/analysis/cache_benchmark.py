@@ -10,7 +10,6 @@ spare.
 import itertools
 import multiprocessing
 import operator
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -52,12 +51,12 @@ class Pass(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Peaks over a decoding, in bytes. Where the system does not tell the kinds apart, only the first is there."""
+    """Peaks over a decoding, in bytes. Where the system does not tell the kinds apart, only the first is measured."""
 
     resident: int  # all physical memory of the process, Python and the libraries included
     anonymous: int | None  # allocated: the backbone, resident experts, activations
     file_backed: int | None  # pages of mapped files: experts of a cache, code of libraries
-    mapped_experts: int | None  # of these, pages of expert files
+    mapped_experts: int | None  # of these, pages of expert files; None: a cache of experts that shows none
 
 
 def nearest_a_third(capacities: list[int], num_experts: int) -> int:
@@ -222,19 +221,17 @@ def _measure_memory(
     else:
         model = load_backbone(store)
         bind_experts(model, ExpertCache(store, capacity))
+    # Links are resolved: DVC may have put the files into its cache, and maps are named by the file itself.
+    experts = {str(file.resolve()) for file in path.glob("expert_*.safetensors")}
     process, samples, mapped = psutil.Process(), [], []
     for step, _ in enumerate(read_text(model, torch.tensor(text), prompt_tokens)):
         samples.append(process.memory_info())
         if sys.platform == "linux" and step % 8 == 0:  # it takes longer than a step
-            mapped.append(_mapped_bytes(process, path))
+            mapped.append(sum(entry.rss for entry in process.memory_maps() if entry.path in experts))
     resident = max(sample.rss for sample in samples)
     if sys.platform != "linux":
         return Memory(resident, None, None, None)
     anonymous = max(sample.rss - sample.shared for sample in samples)
-    return Memory(resident, anonymous, max(sample.shared for sample in samples), max(mapped))
-
-
-def _mapped_bytes(process: psutil.Process, folder: Path) -> int:
-    """Pages of the files in a folder that are mapped and resident."""
-    prefix = str(folder.resolve()) + os.sep
-    return sum(entry.rss for entry in process.memory_maps() if entry.path.startswith(prefix))
+    # A cache maps what it holds: zero means that the maps were not recognised, or that weights are decoded copies.
+    mapped_experts = max(mapped) if capacity is None else max(mapped) or None
+    return Memory(resident, anonymous, max(sample.shared for sample in samples), mapped_experts)
