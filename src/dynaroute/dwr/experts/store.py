@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dynaroute.config import Positive, Precision, Section, invalid
+from dynaroute.config import Precision, Section, invalid
 from dynaroute.dwr.experts.mapping import PAGE, Version, drop_from_page_cache, map_file
 from dynaroute.dwr.experts.precision import DTYPES, TensorEntry, decode, encode, stored_tensors
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights
@@ -40,7 +40,7 @@ REMEDY = "run the stage export_experts again"
 class FileEntry(Section):
     """What a file must be."""
 
-    bytes: Positive
+    bytes: Annotated[int, Field(gt=0)]
     sha256: str
     tensors: dict[str, TensorEntry]
 
