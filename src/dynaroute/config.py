@@ -380,7 +380,7 @@ class BenchmarkCache(Section):
     capacities: Capacities
     policies: Annotated[list[PolicyName], Field(min_length=1), Distinct]
     prefetchers: Annotated[list[PrefetchName], Field(min_length=1), Distinct]
-    lookahead: Positive  # experts that a prefetcher foretells
+    lookahead: Positive  # experts that a prefetcher predicts
     num_prompts: Positive
     prompt_tokens: Positive
     new_tokens: Positive

@@ -1,9 +1,9 @@
-"""Reads held-out text token by token with the experts in caches, against all of them resident.
+"""Reads held-out text token by token with the experts in caches, compared with all of them resident.
 
     python stages/dwr/benchmark_cache.py
 
-Every capacity with every policy and prefetcher. Every logit of every cell is compared with the resident model's to the
-bit; one that differs stops the stage. On the CPU, whatever `device` says.
+Every capacity with every policy and prefetcher. Every logit of every cell must equal the resident model's to the bit,
+or the stage fails. Always on the CPU.
 
 Reads   data/dwr/expert_store, data/tokens/<dwr.corpus>
 Writes  reports/dwr/cache.csv          hit rates, evictions and what was to be prefetched, for each cell
@@ -23,17 +23,17 @@ from dynaroute.analysis.cache_benchmark import (
     Cell,
     Memory,
     Pass,
-    decode,
     held_out_texts,
     make_cells,
-    nearest_a_third,
     peak_memory,
+    run_passes,
     sweep,
 )
 from dynaroute.config import Settings
 from dynaroute.dwr.experts import ExpertCache, ExpertStore
 from dynaroute.dwr.experts.prefetch import GatePrefetcher
-from dynaroute.dwr.inference import bind_experts, load_backbone, read_text
+from dynaroute.dwr.experts.residency import nearest_a_third
+from dynaroute.dwr.inference import bind_experts, load_backbone, read_text, routers
 from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.pipeline.machine import describe_machine
 from dynaroute.pipeline.stage import run
@@ -43,12 +43,12 @@ REPORTS = Path("reports/dwr")
 
 
 def main(settings: Settings) -> None:
-    """Runs the grid and writes what is exact apart from what is measured."""
+    """Runs the grid; writes exact results and measurements to separate files."""
     torch.set_num_threads(settings.num_threads)
     benchmark = settings.benchmark_cache
     store = ExpertStore(STORE)
     warm, cold = make_cells(benchmark, store.num_experts)
-    third = nearest_a_third(benchmark.capacities, store.num_experts)
+    third = nearest_a_third(store.num_experts, benchmark.capacities)
     texts = held_out_texts(store, Path("data/tokens") / settings.dwr.corpus, benchmark)
     store.verify()
     passes = sweep(store, texts, benchmark.prompt_tokens, [*warm, *cold], benchmark.lookahead, benchmark.repeats)
@@ -59,7 +59,7 @@ def main(settings: Settings) -> None:
     rows = [exact_row(store, cell, passes[cell][0]) for cell in warm]
     cached = {cell: results for cell, results in passes.items() if cell.capacity}
     checks = {
-        "logits_are_equal_to_the_bit_in_every_cell": True,  # or the sweep would have raised
+        "logits_are_equal_to_the_bit_in_every_cell": True,  # the sweep raises otherwise
         "hits_and_misses_add_up_to_requests": every(
             part.hits + part.misses == part.requests
             for results in cached.values()
@@ -115,17 +115,17 @@ def every(outcomes: Iterable[bool]) -> bool | None:
 
 
 def control_accuracy(store: ExpertStore, text: torch.Tensor, prompt_tokens: int) -> float:
-    """The accuracy of a prefetcher that foretells what a router has just said: whether accuracy is counted rightly."""
+    """The accuracy of a prefetcher that predicts the router's own choice: it shows that accuracy is counted rightly."""
     model = load_backbone(store)
-    control = GatePrefetcher([layer.moe.router for layer in model.layers], store.config.top_k, ahead=0)
+    control = GatePrefetcher(routers(model), store.config.top_k, ahead=0)
     with ExpertCache(store, store.num_experts, prefetcher=control) as cache:
         bind_experts(model, cache)
-        result, _ = decode(read_text(model, text, prompt_tokens), cache)
+        result, _ = run_passes(read_text(model, text, prompt_tokens), cache)
     return result.decode.accuracy
 
 
 def exact_row(store: ExpertStore, cell: Cell, result: Pass) -> dict[str, Any]:
-    """What a cache did over all texts: the same on every run."""
+    """Decisions of a cache over all texts: the same on every run."""
     both = result.prefill + result.decode
     return {
         "capacity": cell.capacity,
@@ -138,7 +138,7 @@ def exact_row(store: ExpertStore, cell: Cell, result: Pass) -> dict[str, Any]:
         "decode_hit_rate": result.decode.hit_rate,
         "misses": both.misses,
         "evictions": both.evictions,
-        "accuracy": result.decode.accuracy if result.decode.foretold else None,
+        "accuracy": result.decode.accuracy if result.decode.predicted else None,
         "prefetched": both.prefetched,
         "prefetch_evictions": both.prefetch_evictions,
     }
@@ -147,11 +147,10 @@ def exact_row(store: ExpertStore, cell: Cell, result: Pass) -> dict[str, Any]:
 def timing_row(
     store: ExpertStore, cell: Cell, results: list[Pass], resident: list[Pass], new_tokens: int, memory: Memory | None
 ) -> dict[str, Any]:
-    """Decoding speed, reads, and peak memory, which is measured with LRU alone; no capacity: all resident.
+    """Decoding speed, reads, and peak memory, which is measured with LRU only; without a capacity, all are resident.
 
-    A repeat's speed is the median over its texts, and so is its ratio to the resident model, of pairs that were
-    decoded within seconds of one another. Rows give the median over repeats, and their range; of reads the mean of a
-    repeat, so that they add up.
+    A repeat's speed is the median over its texts, and so is its ratio to the resident model, of pairs decoded within
+    seconds of each other. Rows give the median over repeats and their range; of reads the mean, so that they add up.
     """
     speeds = [median(new_tokens / seconds for seconds in one.decode_seconds) for one in results]
     ratios = [

@@ -282,7 +282,7 @@ def test_a_sweep_counts_prefill_and_decode_apart(tmp_path):
     assert held.prefill.hits == 0
     assert held.decode.requests == cold.decode.requests == 2 * 4 * 2 * 2
     assert held.decode.evictions == 0
-    assert cold.decode.foretold == 2 * 4 * 2  # of the second layer
+    assert cold.decode.predicted == 2 * 4 * 2  # of the second layer
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell the kinds of memory apart")

@@ -322,7 +322,7 @@ def rename(data, old, new):
         (lambda data: data.update(surprise=1), "surprise"),
         (lambda data: data["config"].update(d_model=33), "config"),
         (lambda data: data["config"].update(num_experts=4), "usage.load"),
-        (lambda data: data["config"].update(num_layers=10**12), "usage.load"),
+        (lambda data: data["config"].update(num_layers=10**9), "usage.load"),
         (lambda data: data["usage"]["load"].pop(), "usage.load"),
         (lambda data: data["usage"]["load"][0].append(0.0), "usage.load"),
         (lambda data: data["usage"]["transitions"].append([]), "usage.transitions"),

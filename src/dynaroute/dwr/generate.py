@@ -24,7 +24,7 @@ from dynaroute.config import MAX_SEED, MAX_THREADS, TEMPERATURES, PolicyName, Pr
 from dynaroute.data.tokens.tokenizers import Tokenizer, load_tokenizer
 from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, make_policy, make_prefetcher
 from dynaroute.dwr.experts.store import TOKENIZER
-from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, sample
+from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, routers, sample
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.terminal import program
 
@@ -134,7 +134,7 @@ def generate(arguments: argparse.Namespace) -> None:
         model = load_backbone(store, arguments.device)
         policy = make_policy(arguments.policy or "lru", store.usage.load)
         lookahead = arguments.lookahead or store.config.top_k
-        prefetcher = make_prefetcher(arguments.prefetch or "none", store, model, lookahead)
+        prefetcher = make_prefetcher(arguments.prefetch or "none", store, routers(model), lookahead)
         cache = ExpertCache(store, arguments.cache, policy, arguments.per_layer, prefetcher, arguments.device)
         bind_experts(model, cache)
     generator = torch.Generator().manual_seed(arguments.seed)

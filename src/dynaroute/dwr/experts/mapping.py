@@ -1,9 +1,9 @@
-"""One file as a tensor without a copy: mapped, and brought into memory at once.
+"""Maps a file as a tensor without a copy, and reads all of it into memory at once.
 
-Touching a fresh map page by page takes about as long as the matrix-vector products with the expert in it. Two pieces
-of advice to the kernel (Linux) make it next to nothing: huge pages, in which the file is then read from disk and mapped
-(an expert of 8 MiB is four entries in the page table, not two thousand); and populating, one call that reads and maps
-everything. Python's lock is free during that call, so a thread that waits for the disk holds up nobody.
+Touching a fresh map page by page takes about as long as the matrix-vector products with the expert in it. Two hints to
+the kernel (Linux) make that time negligible: huge pages, in which the file is then read from disk and mapped (an expert
+of 8 MiB is four entries in the page table instead of two thousand); and populating, one call that reads and maps
+everything. That call releases Python's lock, so a thread waiting for the disk blocks no other.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 PAGE = 4096  # bytes
-_HUGEPAGE, _POPULATE_READ = 14, 22  # MADV_* of Linux; the latter since 5.14
+_HUGEPAGE, _POPULATE_READ = 14, 22  # Linux's MADV_*; the second since 5.14
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -71,7 +71,7 @@ def map_file(path: Path, size: int) -> tuple[Tensor, Version]:
 
 
 def drop_from_page_cache(path: Path) -> None:
-    """Lets the system forget a file's pages, but for those that are mapped; the next read comes from disk."""
+    """Drops a file's unmapped pages from the system's page cache; the next read comes from disk."""
     if not hasattr(os, "posix_fadvise"):
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -82,6 +82,6 @@ def drop_from_page_cache(path: Path) -> None:
 
 
 def _advise(tensor: Tensor, advice: int) -> int:
-    """Zero, or the number of the error."""
+    """Zero, or the error number."""
     done = _libc.madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.numel()), advice)
     return ctypes.get_errno() if done else 0
