@@ -47,7 +47,7 @@ def _without_repeats(entries: list[Any]) -> list[Any]:
     return entries
 
 
-Distinct = AfterValidator(_without_repeats)  # of lists: what is named twice would be computed, and count, twice
+Distinct = AfterValidator(_without_repeats)  # of lists whose duplicates would be counted twice
 
 
 def invalid(key: str, value: object, allowed: str) -> PydanticCustomError:

@@ -228,10 +228,10 @@ class ExpertStore:
         name = expert_file(layer, expert)
         version, _ = self._read[name]
         try:
-            found = Version.of(os.stat(f"{self.path}/{name}"))  # noqa: PTH116
+            found = os.stat(f"{self.path}/{name}")  # noqa: PTH116
         except OSError:
             return False
-        return found != version and found[:2] == version[:2]
+        return found.st_ctime_ns != version.changed_ns and Version.of(found)[:2] == version[:2]
 
     def views(self, content: Tensor) -> dict[str, Tensor]:
         """An expert's tensors, as stored, from the bytes of its file."""
