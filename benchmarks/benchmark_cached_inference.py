@@ -27,14 +27,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dynaroute.analysis.cache_benchmark import decode, store_forgetter
+from dynaroute.analysis.cache_benchmark import run_passes, store_forgetter
 from dynaroute.config import Settings
 from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, Usage, export_store, make_policy
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
 from dynaroute.dwr.experts.policies import LRU
 from dynaroute.dwr.experts.prefetch import make_prefetcher
-from dynaroute.dwr.experts.residency import Residency
-from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, load_resident
+from dynaroute.dwr.experts.residency import Residency, nearest_a_third
+from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, load_resident, routers
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights, expert_ffn
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_json
@@ -89,7 +89,7 @@ def measure() -> dict[str, Any]:
     export_store(DWRTransformer(CONFIG), "random", usage, SCRATCH / "store")
     store = ExpertStore(SCRATCH / "store")
     store.verify()  # now, since the first reading of a file checks it
-    capacity = store.num_experts // 3
+    capacity = nearest_a_third(store.num_experts)
     mixtral, disk = make_mixtral(), SCRATCH / "mixtral"
     trace = record_mixtral(mixtral)
     candidates = [
@@ -139,16 +139,16 @@ def ours(store: ExpertStore, capacity: int) -> Iterator[Candidate]:
     expected: list[Tensor] = []
 
     def run_resident() -> Run:
-        result, logits = decode(greedy_decode(resident, prompt, NEW_TOKENS))
+        result, logits = run_passes(greedy_decode(resident, prompt, NEW_TOKENS))
         expected[:] = [logits]
         return Run(result.decode_seconds[0])
 
     def run_cached(size: int, policy: str, prefetch: str, cold: bool) -> Run:
-        prefetcher = make_prefetcher(prefetch, store, cached, CONFIG.top_k)
+        prefetcher = make_prefetcher(prefetch, store, routers(cached), CONFIG.top_k)
         with ExpertCache(store, size, make_policy(policy, store.usage.load), prefetcher=prefetcher) as cache:
             bind_experts(cached, cache)
             forget = store_forgetter(store.path) if cold else None
-            result, logits = decode(greedy_decode(cached, prompt, NEW_TOKENS), cache, forget)
+            result, logits = run_passes(greedy_decode(cached, prompt, NEW_TOKENS), cache, forget)
         if not torch.equal(logits, expected[0]):
             raise DynarouteError(f"{size} experts, {policy}, {prefetch}: logits are not those of the resident model")
         found = result.decode
@@ -215,7 +215,7 @@ def offloaded(store: ExpertStore) -> nn.Module:
 
 @torch.inference_mode()
 def decode_mixtral(model: nn.Module, before_pass: Callable[[], None] | None = None) -> Run:
-    """Greedy decoding, as `dynaroute.analysis.cache_benchmark.decode` does it."""
+    """Greedy decoding, as `dynaroute.analysis.cache_benchmark.run_passes` does it."""
     token, keys, seconds = torch.zeros(1, 1, dtype=torch.int64), None, []
     for _ in range(NEW_TOKENS + 1):
         if before_pass:
@@ -229,7 +229,7 @@ def decode_mixtral(model: nn.Module, before_pass: Callable[[], None] | None = No
 
 def decode_plainly(model: nn.Module, before_pass: Callable[[], None] | None = None) -> Run:
     """Greedy decoding of our module without a cache of ours."""
-    result, _ = decode(greedy_decode(model, torch.zeros(1, 1, dtype=torch.int64), NEW_TOKENS), None, before_pass)
+    result, _ = run_passes(greedy_decode(model, torch.zeros(1, 1, dtype=torch.int64), NEW_TOKENS), None, before_pass)
     return Run(result.decode_seconds[0])
 
 
@@ -321,7 +321,7 @@ def compare(candidates: list[Candidate], runs: list[list[Run]]) -> list[dict[str
     """
     seconds = {one[:2]: [run.seconds for run in found] for one, found in zip(candidates, runs, strict=True)}
     resident = "ours, all resident"
-    own = cached_name(CONFIG.num_layers * CONFIG.num_experts // 3, *GOAL_SETTING)
+    own = cached_name(nearest_a_third(CONFIG.num_layers * CONFIG.num_experts), *GOAL_SETTING)
     goals = []
     for state, to_resident, to_mixtral, to_accelerate in (("warm", 0.95, 1.5, 15.0), ("cold", 0.35, 6.0, 15.0)):
         for against, goal in (

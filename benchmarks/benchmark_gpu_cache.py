@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from dynaroute.analysis.cache_benchmark import Cell, Pass, held_out_texts, make_cells, nearest_a_third, sweep
+from dynaroute.analysis.cache_benchmark import Cell, Pass, held_out_texts, make_cells, sweep
 from dynaroute.config import Settings
 from dynaroute.dwr.experts import ExpertStore
+from dynaroute.dwr.experts.residency import nearest_a_third
 from dynaroute.pipeline.artifacts import write_json
 from dynaroute.pipeline.machine import describe_machine, require_device
 from dynaroute.pipeline.stage import run
@@ -58,7 +59,7 @@ def main(settings: Settings) -> None:
             "run": store.run,
             "experts": store.num_experts,
             "expert_bytes": store.expert_bytes,
-            "capacity_nearest_a_third": nearest_a_third(benchmark.capacities, store.num_experts),
+            "capacity_nearest_a_third": nearest_a_third(store.num_experts, benchmark.capacities),
             "prompts": benchmark.num_prompts,
             "prompt_tokens": benchmark.prompt_tokens,
             "new_tokens": benchmark.new_tokens,

@@ -1,11 +1,17 @@
 """Settings: what params.yaml may say, and what it is told when it says something else."""
 
 import copy
+import math
+from functools import reduce
+from operator import getitem
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from repository import REPOSITORY
 from ruamel.yaml import YAML
 
+from dynaroute import config
 from dynaroute.config import Section, load_settings, read_yaml
 from dynaroute.errors import DynarouteError
 
@@ -113,7 +119,7 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"dwr.also_validate_on": ["docs"]}, "dwr.also_validate_on = 'docs': must not name dwr.corpus"),
         ({"launcher": " "}, "launcher = ' ': must be a command"),
         ({"launcher": "torchrun 'x"}, """launcher = "torchrun 'x": must be a command"""),
-        ({"seed": 2**63}, "seed = 9223372036854775808: input should be less than 9223372036854775808"),
+        ({"seed": 2**63}, "seed = 9223372036854775808: input should be less than or equal to 9223372036854775807"),
         ({"steps": 5, "warmup_steps": 6}, "warmup_steps = 6: must be at most steps = 5"),
         ({"variants.A5.steps": 1, "warmup_steps": 2}, "variants.A5.warmup_steps = 2: must be at most steps = 1"),
         ({"variants.A5.from": []}, "variants.A5.from = []: must be one of base, A1"),
@@ -204,6 +210,15 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
             {"corpora.docs.source": {"kind": "files", "paths": ["*", "*"]}},
             "corpora.docs.source.paths = ['*', '*']: must not hold an entry twice",
         ),
+        ({"simulate_cache.machines": {}}, "simulate_cache.machines = {}: must have at least 1"),
+        ({"simulate_cache.models": {}}, "simulate_cache.models = {}: must have at least 1"),
+        ({"simulate_cache.models.seed.expert_mib": 1e-40}, "expert_mib = 1e-40: input should be greater than or equal"),
+        ({"benchmark_cache.capacities": []}, "benchmark_cache.capacities = []: must have at least 1"),
+        ({"variants.A5.seed": 10**20}, "variants.A5.seed = 100000000000000000000: input should be less than or equal"),
+        ({"dwr.d_model": 16 * 10**20}, "dwr.d_model = 1600000000000000000000: input should be less than 2147483648"),
+        ({"dwr.training.epochs": 1e308}, "dwr.training.epochs = 1e+308: input should be less than or equal to"),
+        ({"num_threads": 100_000}, "num_threads = 100000: input should be less than or equal to 1024"),
+        ({"launcher": 10**400}, "launcher = 10000"),
         ({"benchmark_cache.capacities": [99]}, "benchmark_cache.capacities = [99]: must be at most num_layers"),
         ({"simulate_cache.capacities": [99]}, "simulate_cache.capacities = [99]: must be at most num_layers"),
         ({"benchmark_cache.lookahead": 9}, "benchmark_cache.lookahead = 9: must be at most dwr.num_experts = 8"),
@@ -315,5 +330,40 @@ def test_text_that_is_not_yaml_is_named_with_its_line(tmp_path):
     (tmp_path / "params.yaml").write_text("just a string")
     with pytest.raises(DynarouteError, match="must be a mapping"):
         load_settings(tmp_path / "params.yaml")
+    for text in ("a: 2001-99-99", "a: " + "9" * 5000, "a: !!int ''"):
+        (tmp_path / "params.yaml").write_text(text)
+        with pytest.raises(DynarouteError, match=r"params\.yaml: not valid YAML: "):
+            load_settings(tmp_path / "params.yaml")
     with pytest.raises(DynarouteError, match=r"absent\.yaml: cannot be read"):
         load_settings(tmp_path / "absent.yaml")
+
+
+PARAMS = read_yaml(DEFAULT)
+EDGES = [0, -1, 1, 2**31, 2**63 - 1, 2**63, 10**20, 10**400, -0.0, 1e-320, 1e-40, 1e40, 1e308, math.inf, math.nan]
+EDGES += [True, None, "", "\ud800", [], {}, [0], [{}], {"a": 1}, {1: 2}]
+
+
+def places(data, path=()):
+    """The paths of all values in nested mappings and lists."""
+    for key in data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ():
+        yield (*path, key)
+        yield from places(data[key], (*path, key))
+
+
+@settings(max_examples=600, deadline=None, derandomize=True, database=None)
+@given(place=st.sampled_from(list(places(PARAMS))), value=st.sampled_from(EDGES))
+def test_any_value_at_any_key_is_a_setting_or_refused_in_one_line(place, value):
+    data = copy.deepcopy(PARAMS)
+    *path, last = place
+    reduce(getitem, path, data)[last] = value
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "read_yaml", lambda _: data)
+        try:
+            found = load_settings("params.yaml").model_dump()
+        except DynarouteError as error:
+            assert str(error).startswith("params.yaml: ")
+            assert "\n" not in str(error)
+            assert len(str(error)) < 400
+            str(error).encode()
+        else:
+            assert repr(reduce(getitem, place, found)) == repr(value) or reduce(getitem, place, found) == value

@@ -25,14 +25,20 @@ from ruamel.yaml import YAML, YAMLError
 
 from dynaroute.errors import DynarouteError
 
-Positive = Annotated[int, Field(gt=0)]
-TwoOrMore = Annotated[int, Field(ge=2)]  # for what needs a spread
+MAX_SEED = 2**63 - 1
+MAX_THREADS = 1024
+TEMPERATURES = (1e-6, 1e6)  # float32 holds these, their inverses, and products with logits and gradients
+
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
+TwoOrMore = Annotated[int, Field(ge=2, lt=2**31)]  # for what needs a spread
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # becomes a folder's name
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Temperature = Annotated[float, Field(ge=1e-6, le=1e6)]  # float32 holds gates, slopes and gradients at these
-LossWeight = Annotated[float, Field(ge=0, le=1e6)]  # and what they are multiplied by
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]
+Moderate = Annotated[float, Field(ge=1e-6, le=1e6)]  # for what is divided by
+LossWeight = Annotated[float, Field(ge=0, le=1e6)]
 
 
 def _without_repeats(entries: list[Any]) -> list[Any]:
@@ -41,12 +47,18 @@ def _without_repeats(entries: list[Any]) -> list[Any]:
     return entries
 
 
-Distinct = AfterValidator(_without_repeats)  # of lists: what is named twice would be computed, and count, twice
+Distinct = AfterValidator(_without_repeats)  # of lists whose duplicates would be counted twice
 
 
 def invalid(key: str, value: object, allowed: str) -> PydanticCustomError:
-    """The error for a value that is wrong in the light of another one."""
-    return PydanticCustomError("invalid", "{allowed}", {"key": key, "value": value, "allowed": allowed})
+    """The error for a value that conflicts with another one."""
+    key, allowed = (text.encode(errors="backslashreplace").decode() for text in (key, allowed))  # pydantic wants UTF-8
+    return PydanticCustomError("invalid", "{allowed}", {"key": key, "shown": _shown(value), "allowed": allowed})
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 class Section(BaseModel):
@@ -185,9 +197,9 @@ class Region(Section):
     a shorter one held out.
     """
 
-    skip: Annotated[int, Field(ge=0)]  # documents before the region
-    validation: Annotated[int, Field(ge=0)]  # documents
-    test: Annotated[int, Field(ge=0)]  # documents, after those for validation
+    skip: NonNegative  # documents before the region
+    validation: NonNegative  # documents
+    test: NonNegative  # documents, after those for validation
 
 
 # official: the train, validation and test splits of a hub dataset. Told apart by type and key, so that a mistake in
@@ -217,7 +229,7 @@ class ByteBPE(Section):
     """A byte-level BPE trained on the corpus's own training split."""
 
     kind: Literal["bpe"]
-    vocab_size: Annotated[int, Field(ge=257)]  # 256 bytes and the end-of-text token
+    vocab_size: Annotated[int, Field(ge=257, lt=2**31)]  # 256 bytes and the end-of-text token
 
 
 class GPT2(Section):
@@ -262,7 +274,7 @@ class Training(Section):
     micro_batch_size: Positive  # sequences per forward pass of one process; the rest is gradient accumulation
     lr: PositiveFloat
     min_lr: NonNegativeFloat  # where the cosine ends
-    warmup_steps: Annotated[int, Field(ge=0)]
+    warmup_steps: NonNegative
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     weight_decay: NonNegativeFloat  # on matrices only: no biases, norms or embeddings
     clip_norm: PositiveFloat
@@ -368,7 +380,7 @@ class BenchmarkCache(Section):
     capacities: Capacities
     policies: Annotated[list[PolicyName], Field(min_length=1), Distinct]
     prefetchers: Annotated[list[PrefetchName], Field(min_length=1), Distinct]
-    lookahead: Positive  # experts that a prefetcher foretells
+    lookahead: Positive  # experts that a prefetcher predicts
     num_prompts: Positive
     prompt_tokens: Positive
     new_tokens: Positive
@@ -378,24 +390,24 @@ class BenchmarkCache(Section):
 class SimulatedMachine(Section):
     """Where experts come from, and what computes with them; decoding is bound by bytes."""
 
-    read_gb_per_second: PositiveFloat
+    read_gb_per_second: Moderate
     read_latency_us: NonNegativeFloat  # of each expert
-    compute_gb_per_second: PositiveFloat  # at which weights that are there are read
+    compute_gb_per_second: Moderate  # at which weights in memory are read
 
 
 class SimulatedModel(Section):
     """The sizes of a model whose routing is that of the trace."""
 
-    expert_mib: PositiveFloat
-    dense_mib: PositiveFloat  # of a layer besides its experts, and its part of embedding and output
+    expert_mib: Moderate
+    dense_mib: Moderate  # of a layer besides its experts, and its part of embedding and output
 
 
 class SimulateCache(Section):
     """The replay of the trace."""
 
     capacities: Capacities
-    machines: dict[Name, SimulatedMachine]
-    models: dict[Name, SimulatedModel]
+    machines: Annotated[dict[Name, SimulatedMachine], Field(min_length=1)]
+    models: Annotated[dict[Name, SimulatedModel], Field(min_length=1)]
 
 
 # --- DAGFormer ---------------------------------------------------------------------------------------------------
@@ -407,7 +419,7 @@ class PretrainedBase(Section):
     kind: Literal["pretrain"]
     hidden_size: Positive
     intermediate_size: Positive
-    num_layers: Annotated[int, Field(ge=3)]  # with fewer, no connection skips a layer
+    num_layers: Annotated[int, Field(ge=3, lt=2**31)]  # with fewer, no connection skips a layer
     num_heads: Positive
     training: EpochTraining
 
@@ -441,7 +453,7 @@ class DAGFormer(Section):
     """What all DAGFormer variants share: the base, the text, and what is evaluated."""
 
     corpus: str
-    seq_len: Annotated[int, Field(ge=2)]  # tokens of a window
+    seq_len: TwoOrMore  # tokens of a window
     train_windows: Positive | None  # evenly spaced over the training split; null: all
     validation_windows: TwoOrMore  # scored during training; an interval needs two
     eval_windows: TwoOrMore  # of the test split, scored once
@@ -466,7 +478,7 @@ NO_KNOBS = {
 class Variant(Training):
     """One DAGFormer variant: its predictor, its gates and its training. At the top level of params.yaml: P1."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**63)]  # of initialisation, data order and noise
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)]  # of initialisation, data order and noise
     steps: Positive
     predictor_input: Literal["text", "none"]  # none: one learned topology for all texts, as a control
     predictor_hidden: Positive
@@ -512,7 +524,7 @@ class Analysis(Section):
     """The analyses of wirings, all on the test split."""
 
     variants: Annotated[list[str], Field(min_length=1), Distinct]  # whose wirings are analysed
-    permutations: Annotated[int, Field(ge=99)]  # of every permutation test
+    permutations: Annotated[int, Field(ge=99, lt=2**31)]  # of every permutation test
     swaps: Positive  # other texts under whose wirings each text is scored
     domain_windows: TwoOrMore  # of each source, if it has as many; one has no distance within its source
     gradient_windows: TwoOrMore  # whose gradients at A = 1 are taken
@@ -536,7 +548,7 @@ class Settings(Variant):
 
     launcher: str
     device: Literal["cpu", "cuda"]
-    num_threads: Positive
+    num_threads: Annotated[int, Field(gt=0, le=MAX_THREADS)]
     corpora: dict[Name, Corpus]
     dwr: DWR
     # Overrides: of the reference on `dwr` but for its also_validate_on, of every other run on the reference.
@@ -689,7 +701,7 @@ def read_yaml(path: str | Path) -> Any:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DynarouteError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except YAMLError as error:
+    except (YAMLError, ValueError, IndexError, RecursionError) as error:  # not only YAMLError: of numbers and dates
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
         problem = str(getattr(error, "problem", error)).partition("\n")[0]
@@ -717,14 +729,16 @@ def _one_line(error: ValidationError, data: Any) -> str:
     """The first problem as "key = value: what is allowed", and how many other keys have one."""
     problems: dict[str, list[str]] = {}  # what is allowed, by key and value: a union has an answer for each member
     for problem in error.errors():
-        keys, value, allowed = _key_of(problem, data), problem["input"], problem["msg"]
+        keys, value, allowed = _key_of(problem, data), _shown(problem["input"]), problem["msg"]
         allowed = allowed[0].lower() + allowed[1:]
         if problem["type"] == "invalid":
-            keys, value = [*keys, problem["ctx"]["key"]], problem["ctx"]["value"]
+            keys, value = [*keys, problem["ctx"]["key"]], problem["ctx"]["shown"]
         elif problem["type"] == "dict_type":
             allowed = "must be a mapping"
+        elif problem["type"] == "too_short":
+            allowed = f"must have at least {problem['ctx']['min_length']}"
         name = ".".join(keys)
-        subject = f"{name} is missing" if problem["type"] == "missing" else f"{name} = {value!r}"
+        subject = f"{name} is missing" if problem["type"] == "missing" else f"{name} = {value}"
         problems.setdefault(subject, []).append(allowed)
     subject, allowed = next(iter(problems.items()))
     line = subject if subject.endswith(" is missing") else f"{subject}: {' or '.join(allowed)}"

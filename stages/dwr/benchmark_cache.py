@@ -1,9 +1,9 @@
-"""Reads held-out text token by token with the experts in caches, against all of them resident.
+"""Reads held-out text token by token with the experts in caches, compared with all of them resident.
 
     python stages/dwr/benchmark_cache.py
 
-Every capacity with every policy and prefetcher. Every logit of every cell is compared with the resident model's to the
-bit; one that differs stops the stage. On the CPU, whatever `device` says.
+Every capacity with every policy and prefetcher. Every logit of every cell must equal the resident model's to the bit,
+or the stage fails. Always on the CPU.
 
 Reads   data/dwr/expert_store, data/tokens/<dwr.corpus>
 Writes  reports/dwr/cache.csv          hit rates, evictions and what was to be prefetched, for each cell
@@ -12,6 +12,7 @@ Writes  reports/dwr/cache.csv          hit rates, evictions and what was to be p
         reports/dwr/cache_timing.json  its summary and checks, and the machine
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -22,17 +23,17 @@ from dynaroute.analysis.cache_benchmark import (
     Cell,
     Memory,
     Pass,
-    decode,
     held_out_texts,
     make_cells,
-    nearest_a_third,
     peak_memory,
+    run_passes,
     sweep,
 )
 from dynaroute.config import Settings
 from dynaroute.dwr.experts import ExpertCache, ExpertStore
 from dynaroute.dwr.experts.prefetch import GatePrefetcher
-from dynaroute.dwr.inference import bind_experts, load_backbone, read_text
+from dynaroute.dwr.experts.residency import nearest_a_third
+from dynaroute.dwr.inference import bind_experts, load_backbone, read_text, routers
 from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.pipeline.machine import describe_machine
 from dynaroute.pipeline.stage import run
@@ -42,12 +43,12 @@ REPORTS = Path("reports/dwr")
 
 
 def main(settings: Settings) -> None:
-    """Runs the grid and writes what is exact apart from what is measured."""
+    """Runs the grid; writes exact results and measurements to separate files."""
     torch.set_num_threads(settings.num_threads)
     benchmark = settings.benchmark_cache
     store = ExpertStore(STORE)
     warm, cold = make_cells(benchmark, store.num_experts)
-    third = nearest_a_third(benchmark.capacities, store.num_experts)
+    third = nearest_a_third(store.num_experts, benchmark.capacities)
     texts = held_out_texts(store, Path("data/tokens") / settings.dwr.corpus, benchmark)
     store.verify()
     passes = sweep(store, texts, benchmark.prompt_tokens, [*warm, *cold], benchmark.lookahead, benchmark.repeats)
@@ -56,18 +57,23 @@ def main(settings: Settings) -> None:
     control = control_accuracy(store, texts[:1], benchmark.prompt_tokens)
 
     rows = [exact_row(store, cell, passes[cell][0]) for cell in warm]
-    statistics = [part for results in passes.values() for one in results for part in (one.prefill, one.decode)]
+    cached = {cell: results for cell, results in passes.items() if cell.capacity}
     checks = {
-        "logits_are_equal_to_the_bit_in_every_cell": True,  # or the sweep would have raised
-        "hits_and_misses_add_up_to_requests": all(s.hits + s.misses == s.requests for s in statistics),
-        "every_repeat_has_the_same_hits_and_misses": all(
-            (one.prefill, one.decode) == (results[0].prefill, results[0].decode)
-            for results in passes.values()
+        "logits_are_equal_to_the_bit_in_every_cell": True,  # the sweep raises otherwise
+        "hits_and_misses_add_up_to_requests": every(
+            part.hits + part.misses == part.requests
+            for results in cached.values()
             for one in results
+            for part in (one.prefill, one.decode)
         ),
-        "without_prefetching_every_miss_is_one_read": all(
+        "every_repeat_has_the_same_hits_and_misses": every(
+            (one.prefill, one.decode) == (first.prefill, first.decode)
+            for first, *others in cached.values()
+            for one in others
+        ),
+        "without_prefetching_every_miss_is_one_read": every(
             (part.reads, part.reads_ahead) == (part.misses, 0)
-            for cell, results in passes.items()
+            for cell, results in cached.items()
             if cell.prefetch == "none"
             for one in results
             for part in (one.prefill, one.decode)
@@ -99,21 +105,27 @@ def main(settings: Settings) -> None:
         for cell, results in passes.items()
     ]
     write_csv(REPORTS / "cache_timing.csv", timing)
-    write_json(REPORTS / "cache_timing.json", timing_summary(store, timing, third, benchmark.repeats))
+    write_json(REPORTS / "cache_timing.json", timing_summary(store, timing, memory, third, benchmark.repeats))
+
+
+def every(outcomes: Iterable[bool]) -> bool | None:
+    """Whether a check holds in all cases; None without any: nothing was measured."""
+    found = list(outcomes)
+    return all(found) if found else None
 
 
 def control_accuracy(store: ExpertStore, text: torch.Tensor, prompt_tokens: int) -> float:
-    """The accuracy of a prefetcher that foretells what a router has just said: whether accuracy is counted rightly."""
+    """The accuracy of a prefetcher that predicts the router's own choice: it shows that accuracy is counted rightly."""
     model = load_backbone(store)
-    control = GatePrefetcher([layer.moe.router for layer in model.layers], store.config.top_k, ahead=0)
+    control = GatePrefetcher(routers(model), store.config.top_k, ahead=0)
     with ExpertCache(store, store.num_experts, prefetcher=control) as cache:
         bind_experts(model, cache)
-        result, _ = decode(read_text(model, text, prompt_tokens), cache)
+        result, _ = run_passes(read_text(model, text, prompt_tokens), cache)
     return result.decode.accuracy
 
 
 def exact_row(store: ExpertStore, cell: Cell, result: Pass) -> dict[str, Any]:
-    """What a cache did over all texts: the same on every run."""
+    """Decisions of a cache over all texts: the same on every run."""
     both = result.prefill + result.decode
     return {
         "capacity": cell.capacity,
@@ -126,7 +138,7 @@ def exact_row(store: ExpertStore, cell: Cell, result: Pass) -> dict[str, Any]:
         "decode_hit_rate": result.decode.hit_rate,
         "misses": both.misses,
         "evictions": both.evictions,
-        "accuracy": result.decode.accuracy if result.decode.foretold else None,
+        "accuracy": result.decode.accuracy if result.decode.predicted else None,
         "prefetched": both.prefetched,
         "prefetch_evictions": both.prefetch_evictions,
     }
@@ -135,11 +147,10 @@ def exact_row(store: ExpertStore, cell: Cell, result: Pass) -> dict[str, Any]:
 def timing_row(
     store: ExpertStore, cell: Cell, results: list[Pass], resident: list[Pass], new_tokens: int, memory: Memory | None
 ) -> dict[str, Any]:
-    """Decoding speed, reads, and peak memory, which is measured with LRU alone; no capacity: all resident.
+    """Decoding speed, reads, and peak memory, which is measured with LRU only; without a capacity, all are resident.
 
-    A repeat's speed is the median over its texts, and so is its ratio to the resident model, of pairs that were
-    decoded within seconds of one another. Rows give the median over repeats, and their range; of reads the mean of a
-    repeat, so that they add up.
+    A repeat's speed is the median over its texts, and so is its ratio to the resident model, of pairs decoded within
+    seconds of each other. Rows give the median over repeats and their range; of reads the mean, so that they add up.
     """
     speeds = [median(new_tokens / seconds for seconds in one.decode_seconds) for one in results]
     ratios = [
@@ -176,14 +187,16 @@ def timing_row(
     }
 
 
-def timing_summary(store: ExpertStore, timing: list[dict[str, Any]], third: int, repeats: int) -> dict[str, Any]:
+def timing_summary(
+    store: ExpertStore, timing: list[dict[str, Any]], memory: dict[Cell, Memory], third: int, repeats: int
+) -> dict[str, Any]:
     """The resident model and a third of its experts side by side."""
     resident, *cells = timing
     cached = next(row for row in cells if row["capacity"] == third)
     file_pages = -(-store.file_bytes // 4096) * 4096
-    mapped = {row["capacity"]: row["peak_mapped_expert_bytes"] for row in cells if row["peak_memory_bytes"]}
+    mapped = {cell.capacity: found.mapped_experts for cell, found in memory.items() if cell.capacity}
     names = ("tokens_per_second", "peak_memory_bytes", "peak_anonymous_bytes", "peak_mapped_expert_bytes")
-    summary: dict[str, Any] = {
+    return {
         "run": store.run,
         "repeats": repeats,
         "resident": {name: resident[name] for name in names},
@@ -191,14 +204,13 @@ def timing_summary(store: ExpertStore, timing: list[dict[str, Any]], third: int,
             **{name: cached[name] for name in ("capacity", "policy", "prefetch", "ratio_to_resident")},
             **{name: cached[name] for name in names},
         },
-        "checks": {},
+        "checks": {
+            "no_more_experts_are_in_memory_than_the_capacity": None
+            if None in mapped.values()
+            else every(found <= capacity * file_pages for capacity, found in mapped.items())
+        },
         "machine": describe_machine("cpu"),
     }
-    if None not in mapped.values():
-        summary["checks"]["no_more_experts_are_in_memory_than_the_capacity"] = all(
-            found <= capacity * file_pages for capacity, found in mapped.items()
-        )
-    return summary
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Replays the trace of routing through caches of every size and policy, and through machines that are not here.
+"""Replays the trace of routing through caches of every size and policy, and on machines that are not at hand.
 
     python stages/dwr/simulate_cache.py
 
-Reads   data/dwr/trace, data/dwr/expert_store (how experts are used)
-Writes  reports/dwr/simulated_hits.csv   hit rates by capacity, policy (MIN among them) and kind of budget; and what
-                                         the same hits of as many tokens that are routed uniformly and independently
+Reads   data/dwr/trace, data/dwr/expert_store (usage of experts)
+Writes  reports/dwr/simulated_hits.csv   hit rates by capacity, policy (also MIN) and kind of budget; and those on as
+                                         many tokens routed uniformly and independently
         reports/dwr/simulated_speed.csv  speed relative to residency by machine, model and prefetcher: at a third of the
-                                         experts with every policy, at other capacities with that which hits most
+                                         experts with every policy, at other capacities with the one with most hits
         reports/dwr/simulation.json      at a third of the experts: the share of the gap to MIN that each policy closes
 """
 
@@ -14,15 +14,15 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from tqdm import tqdm
 
-from dynaroute.analysis.cache_benchmark import nearest_a_third
-from dynaroute.analysis.replay import Call, Seconds, make_foretell, ratio_to_resident, replay
+from dynaroute.analysis.replay import Call, Seconds, predict, ratio_to_resident, replay
 from dynaroute.analysis.traces import Trace, load_trace, uniform_trace
 from dynaroute.config import PrefetchName, Settings
-from dynaroute.dwr.experts import CacheStatistics, ExpertStore, make_policy
+from dynaroute.dwr.experts import CacheStatistics, ExpertStore, make_policy, make_prefetcher
 from dynaroute.dwr.experts.policies import Belady
-from dynaroute.dwr.experts.residency import Residency
+from dynaroute.dwr.experts.residency import Residency, nearest_a_third
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.pipeline.stage import run
@@ -33,27 +33,32 @@ REPORTS = Path("reports/dwr")
 
 
 def main(settings: Settings) -> None:
-    """Replays, and writes what was found."""
+    """Replays, and writes the results."""
     store, trace, simulate = ExpertStore(STORE), load_trace(TRACE), settings.simulate_cache
     if trace.run != store.run:
         raise DynarouteError(f"{TRACE}: belongs to run {trace.run}, not {store.run}: run the stage trace_routing")
-    config, policies, experts = store.config, settings.benchmark_cache.policies, store.num_experts
-    third, routings = nearest_a_third(simulate.capacities, experts), (trace, uniform_trace(trace))
+    config, benchmark, experts = store.config, settings.benchmark_cache, store.num_experts
+    policies, prefetchers = benchmark.policies, benchmark.prefetchers
+    third, routings = nearest_a_third(experts, simulate.capacities), (trace, uniform_trace(trace))
+    predictions = {
+        name: predict(prefetcher, trace)
+        for name in prefetchers
+        if (prefetcher := make_prefetcher(name, store, [nn.Identity()] * config.num_layers, benchmark.lookahead))
+    }
 
     def run_one(
         trace: Trace, capacity: int, policy: str, per_layer: bool, prefetch: PrefetchName = "none"
     ) -> tuple[CacheStatistics, list[Call]]:
         chosen = Belady(trace.calls()) if policy == "min" else make_policy(policy, store.usage.load)
         residency = Residency(capacity, chosen, config.num_layers, config.top_k, per_layer)
-        foretell = make_foretell(prefetch, trace, store.usage, settings.benchmark_cache.lookahead)
-        return residency.statistics, replay(trace, residency, foretell)
+        return residency.statistics, replay(trace, residency, predictions.get(prefetch))
 
     cells = [(capacity, policy, False) for capacity in simulate.capacities for policy in [*policies, "min"]]
     cells += [(third, policy, True) for policy in [*policies, "min"] if third >= config.num_layers]
     hits = [
         {
             "capacity": capacity,
-            "share_of_experts": capacity / experts,  # no online policy can expect to hit more of uniform routing
+            "share_of_experts": capacity / experts,  # no online policy can expect more hits of uniform routing
             "policy": policy,
             "per_layer": per_layer,
             "requests": found.requests,
@@ -68,7 +73,7 @@ def main(settings: Settings) -> None:
     for capacity in sorted({*simulate.capacities} - {third}):
         best = max((row for row in online if row["capacity"] == capacity), key=lambda row: row["hit_rate"])
         pairs.append((capacity, best["policy"]))
-    replays = itertools.product(pairs, settings.benchmark_cache.prefetchers)
+    replays = itertools.product(pairs, prefetchers)
     speeds = [
         {
             "machine": machine,
@@ -77,7 +82,7 @@ def main(settings: Settings) -> None:
             "policy": policy,
             "prefetch": prefetch,
             "hit_rate": found.hit_rate,
-            "accuracy": found.accuracy if found.foretold else None,
+            "accuracy": found.accuracy if found.predicted else None,
             "ratio_to_resident": ratio_to_resident(calls, Seconds.of(on, of)),
         }
         for (capacity, policy), prefetch in tqdm(list(replays), desc="speeds", unit="replay", disable=None)

@@ -1,4 +1,4 @@
-"""Records which experts every token of held-out text uses, and which of them gate lookahead foretells.
+"""Records the experts that every token of held-out text uses, and those that gate lookahead predicts.
 
     python stages/dwr/trace_routing.py
 

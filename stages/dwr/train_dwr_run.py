@@ -19,7 +19,7 @@ from dynaroute.config import DWRRun, Settings, read_yaml
 from dynaroute.data.tokens.shards import Windows
 from dynaroute.data.tokens.windows import Selection, Subset, evenly_spaced
 from dynaroute.dwr.experts.policies import LRU, Belady, NextUse
-from dynaroute.dwr.experts.residency import Residency
+from dynaroute.dwr.experts.residency import Residency, nearest_a_third
 from dynaroute.dwr.training import make_trainer, open_tokens
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import checked, write_json
@@ -66,7 +66,7 @@ def main(settings: Settings, name: str) -> None:
         load = sums["assigned"] / sums["assigned"].mean(1, keepdim=True)  # [L, E], 1 is uniform
         trace = record_routing(model.cpu(), routed, identifier, settings.trace_routing.windows)
         experts = config.num_layers * config.num_experts
-        capacity = max(1, round(experts / 3))
+        capacity = nearest_a_third(experts)
         write_json(
             REPORTS / f"{name}.json",
             {

@@ -81,7 +81,7 @@ def trained(tmp_path, monkeypatch):
 @pytest.fixture
 def no_processes(monkeypatch):
     """Memory is measured in fresh processes, which take seconds to start."""
-    memory = benchmark.Memory(4, 3, 1, 0)
+    memory = benchmark.Memory(4, 3, 1, 1)
     module = stage("benchmark_cache")
     monkeypatch.setattr(
         module, "peak_memory", lambda _, __, ___, sizes: {Cell(size): memory for size in (None, *sizes)}
@@ -147,6 +147,24 @@ def test_the_stages_write_the_same_results_on_every_run(trained, no_processes):
                 assert float(row[rate]) == lru_hit_rate(experts.tolist(), int(row["capacity"]))
         if (row["capacity"], row["per_layer"]) == ("3", "False"):
             assert float(row["uniform_hit_rate"]) == simulation["uniform_hit_rate"][row["policy"]]
+
+
+def test_a_check_without_a_measurement_is_neither_passed_nor_failed(trained, no_processes, monkeypatch):
+    def checks(name: str) -> dict[str, bool | None]:
+        return json.loads(Path(f"reports/dwr/{name}.json").read_text())["checks"]
+
+    stage("export_experts").main(tiny_settings())
+    grid = {"policies": ["lfu"], "prefetchers": ["gate"], "repeats": 1}
+    no_processes.main(tiny_settings(**grid))
+    assert {name for name, passed in checks("cache").items() if passed is None} == {
+        "every_repeat_has_the_same_hits_and_misses",
+        "without_prefetching_every_miss_is_one_read",
+    }
+    assert checks("cache_timing") == {"no_more_experts_are_in_memory_than_the_capacity": True}  # LRU, whatever the grid
+    unknown = benchmark.Memory(4, None, None, None)
+    monkeypatch.setattr(no_processes, "peak_memory", lambda *arguments: {Cell(size): unknown for size in (None, 1, 3)})
+    no_processes.main(tiny_settings(**grid))
+    assert checks("cache_timing") == {"no_more_experts_are_in_memory_than_the_capacity": None}
 
 
 def test_a_logit_that_differs_stops_the_benchmark(trained, no_processes, monkeypatch):
@@ -264,13 +282,17 @@ def test_a_sweep_counts_prefill_and_decode_apart(tmp_path):
     assert held.prefill.hits == 0
     assert held.decode.requests == cold.decode.requests == 2 * 4 * 2 * 2
     assert held.decode.evictions == 0
-    assert cold.decode.foretold == 2 * 4 * 2  # of the second layer
+    assert cold.decode.predicted == 2 * 4 * 2  # of the second layer
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell the kinds of memory apart")
 def test_evicted_experts_leave_memory(tmp_path):
     model = make_model(d_model=128, d_ff=1024, num_experts=8)  # 1 MiB an expert, 16 MiB in all
     store = export(tmp_path / "store", model)
+    (tmp_path / "cache").mkdir()
+    for file in list(store.path.iterdir()):  # as DVC links it with cache.type symlink
+        file.rename(tmp_path / "cache" / file.name)
+        file.symlink_to(tmp_path / "cache" / file.name)
     pages = store.expert_bytes + 2 * 4096
     memory = peak_memory(store.path, torch.arange(24).view(1, 24), 16, [2, 16])
     assert memory[Cell()].mapped_experts == 0

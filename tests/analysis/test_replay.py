@@ -7,14 +7,16 @@ import pytest
 import scipy.stats
 import torch
 from small_store import make_model
+from torch import nn
 
-from dynaroute.analysis.replay import Seconds, make_foretell, ratio_to_resident, replay
+from dynaroute.analysis.replay import Seconds, predict, ratio_to_resident, replay
 from dynaroute.analysis.traces import Trace, count_transitions, load_trace, record_routing, save_trace, uniform_trace
 from dynaroute.config import PolicyName, SimulatedMachine, SimulatedModel
 from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store, make_policy, make_prefetcher
 from dynaroute.dwr.experts.policies import LRU
+from dynaroute.dwr.experts.prefetch import FrequencyPrefetcher, GatePrefetcher
 from dynaroute.dwr.experts.residency import Residency
-from dynaroute.dwr.inference import bind_experts, load_backbone
+from dynaroute.dwr.inference import bind_experts, load_backbone, routers
 from dynaroute.dwr.model import KVCache
 from dynaroute.errors import DynarouteError
 
@@ -45,7 +47,7 @@ def trace(model) -> Trace:
 @pytest.mark.parametrize("prefetch", ["none", "frequency", "transition", "gate"])
 @pytest.mark.parametrize(
     ("layers", "policy", "capacity", "per_layer"),
-    [(3, "lru", 5, False), (3, "next_use", 7, True), (1, "lru", 3, False)],  # of one layer, nothing is foretold
+    [(3, "lru", 5, False), (3, "next_use", 7, True), (1, "lru", 3, False)],  # a single layer has no next one to predict
 )
 def test_a_replay_does_what_the_cache_does(tmp_path, layers, policy, capacity, per_layer, prefetch):
     model = make_model(num_layers=layers)
@@ -56,10 +58,11 @@ def test_a_replay_does_what_the_cache_does(tmp_path, layers, policy, capacity, p
     export_store(model, "run", Usage(load=load, transitions=transitions), tmp_path / "store")
     store = ExpertStore(tmp_path / "store")
     residency = Residency(capacity, make_policy(policy, store.usage.load), layers, 2, per_layer)
-    replay(trace, residency, make_foretell(prefetch, trace, store.usage, 2))
+    recorded = make_prefetcher(prefetch, store, [nn.Identity()] * layers, 2)
+    replay(trace, residency, recorded and predict(recorded, trace))
 
     backbone = load_backbone(store)
-    prefetcher = make_prefetcher(prefetch, store, backbone, 2)
+    prefetcher = make_prefetcher(prefetch, store, routers(backbone), 2)
     with ExpertCache(store, capacity, make_policy(policy, store.usage.load), per_layer, prefetcher) as cache:
         bind_experts(backbone, cache)
         for window in Text.tokens:
@@ -172,35 +175,38 @@ def seconds_tick_by_tick(calls, read, expert, dense):
     return clock
 
 
-@pytest.mark.parametrize("prefetch", ["none", "frequency", "gate"])
+FREQUENCY = FrequencyPrefetcher([[0.1, 0.3, 0.2, 0.25, 0.15]] * 3, 2)
+GATE = GatePrefetcher([nn.Identity()] * 3, 2)
+
+
+@pytest.mark.parametrize("prefetcher", [None, FREQUENCY, GATE], ids=["none", "frequency", "gate"])
 @pytest.mark.parametrize(("read", "expert", "dense"), [(10, 1, 3), (4, 2, 1), (3, 5, 7), (1, 1, 1)])
 @pytest.mark.parametrize("capacity", [1, 6, 11])
-def test_the_clock_is_that_of_a_plain_loop(model, trace, capacity, read, expert, dense, prefetch):
-    usage = Usage(load=[[0.1, 0.3, 0.2, 0.25, 0.15]] * 3, transitions=[[[1] * 5] * 5] * 2)
-    calls = replay(trace, Residency(capacity, LRU(), 3, 2), make_foretell(prefetch, trace, usage, 2))
+def test_the_clock_is_that_of_a_plain_loop(trace, capacity, read, expert, dense, prefetcher):
+    calls = replay(trace, Residency(capacity, LRU(), 3, 2), prefetcher and predict(prefetcher, trace))
     resident = sum(dense + len(call.used) * expert for call in calls)
     found = ratio_to_resident(calls, Seconds(float(read), float(expert), float(dense)))
     assert found == resident / seconds_tick_by_tick(calls, read, expert, dense)
 
 
-def test_what_is_there_at_once_costs_nothing(trace):
+def test_reads_that_take_no_time_cost_nothing(trace):
     calls = replay(trace, Residency(1, LRU(), 3, 2))
     assert ratio_to_resident(calls, Seconds(read=0.0, expert=1.0, dense=3.0)) == 1.0
 
 
-def test_what_is_foretold_is_read_while_the_layer_computes():
+def test_predicted_experts_are_read_while_the_layer_computes():
     trace = Trace("run", np.array([[[0], [1]]], np.uint16), np.array([[[1, 0]]], np.uint16))
     seconds = Seconds(read=4.0, expert=1.0, dense=2.0)
-    foretold = replay(trace, Residency(4, LRU(), 2, 1), lambda token, layer: [1])
+    predicted = replay(trace, Residency(4, LRU(), 2, 1), [[[1]]])
     # 2 dense, 4 read, 1 compute; meanwhile the next is read from 6 to 10; 2 dense to 9, wait to 10, 1 compute
-    assert ratio_to_resident(foretold, seconds) == pytest.approx(6 / 11)
+    assert ratio_to_resident(predicted, seconds) == pytest.approx(6 / 11)
     assert ratio_to_resident(replay(trace, Residency(4, LRU(), 2, 1)), seconds) == pytest.approx(6 / 14)
 
 
-def test_what_is_foretold_is_not_read_when_its_layer_comes_before_its_turn():
+def test_a_predicted_expert_is_not_read_when_its_layer_is_called_before_its_turn():
     trace = Trace("run", np.array([[[0], [1]], [[2], [3]]], np.uint16), np.zeros((2, 1, 4), np.uint16))
-    calls = replay(trace, Residency(8, LRU(), 2, 1), lambda token, layer: [0, 2, 3])
+    calls = replay(trace, Residency(8, LRU(), 2, 1), [[[0, 2, 3]]] * 2)
     # 2 dense, 4 read 0, 1 compute to 7, and meanwhile 0 of the next layer from 6 to 10; 2 dense to 9, when 2 and 3 have
     # not begun; 1 is read from 10 to 14, 1 compute to 15; 2 dense to 17, 4 read 2, 1 compute to 22, and meanwhile
-    # nothing, since all that is foretold counts as held; 2 dense to 24, 4 read 3 on demand, 1 compute to 29
+    # nothing, since all predicted experts count as held; 2 dense to 24, 4 read 3 on demand, 1 compute to 29
     assert ratio_to_resident(calls, Seconds(read=4.0, expert=1.0, dense=2.0)) == pytest.approx(12 / 29)

@@ -43,7 +43,7 @@ def open_cache():
 
 
 class Says:
-    """A prefetcher that foretells what it is told, of the layer after the one that asks."""
+    """A prefetcher that predicts given experts, of the layer after the one that asks."""
 
     def __init__(self, experts):
         self.experts = experts
@@ -54,7 +54,7 @@ class Says:
 
 def fetched(cache, layer, needed):
     """The experts in the order in which they came."""
-    cache.foresee(layer, torch.empty(0), torch.empty(0))
+    cache.observe(layer, torch.empty(0), torch.empty(0))
     return [expert for expert, _ in cache.fetch(layer, needed)]
 
 
@@ -81,7 +81,7 @@ def test_weights_are_the_stores_in_any_sequence_of_calls_and_prefetches(stores, 
     with ExpertCache(store, capacity, make_policy(policy, store.usage.load), prefetcher=prefetcher) as cache:
         for layer, needed, ahead, patience in calls:
             prefetcher.experts = ahead
-            cache.foresee(layer, torch.empty(0), torch.empty(0))
+            cache.observe(layer, torch.empty(0), torch.empty(0))
             came = []
             experts = cache.fetch(layer, needed)
             for expert, weights in experts:
@@ -162,7 +162,7 @@ def test_a_prefetch_is_read_while_the_layer_before_computes(store, gate):
         found = cache.statistics
         assert (found.prefetched, found.useful, found.misses, found.hits) == (2, 1, 2, 1)
         assert found.used_ahead == 1
-        assert (found.foretold, found.foretold_right) == (1, 1)
+        assert (found.predicted, found.predicted_right) == (1, 1)
 
 
 def test_the_missing_are_read_while_the_caller_computes_with_those_that_are_there(store, gate):

@@ -1,9 +1,12 @@
 """The expert store: its layout on disk, what it loads and when, and what it refuses."""
 
+import contextlib
+import hashlib
 import itertools
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 from safetensors import safe_open
 from small_store import RUN, export, make_model, mapped_files, uniform_usage
 
-from dynaroute.dwr.experts import ExpertStore, export_store
+from dynaroute.dwr.experts import ExpertCache, ExpertStore, export_store
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
 from dynaroute.dwr.experts.store import expert_file, file_contents, model_without_weights, safetensors_header
 from dynaroute.dwr.model import DWRConfig
@@ -319,7 +322,7 @@ def rename(data, old, new):
         (lambda data: data.update(surprise=1), "surprise"),
         (lambda data: data["config"].update(d_model=33), "config"),
         (lambda data: data["config"].update(num_experts=4), "usage.load"),
-        (lambda data: data["config"].update(num_layers=10**12), "usage.load"),
+        (lambda data: data["config"].update(num_layers=10**9), "usage.load"),
         (lambda data: data["usage"]["load"].pop(), "usage.load"),
         (lambda data: data["usage"]["load"][0].append(0.0), "usage.load"),
         (lambda data: data["usage"]["transitions"].append([]), "usage.transitions"),
@@ -391,3 +394,88 @@ def test_a_damaged_expert_is_not_held_in_memory(tmp_path):
     path.write_bytes(content)
     with pytest.raises(DynarouteError, match=r"expert_layer1_id3\.safetensors: SHA-256 is"):
         store.hold_in_memory()
+
+
+# --- a store that is replaced while it is open ---------------------------------------------------------------------
+
+
+def each_file(change):
+    """Replaces a store's files one by one: `change` gets a file's path and that of the other model's file."""
+
+    def replace(path: Path, other: Path) -> None:
+        for source in other.glob("*.safetensors"):
+            change(path / source.name, source)
+
+    return replace
+
+
+def in_place_with_old_times(path: Path, source: Path) -> None:
+    before = path.stat()
+    path.write_bytes(source.read_bytes())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def by_link(path: Path, source: Path) -> None:
+    path.unlink()
+    path.symlink_to(source)
+
+
+def by_folder(path: Path, other: Path) -> None:
+    path.rename(path.with_name("old"))
+    other.rename(path)
+
+
+REPLACEMENTS = {
+    "folder renamed": by_folder,
+    "exported again": lambda path, other: export(path, make_model(seed=1)),
+    "files renamed": each_file(lambda path, source: source.rename(path)),
+    "files rewritten": each_file(lambda path, source: path.write_bytes(source.read_bytes())),
+    "files rewritten, times kept": each_file(in_place_with_old_times),
+    "files linked": each_file(by_link),
+    "deleted": lambda path, other: shutil.rmtree(path),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACEMENTS.values(), ids=REPLACEMENTS)
+def test_a_store_replaced_while_open_gives_the_old_weights_or_fails(tmp_path, replace):
+    model = make_model()
+    trained = {key: next(iter(model.layers[key[0]].moe.experts.fetch([key[1]])))[1] for key in ((0, 0), (1, 2), (1, 4))}
+    store, other = export(tmp_path / "store", model), export(tmp_path / "other", make_model(seed=1))
+    backbone = store.read_backbone()
+    with ExpertCache(store, 2) as cache:
+        for layer, expert in [(0, 0), (1, 2)]:  # read and held; (1, 4) is neither
+            list(cache.fetch(layer, [expert]))
+        replace(store.path, other.path)
+        for (layer, expert), expected in trained.items():
+            for read in (lambda *key: next(cache.fetch(key[0], [key[1]]))[1], store.read):
+                with contextlib.suppress(DynarouteError):
+                    assert all(map(torch.equal, read(layer, expert), expected))
+        with contextlib.suppress(DynarouteError):
+            assert all(map(torch.equal, store.read_backbone().values(), backbone.values()))
+
+
+@pytest.mark.parametrize("name", ["backbone.safetensors", expert_file(0, 0)])
+def test_the_same_bytes_put_in_place_while_a_store_is_open_are_the_same_model(tmp_path, name):
+    store = export(tmp_path / "store")
+    backbone, expert = store.read_backbone(), store.read(0, 0)
+    shutil.copy(store.path / name, tmp_path)
+    (tmp_path / name).replace(store.path / name)
+    os.link(store.path / name, tmp_path / name)  # as DVC does; changes the time stamp of the inode
+    assert all(map(torch.equal, store.read(0, 0), expert))
+    assert all(map(torch.equal, store.read_backbone().values(), backbone.values()))
+
+
+def test_a_file_is_hashed_again_only_if_it_may_have_changed(tmp_path, monkeypatch):
+    store, hashed = export(tmp_path / "store"), []
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", lambda content: hashed.append(1) or sha256(content))
+    store.read(0, 0)
+    store.read(0, 0)
+    assert len(hashed) == 2  # a write just after the first reading need not show in the time stamps
+    monkeypatch.setattr(time, "time_ns", lambda: time.monotonic_ns() + 2**62)  # much later
+    for _ in range(3):
+        store.read(0, 0)
+    assert len(hashed) == 3
+    (store.path / expert_file(0, 0)).touch()
+    store.read(0, 0)
+    assert len(hashed) == 4

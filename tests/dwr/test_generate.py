@@ -1,5 +1,6 @@
 """The generation command: what it prints, and what it refuses."""
 
+import os
 import re
 import subprocess
 import sys
@@ -82,7 +83,44 @@ def test_sampling_follows_its_seed(monkeypatch, capsys, store):
 
 
 def test_it_stops_where_the_positions_end(monkeypatch, capsys, store):
-    assert 30 < int(run(monkeypatch, capsys, store, "--tokens", "1000").err.split()[0]) < 48
+    assert 30 < int(run(monkeypatch, capsys, store, "--tokens", str(10**30)).err.split()[0]) < 48
+
+
+@pytest.mark.parametrize("choice", [["--temperature", "1e-6"], ["--temperature", "1e6", "--top-p", "1e-320"]])
+def test_extreme_values_that_are_allowed_sample_the_most_probable_token(monkeypatch, capsys, store, choice):
+    greedy = run(monkeypatch, capsys, store).out
+    assert run(monkeypatch, capsys, store, *choice, "--seed", str(2**63 - 1)).out == greedy
+
+
+def test_a_prompt_that_is_no_unicode_text_is_repaired(monkeypatch, capsys, store):
+    expected = run(monkeypatch, capsys, store, prompt="the cat \N{REPLACEMENT CHARACTER} sat \U0001f600").out
+    for broken in ("the cat \ud800 sat \ud83d\ude00", "the cat \udcff sat \U0001f600"):
+        assert run(monkeypatch, capsys, store, prompt=broken).out == expected
+
+
+def test_bytes_that_are_not_utf8_pass_through_an_ascii_terminal(store):
+    command = [
+        sys.executable,
+        "-m",
+        "dynaroute.dwr.generate",
+        "--store",
+        store,
+        "--prompt",
+        b"the caf\xe9",
+        "--cache",
+        "3",
+    ]
+    done = subprocess.run(command, capture_output=True, timeout=60, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout.isascii()) == (0, True)
+
+
+def test_a_closed_pipe_ends_generation_quietly(store):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dynaroute.dwr.generate", "--store", store, "--prompt", PROMPT, "--cache", "3"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize(
@@ -91,14 +129,22 @@ def test_it_stops_where_the_positions_end(monkeypatch, capsys, store):
         (["--cache", "0"], "capacity = 0: an expert cache must hold at least 1 expert"),
         (["--cache", "11"], "--cache 11: the model has 10 experts in all"),
         (["--top-p", "1.5"], "--top-p 1.5: must be above 0 and at most 1"),
-        (["--temperature", "-1"], "--temperature -1.0: must be 0 or more"),
+        (["--temperature", "-1"], "--temperature -1.0: must be 0, or 1e-06 to 1e"),
+        (["--temperature", "1e-40"], "--temperature 1e-40: must be 0, or 1e-06 to 1e"),
+        (["--temperature", "inf"], "--temperature inf: must be 0, or"),
+        (["--temperature", "nan"], "--temperature nan: must be 0, or"),
+        (["--top-p", "0"], "--top-p 0.0: must be above 0"),
+        (["--top-p", "nan"], "--top-p nan: must be above 0"),
+        (["--seed", "12345678901234567890"], "--seed 12345678901234567890: must be 0 to 9223372036854775807"),
+        (["--seed", "-1"], "--seed -1: must be 0 to"),
+        (["--threads", "100000"], "--threads 100000: must be 1 to 1024"),
         (["--tokens", "0"], "--tokens 0: must be positive"),
         (["--cache", "2", "--prefetch", "gate", "--lookahead", "9"], "--lookahead 9: must be 1 to 5"),
-        (["--policy", "lru"], "--policy: means nothing without --cache N"),
-        (["--prefetch", "gate"], "--prefetch: means nothing without --cache N"),
-        (["--per-layer"], "--per-layer: means nothing without --cache N"),
-        (["--lookahead", "2"], "--lookahead: means nothing without --cache N"),
-        (["--cache", "2", "--lookahead", "2"], "--lookahead: means nothing without --prefetch frequency"),
+        (["--policy", "lru"], "--policy: needs --cache N"),
+        (["--prefetch", "gate"], "--prefetch: needs --cache N"),
+        (["--per-layer"], "--per-layer: needs --cache N"),
+        (["--lookahead", "2"], "--lookahead: needs --cache N"),
+        (["--cache", "2", "--lookahead", "2"], "--lookahead: needs --prefetch frequency"),
         (["--prompt", PROMPT * 30], r"--prompt: \d+ tokens; the model has 48 positions"),
         (["--store", "nowhere"], "nowhere/manifest.json: cannot be read"),
     ],
@@ -141,6 +187,7 @@ generate.main()
     assert done.stdout.endswith("\n")
 
 
-def test_it_explains_itself():
-    done = subprocess.run([sys.executable, "-m", "dynaroute.dwr.generate", "--help"], capture_output=True, text=True)
-    assert "python -m dynaroute.dwr.generate --store data/dwr/expert_store" in done.stdout
+def test_it_explains_itself(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate", "--help"])
+    generate.main()
+    assert "python -m dynaroute.dwr.generate --store data/dwr/expert_store" in capsys.readouterr().out

@@ -8,7 +8,15 @@ import torch
 from small_store import export, make_model, mapped_files
 
 from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store, make_policy, make_prefetcher
-from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, load_resident, read_text, sample
+from dynaroute.dwr.inference import (
+    bind_experts,
+    greedy_decode,
+    load_backbone,
+    load_resident,
+    read_text,
+    routers,
+    sample,
+)
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.errors import DynarouteError
 
@@ -68,7 +76,7 @@ def test_no_policy_prefetcher_or_precision_changes_a_logit(tmp_path, policy, pre
     tokens, resident, cached = prompts(make_model(), batch=1), load_resident(store), load_backbone(store)
     expected = list(greedy_decode(resident, tokens, 8))
     for capacity, per_layer in ((1, False), (2, True), (4, False), (5, True), (10, False)):
-        prefetcher = make_prefetcher(prefetch, store, cached, 3)
+        prefetcher = make_prefetcher(prefetch, store, routers(cached), 3)
         with ExpertCache(store, capacity, make_policy(policy, store.usage.load), per_layer, prefetcher) as cache:
             bind_experts(cached, cache)
             assert all(map(torch.equal, greedy_decode(cached, tokens, 8), expected))
@@ -87,7 +95,7 @@ def test_calls_of_many_experts_go_with_prefetching(tmp_path, top_k, batch, capac
     store = ExpertStore(tmp_path / "store")
     tokens, cached = prompts(model, batch), load_backbone(store)
     expected = list(greedy_decode(load_resident(store), tokens, 12))
-    prefetcher = make_prefetcher(prefetch, store, cached, top_k)
+    prefetcher = make_prefetcher(prefetch, store, routers(cached), top_k)
     with ExpertCache(store, capacity, make_policy(policy, load), False, prefetcher) as cache:
         bind_experts(cached, cache)
         assert all(map(torch.equal, greedy_decode(cached, tokens, 12), expected))

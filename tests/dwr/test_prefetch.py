@@ -6,12 +6,12 @@ from small_store import export, make_model, uniform_usage
 
 from dynaroute.dwr.experts import ExpertCache, ExpertStore, export_store, make_prefetcher
 from dynaroute.dwr.experts.prefetch import FrequencyPrefetcher, GatePrefetcher, TransitionPrefetcher
-from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone
+from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, routers
 
 NOTHING = torch.empty(0)
 
 
-def test_frequency_foretells_the_most_used_of_the_next_layer():
+def test_frequency_predicts_the_most_used_of_the_next_layer():
     prefetcher = FrequencyPrefetcher([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]], 2)
     assert prefetcher.predict(0, NOTHING, NOTHING) == (1, [2, 1])
     assert prefetcher.predict(1, NOTHING, NOTHING) is None
@@ -28,11 +28,10 @@ def test_transitions_are_weighed_by_what_the_tokens_chose():
 
 def test_lookahead_asks_the_next_layers_router():
     model = make_model(num_layers=3)
-    routers = [layer.moe.router for layer in model.layers]
     state = torch.randn(1, model.config.d_model)
-    expected = routers[2](state)[0].topk(2).indices.tolist()
-    assert GatePrefetcher(routers, 2).predict(1, state, NOTHING) == (2, expected)
-    assert GatePrefetcher(routers, 2).predict(2, state, NOTHING) is None
+    expected = routers(model)[2](state)[0].topk(2).indices.tolist()
+    assert GatePrefetcher(routers(model), 2).predict(1, state, NOTHING) == (2, expected)
+    assert GatePrefetcher(routers(model), 2).predict(2, state, NOTHING) is None
 
 
 @pytest.fixture
@@ -50,10 +49,10 @@ def decode(store: ExpertStore, prefetcher, backbone) -> ExpertCache:
 def test_without_staleness_every_prediction_is_right(tmp_path, model):
     store = export(tmp_path / "store", model)
     backbone = load_backbone(store)
-    control = GatePrefetcher([layer.moe.router for layer in backbone.layers], model.config.top_k, ahead=0)
+    control = GatePrefetcher(routers(backbone), model.config.top_k, ahead=0)
     found = decode(store, control, backbone).statistics
     assert found.accuracy == 1.0
-    assert found.foretold == 16 * 3 * 2  # tokens, layers, top_k
+    assert found.predicted == 16 * 3 * 2  # tokens, layers, top_k
     assert found.prefetched == 0  # what is needed now is no prefetch
 
 
@@ -65,7 +64,7 @@ def test_accuracy_is_the_share_of_what_was_needed(tmp_path, model):
     backbone, chosen = load_backbone(store), []
     for layer in backbone.layers[1:]:
         layer.moe.router.register_forward_hook(lambda _, __, scores: chosen.append(scores.topk(2).indices))
-    found = decode(store, make_prefetcher("frequency", store, backbone, 2), backbone).statistics
+    found = decode(store, make_prefetcher("frequency", store, routers(backbone), 2), backbone).statistics
     right = sum(int((experts >= 3).sum()) for experts in chosen)
-    assert (found.foretold, found.foretold_right) == (16 * 2 * 2, right)
+    assert (found.predicted, found.predicted_right) == (16 * 2 * 2, right)
     assert 0 < right < 16 * 2 * 2

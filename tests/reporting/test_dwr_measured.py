@@ -58,10 +58,10 @@ def test_training_and_machines():
     assert "| torch | 2.9.99 | – |" in text
 
 
-def test_a_failed_check_is_shown_as_failed():
-    assert "✓ memory is bounded." in measured()
-    edit_json(SUMMARY, lambda data: data["checks"].__setitem__("memory_is_bounded", False))
-    assert "✗ **failed:** memory is bounded." in measured()
+@pytest.mark.parametrize(("found", "words"), [(True, "✓"), (False, "✗ **failed**"), (None, "not measured")])
+def test_the_outcome_of_a_check_is_shown(found, words):
+    edit_json(SUMMARY, lambda data: data["checks"].__setitem__("memory_is_bounded", found))
+    assert f"{words}: memory is bounded." in measured()
 
 
 def test_published_times_are_marked():

@@ -278,10 +278,11 @@ def test_a_failed_check_is_shown_as_failed():
 
 
 def test_a_check_is_as_good_as_its_value():
-    edit_json(TRAINING, lambda data: data.__setitem__("checks", {"new_check": True, "odd_check": "yes"}))
+    edit_json(TRAINING, lambda data: data.__setitem__("checks", {"new_check": True, "odd_check": "yes", "no": None}))
     rows = table_rows(section(report(), "5. Validated properties"))
     assert ["✓", "new check", "`train_dwr`"] in rows
     assert ["✗ **failed**", "odd check", "`train_dwr`"] in rows
+    assert ["not measured", "no", "`train_dwr`"] in rows
     assert not any("gradient" in row[1] for row in rows)
 
 

@@ -1,16 +1,14 @@
-"""Cached against resident decoding: hit rates, speed and memory, with every logit checked on the way.
+"""Cached against resident decoding: hit rates, speed and memory, with every logit checked.
 
-Every text is read alone (batch 1), and meets an empty cache: its prompt in one pass, then token by token what follows
-in the text itself, since a small model that goes on by itself soon repeats one token, and with it a few experts. Two
-states of the system's page cache are told apart: warm, where all files have been read before; and cold, where before
-every pass the system forgets what is not in use, so that every miss comes from disk, as on a machine with no memory to
-spare.
+Every text is read alone (batch 1), with an empty cache: its prompt in one pass, then the tokens that follow in the text
+itself, one by one, since a small model's own continuation soon repeats one token, and with it a few experts. The page
+cache is either warm, after all files have been read, or cold: before every pass the system drops pages not in use, so
+that every miss comes from disk, as on a machine without spare memory.
 """
 
 import itertools
 import multiprocessing
 import operator
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +26,8 @@ from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.data.tokens.windows import cache_benchmark_windows
 from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, make_policy, make_prefetcher
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
-from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, read_text
+from dynaroute.dwr.experts.residency import nearest_a_third
+from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, read_text, routers
 from dynaroute.errors import DynarouteError
 
 
@@ -42,27 +41,22 @@ class Cell(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """What decoding all texts once took; seconds for each text."""
+    """Decoding of all texts once; seconds for each text."""
 
     prefill: CacheStatistics = CacheStatistics()
     decode: CacheStatistics = CacheStatistics()
     prefill_seconds: tuple[float, ...] = ()
     decode_seconds: tuple[float, ...] = ()
-    inexact: int = 0  # texts of which some logit was not the resident model's to the bit, on a GPU
+    inexact: int = 0  # texts with logits not equal to the resident model's to the bit, on a GPU
 
 
 class Memory(NamedTuple):
-    """Peaks over a decoding, in bytes. Where the system does not tell the kinds apart, only the first is there."""
+    """Peaks over a decoding, in bytes. Where the system does not tell the kinds apart, only the first is measured."""
 
     resident: int  # all physical memory of the process, Python and the libraries included
     anonymous: int | None  # allocated: the backbone, resident experts, activations
     file_backed: int | None  # pages of mapped files: experts of a cache, code of libraries
-    mapped_experts: int | None  # of these, pages of expert files
-
-
-def nearest_a_third(capacities: list[int], num_experts: int) -> int:
-    """The capacity that comes nearest to a third of the experts."""
-    return min(capacities, key=lambda capacity: abs(capacity - num_experts / 3))
+    mapped_experts: int | None  # of these, pages of expert files; None: a cache of experts that shows none
 
 
 def make_cells(settings: BenchmarkCache, num_experts: int) -> tuple[list[Cell], list[Cell]]:
@@ -77,15 +71,14 @@ def make_cells(settings: BenchmarkCache, num_experts: int) -> tuple[list[Cell], 
             f"params.yaml: benchmark_cache.capacities = {settings.capacities}: the model has {num_experts} experts in "
             "all"
         )
-    third = nearest_a_third(settings.capacities, num_experts)
+    third = nearest_a_third(num_experts, settings.capacities)
     warm = itertools.product(settings.capacities, settings.policies, settings.prefetchers)
     cold = [Cell(third, settings.policies[0], prefetch, cold=True) for prefetch in settings.prefetchers]
     return [Cell(*cell) for cell in warm], cold
 
 
 def held_out_texts(store: ExpertStore, directory: Path, settings: BenchmarkCache) -> Tensor:
-    """Prompts and what follows them [P, prompt_tokens + new_tokens], spread evenly over the test split of a folder of
-    tokens, for the model in a store.
+    """Prompts with their continuations [P, prompt_tokens + new_tokens], evenly spaced over a folder's test split.
 
     Raises:
         DynarouteError: it has too few tokens, or they are another tokenizer's than the model's.
@@ -111,8 +104,8 @@ def sweep(
 ) -> dict[Cell, list[Pass]]:
     """Reads texts [P, T], of each `prompt_tokens` in one pass and the others one by one, `repeats` times in every cell.
 
-    The resident model is put before the cells. All take turns at every text, so that a machine whose speed drifts is
-    equally slow for all of them.
+    The resident model comes before the cells. All take turns at every text, so that changes of the machine's speed
+    affect all of them alike.
 
     Raises:
         DynarouteError: logits that are not the resident model's, see `is_exact`.
@@ -121,21 +114,21 @@ def sweep(
     texts = texts.to(device)
     cells = [Cell(), *cells]
     passes: dict[Cell, list[Pass]] = {cell: [] for cell in cells}
-    decode(read_text(resident, texts[:1, : prompt_tokens + 2], prompt_tokens))  # what is slow for the first time only
+    run_passes(read_text(resident, texts[:1, : prompt_tokens + 2], prompt_tokens))  # warm-up
     progress = tqdm(total=repeats * len(texts) * len(cells), desc="decoding", unit="cell", disable=None)
     for _ in range(repeats):
         total = dict.fromkeys(cells, Pass())
         for index, text in enumerate(texts.split(1)):
             for cell in cells:
                 if cell.capacity is None:
-                    result, reference = decode(read_text(resident, text, prompt_tokens))
+                    result, reference = run_passes(read_text(resident, text, prompt_tokens))
                 else:
-                    prefetcher = make_prefetcher(cell.prefetch, store, cached, lookahead)
+                    prefetcher = make_prefetcher(cell.prefetch, store, routers(cached), lookahead)
                     policy = make_policy(cell.policy, store.usage.load)
                     with ExpertCache(store, cell.capacity, policy, False, prefetcher, device) as cache:
                         bind_experts(cached, cache)
                         forget = store_forgetter(store.path) if cell.cold else None
-                        result, logits = decode(read_text(cached, text, prompt_tokens), cache, forget)
+                        result, logits = run_passes(read_text(cached, text, prompt_tokens), cache, forget)
                     if not is_exact(logits, reference, device, f"{cell}: logits of text {index}"):
                         result = result._replace(inexact=1)
                 total[cell] = Pass(*map(operator.add, total[cell], result))
@@ -150,7 +143,7 @@ def is_exact(logits: Tensor, reference: Tensor, device: str, what: str) -> bool:
     """Whether logits [1, T, V] are the resident model's to the last bit.
 
     Raises:
-        DynarouteError: they are not, and it is no GPU, or the most probable token of a position differs: there a
+        DynarouteError: they are not, on the CPU; or the most probable token of a position differs, on a GPU, where a
             library may choose another kernel for the same product.
     """
     exact = torch.equal(logits, reference)
@@ -159,17 +152,17 @@ def is_exact(logits: Tensor, reference: Tensor, device: str, what: str) -> bool:
     return exact
 
 
-def decode(
+def run_passes(
     passes: Iterator[Tensor],
     cache: ExpertCache | None = None,
     before_pass: Callable[[], None] | None = None,
 ) -> tuple[Pass, Tensor]:
-    """What the forward passes of decoding took, the first of them over the prompt, and all logits [1, T, V].
+    """Times the forward passes of decoding, the first of them over the prompt; also returns all logits [1, T, V].
 
     Args:
         passes: yields the logits of each.
-        cache: of the model that they are of.
-        before_pass: called before each of them, outside of what is timed.
+        cache: of the model.
+        before_pass: called before each of them, and not timed.
     """
     logits, seconds, statistics = [], [], []
     while True:
@@ -188,7 +181,7 @@ def decode(
 
 
 def store_forgetter(folder: Path) -> Callable[[], None]:
-    """What lets the system forget a folder's files, but for the pages that are mapped."""
+    """A function that drops the unmapped pages of a folder's files from the page cache."""
     files = sorted(folder.glob("*.safetensors"))
 
     def forget() -> None:
@@ -214,7 +207,7 @@ def peak_memory(store: Path, texts: Tensor, prompt_tokens: int, capacities: list
 def _measure_memory(
     path: Path, text: list[list[int]], prompt_tokens: int, num_threads: int, capacity: int | None
 ) -> Memory:
-    """Runs in a process of its own."""
+    """Runs in a fresh process."""
     torch.set_num_threads(num_threads)
     store = ExpertStore(path)
     if capacity is None:
@@ -222,19 +215,17 @@ def _measure_memory(
     else:
         model = load_backbone(store)
         bind_experts(model, ExpertCache(store, capacity))
+    # Links are resolved: DVC may have put the files into its cache, and maps are named by the file itself.
+    experts = {str(file.resolve()) for file in path.glob("expert_*.safetensors")}
     process, samples, mapped = psutil.Process(), [], []
     for step, _ in enumerate(read_text(model, torch.tensor(text), prompt_tokens)):
         samples.append(process.memory_info())
         if sys.platform == "linux" and step % 8 == 0:  # it takes longer than a step
-            mapped.append(_mapped_bytes(process, path))
+            mapped.append(sum(entry.rss for entry in process.memory_maps() if entry.path in experts))
     resident = max(sample.rss for sample in samples)
     if sys.platform != "linux":
         return Memory(resident, None, None, None)
     anonymous = max(sample.rss - sample.shared for sample in samples)
-    return Memory(resident, anonymous, max(sample.shared for sample in samples), max(mapped))
-
-
-def _mapped_bytes(process: psutil.Process, folder: Path) -> int:
-    """Pages of the files in a folder that are mapped and resident."""
-    prefix = str(folder.resolve()) + os.sep
-    return sum(entry.rss for entry in process.memory_maps() if entry.path.startswith(prefix))
+    # A cache maps what it holds: zero means that the maps were not recognised, or that weights are decoded copies.
+    mapped_experts = max(mapped) if capacity is None else max(mapped) or None
+    return Memory(resident, anonymous, max(sample.shared for sample in samples), mapped_experts)

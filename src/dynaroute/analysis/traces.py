@@ -1,4 +1,4 @@
-"""A trace of routing: which experts every token of held-out text uses, and which of them gate lookahead foretells."""
+"""Traces of routing: the experts that every token of held-out text uses, and those that gate lookahead predicts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,21 +19,21 @@ BATCH = 16  # windows
 
 
 class Trace(NamedTuple):
-    """Routing of text that is read token by token, window after window."""
+    """Routing of text read token by token, window after window."""
 
     run: str  # the training of the model
     experts: np.ndarray  # uint16 [tokens, L, K]: a token's experts in each layer, the most probable first
-    lookahead: np.ndarray  # uint16 [tokens, L - 1, E]: experts of layer l + 1 as layer l foretells them, likewise
+    lookahead: np.ndarray  # uint16 [tokens, L - 1, E]: experts of layer l + 1 as predicted in layer l, likewise
 
     def calls(self) -> Iterator[tuple[int, list[int]]]:
-        """(layer, experts) in the order in which a cache is asked for them."""
-        for token in np.sort(self.experts).tolist():  # as a model asks for those of one token
+        """(layer, experts) in the order in which a cache gets the calls."""
+        for token in np.sort(self.experts).tolist():  # in the order in which a model requests them
             yield from enumerate(token)
 
 
 @torch.inference_mode()
 def record_routing(model: DWRTransformer, windows: Windows, run: str, num_windows: int) -> Trace:
-    """Records `num_windows` windows, evenly spread; every window is a text of its own, without its padding.
+    """Records `num_windows` evenly spaced windows, each as a text by itself, without its padding.
 
     Raises:
         DynarouteError: there are fewer.
@@ -44,26 +44,26 @@ def record_routing(model: DWRTransformer, windows: Windows, run: str, num_window
         router.register_forward_pre_hook(lambda _, inputs, layer=layer: states.__setitem__(layer, inputs[0]))
         for layer, router in enumerate(routers)
     ]
-    chosen, foretold = [], []
+    chosen, predicted = [], []
     for start in range(0, num_windows, BATCH):
         tokens, targets = windows.batch(indices[start : start + BATCH])
         kept = (targets != IGNORED_TARGET).flatten()  # [B*T]
         statistics = model(tokens).router
         chosen.append(torch.stack([layer.chosen for layer in statistics], 2).flatten(0, 1)[kept])  # [tokens, L, K]
-        # Not by calling the module: its hook would note another layer's state as its own.
-        said = [router.forward(states[layer])[kept] for layer, router in enumerate(routers[1:])]
-        orders = [scores.argsort(-1, descending=True) for scores in said]  # L - 1 times [tokens, E]
-        nothing = chosen[-1].new_empty(len(chosen[-1]), 0, model.config.num_experts)  # of a model of one layer
-        foretold.append(torch.stack(orders, 1) if orders else nothing)  # [tokens, L-1, E]
+        # Not by calling the module: its hook would record another layer's state as its own.
+        ahead = [router.forward(states[layer])[kept] for layer, router in enumerate(routers[1:])]
+        orders = [scores.argsort(-1, descending=True) for scores in ahead]  # L - 1 times [tokens, E]
+        nothing = chosen[-1].new_empty(len(chosen[-1]), 0, model.config.num_experts)  # if there is only one layer
+        predicted.append(torch.stack(orders, 1) if orders else nothing)  # [tokens, L-1, E]
     for hook in hooks:
         hook.remove()
-    return Trace(run, _as_uint16(chosen), _as_uint16(foretold))
+    return Trace(run, _as_uint16(chosen), _as_uint16(predicted))
 
 
 def uniform_trace(trace: Trace) -> Trace:
-    """As many tokens as a trace has, each with distinct experts that are drawn uniformly and independently of all else.
+    """As many tokens as a trace has, with distinct experts drawn uniformly and independently. Always the same.
 
-    What a policy hits of it is what it owes to capacity alone. The same trace on every call.
+    A policy's hit rate on it is due to capacity alone.
     """
     (tokens, layers, top_k), num_experts = trace.experts.shape, trace.lookahead.shape[2]
     experts = np.broadcast_to(np.arange(num_experts, dtype=np.uint16), (tokens, 2 * layers - 1, num_experts))
@@ -87,7 +87,7 @@ def save_trace(trace: Trace, path: str | Path) -> None:
 
 
 def load_trace(path: str | Path) -> Trace:
-    """Reads what `save_trace` wrote.
+    """Reads a trace from a folder.
 
     Raises:
         DynarouteError: it is missing or damaged.

@@ -1,13 +1,13 @@
-"""Generates text with a bounded number of experts in memory, the others on disk until they are needed.
+"""Generates text with a bounded number of experts in memory; the others stay on disk until they are needed.
 
     python -m dynaroute.dwr.generate --store data/dwr/expert_store --prompt "The function returns" --cache 11
 
-The text goes to stdout as it comes, a summary of what the cache did to stderr. Greedy text (`--temperature 0`, the
-default) and text that is sampled with a seed are the same at every cache size, with every policy and prefetcher, and
-equal those of the resident model. A hit is an expert that was held when it was asked for, or to be prefetched by then;
-it is late if it was not read yet. A text that repeats itself, as the greedy text of a small model does, asks for the
-same experts again, and hits more than other text. Ctrl-C ends it with the summary of what was done so far, and status
-130.
+Prints the text to stdout as it is generated, and a summary of what the cache did to stderr. Greedy text
+(`--temperature 0`, the default) and text sampled with a seed are the same at every cache size, with every policy and
+prefetcher, and equal those of the resident model. A hit is an expert that was in the cache, or being prefetched, when
+it was needed; it is late if it was not read yet. Greedy text of a small model repeats itself: it needs the same experts
+again, and hits more than other text. Ctrl-C ends with the summary so far and status 130; a reader that closes the pipe,
+as `head` does, ends with status 141.
 """
 
 import argparse
@@ -20,22 +20,23 @@ from typing import get_args
 
 import torch
 
-from dynaroute.config import PolicyName, PrefetchName
+from dynaroute.config import MAX_SEED, MAX_THREADS, TEMPERATURES, PolicyName, PrefetchName
 from dynaroute.data.tokens.tokenizers import Tokenizer, load_tokenizer
 from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, make_policy, make_prefetcher
 from dynaroute.dwr.experts.store import TOKENIZER
-from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, sample
+from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, routers, sample
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.terminal import program
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", required=True, help="folder that stages/dwr/export_experts.py wrote")
+    parser.add_argument("--store", required=True, help="folder written by export_experts")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate at most (default: %(default)s)")
     parser.add_argument("--cache", type=int, metavar="N", help="experts in memory (default: all, resident)")
-    parser.add_argument("--per-layer", action="store_true", help="equal budgets for the layers, not one for all")
+    parser.add_argument("--per-layer", action="store_true", help="equal budgets for all layers instead of a shared one")
     parser.add_argument("--policy", choices=get_args(PolicyName), help="(default: lru)")
     parser.add_argument("--prefetch", choices=get_args(PrefetchName), help="(default: none)")
     parser.add_argument("--lookahead", type=int, metavar="M", help="experts to prefetch (default: the model's top_k)")
@@ -48,18 +49,24 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace, store: ExpertStore) -> None:
-    """Refuses values that mean nothing, and options that mean nothing without another.
+    """Refuses values out of range, and options that need another one.
 
     Raises:
         DynarouteError: naming the first of them.
     """
-    experts, cached = store.config.num_experts, arguments.cache
+    experts, cached, temperature = store.config.num_experts, arguments.cache, arguments.temperature
+    coldest, hottest = TEMPERATURES
     for name, holds, allowed in (
         ("tokens", arguments.tokens > 0, "must be positive"),
-        ("threads", arguments.threads > 0, "must be positive"),
+        ("threads", 0 < arguments.threads <= MAX_THREADS, f"must be 1 to {MAX_THREADS}"),
         ("cache", cached is None or cached <= store.num_experts, f"the model has {store.num_experts} experts in all"),
-        ("temperature", 0 <= arguments.temperature < float("inf"), "must be 0 or more"),
+        (
+            "temperature",
+            temperature == 0 or coldest <= temperature <= hottest,
+            f"must be 0, or {coldest:g} to {hottest:g}",
+        ),
         ("top_p", 0 < arguments.top_p <= 1, "must be above 0 and at most 1"),
+        ("seed", 0 <= arguments.seed <= MAX_SEED, f"must be 0 to {MAX_SEED}"),
         ("lookahead", arguments.lookahead is None or 0 < arguments.lookahead <= experts, f"must be 1 to {experts}"),
         ("device", arguments.device == "cpu" or torch.cuda.is_available(), "there is no such device here"),
     ):
@@ -72,9 +79,9 @@ def check(arguments: argparse.Namespace, store: ExpertStore) -> None:
         ("--lookahead", arguments.lookahead),
     ):
         if given and arguments.cache is None:
-            raise DynarouteError(f"{name}: means nothing without --cache N")
+            raise DynarouteError(f"{name}: needs --cache N")
     if arguments.lookahead and arguments.prefetch in (None, "none"):
-        raise DynarouteError("--lookahead: means nothing without --prefetch frequency, transition or gate")
+        raise DynarouteError("--lookahead: needs --prefetch frequency, transition or gate")
 
 
 def stream(tokenizer: Tokenizer, tokens: Iterator[int], ids: list[int]) -> None:
@@ -92,7 +99,7 @@ def stream(tokenizer: Tokenizer, tokens: Iterator[int], ids: list[int]) -> None:
 
 
 def summary(tokens: int, seconds: float, statistics: CacheStatistics | None, file_bytes: int) -> str:
-    """What it took, in one line."""
+    """Time and cache statistics in one line."""
     line = f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s)"
     if statistics is None:
         return f"{line}; all experts resident"
@@ -105,48 +112,57 @@ def summary(tokens: int, seconds: float, statistics: CacheStatistics | None, fil
     )
 
 
-def main() -> None:
-    """Generates; a mistake that the user can put right ends it with one line."""
-    arguments = parse_arguments()
-    try:
-        store = ExpertStore(arguments.store)
-        check(arguments, store)
-        tokenizer = load_tokenizer(store.path / TOKENIZER)
-        prompt = tokenizer.encode_batch([arguments.prompt])[0].tolist() or [tokenizer.eot_id]
-        if len(prompt) >= store.config.max_seq_len:
-            raise DynarouteError(f"--prompt: {len(prompt)} tokens; the model has {store.config.max_seq_len} positions")
-        torch.set_num_threads(arguments.threads)
-        cache = None
-        if arguments.cache is None:
-            model = load_resident(store, arguments.device)
-        else:
-            model = load_backbone(store, arguments.device)
-            policy = make_policy(arguments.policy or "lru", store.usage.load)
-            lookahead = arguments.lookahead or store.config.top_k
-            prefetcher = make_prefetcher(arguments.prefetch or "none", store, model, lookahead)
-            cache = ExpertCache(store, arguments.cache, policy, arguments.per_layer, prefetcher, arguments.device)
-            bind_experts(model, cache)
-        generator = torch.Generator().manual_seed(arguments.seed)
-        ids: list[int] = []
-        interrupted = False
-        with nullcontext() if cache is None else cache:
-            started = time.perf_counter()
-            allowed = torch.from_numpy(tokenizer.ids)
-            tokens = sample(model, prompt, arguments.temperature, arguments.top_p, generator, allowed)
-            try:
-                stream(tokenizer, itertools.islice(tokens, arguments.tokens), ids)
-            except KeyboardInterrupt:
-                print(flush=True)  # the line of text that was cut off
-                interrupted = True
-            seconds = time.perf_counter() - started
-        statistics = None if cache is None else cache.statistics
-        print(summary(len(ids), seconds, statistics, store.file_bytes), file=sys.stderr)
-        if interrupted:
-            sys.exit(130)
-    except KeyboardInterrupt:  # before there was anything to sum up
+def generate(arguments: argparse.Namespace) -> None:
+    """Generates and prints.
+
+    Raises:
+        DynarouteError: the arguments or the store are not usable.
+    """
+    store = ExpertStore(arguments.store)
+    check(arguments, store)
+    tokenizer = load_tokenizer(store.path / TOKENIZER)
+    # Bytes that are not UTF-8 reach us as surrogates, which no tokenizer takes.
+    text = arguments.prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    prompt = tokenizer.encode_batch([text])[0].tolist() or [tokenizer.eot_id]
+    if len(prompt) >= store.config.max_seq_len:
+        raise DynarouteError(f"--prompt: {len(prompt)} tokens; the model has {store.config.max_seq_len} positions")
+    torch.set_num_threads(arguments.threads)
+    cache = None
+    if arguments.cache is None:
+        model = load_resident(store, arguments.device)
+    else:
+        model = load_backbone(store, arguments.device)
+        policy = make_policy(arguments.policy or "lru", store.usage.load)
+        lookahead = arguments.lookahead or store.config.top_k
+        prefetcher = make_prefetcher(arguments.prefetch or "none", store, routers(model), lookahead)
+        cache = ExpertCache(store, arguments.cache, policy, arguments.per_layer, prefetcher, arguments.device)
+        bind_experts(model, cache)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    ids: list[int] = []
+    interrupted = False
+    with nullcontext() if cache is None else cache:
+        started = time.perf_counter()
+        allowed = torch.from_numpy(tokenizer.ids)
+        tokens = sample(model, prompt, arguments.temperature, arguments.top_p, generator, allowed)
+        try:
+            stream(tokenizer, itertools.islice(tokens, min(arguments.tokens, store.config.max_seq_len)), ids)
+        except KeyboardInterrupt:
+            print(flush=True)  # ends the unfinished line
+            interrupted = True
+        seconds = time.perf_counter() - started
+    statistics = None if cache is None else cache.statistics
+    print(summary(len(ids), seconds, statistics, store.file_bytes), file=sys.stderr)
+    if interrupted:
         sys.exit(130)
-    except DynarouteError as error:
-        sys.exit(f"generate: {error}")
+
+
+def main() -> None:
+    """The command. Ends with one line and status 1 when the user is at fault."""
+    with program("generate"):
+        try:
+            generate(parse_arguments())
+        except KeyboardInterrupt:  # before there was anything to sum up
+            sys.exit(130)
 
 
 if __name__ == "__main__":

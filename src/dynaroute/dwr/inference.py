@@ -1,4 +1,4 @@
-"""A DWR model for inference from an expert store, with resident or with cached experts, and decoding.
+"""A DWR model for inference from an expert store, with resident or cached experts, and decoding.
 
 Both run `expert_ffn` on the same tokens with equally aligned weights, so their logits are equal to the bit.
 """
@@ -6,7 +6,7 @@ Both run `expert_ffn` on the same tokens with equally aligned weights, so their 
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynaroute.dwr.experts import CachedExperts, ExpertCache, ExpertStore
 from dynaroute.dwr.experts.store import model_without_weights
@@ -26,22 +26,27 @@ def load_resident(store: ExpertStore, device: str = "cpu") -> DWRTransformer:
 
 
 def load_backbone(store: ExpertStore, device: str = "cpu") -> DWRTransformer:
-    """The model without experts, in memory; `bind_experts` says where they come from."""
+    """The model without its experts, in memory; `bind_experts` connects it to a cache."""
     model = model_without_weights(store.config)
     for layer in model.layers:
-        del layer.moe.experts  # a submodule cannot be replaced by what is none
-        # The seam at which a cache hears of a token's state in time to read ahead.
+        del layer.moe.experts  # a submodule can only be replaced by a module
+        # Shows the cache each token's state early enough to prefetch.
         layer.moe.router.register_forward_hook(
-            lambda _, inputs, scores, moe=layer.moe: moe.experts.foresee(inputs[0], scores)
+            lambda _, inputs, scores, moe=layer.moe: moe.experts.observe(inputs[0], scores)
         )
     model.load_state_dict(store.read_backbone(), assign=True)
     return model.requires_grad_(False).eval().to(device)
 
 
 def bind_experts(model: DWRTransformer, cache: ExpertCache) -> None:
-    """Lets a model that `load_backbone` made take its experts from a cache of the same store."""
+    """Connects a model from `load_backbone` to a cache of the same store, from which it takes its experts."""
     for index, layer in enumerate(model.layers):
         layer.moe.experts = CachedExperts(cache, index)
+
+
+def routers(model: DWRTransformer) -> list[nn.Module]:
+    """The router of each layer."""
+    return [layer.moe.router for layer in model.layers]
 
 
 @torch.inference_mode()
@@ -61,7 +66,7 @@ def greedy_decode(model: DWRTransformer, prompt: Tensor, steps: int) -> Iterator
 
 @torch.inference_mode()
 def read_text(model: DWRTransformer, text: Tensor, prompt_tokens: int) -> Iterator[Tensor]:
-    """The same passes as `greedy_decode`, where a text [B, T] goes on itself, whatever the model would say.
+    """The same passes as `greedy_decode`, with a given text [B, T] in place of the model's own choice.
 
     Yields logits: [B, prompt_tokens, V] for the prompt, then [B, 1, V] for every token after it.
     """
@@ -85,9 +90,9 @@ def sample(
         model: resident, or with its experts bound to a cache.
         prompt: at least one token.
         temperature: divides the logits; 0: always the most probable token.
-        top_p: the most probable tokens whose probabilities add up to this, at least one, are drawn from (nucleus
+        top_p: samples from the most probable tokens whose probabilities add up to this, at least one (nucleus
             sampling, Holtzman et al., 2020).
-        generator: on the CPU, where tokens are drawn whatever the device.
+        generator: on the CPU, where tokens are sampled on any device.
         allowed: int64, ids that may come: a vocabulary that is padded, or has gaps, has others without text.
     """
     weight = model.token_embedding.weight
@@ -101,7 +106,7 @@ def sample(
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """An index into the logits, 1-dimensional, of the next token."""
+    """Chooses the next token from its logits, 1-dimensional: an index into them."""
     if temperature == 0:
         return int(logits.argmax())
     probability, tokens = (logits / temperature).softmax(-1).sort(descending=True)

@@ -6,7 +6,6 @@ make finished trainings count as changed.
 
 import argparse
 import contextlib
-import errno
 import os
 import shlex
 import shutil
@@ -17,15 +16,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from dynaroute.config import Settings, load_settings
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.environment import check_environment, check_processes
 from dynaroute.pipeline.scratch import PATIENCE, exclusive
+from dynaroute.pipeline.terminal import program
 
-# What no code can put right: a full or failing disk, and files that may not be written.
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 LAUNCHED = "DYNAROUTE_LAUNCHED"  # set for what `launcher` starts, which must not launch it once more
 
 
@@ -36,18 +32,18 @@ def run(main: Callable[..., None], doc: str, *arguments: str, launched: bool = F
     never pass through a shell. With `launched`, params.yaml's `launcher` takes this process's place and starts the
     script again, unless that is `python` or a launcher has started this process.
 
-    Ends the process with status 1 and one line on stderr when the user can put the mistake right.
+    Ends as `dynaroute.pipeline.terminal.program` says.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    instance = os.environ.get("DVC_STAGE", "").rpartition("@")[2]
-    for name in arguments:
-        parser.add_argument(name, nargs="?", default=instance)
-    values = vars(parser.parse_args()).values()
-    if "" in values:
-        parser.error(f"{arguments[0]} is missing")
-    stage = "_".join(["running", Path(sys.argv[0]).stem, *values]).replace("/", "_")
-    leads = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started
-    try:
+    with program(Path(sys.argv[0]).stem):
+        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        instance = os.environ.get("DVC_STAGE", "").rpartition("@")[2]
+        for name in arguments:
+            parser.add_argument(name, nargs="?", default=instance)
+        values = vars(parser.parse_args()).values()
+        if "" in values:
+            parser.error(f"{arguments[0]} is missing")
+        stage = "_".join(["running", Path(sys.argv[0]).stem, *values]).replace("/", "_")
+        leads = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started
         settings = load_settings()
         check_environment(settings.device)
         check_processes(may_be_several=launched)
@@ -58,15 +54,6 @@ def run(main: Callable[..., None], doc: str, *arguments: str, launched: bool = F
             if "DVC_STAGE" in os.environ:
                 _end_with_dvc()
             main(settings, *values)
-    except DynarouteError as error:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
-    except SafetensorError as error:  # of writing; those of reading are caught where it is known what is read
-        sys.exit(f"{Path(sys.argv[0]).stem}: cannot write: {error}")
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        place = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"{Path(sys.argv[0]).stem}: {place}{error.strerror}")
 
 
 def _launch(settings: Settings) -> None:

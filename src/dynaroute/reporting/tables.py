@@ -46,6 +46,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
+def outcome(passed: bool | None) -> str:
+    """What a check of a stage found; None where it measured nothing."""
+    return "not measured" if passed is None else "✓" if passed is True else "✗ **failed**"
+
+
 def published(text: str) -> str:
     """Marks text, a table included, as published and not measured here: a Markdown quotation that says so first."""
     return "\n".join(f"> {line}".rstrip() for line in f"**Published.** {text}".splitlines())

@@ -1,4 +1,4 @@
-"""Experts on disk and on demand: the store that they are exported to, and the cache that a model runs them from."""
+"""Experts on disk and on demand: the store they are exported to, and the cache a model uses them from."""
 
 from dynaroute.dwr.experts.cache import CachedExperts, ExpertCache
 from dynaroute.dwr.experts.policies import make_policy

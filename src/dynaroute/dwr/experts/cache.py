@@ -1,7 +1,7 @@
 """The experts of a model in a bounded amount of memory, read from a store when they are needed, or before.
 
-What is held and what makes way is decided in `residency.py`, by the calls alone; here decisions are carried out. Reader
-threads bring experts while the caller computes with another: of the same call, or, for a prefetch, of the layer before.
+`residency.py` decides which experts to hold and to evict, from the calls alone; this module carries that out. Threads
+read experts while the caller computes with others: of the same call, or, for a prefetch, of the layer before.
 """
 
 import threading
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dynaroute.dwr.experts.policies import LRU, Key, Policy
-from dynaroute.dwr.experts.precision import decode
+from dynaroute.dwr.experts.precision import dequantize
 from dynaroute.dwr.experts.prefetch import Prefetcher
 from dynaroute.dwr.experts.residency import CacheStatistics, Load, Residency
 from dynaroute.dwr.experts.store import ExpertStore
@@ -24,34 +24,34 @@ from dynaroute.errors import DynarouteError
 
 
 class _Slot:
-    """The place of one expert, which any thread may fill that holds the lock.
+    """The place of one expert. Any thread that holds the lock may fill it.
 
-    Only the caller's thread says for which expert it is; one that comes to fill it for another does nothing.
+    Only the caller's thread assigns it to an expert; a thread that comes to fill it for another one does nothing.
     """
 
     def __init__(self, memory: ExpertWeights | None) -> None:
-        self.memory = memory  # of its own, where weights are decoded or on a GPU; else they stay in the mapped file
+        self.memory = memory  # for dequantized weights, or on a GPU; None: they stay in the mapped file
         self.lock = threading.Lock()
-        self.key: Key | None = None  # whose it is
-        self.content: tuple[Key, ExpertWeights] | None = None  # what is in it, set at once
-        self.read_ahead = False  # whether the prefetching thread put it there, and it was not used yet
-        self.released: torch.cuda.Event | None = None  # on a GPU: when the last computation with it is over
+        self.key: Key | None = None  # the expert it is assigned to
+        self.content: tuple[Key, ExpertWeights] | None = None  # the expert in it, replaced in one step
+        self.read_ahead = False  # whether the prefetching thread filled it, and it was not used yet
+        self.released: torch.cuda.Event | None = None  # on a GPU: when the last computation with it ends
 
     def holds(self, key: Key) -> bool:
-        """Whether the weights of that expert are there."""
+        """Whether the weights of that expert are in it."""
         return self.content is not None and self.content[0] == key
 
 
 class ExpertCache:
     """At most `capacity` experts in memory. For one caller at a time.
 
-    Nothing makes way that the current call still needs. For a prefetch, which may be in vain, none of what the current
-    call needs makes way at all, used or not, nor what another prefetch brought for a layer that is still to come; if
-    nothing else is held, it is given up. What earlier calls needed may make way, in the policy's order: were it kept, a
-    full cache would have no room for any prefetch. `prefetch_evictions` counts these.
+    Never evicts an expert that the current call still needs. A prefetch, which may be wasted, evicts none of the
+    current call's experts, used or not, and none prefetched for a layer that was not called yet; if there is no other,
+    it is dropped. It may evict experts of earlier calls, in the policy's order: a full cache would otherwise have no
+    room for prefetches. `prefetch_evictions` counts these.
 
-    On a CPU, 32-bit floats are used where they are, in the mapped file. Lower precision is decoded, and what a GPU
-    needs copied, into memory that later experts use again.
+    On a CPU, 32-bit floats are used in place, in the mapped file. Lower precision is dequantized, and weights for a GPU
+    copied, into memory that is reused.
 
     It is a context manager: leaving it ends its threads, which otherwise end with the last reference to it.
 
@@ -69,7 +69,7 @@ class ExpertCache:
         prefetcher: Prefetcher | None = None,
         device: str = "cpu",
     ) -> None:
-        """An empty cache; `LRU` where no policy is given, and nothing read ahead where no prefetcher is.
+        """An empty cache; the default policy is `LRU`, and without a prefetcher nothing is prefetched.
 
         Raises:
             DynarouteError: there is no room for one expert, or with budgets per layer for one of each layer.
@@ -80,11 +80,11 @@ class ExpertCache:
         self._slots: dict[Key, _Slot] = {}
         self._empty: list[_Slot] = []  # of experts that could not be read
         self._prefetcher = prefetcher
-        self._predictions: dict[int, list[int]] = {}  # of layers that are still to come
-        self._ahead: set[Key] = set()  # prefetched for them
+        self._predictions: dict[int, list[int]] = {}  # by layer, until it is called
+        self._ahead: set[Key] = set()  # prefetched for these layers
         self._failure: Exception | None = None  # of a prefetch
-        self._counting = threading.Lock()  # for what more than one thread counts
-        # Two pools: what is asked for never queues behind what is only expected. Threads start when they are needed.
+        self._counting = threading.Lock()  # for counts of more than one thread
+        # Two pools: requested experts never queue behind predicted ones. Threads start when they are needed.
         self._readers = ThreadPoolExecutor(1, "expert-reader")
         self._prefetchers = ThreadPoolExecutor(1, "expert-prefetcher")
         self._stream = torch.cuda.Stream() if device == "cuda" else None
@@ -97,7 +97,7 @@ class ExpertCache:
         self.close()
 
     def close(self) -> None:
-        """Ends the threads and lets go of the experts. What is being read is read to its end, nothing else is begun."""
+        """Ends the threads and releases the experts. Reads that have begun are finished, and no others begin."""
         for pool in (self._prefetchers, self._readers):
             pool.shutdown(cancel_futures=True)
         self._slots.clear()
@@ -116,24 +116,24 @@ class ExpertCache:
         return self._residency.statistics
 
     def take_statistics(self) -> CacheStatistics:
-        """The statistics so far; counting starts again from zero."""
+        """The statistics so far; counts restart from zero."""
         with self._counting:
             taken, self._residency.statistics = self._residency.statistics, CacheStatistics()
         return taken
 
-    def foresee(self, layer: int, state: Tensor, scores: Tensor) -> None:
-        """Takes what a layer's router was given [S, D] and what it said [S, E], just before that layer's `fetch`."""
+    def observe(self, layer: int, state: Tensor, scores: Tensor) -> None:
+        """Shows the prefetcher the input [S, D] and output [S, E] of a layer's router, before that layer's `fetch`."""
         if self._prefetcher and (prediction := self._prefetcher.predict(layer, state, scores)):
             self._predictions[prediction.layer] = prediction.experts
 
     def fetch(self, layer: int, needed: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
-        """Yields each needed expert of a layer once; its weights are valid until the next one is asked for.
+        """Yields each needed expert of a layer once; its weights are valid until the next one is requested.
 
-        Those in the cache come first: none of them makes way before it was used, however many are missing. The missing
-        are read meanwhile, as soon as there is room.
+        Experts in the cache come first, so that none of them is evicted before it was used. The missing ones are read
+        meanwhile, as soon as there is room.
 
         Raises:
-            DynarouteError: an expert's file cannot be read, be it one that was only prefetched.
+            DynarouteError: an expert's file cannot be read, also one that was only prefetched.
         """
         if self._failure:
             raise self._failure
@@ -150,39 +150,39 @@ class ExpertCache:
                 del unused[key]
                 self._start(waiting, unused)
         finally:
-            for load in waiting:  # the caller went away
+            for load in waiting:  # the caller stopped early
                 self._residency.drop(load.key)
                 if slot := self._slots.pop(load.victim, None):
                     self._empty.append(slot)
 
     def _compare_prediction(self, layer: int, needed: list[int]) -> None:
-        foretold = self._predictions.pop(layer, None)
-        if foretold is not None and len(needed) <= self.store.config.top_k:  # as one token needs
-            self.statistics.foretold += len(needed)
-            self.statistics.foretold_right += len(set(needed) & set(foretold))
+        predicted = self._predictions.pop(layer, None)
+        if predicted is not None and len(needed) <= self.store.config.top_k:  # a single token
+            self.statistics.predicted += len(needed)
+            self.statistics.predicted_right += len(set(needed) & set(predicted))
         self._ahead = {key for key in self._ahead if key[0] != layer}
 
     def _start(self, waiting: list[Load], unused: dict[Key, None]) -> None:
-        """Begins to read what is missing, unless what has to make way is still to be used.
+        """Begins to read missing experts, except those that wait for an expert still to be used.
 
-        All of it, not up to the first that has to wait: a slot is only kept by experts of the layer at hand, which no
-        prefetch asks for.
+        It does not stop at the first that has to wait: only experts of the current layer, which no prefetch reads, keep
+        their slots.
         """
         for load in [load for load in waiting if load.victim not in unused]:
             waiting.remove(load)
             slot = self._assign(load)
-            if load.key != next(iter(unused)):  # which this thread reads itself: it could only wait
+            if load.key != next(iter(unused)):  # the next one is read by this thread, which would only wait for it
                 self._readers.submit(self._fill, slot, load.key)
 
     def _prefetch(self, unused: dict[Key, None]) -> None:
-        """Begins to read what is foretold."""
+        """Begins to read predicted experts."""
         for layer, experts in self._predictions.items():
             for load in self._residency.prefetch(layer, experts, list(unused)):
                 self._ahead.add(load.key)
                 self._prefetchers.submit(self._fill_ahead, self._assign(load), load.key)
 
     def _assign(self, load: Load) -> _Slot:
-        """Gives an expert the slot of the one that makes way."""
+        """Gives an expert the slot of the one it evicts."""
         if load.victim:
             slot = self._slots.pop(load.victim)
             self._ahead.discard(load.victim)
@@ -191,7 +191,7 @@ class ExpertCache:
         if self._stream:
             slot.released = torch.cuda.current_stream().record_event()
         slot.key = load.key
-        slot.content = None  # unmaps what makes way, before anything is mapped in its place
+        slot.content = None  # unmaps the evicted expert before another is mapped
         self._slots[load.key] = slot
         return slot
 
@@ -200,7 +200,7 @@ class ExpertCache:
         return _Slot(None if in_place else self.store.new_weights(self.device))
 
     def _weights(self, key: Key) -> ExpertWeights:
-        """An expert's weights, which this thread reads if no other has begun to."""
+        """An expert's weights, read by this thread unless another has begun to."""
         slot, started = self._slots[key], time.perf_counter()
         try:
             self._fill(slot, key)
@@ -214,17 +214,19 @@ class ExpertCache:
         return slot.content[1]
 
     def _fill_ahead(self, slot: _Slot, key: Key) -> None:
-        """Runs on the prefetching thread, and leaves its error to the next `fetch`."""
-        if key in self._ahead:  # or the layer has come before its turn, and is served by `fetch`
+        """Runs on the prefetching thread; the next `fetch` raises its error."""
+        if key in self._ahead:  # otherwise the layer was called first, and `fetch` reads the expert
             try:
                 self._fill(slot, key, ahead=True)
             except Exception as error:
                 self._failure = error
 
     def _fill(self, slot: _Slot, key: Key, ahead: bool = False) -> None:
-        """Reads an expert into its slot, on any thread, unless it is there, or the slot is another's by now."""
+        """Reads an expert into its slot, on any thread, unless it is there or the slot now belongs to another."""
         with slot.lock:
-            if slot.key != key or slot.holds(key):
+            if slot.key != key:
+                return
+            if slot.holds(key) and (slot.memory or not self.store.is_modified(*key)):
                 return
             with self._counting:
                 self.statistics.reads += 1
@@ -233,11 +235,11 @@ class ExpertCache:
             if self._stream:
                 self._copy_to_gpu(file, slot)
             elif slot.memory:
-                decode(self.store.views(file), slot.memory)
+                dequantize(self.store.views(file), slot.memory)
             slot.read_ahead = ahead
             slot.content = key, slot.memory or ExpertWeights(**self.store.views(file))
 
-    @torch.inference_mode()  # whichever mode the caller is in, pinned memory that was made in another is written to
+    @torch.inference_mode()  # as pinned memory may have been allocated in that mode
     def _copy_to_gpu(self, file: Tensor, slot: _Slot) -> None:
         """Copies on a stream of its own, while the GPU computes; returns when it is done."""
         if not file.is_pinned():
@@ -246,20 +248,20 @@ class ExpertCache:
             file = self._staging.memory.copy_(file)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(slot.released)
-            decode(self.store.views(file), slot.memory)
-            self._stream.record_event().synchronize()  # the weights are there, and the pinned memory is free
+            dequantize(self.store.views(file), slot.memory)
+            self._stream.record_event().synchronize()  # the weights are copied, and the pinned memory is free
 
 
 @dataclass(frozen=True)
 class CachedExperts:
-    """The experts of one layer as an `ExpertSource`, through the cache that all layers share."""
+    """The experts of one layer as an `ExpertSource`, from the cache that all layers share."""
 
     cache: ExpertCache
     layer: int
 
-    def foresee(self, state: Tensor, scores: Tensor) -> None:
-        """See `ExpertCache.foresee`."""
-        self.cache.foresee(self.layer, state, scores)
+    def observe(self, state: Tensor, scores: Tensor) -> None:
+        """See `ExpertCache.observe`."""
+        self.cache.observe(self.layer, state, scores)
 
     def fetch(self, needed: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
         """See `ExpertCache.fetch`."""

@@ -1,7 +1,7 @@
-"""Which expert makes way: policies of a cache, and how often they are right on a recorded trace.
+"""Eviction policies of a cache.
 
-A policy sees every call (the experts that one pass of a layer needs) and ranks experts; the held one that ranks lowest
-makes way. All but `Belady` are online: they know the past alone.
+A policy sees every call (the experts that one pass of a layer needs) and ranks experts; the cache evicts the held one
+that ranks lowest. All but `Belady` are online: they know only the past.
 """
 
 from collections import defaultdict, deque
@@ -14,17 +14,17 @@ Key = tuple[int, int]  # (layer, expert)
 
 
 class Policy(Protocol):
-    """What every policy offers."""
+    """The interface of all policies."""
 
     def record(self, layer: int, needed: list[int]) -> None:
-        """Takes note of a call, before anything makes way for it."""
+        """Records a call, before anything is evicted for it."""
 
     def rank(self, key: Key) -> Any:
-        """How worth keeping an expert is, held or not; of equal ones, the one that was fetched first makes way."""
+        """How worth keeping an expert is, held or not; of equal ones, the one that was read first is evicted."""
 
 
 class LRU:
-    """The least recently used makes way."""
+    """Evicts the least recently used."""
 
     def __init__(self) -> None:
         self._clock = 0
@@ -42,7 +42,7 @@ class LRU:
 
 
 class LFU(LRU):
-    """The least frequently used makes way, of equals the least recently used; evicted experts keep their count."""
+    """Evicts the least frequently used, of equals the least recently used; evicted experts keep their count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,12 +55,12 @@ class LFU(LRU):
             self._uses[layer, expert] += 1
 
     def rank(self, key: Key) -> tuple[int, int]:
-        """How often, then when it was last used."""
+        """How often it was used, then when it was last used."""
         return self._uses[key], super().rank(key)
 
 
 class Pinned(LRU):
-    """The most frequent experts stay, by a frequency [L][E] that was measured before; the rest share what is left."""
+    """Keeps the most frequent experts, by a frequency [L][E] measured before; the others share the remaining room."""
 
     def __init__(self, frequency: list[list[float]]) -> None:
         super().__init__()
@@ -73,13 +73,13 @@ class Pinned(LRU):
 
 
 class WeightedLRU:
-    """Frequency-weighted LRU: the smallest sum of past uses makes way, where a use counts half after `half_life` calls.
+    """Frequency-weighted LRU: evicts the smallest sum of past uses, where a use counts half after `half_life` calls.
 
-    This is LRFU (Lee et al., 2001), with time counted in calls of the expert's layer, which is to say in tokens.
+    This is LRFU (Lee et al., 2001), with time counted in calls of the expert's layer, that is, in tokens.
 
     Attributes:
-        half_life: of a use, in calls; of 4 to 32, 8 hit most on the validation split of the default run, at a third of
-            the experts.
+        half_life: of a use, in calls. Of 4 to 32, 8 had the most hits on the validation split of the default run, at a
+            third of the experts.
     """
 
     half_life = 8.0
@@ -103,17 +103,17 @@ class WeightedLRU:
 
 
 class NextUse(WeightedLRU):
-    """What is expected to be used last makes way: LRU neglects that layers take turns, and that experts follow others.
+    """Evicts the expert expected to be used last. LRU ignores that layers take turns, and that experts follow others.
 
-    If every token uses an expert with probability p, and its layer comes again in d tokens (a fraction: the layers in
-    between, over all layers), the discounted value of its next use is `discount^d * p / (1 - (1 - p) * discount)`, the
-    mean of `discount^(time to next use)`. p is the mean of two estimates: the weighted share of recent calls that used
-    it; and of the calls that followed a use of what its layer used last, the share that used it. These calls are
-    counted from the start, with one at the first estimate ahead of them.
+    If every token uses an expert with probability p, and its layer is called again in d tokens (a fraction: the layers
+    in between, over all layers), the discounted value of its next use is `discount^d * p / (1 - (1 - p) * discount)`,
+    the mean of `discount^(time to next use)`. p is the mean of two estimates: the weighted share of recent calls that
+    used it; and the share of calls that used it among those after a use of the experts that its layer used last. The
+    latter are counted from the start, after one call with the first estimate.
 
     Attributes:
-        discount: of a use one token later, chosen on the validation split of the default run, where it matters
-            little: at a third of the experts, hit rates with 0.03 to 0.6 were within 0.003 of one another.
+        discount: of a use one token later. Chosen on the validation split of the default run, where it matters little:
+            at a third of the experts, hit rates with 0.03 to 0.6 were within 0.003 of one another.
     """
 
     discount = 0.1
@@ -150,10 +150,10 @@ class NextUse(WeightedLRU):
 
 
 class Belady:
-    """Belady's MIN (1966): what is needed again last makes way. It knows the calls to come, so it is the bound.
+    """Belady's MIN (1966): evicts the expert needed again last. It knows the future calls, so it is a bound.
 
-    For replays alone. Since a call needs several experts at a time, it is the optimum only if what is needed again last
-    may be the expert that was just used, which a cache that has to put it somewhere cannot do.
+    For replays only. Since a call needs several experts at a time, MIN is the optimum only if it may evict the expert
+    that was just used, which a cache that has to put it somewhere cannot do.
     """
 
     def __init__(self, calls: Iterable[tuple[int, list[int]]]) -> None:
@@ -171,7 +171,7 @@ class Belady:
             ValueError: this is not the next call of the trace.
         """
         if self._now == len(self._calls) or self._calls[self._now] != (layer, sorted(needed)):
-            raise ValueError(f"call {self._now} is not the one of the trace that MIN was given")
+            raise ValueError(f"call {self._now} is not that of MIN's trace")
         self._now += 1
         for expert in needed:
             self._uses[layer, expert].popleft()
@@ -183,7 +183,7 @@ class Belady:
 
 
 def make_policy(name: PolicyName, frequency: list[list[float]]) -> Policy:
-    """An online policy by its name, for experts of the given frequency [L][E]."""
+    """An online policy by name, for experts of the given frequency [L][E]."""
     match name:
         case "lru":
             return LRU()

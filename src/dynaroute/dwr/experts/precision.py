@@ -1,6 +1,6 @@
-"""How an expert is stored: as 32-bit floats, which are exact, or in fewer bits, which lose something.
+"""How an expert is stored: as 32-bit floats, which are exact, or quantized to fewer bits, which loses something.
 
-Whatever the precision on disk, experts compute in 32-bit floats: they are decoded when they are read.
+At any precision on disk, experts compute in 32-bit floats: they are dequantized when they are read.
 """
 
 import math
@@ -28,7 +28,7 @@ class TensorEntry(Section):
 
 
 def stored_tensors(config: DWRConfig, precision: Precision) -> dict[str, TensorEntry]:
-    """The tensors of an expert's file, in order: the large first, so that each starts at a multiple of 64 bytes."""
+    """The tensors of an expert's file, in order: large ones first, so that each starts at a multiple of 64 bytes."""
     d, f = config.d_model, config.d_ff
     weights: Literal["F32", "BF16", "I8"] = {"fp32": "F32", "bf16": "BF16", "int8": "I8"}[precision]
     entries = {name: TensorEntry(shape=shape, dtype=weights) for name, shape in (("w1", [d, f]), ("w2", [f, d]))}
@@ -38,8 +38,8 @@ def stored_tensors(config: DWRConfig, precision: Precision) -> dict[str, TensorE
     return entries | {name: TensorEntry(shape=shape, dtype="F32") for name, shape in vectors.items()}
 
 
-def encode(weights: ExpertWeights, precision: Precision) -> dict[str, Tensor]:
-    """An expert's tensors as they are stored; biases stay 32-bit floats.
+def quantize(weights: ExpertWeights, precision: Precision) -> dict[str, Tensor]:
+    """An expert's tensors as they are stored; biases stay 32-bit floats, and with fp32 all do.
 
     int8 is symmetric, with a scale for each output channel: `w[:, o] = scale[o] * q[:, o]`, q in [-127, 127].
     """
@@ -53,12 +53,12 @@ def encode(weights: ExpertWeights, precision: Precision) -> dict[str, Tensor]:
     return tensors
 
 
-@torch.inference_mode()  # on a thread of its own, it would else not write to memory that was allocated in that mode
-def decode(stored: Mapping[str, Tensor], out: ExpertWeights) -> None:
-    """Writes stored tensors as 32-bit floats into `out`, which may be on a GPU: from pinned memory without waiting."""
+@torch.inference_mode()  # a thread outside of that mode cannot write to memory allocated in it
+def dequantize(stored: Mapping[str, Tensor], out: ExpertWeights) -> None:
+    """Writes stored tensors as 32-bit floats into `out`; on a GPU, from pinned memory, without waiting."""
     for name, tensor in out._asdict().items():
         source = stored[name]
-        if source.dtype != tensor.dtype:  # else the CPU casts it, and copies 32-bit floats that are not pinned
+        if source.dtype != tensor.dtype:  # or the CPU would cast it, and copy floats that are not pinned
             source = source.to(tensor.device, non_blocking=True)
         tensor.copy_(source, non_blocking=True)
     for weights, scale in ((out.w1, "scale1"), (out.w2, "scale2")):
@@ -67,7 +67,7 @@ def decode(stored: Mapping[str, Tensor], out: ExpertWeights) -> None:
 
 
 def round_experts(model: DWRTransformer, precision: Precision) -> None:
-    """Gives the resident experts of a model the values that they have after being stored, in place."""
+    """Rounds the resident experts of a model, in place, to the values that they have when read from a store."""
     for layer in model.layers:
         for _, weights in layer.moe.experts.fetch(list(range(model.config.num_experts))):
-            decode(encode(weights, precision), weights)
+            dequantize(quantize(weights, precision), weights)

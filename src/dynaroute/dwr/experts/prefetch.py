@@ -1,5 +1,6 @@
-"""Which experts the next layer will need: predictions, made while a layer is at work, for a cache to read ahead by."""
+"""Predictions of the experts that the next layer will need, made while a layer computes, for a cache to prefetch."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -7,7 +8,6 @@ from torch import Tensor, nn
 
 from dynaroute.config import PrefetchName
 from dynaroute.dwr.experts.store import ExpertStore
-from dynaroute.dwr.model import DWRTransformer
 
 
 class Prediction(NamedTuple):
@@ -18,20 +18,20 @@ class Prediction(NamedTuple):
 
 
 class Prefetcher(Protocol):
-    """What every prefetcher offers."""
+    """The interface of all prefetchers."""
 
     def predict(self, layer: int, state: Tensor, scores: Tensor) -> Prediction | None:
-        """A prediction on the ground of what a layer's router was given and said; None: of nothing.
+        """A prediction from the input and output of a layer's router; None without one.
 
         Args:
             layer: whose router it is.
-            state: [S, D], what the router was given.
-            scores: [S, E], what it said, before the softmax.
+            state: [S, D], the router's input.
+            scores: [S, E], its output, before the softmax.
         """
 
 
 class FrequencyPrefetcher:
-    """The experts that the next layer uses most on the validation split, whatever the tokens are."""
+    """The experts that the next layer uses most on the validation split, for any token."""
 
     def __init__(self, load: list[list[float]], m: int) -> None:
         self._most_used = [torch.tensor(row).topk(m).indices.tolist() for row in load]
@@ -58,12 +58,12 @@ class TransitionPrefetcher:
 
 
 class GatePrefetcher:
-    """Gate lookahead: what the router of a later layer says of this layer's state.
+    """Gate lookahead: the output of a later layer's router for this layer's state.
 
-    With `ahead = 0` it foretells the layer's own choice: right always, and a check of how accuracy is counted.
+    With `ahead = 0` it predicts the layer's own choice: always right, and a check of how accuracy is counted.
     """
 
-    def __init__(self, routers: list[nn.Module], m: int, ahead: int = 1) -> None:
+    def __init__(self, routers: Sequence[nn.Module], m: int, ahead: int = 1) -> None:
         self._routers, self._m, self._ahead = routers, m, ahead
 
     def predict(self, layer: int, state: Tensor, scores: Tensor) -> Prediction | None:
@@ -71,13 +71,13 @@ class GatePrefetcher:
         target = layer + self._ahead
         if target >= len(self._routers):
             return None
-        # Not the module itself, whose hook would ask for a prediction again.
+        # Not by calling the module, whose hook would ask for a prediction again.
         probability = self._routers[target].forward(state).softmax(-1, dtype=torch.float32)  # [S, E]
         return Prediction(target, probability.sum(0).topk(self._m).indices.tolist())
 
 
-def make_prefetcher(name: PrefetchName, store: ExpertStore, model: DWRTransformer, m: int) -> Prefetcher | None:
-    """A prefetcher of `m` experts by its name, for a model that runs from a store."""
+def make_prefetcher(name: PrefetchName, store: ExpertStore, routers: Sequence[nn.Module], m: int) -> Prefetcher | None:
+    """A prefetcher of `m` experts by name, for the model in a store; `routers` are those of its layers."""
     match name:
         case "none":
             return None
@@ -86,4 +86,4 @@ def make_prefetcher(name: PrefetchName, store: ExpertStore, model: DWRTransforme
         case "transition":
             return TransitionPrefetcher(store.usage.transitions, store.config.top_k, m)
         case "gate":
-            return GatePrefetcher([layer.moe.router for layer in model.layers], m)
+            return GatePrefetcher(routers, m)

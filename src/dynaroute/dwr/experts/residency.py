@@ -1,7 +1,8 @@
-"""Which experts are held: the bookkeeping of a cache, without weights.
+"""Which experts are in a cache: its decisions, without weights.
 
-The cache (`cache.py`) carries out what is decided here, and the simulator replays a trace through it, so both hit and
-miss alike. Nothing here depends on time: the same calls lead to the same experts, however long a read takes.
+The cache (`cache.py`) carries out these decisions, and the replay of a trace (`analysis.replay`) makes the same ones,
+so both have the same hits and misses. Nothing here depends on time: the same calls lead to the same experts, however
+long a read takes.
 """
 
 from collections.abc import Sequence
@@ -12,29 +13,34 @@ from dynaroute.dwr.experts.policies import Belady, Key, Policy
 from dynaroute.errors import DynarouteError
 
 
+def nearest_a_third(num_experts: int, capacities: Sequence[int] = ()) -> int:
+    """The capacity closest to a third of the experts, of those given or else of all."""
+    return min(capacities or range(1, num_experts + 1), key=lambda capacity: abs(capacity - num_experts / 3))
+
+
 @dataclass
 class CacheStatistics:
-    """What a cache did. A request is one expert that one call needs, for any number of tokens.
+    """Counts of a cache. A request is one expert that one call needs, for any number of tokens.
 
-    The first counts are decisions, the same on every run and in a replay. The last are what then took place, which
-    depends on speed: what was to be prefetched is not read if it makes way, or its layer comes, before its turn.
+    The first counts are of decisions: they are the same on every run and in a replay. The last depend on speed: a
+    prefetch is not read if its expert is evicted, or its layer is called, before its turn.
     """
 
     requests: int = 0
-    hits: int = 0  # held when asked for, or to be prefetched by then
+    hits: int = 0  # in the cache when requested, or being prefetched
     misses: int = 0
     evictions: int = 0
-    prefetched: int = 0  # experts to be read before they are asked for
-    useful: int = 0  # of these, asked for while held
-    prefetch_evictions: int = 0  # of the evictions, those that made way for a prefetch
-    foretold: int = 0  # requests that a prediction was made for
-    foretold_right: int = 0  # of these, those that it named
-    # What depends on the machine's speed is no part of equality.
+    prefetched: int = 0  # experts to be read before they are requested
+    useful: int = 0  # of these, requested before they were evicted
+    prefetch_evictions: int = 0  # of the evictions, those for a prefetch
+    predicted: int = 0  # requests that a prediction was made for
+    predicted_right: int = 0  # of these, those that it named
+    # Counts that depend on the machine's speed are not compared.
     reads: int = field(default=0, compare=False)  # experts read from the store
     reads_ahead: int = field(default=0, compare=False)  # of these, begun by the prefetching thread
-    used_ahead: int = field(default=0, compare=False)  # of these, used before they made way; the others were wasted
-    late: int = field(default=0, compare=False)  # hits that were not there yet: on the way, or never begun
-    wait_seconds: float = field(default=0.0, compare=False)  # that the caller waited for experts
+    used_ahead: int = field(default=0, compare=False)  # of these, used before they were evicted; the rest is wasted
+    late: int = field(default=0, compare=False)  # hits not read yet: being read, or not begun
+    wait_seconds: float = field(default=0.0, compare=False)  # the caller's time waiting for experts
 
     @property
     def hit_rate(self) -> float:
@@ -43,34 +49,34 @@ class CacheStatistics:
 
     @property
     def accuracy(self) -> float:
-        """The share of requests that the prefetcher foretold, where it made a prediction; NaN where it made none."""
-        return self.foretold_right / self.foretold if self.foretold else float("nan")
+        """The share of requests that a prediction named, of those it was made for; NaN without predictions."""
+        return self.predicted_right / self.predicted if self.predicted else float("nan")
 
     def __add__(self, other: Self) -> Self:
-        """Both together."""
+        """The sums of all counts."""
         return type(self)(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
 
 class Load(NamedTuple):
-    """An expert that comes, and the one that makes way; None: there is room. Itself: it is not kept after use."""
+    """An expert to read, and the one to evict for it."""
 
     key: Key
-    victim: Key | None
+    victim: Key | None  # None: there is room; the expert itself: it is not kept after use
 
 
 class Residency:
     """The experts held, at most `capacity`: of all layers together, or in equal shares of the layers.
 
-    A call first uses what is held, so nothing that it needs makes way before it was used; then it fetches and uses what
-    is missing, one after another, the most worth keeping last. A call that needs more experts than its layer's share
-    (the prefill of a long prompt) passes through that share: the other layers keep what they hold.
+    A call first uses the experts that are held, so none that it needs is evicted before it was used. Then it reads and
+    uses the missing ones, one after another, the most worth keeping last. A call that needs more experts than its
+    layer's share (the prefill of a long prompt) streams through that share: the other layers keep their experts.
 
     Attributes:
         statistics: counts since they were last taken.
     """
 
     def __init__(self, capacity: int, policy: Policy, num_layers: int, top_k: int, per_layer: bool = False) -> None:
-        """Nothing is held at first.
+        """Empty at first.
 
         Raises:
             DynarouteError: there is no room for one expert, or with budgets per layer for one of each layer.
@@ -84,9 +90,9 @@ class Residency:
         share, rest = divmod(capacity, num_layers)
         self._budget = [share + (layer < rest) for layer in range(num_layers)]
         self._top_k = top_k
-        self._held: dict[Key, None] = {}  # in the order in which they were fetched
-        self._unasked: set[Key] = set()  # prefetched, not asked for yet
-        self._awaited: set[Key] = set()  # of these, those whose layer has not come yet
+        self._held: dict[Key, None] = {}  # in the order in which they were read
+        self._unused: set[Key] = set()  # prefetched and not requested yet
+        self._awaited: set[Key] = set()  # of these, those whose layer was not called yet
 
     def __len__(self) -> int:
         """The number of experts held."""
@@ -97,27 +103,27 @@ class Residency:
         return key in self._held
 
     def call(self, layer: int, needed: Sequence[int]) -> tuple[list[Key], list[Load]]:
-        """Decides a call: what is held, to be used first, and what is to be fetched and used after that, in order."""
+        """Decides a call: the experts held, to be used first, and those to read and use after that, in order."""
         self.policy.record(layer, list(needed))
         keys = [(layer, expert) for expert in needed]
         hits = [key for key in keys if key in self._held]
         self.statistics.requests += len(keys)
         self.statistics.hits += len(hits)
         self.statistics.misses += len(keys) - len(hits)
-        self.statistics.useful += len(self._unasked.intersection(hits))
-        self._unasked.difference_update(hits)
+        self.statistics.useful += len(self._unused.intersection(hits))
+        self._unused.difference_update(hits)
         self._awaited = {key for key in self._awaited if key[0] != layer}
         misses = sorted((key for key in keys if key not in self._held), key=self.policy.rank)
-        if isinstance(self.policy, Belady):  # a bound, not a cache: it keeps what it likes
+        if isinstance(self.policy, Belady):  # a bound, not a cache: it may evict the expert that was just used
             return hits, [self._load(key, [*self._evictable(layer, False), key]) for key in misses]
-        passing = len(keys) > max(self._budget[layer], self._top_k)
-        return hits, [self._load(key, self._evictable(layer, passing)) for key in misses]
+        streams = len(keys) > max(self._budget[layer], self._top_k)
+        return hits, [self._load(key, self._evictable(layer, streams)) for key in misses]
 
     def prefetch(self, layer: int, experts: Sequence[int], needed: Sequence[Key]) -> list[Load]:
-        """Decides which of a layer's experts to fetch before they are asked for.
+        """Decides which of a layer's experts to read before they are requested.
 
-        They take the place of nothing that the current call needs, nor of what another prefetch brought for a layer
-        that is still to come; if nothing else is held, they are not fetched.
+        A prefetch never evicts an expert that the current call needs, nor one prefetched for a layer that was not
+        called yet; if there is no other, it is dropped.
         """
         loads = []
         for key in [(layer, expert) for expert in experts if (layer, expert) not in self._held]:
@@ -128,14 +134,14 @@ class Residency:
             loads.append(self._load(key, evictable))
             self.statistics.prefetched += 1
             self.statistics.prefetch_evictions += loads[-1].victim is not None
-            self._unasked.add(key)
+            self._unused.add(key)
             self._awaited.add(key)
         return loads
 
     def drop(self, key: Key) -> None:
-        """Takes note that an expert is not held after all: it was not read."""
-        self._held.pop(key, None)  # it may have made way already
-        self._unasked.discard(key)
+        """Removes an expert: it was evicted, or could not be read."""
+        self._held.pop(key, None)
+        self._unused.discard(key)
         self._awaited.discard(key)
 
     def _is_full(self, layer: int) -> bool:
@@ -143,10 +149,10 @@ class Residency:
             return sum(held == layer for held, _ in self._held) >= self._budget[layer]
         return len(self._held) >= self.capacity
 
-    def _evictable(self, layer: int, passing: bool) -> list[Key]:
-        """What may make way for an expert of a layer, whose call passes through its share of the cache or not."""
+    def _evictable(self, layer: int, streams: bool) -> list[Key]:
+        """The experts that may be evicted for one of a layer, whose call streams through its share or not."""
         own = [key for key in self._held if key[0] == layer]
-        if self._per_layer or (passing and len(own) >= max(1, self._budget[layer])):
+        if self._per_layer or (streams and len(own) >= max(1, self._budget[layer])):
             return own
         return [key for key in self._held if key not in self._awaited] or list(self._held)
 

@@ -1,18 +1,19 @@
-"""The expert store: a model on disk as one file for its backbone and one for each expert.
+"""The expert store: a model on disk, with one file for its backbone and one for each expert.
 
-    manifest.json                        run, config, how experts are used, size and SHA-256 of every file
+    manifest.json                        run, config, usage of experts, size and SHA-256 of every file
     backbone.safetensors                 everything but the experts
     expert_layer{L}_id{E}.safetensors    w1, w2, b1, b2 of one expert
     tokenizer/                           of the text that the model was trained on
 
-Every .safetensors file is valid as such, written by hand for the layout: the header is padded so that the data starts
-on a page, and an expert's tensors lie adjacent at multiples of 64 bytes, in the layout in which they are multiplied.
-One map of the file is then the expert, and its kernels give the same bits as with weights in memory of their own: a
-matrix product on misaligned weights may not.
+Every .safetensors file is valid, and written by hand for the layout: the header is padded so that the data starts on a
+page, and an expert's tensors are adjacent, at multiples of 64 bytes, in the layout in which they are multiplied. So a
+map of the file can be used as the expert, and gives the same bits as weights in allocated memory: a matrix product with
+misaligned weights may not.
 """
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +24,12 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dynaroute.config import Positive, Precision, Section, invalid
-from dynaroute.dwr.experts.mapping import PAGE, drop_from_page_cache, map_file
-from dynaroute.dwr.experts.precision import DTYPES, TensorEntry, decode, encode, stored_tensors
+from dynaroute.config import Precision, Section, invalid
+from dynaroute.dwr.experts.mapping import PAGE, Version, drop_from_page_cache, map_file
+from dynaroute.dwr.experts.precision import DTYPES, TensorEntry, dequantize, quantize, stored_tensors
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import output_directory, read_json, sha256, write_json
-from dynaroute.training.checkpoints import read_safetensors
 
 BACKBONE = "backbone.safetensors"
 MANIFEST = "manifest.json"
@@ -38,18 +38,18 @@ REMEDY = "run the stage export_experts again"
 
 
 class FileEntry(Section):
-    """What a file must be."""
+    """Size, hash and tensors of a file."""
 
-    bytes: Positive
+    bytes: Annotated[int, Field(gt=0)]
     sha256: str
     tensors: dict[str, TensorEntry]
 
 
 class Usage(Section):
-    """How experts are used on the validation split."""
+    """Usage of experts on the validation split."""
 
     load: list[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]]  # [L][E], share of the layer's assignments
-    transitions: list[list[list[Annotated[int, Field(ge=0)]]]]  # [L-1][E][E], tokens that use i of l and j of l + 1
+    transitions: list[list[list[Annotated[int, Field(ge=0)]]]]  # [L-1][E][E], tokens that use i in l and j in l + 1
 
 
 class Manifest(Section):
@@ -82,7 +82,7 @@ def _is_matrix(rows: Sequence[Sequence[float]], height: int, width: int) -> bool
 
 
 class _SkipInit(TorchFunctionMode):
-    """Leaves new parameters as they are. Initialising them on the meta device imports the compiler: over a second."""
+    """Skips the initialisation of parameters. On the meta device it would import the compiler: over a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -91,7 +91,7 @@ class _SkipInit(TorchFunctionMode):
 
 
 def model_without_weights(config: DWRConfig) -> DWRTransformer:
-    """The modules alone: parameters on the meta device have shapes and no memory."""
+    """A model with parameters on the meta device: they have shapes but no memory."""
     with torch.device("meta"), _SkipInit():
         return DWRTransformer(config)
 
@@ -109,12 +109,12 @@ def export_store(
     precision: Precision = "fp32",
     tokenizer: Path | None = None,
 ) -> None:
-    """Writes a model with resident float32 experts as a store; an older store is replaced as a whole.
+    """Writes a model with resident float32 experts as a store, in place of an older one.
 
     Args:
         model: the trained model.
-        run: identifies the training that made it; every file carries it.
-        usage: how experts are used, which some policies and prefetchers go by.
+        run: identifies its training; every file holds it.
+        usage: usage of experts, for some policies and prefetchers.
         path: the folder to write.
         precision: of the experts' weights on disk; the rest stays float32.
         tokenizer: the folder of the model's tokenizer, to be copied.
@@ -126,7 +126,7 @@ def export_store(
                 tensors = model.state_dict()
             else:
                 ((_, weights),) = model.layers[state["layer"]].moe.experts.fetch([state["expert"]])
-                tensors = encode(weights, precision)
+                tensors = quantize(weights, precision)
             with (folder / name).open("wb") as file:
                 file.write(safetensors_header(entries, state))
                 for tensor, entry in entries.items():
@@ -137,21 +137,25 @@ def export_store(
             shutil.copytree(tokenizer, folder / TOKENIZER)
         manifest = Manifest(format=3, run=run, config=model.config, precision=precision, usage=usage, files=files)
         write_json(folder / MANIFEST, manifest.model_dump())
-    for name in files:  # what was written lies in small pages; it is read in huge ones
+    for name in files:  # written in small pages, to be read in huge ones
         drop_from_page_cache(Path(path) / name)
 
 
 class ExpertStore:
     """Reads a store. Opening it checks everything but the weights; a file's SHA-256 is checked when it is first read.
 
+    An open store is one model. A file that was written to, replaced or linked since its SHA-256 was checked, which one
+    `fstat` tells, is checked again: reading gives the weights that the manifest named at opening, or fails. Files are
+    opened when they are read, not kept open: a large model has more experts than a process may have descriptors.
+
     Attributes:
-        run: the training that the weights are from.
+        run: the training of the weights.
         config: sizes of the model.
         precision: of the experts' weights on disk.
-        usage: how experts are used on the validation split.
+        usage: usage of experts on the validation split.
         num_experts: in all layers together.
         expert_bytes: weights of one expert in memory.
-        file_bytes: size of one expert's file, which is what one read reads.
+        file_bytes: size of one expert's file, all of which one read reads.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -168,10 +172,10 @@ class ExpertStore:
         self.num_experts = self.config.num_layers * self.config.num_experts
         self.expert_bytes = 4 * self.config.num_params_per_expert()
         self.file_bytes = manifest.files[expert_file(0, 0)].bytes
-        self._verified: set[str] = set()
+        self._read: dict[str, tuple[Version, bool]] = {}  # by file: version when hashed; whether later writes must show
         self._held: dict[tuple[int, int], Tensor] = {}  # files that `hold_in_memory` has read
-        self._places = _places(stored_tensors(self.config, self.precision))
-        # File names come from the config, never from the manifest, so nothing outside of the folder is ever opened.
+        self._places = _places(stored_tensors(self.config, self.precision), self.file_bytes)
+        # File names come from the config, not from the manifest, so nothing outside of the folder is ever opened.
         for name, (entries, state) in file_contents(self.config, self.run, self.precision).items():
             _check_file(self.path / name, manifest.files[name].bytes, entries, state)
 
@@ -181,14 +185,14 @@ class ExpertStore:
         Raises:
             DynarouteError: naming the first file that has changed.
         """
-        for name, entry in self._manifest.files.items():
-            self._check_sha256(name, self._map(name, entry.bytes))
+        for name in self._manifest.files:
+            self._map(name, recheck=True)
 
     def hold_in_memory(self) -> None:
-        """Reads all experts' files into memory, from which `map` then serves them: a GPU's host memory.
+        """Reads all experts' files into host memory, from which `map` then serves them.
 
-        Where there is CUDA the memory is page-locked, so that it is copied to a GPU as it is. It is one piece: an
-        allocator of page-locked memory rounds every piece up to a power of two.
+        With CUDA, the memory is page-locked for copies to the GPU. It is one block: the allocator of page-locked memory
+        rounds every block up to a power of two.
 
         Raises:
             DynarouteError: see `map`.
@@ -202,67 +206,77 @@ class ExpertStore:
         self._held = dict(zip(keys, memory, strict=True))
 
     def new_weights(self, device: str = "cpu") -> ExpertWeights:
-        """Uninitialised float32 weights of one expert, in one piece of memory and aligned as in a file."""
-        memory = torch.empty(PAGE + self.expert_bytes, dtype=torch.uint8, device=device)
-        return ExpertWeights(**_views(memory, _places(stored_tensors(self.config, "fp32"))))
+        """Uninitialised float32 weights of one expert, in one block of memory, aligned as in a file."""
+        memory = torch.empty(self.expert_bytes, dtype=torch.uint8, device=device)
+        return ExpertWeights(**_views(memory, _places(stored_tensors(self.config, "fp32"), self.expert_bytes)))
 
     def map(self, layer: int, expert: int) -> Tensor:
-        """An expert's file in memory, uint8 [file_bytes], without a copy; `views` finds the tensors in it.
+        """An expert's file in memory, uint8 [file_bytes], without a copy; `views` gives the tensors in it.
 
-        Any number of threads may map at a time. The memory goes with the last view of it.
+        Thread-safe. The memory is released with the last view of it.
 
         Raises:
-            DynarouteError: the file has gone or was truncated since the store was opened; or, when it is read for the
-                first time, it is not the one that was exported.
+            DynarouteError: the file is missing or truncated, or is not the one that was exported.
         """
         if (layer, expert) in self._held:
             return self._held[layer, expert]
+        return self._map(expert_file(layer, expert))
+
+    def is_modified(self, layer: int, expert: int) -> bool:
+        """Whether an expert's file was written to in place since `map` read it, so that older maps have changed.
+
+        A file that took its place does not count: maps keep the old one.
+        """
         name = expert_file(layer, expert)
-        content = self._map(name, self.file_bytes)
-        if name not in self._verified:
-            self._check_sha256(name, content)
-        return content
+        version, _ = self._read[name]
+        try:
+            found = os.stat(f"{self.path}/{name}")  # noqa: PTH116
+        except OSError:
+            return False
+        return found.st_ctime_ns != version.changed_ns and Version.of(found)[:2] == version[:2]
 
     def views(self, content: Tensor) -> dict[str, Tensor]:
-        """An expert's tensors, as they are stored, given all bytes of its file."""
+        """An expert's tensors, as stored, from the bytes of its file."""
         return _views(content, self._places)
 
     def read(self, layer: int, expert: int) -> ExpertWeights:
-        """One expert in memory of its own, as float32.
+        """A copy of one expert, as float32.
 
         Raises:
             DynarouteError: see `map`.
         """
-        decode(self.views(self.map(layer, expert)), weights := self.new_weights())
+        dequantize(self.views(self.map(layer, expert)), weights := self.new_weights())
         return weights
 
     def read_backbone(self) -> dict[str, Tensor]:
-        """Everything but the experts, by its name in the model, in memory.
+        """A copy of everything but the experts, by name in the model.
 
         Raises:
             DynarouteError: the file is not the one that was exported.
         """
-        self._check_sha256(BACKBONE, self._map(BACKBONE, self._manifest.files[BACKBONE].bytes))
-        tensors, _ = read_safetensors(self.path / BACKBONE)
-        return {name: tensor.clone() for name, tensor in tensors.items()}  # what was loaded is a map of the file
+        entry = self._manifest.files[BACKBONE]
+        views = _views(self._map(BACKBONE), _places(entry.tensors, entry.bytes))
+        return {name: tensor.clone() for name, tensor in views.items()}  # aligned, and not a map of the file
 
-    def _map(self, name: str, size: int) -> Tensor:
+    def _map(self, name: str, recheck: bool = False) -> Tensor:
+        """A file whose SHA-256 is the manifest's; hashed unless its version says that it is as it was when hashed."""
+        entry = self._manifest.files[name]
         try:
-            return map_file(self.path / name, size)
+            content, version = map_file(self.path / name, entry.bytes)
         except OSError as error:
             raise DynarouteError(f"{self.path / name}: cannot be read: {error.strerror}: {REMEDY}") from error
-
-    def _check_sha256(self, name: str, content: Tensor) -> None:
-        found, expected = hashlib.sha256(content.numpy()).hexdigest(), self._manifest.files[name].sha256
-        if found != expected:
-            raise DynarouteError(f"{self.path / name}: SHA-256 is {found}, not {expected}: {REMEDY}")
-        self._verified.add(name)
+        if recheck or self._read.get(name) != (version, True):
+            settled, found = version.is_settled(), hashlib.sha256(content.numpy()).hexdigest()
+            if found != entry.sha256:
+                raise DynarouteError(f"{self.path / name}: SHA-256 is {found}, not {entry.sha256}: {REMEDY}")
+            self._read[name] = version, settled
+        return content
 
 
 def file_contents(
     config: DWRConfig, run: str, precision: Precision
 ) -> dict[str, tuple[dict[str, TensorEntry], dict[str, Any]]]:
-    """For every file: its tensors in the order in which they are stored, and the state in its header."""
+    """For every file: its tensors in stored order, and the state in its header."""
     tensors = model_without_weights(config).state_dict()
     backbone = {
         name: TensorEntry(shape=list(tensor.shape), dtype="F32")
@@ -280,9 +294,9 @@ def file_contents(
 
 
 def safetensors_header(entries: dict[str, TensorEntry], state: dict[str, Any]) -> bytes:
-    """What precedes the data of a safetensors file: the length of a JSON text, and that text, padded with spaces.
+    """The start of a safetensors file: the length of a JSON text, and that text, padded with spaces.
 
-    The state is under one key, as in our checkpoints; the SHA-256 of these files is in the manifest.
+    The state is under one key, as in our checkpoints.
     """
     header: dict[str, Any] = {"__metadata__": {"state": json.dumps(state)}}
     end = 0
@@ -294,9 +308,9 @@ def safetensors_header(entries: dict[str, TensorEntry], state: dict[str, Any]) -
     return len(text).to_bytes(8, "little") + text
 
 
-def _places(entries: dict[str, TensorEntry]) -> list[tuple[str, slice, torch.dtype, Sequence[int]]]:
-    """Where an expert's tensors are in its file, whose header is one page; looked up at every read."""
-    places, end = [], PAGE
+def _places(entries: dict[str, TensorEntry], file_bytes: int) -> list[tuple[str, slice, torch.dtype, Sequence[int]]]:
+    """The place of each tensor at the end of a file. Computed once: it is needed at every read."""
+    places, end = [], file_bytes - sum(entry.num_bytes() for entry in entries.values())
     for name, entry in entries.items():
         begin, end = end, end + entry.num_bytes()
         places.append((name, slice(begin, end), DTYPES[entry.dtype], entry.shape))
@@ -325,7 +339,7 @@ def _read_manifest(path: Path) -> Manifest:
 
 
 def _check_file(path: Path, size: int, entries: dict[str, TensorEntry], state: dict[str, Any]) -> None:
-    """Checks a file's size and header, which is known to the byte."""
+    """Checks a file's size, and its header to the byte."""
     expected = safetensors_header(entries, state)
     try:
         with path.open("rb") as file:
@@ -340,7 +354,7 @@ def _check_file(path: Path, size: int, entries: dict[str, TensorEntry], state: d
 
 
 def _difference(found: bytes, expected: bytes) -> str:
-    """In words, the first difference between two headers."""
+    """The first difference between two headers, in words."""
     try:
         ours, theirs = (json.loads(text[8:]) for text in (expected, found))
         expected_state, state = (json.loads(entries.pop("__metadata__")["state"]) for entries in (ours, theirs))
@@ -352,4 +366,4 @@ def _difference(found: bytes, expected: bytes) -> str:
                 return f"tensor {name} is {theirs.get(name)}, not {ours.get(name)}"
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    return "its header is not the one that was exported"
+    return "its header is not the exported one"

@@ -2,7 +2,7 @@
 
 from dynaroute.reporting.dwr.results import CHECKPOINTS, Results
 from dynaroute.reporting.inputs import file_size
-from dynaroute.reporting.tables import count, published, size, table
+from dynaroute.reporting.tables import count, outcome, published, size, table
 
 
 def export(results: Results) -> str:
@@ -55,10 +55,7 @@ def inventory(results: Results) -> str:
 
 def properties(results: Results) -> str:
     """The outcome of every check that a stage made."""
-    rows = [
-        ["✓" if passed else "✗ **failed**", name.replace("_", " "), f"`{stage}`"]
-        for stage, name, passed in checks(results)
-    ]
+    rows = [[outcome(passed), name.replace("_", " "), f"`{stage}`"] for stage, name, passed in checks(results)]
     return (
         f"{table(['outcome', 'property', 'checked by stage'], rows)}\n\n"
         "Each line is what a check of this run's stages found. Shapes, schedules, decay groups, exact resumption and "
@@ -66,13 +63,11 @@ def properties(results: Results) -> str:
     )
 
 
-def checks(results: Results) -> list[tuple[str, str, bool]]:
-    """(stage, check, passed)."""
+def checks(results: Results) -> list[tuple[str, str, bool | None]]:
+    """(stage, check, passed, or None if not measured)."""
     records = {
         "train_dwr": results.training.summary,
         "export_experts": results.export,
         "benchmark_cache": results.cache_summary,
     }
-    return [
-        (stage, name, passed is True) for stage, record in records.items() for name, passed in record["checks"].items()
-    ]
+    return [(stage, name, passed) for stage, record in records.items() for name, passed in record["checks"].items()]

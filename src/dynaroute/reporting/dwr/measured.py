@@ -5,7 +5,7 @@ from typing import Any
 
 from dynaroute.reporting.dwr.results import MOE, Measurements, num_experts
 from dynaroute.reporting.inputs import Record, code_measured
-from dynaroute.reporting.tables import NONE, count, duration, figure, published, size, table
+from dynaroute.reporting.tables import NONE, count, duration, figure, outcome, published, size, table
 
 
 def measured_page(run: Record, measurements: Measurements, reference: Record) -> str:
@@ -78,10 +78,7 @@ def _cached(measurements: Measurements, total: int) -> str:
             "cold, the system forgot before every pass what was not in use. Peak memory is all that a fresh process "
             "held while decoding one prompt, Python and libraries included, and is measured with `lru` alone; "
             "anonymous is what it allocated, and experts mapped are the pages of expert files among the rest.",
-            *(
-                f"{'✓' if passed is True else '✗ **failed:**'} {name.replace('_', ' ')}."
-                for name, passed in checks.items()
-            ),
+            *(f"{outcome(passed)}: {name.replace('_', ' ')}." for name, passed in checks.items()),
         ]
     )
 

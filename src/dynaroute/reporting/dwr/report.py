@@ -70,7 +70,7 @@ def at_a_glance(results: Results) -> str:
         spread_sentence(results.training.router),
         collapse_sentence(results.training.router),
         hit_rate_sentence(results),
-        f"{sum(outcomes)} of {count(len(outcomes), 'check')} that the pipeline made passed.",
+        f"{outcomes.count(True)} of {count(len(outcomes), 'check')} that the pipeline made passed.",
     ]
     sizes = f"{summary['parameters']:,} parameters, {config['num_layers'] * config['num_experts']} experts"
     return "\n".join(f"- {line}" for line in (f"{sizes}, {course.last.tokens:,.0f} tokens trained on.", *lines))

@@ -1,0 +1,60 @@
+"""A program at a terminal or in a pipe: how it ends when the user, the disk or the reader of its output is at fault."""
+
+import contextlib
+import errno
+import io
+import os
+import select
+import signal
+import sys
+from collections.abc import Iterator
+
+from safetensors import SafetensorError
+
+from dynaroute.errors import DynarouteError
+
+# What no code can put right: a full or failing disk, and files that may not be written.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+CLOSED_PIPE = 128 + signal.SIGPIPE  # the status that a shell gives to a program that the signal ended
+
+
+@contextlib.contextmanager
+def program(name: str) -> Iterator[None]:
+    """Runs a program in its block. Characters that stdout cannot encode are printed as question marks.
+
+    Ends the process with status 1 and one line on stderr when the user or the disk is at fault, and with status 141
+    and nothing when the reader of stdout has closed it, as `head` does.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    status: str | int | None = None
+    try:
+        yield
+    except SystemExit as end:
+        status = end.code
+    except DynarouteError as error:
+        status = f"{name}: {error}"
+    except SafetensorError as error:  # of writing; those of reading are caught where it is known what is read
+        status = f"{name}: cannot write: {error}"
+    except OSError as error:
+        if error.errno == errno.EPIPE and _reader_is_gone():
+            status = CLOSED_PIPE
+        elif error.errno in DISK_ERRORS:
+            status = f"{name}: {f'{error.filename}: ' if error.filename else ''}{error.strerror}"
+        else:
+            raise
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it was closed before the start
+        try:
+            stream.flush()
+        except OSError as error:
+            # Python flushes once more at exit, and would complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            status = status or (CLOSED_PIPE if error.errno == errno.EPIPE else f"{name}: stdout: {error.strerror}")
+    if status:
+        sys.exit(status)
+
+
+def _reader_is_gone() -> bool:
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
