@@ -1,4 +1,4 @@
-# Two commands make everything: `make repro` and `make test`. Both create the environment on first use.
+# `make repro` runs the pipeline, `make test` the tests. Both create the environment on first use.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,37 +7,30 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: repro test lint benchmarks gpu faults recover env
 
-repro: env  ## run the default pipeline: reports/ and data/
+repro: env  ## the default pipeline: data/ and reports/
 	dvc repro
 
-test: env  ## the test suite
+test: env
 	pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-lint: env  ## style and formatting
+lint: env
 	ruff check .
 	ruff format --check .
 
-benchmarks: env  ## layers, peers and tokenization at the paper's sizes, into reports/benchmarks/ and the reports
+benchmarks: env  ## layers, peers and tokenization at the paper's sizes, and the pages that show them
 	dvc repro benchmarks/dvc.yaml
 	dvc repro --single-item --force report_cached_inference
 	dvc repro --single-item --force report_dagformer
 
-gpu: env  ## what takes a GPU, by gpu/params.yaml, into reports/gpu.md; what is done is not run again
-	@python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make gpu: PyTorch {torch.__version__} finds no \
-	CUDA device: nvidia-smi shows whether there is one, and up to which version of CUDA its driver goes")'
-	dvc repro --keep-going gpu/dvc.yaml || { cd gpu && python ../benchmarks/report_gpu.py; exit 1; }  # what there is so far
+gpu: env  ## what takes a GPU, by gpu/params.yaml; the page is made of what there is
+	dvc repro --keep-going gpu/dvc.yaml || { cd gpu && python ../benchmarks/report_gpu.py; exit 1; }
 
-faults: env  ## what kills, damage, odd input and full disks do, into docs/reliability.md: most of an hour (KILLS=108 CASES=720)
-	python faults/corruption.py --workspace .scratch/faults --cases $(or $(CASES),720)
-	python faults/inputs.py --workspace .scratch/faults --cases $(or $(CASES),720)
+faults: env  ## kills, full disks and damaged files, where allowed with the right to mount (docs/reliability.md)
 	$$(unshare --user --map-root-user --mount echo unshare --user --map-root-user --mount 2>/dev/null) \
-	  python faults/situations.py --workspace .scratch/faults
-	python faults/repeat.py --workspace .scratch/faults
-	python faults/kills.py --workspace .scratch/faults --kills $(or $(KILLS),108)
-	python faults/page.py
+	  pytest -m faults --numprocesses 2 tests/faults
 
-recover:  ## mend what a kill can leave: a cut dvc.lock, stale locks, a detached HEAD, half-written files
-	@sh recover.sh
+recover:  ## repair what a kill can leave: a cut dvc.lock, stale locks, a detached HEAD, half-written files
+	@sh scripts/recover.sh
 
 env: $(READY)
 

@@ -101,14 +101,14 @@ def test_a_slurm_job_is_requeued_at_its_time_limit_alone_and_ends_as_one_without
         held = ["flock", "--no-fork", str(lock)] if name == "other" else []
         bystanders.append(subprocess.Popen([*held, "sleep", "600"]))
         lock.write_text(str(bystanders[-1].pid))
-    job = limited.start("bash", "slurm/repro.sbatch", "train_dwr")
+    job = limited.start("bash", "scripts/repro.sbatch", "train_dwr")
     limited.wait_for_checkpoint(3)
     job.send_signal(signal.SIGTERM)  # as `scancel` does
     assert job.wait(timeout=60) == 143
     assert not requeued.exists()
     (checkpoint,) = limited.root.glob(".scratch/train_dwr/*/last.safetensors")
     saved = load_checkpoint(checkpoint)[1]["step"]
-    job = limited.start("bash", "slurm/repro.sbatch", "train_dwr")
+    job = limited.start("bash", "scripts/repro.sbatch", "train_dwr")
     limited.wait_for_checkpoint(saved + 3)
     job.send_signal(signal.SIGUSR1)  # as `--signal=B:USR1@900` does: to the batch script alone
     assert job.wait(timeout=60) == 0
@@ -118,7 +118,7 @@ def test_a_slurm_job_is_requeued_at_its_time_limit_alone_and_ends_as_one_without
         bystander.kill()
         bystander.wait()
     assert not (limited.root / "data/dwr/train").exists()
-    limited.run("bash", "slurm/repro.sbatch", "train_dwr")  # what Slurm does next
+    limited.run("bash", "scripts/repro.sbatch", "train_dwr")  # what Slurm does next
     assert requeued.read_text() == "requeue 17\n"
     one, other = undisturbed.lock()["train_dwr"]["outs"], limited.lock()["train_dwr"]["outs"]
     assert [o for o in one if "timing" not in o["path"]] == [o for o in other if "timing" not in o["path"]]
@@ -298,7 +298,7 @@ def test_every_script_explains_itself(finished):
 @pytest.mark.parametrize("committed", [True, False])
 def test_recover_mends_an_empty_lock_file_also_where_git_has_none(tmp_path, committed):
     workspace = Workspace(tmp_path)
-    shutil.copyfile(REPOSITORY / "recover.sh", tmp_path / "recover.sh")
+    shutil.copyfile(REPOSITORY / "scripts/recover.sh", tmp_path / "recover.sh")
     workspace.run("git", "init", "-q")
     if committed:
         (tmp_path / "dvc.lock").write_text("schema: '2.0'\n")
@@ -342,7 +342,7 @@ def test_a_lock_file_cut_off_at_a_line_end_is_mended_or_only_costs_runs(finished
 
 def test_recover_waits_for_no_lock_but_that_of_a_stage_at_work_also_of_the_gpu_pipeline(tmp_path):
     workspace = Workspace(tmp_path)
-    script = (REPOSITORY / "recover.sh").read_text()
+    script = (REPOSITORY / "scripts/recover.sh").read_text()
     (tmp_path / "recover.sh").write_text(script.replace("--timeout 60", "--timeout 0.1"))
     workspace.run("git", "init", "-q")
     lock = tmp_path / "gpu/.scratch/running_train_dwr/lock"
@@ -360,7 +360,7 @@ def test_recover_waits_for_no_lock_but_that_of_a_stage_at_work_also_of_the_gpu_p
 def one_stage(tmp_path) -> Workspace:
     """A repository with one stage, which says that it has started and ends when it is told to."""
     workspace = Workspace(tmp_path)
-    for name in ("Makefile", "recover.sh", "slurm/repro.sbatch"):
+    for name in ("Makefile", "scripts/recover.sh", "scripts/repro.sbatch"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(REPOSITORY / name, tmp_path / name)
     command = "touch started; until [ -e go ]; do sleep 0.05; done; echo trained > weights"
@@ -379,28 +379,28 @@ def test_nothing_takes_the_locks_of_a_dvc_that_hashes_what_was_trained(one_stage
     stage = psutil.Process(first.pid).children()[0]
     wait_until(lambda: stage.status() == psutil.STATUS_ZOMBIE)
     if mended_by == "make recover":
-        refused = one_stage.run("sh", "recover.sh", check=False)
+        refused = one_stage.run("sh", "scripts/recover.sh", check=False)
     else:
         if mended_by == "a job that starts again":
             one_stage.environment["SLURM_RESTART_COUNT"] = "1"
-        refused = one_stage.run("bash", "slurm/repro.sbatch", check=False)
+        refused = one_stage.run("bash", "scripts/repro.sbatch", check=False)
     first.send_signal(signal.SIGCONT)
     assert first.wait(60) == 0
     assert "train" in read_yaml(tmp_path / "dvc.lock")["stages"]
     assert refused.returncode
     named = f"process {first.pid} is at work: " in refused.stdout + refused.stderr
     assert named == (mended_by != "a job that starts")
-    assert ("nothing was mended" in refused.stdout) == (mended_by == "a job that starts again")
+    assert ("nothing was repaired" in refused.stdout) == (mended_by == "a job that starts again")
 
 
 def test_recover_refuses_where_the_lock_of_dvc_is_held_by_another_machine(one_stage, tmp_path):
     lock = tmp_path / ".dvc/tmp/lock"
     lock.write_text(" 17\n")
-    one_stage.run("sh", "recover.sh")
+    one_stage.run("sh", "scripts/recover.sh")
     lock.write_text(" 17\n")
     with lock.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        refused = one_stage.run("sh", "recover.sh", check=False)
+        refused = one_stage.run("sh", "scripts/recover.sh", check=False)
     assert refused.returncode
     assert refused.stdout.startswith(".dvc/tmp/lock: process 17, on another machine, is at work")
     assert lock.exists()
@@ -408,12 +408,12 @@ def test_recover_refuses_where_the_lock_of_dvc_is_held_by_another_machine(one_st
 
 def test_a_job_that_slurm_starts_again_mends_what_its_dead_node_left(one_stage, tmp_path):
     (tmp_path / "go").touch()
-    one_stage.run("bash", "slurm/repro.sbatch")
+    one_stage.run("bash", "scripts/repro.sbatch")
     (tmp_path / ".dvc/tmp/rwlock").write_text("")  # cut off
     (tmp_path / "weights").unlink()
-    assert one_stage.run("bash", "slurm/repro.sbatch", check=False).returncode  # it might be another job's
+    assert one_stage.run("bash", "scripts/repro.sbatch", check=False).returncode  # it might be another job's
     one_stage.environment["SLURM_RESTART_COUNT"] = "1"
-    one_stage.run("bash", "slurm/repro.sbatch")
+    one_stage.run("bash", "scripts/repro.sbatch")
     assert (tmp_path / "weights").read_text() == "trained\n"
 
 
@@ -427,7 +427,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("own", [False, True])
 def test_recover_puts_git_back_on_the_branch_that_a_killed_experiment_left(tmp_path, own):
     workspace = Workspace(tmp_path)
-    shutil.copyfile(REPOSITORY / "recover.sh", tmp_path / "recover.sh")
+    shutil.copyfile(REPOSITORY / "scripts/recover.sh", tmp_path / "recover.sh")
     workspace.run("git", "init", "-q", "-b", "work")
     workspace.commit("first")
     (tmp_path / "notes").write_text("mine")

@@ -1,7 +1,7 @@
 #!/bin/sh
-# What `make recover` does: mends what a killed stage, `dvc repro` or `dvc exp run` can leave.
+# `make recover`: repairs what a killed stage, `dvc repro` or `dvc exp run` can leave. Run from the repository's root.
 
-# A stage that outlived its DVC still writes: nothing may be mended under it.
+# A stage that outlived its DVC still writes: nothing may be repaired under it.
 for lock in .scratch/running_*/lock gpu/.scratch/running_*/lock; do
   if [ -s "$lock" ] && command -v flock >/dev/null && ! flock --timeout 60 "$lock" true; then
     echo "$lock: process $(cat "$lock") is at work: wait for it, or stop it"
@@ -49,7 +49,7 @@ git update-ref -d refs/exps/stash 2>/dev/null
 git reset --quiet -- .dvc/tmp/repro.dat 2>/dev/null
 rm -f .dvc/tmp/repro.dat
 
-# Cut off within a line, or so that DVC refuses it. Git's goes there, if it has one. What else a cut takes, DVC does again.
+# A lock file cut within a line, or refused by DVC, is replaced by git's. Stages missing from any other run again.
 for lock in dvc.lock corpora/dvc.lock gpu/dvc.lock; do
   if [ -e $lock ] && [ "$(git status --porcelain -- $lock 2>&1)" ] && {
     [ "$(tail -c 1 $lock | wc -l)" -ne 1 ] || dvc stage list ${lock%lock}yaml 2>&1 | grep -q "dvc.lock' validation failed"
