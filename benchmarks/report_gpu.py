@@ -9,12 +9,12 @@ Writes  ../reports/gpu.md
 from dynaroute.config import Settings
 from dynaroute.pipeline.artifacts import write_text
 from dynaroute.pipeline.stage import run
-from dynaroute.reporting.gpu import page, read_results
+from dynaroute.reporting.gpu import page
 
 
 def main(settings: Settings) -> None:
     """Makes the page."""
-    write_text("../reports/gpu.md", page(read_results(), settings.device, settings.dwr.also_validate_on))
+    write_text("../reports/gpu.md", page(settings.device))
 
 
 if __name__ == "__main__":
