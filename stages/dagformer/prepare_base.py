@@ -46,8 +46,8 @@ def main(settings: Settings) -> None:
     dagformer = settings.dagformer
     precision = "fp32" if isinstance(dagformer.base, LoadedBase) else dagformer.base.training.precision
     accelerator = make_accelerator(settings.device, precision)  # first: it gives each process its own GPU
-    tokens, check = Path("data/tokens") / dagformer.corpus, accelerator.is_main_process
-    shards = {split: TokenShards(tokens, split, check) for split in KEYS}
+    tokens = Path("data/tokens") / dagformer.corpus
+    shards = {split: TokenShards(tokens, split) for split in KEYS}
     dagformer_windows(shards, dagformer)  # refuses too few for encode_windows now, and not after a pretraining
     dtype = compute_dtype(settings.device, dagformer.precision)
     identity = {
@@ -61,7 +61,7 @@ def main(settings: Settings) -> None:
     }
     report = {"run": run_id(identity), "kind": dagformer.base.kind, "dtype": identity["dtype"]}
     if isinstance(dagformer.base, LoadedBase):
-        if not check:
+        if not accelerator.is_main_process:
             return
         model, history, timing = load_existing(settings, shards["train"], dtype)
     else:

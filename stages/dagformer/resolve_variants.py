@@ -9,10 +9,8 @@ Writes  data/dagformer/variants/<id>.yaml  on which `train_dagformer@<id>` depen
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from dynaroute.config import Settings
-from dynaroute.pipeline.artifacts import output_directory
+from dynaroute.pipeline.artifacts import output_directory, write_yaml
 from dynaroute.pipeline.stage import run
 
 
@@ -30,7 +28,7 @@ def write_knobs(directory: Path, knobs: dict[str, dict[str, Any]]) -> None:
     """Writes a file for each name."""
     with output_directory(directory) as folder:
         for name, own in knobs.items():
-            YAML(typ="safe").dump(own, folder / f"{name}.yaml")
+            write_yaml(folder / f"{name}.yaml", own)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from dynaroute.config import Settings, Variant, read_yaml
+from dynaroute.config import Settings, Variant
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.encoders import load_embeddings
 from dynaroute.dagformer.graph import DagForward
@@ -33,7 +33,7 @@ from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.windows import Subset
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import checked, output_directory, sha256, write_csv, write_json
+from dynaroute.pipeline.artifacts import output_directory, read_record, sha256, write_csv, write_json
 from dynaroute.pipeline.machine import describe_machine, peak_memory
 from dynaroute.pipeline.scratch import run_id, scratch_folder
 from dynaroute.pipeline.stage import run
@@ -55,12 +55,12 @@ def main(settings: Settings, name: str) -> None:
     dagformer = settings.dagformer
     start, variant = read_variant(name)
     accelerator = make_accelerator(settings.device, "fp32")  # first: it gives each process its own GPU
-    tokens, check = Path("data/tokens") / dagformer.corpus, accelerator.is_main_process
-    shards = {split: TokenShards(tokens, split, check) for split in ("train", "validation")}
+    tokens = Path("data/tokens") / dagformer.corpus
+    shards = {split: TokenShards(tokens, split) for split in ("train", "validation")}
     windows = {split: Windows(own, dagformer.seq_len, keep_tail=False) for split, own in shards.items()}
     training = Subset(windows["train"], dagformer.train_windows)
     validation = Subset(windows["validation"], dagformer.validation_windows)
-    embeddings = load_embeddings(DATA / "embeddings/training", check)
+    embeddings = load_embeddings(DATA / "embeddings/training")
     joint = variant.base_lr > 0
     frozen = load_base(DATA / "base", settings.device)
     base_before = fingerprint(frozen)
@@ -180,7 +180,7 @@ def read_variant(name: str) -> tuple[str, Variant]:
         DynarouteError: the file is missing or damaged.
     """
     path = DATA / "variants" / f"{name}.yaml"
-    knobs = read_yaml(checked(path))
+    knobs = read_record(path)
     try:
         start = knobs.pop("from")
         return start, Variant.model_validate(knobs)

@@ -25,7 +25,7 @@ from dynaroute.dwr.experts.precision import round_experts, stored_tensors
 from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import checked, read_json, write_json
+from dynaroute.pipeline.artifacts import read_record, write_json
 from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 
@@ -114,7 +114,7 @@ def load_trained() -> tuple[DWRTransformer, str]:
     Raises:
         DynarouteError: a file of the training is missing or damaged.
     """
-    record = read_json(TRAINED / "run.json")
+    record = read_record(TRAINED / "run.json")
     try:
         config, identifier = DWRConfig.model_validate(record["config"]), record["run"]
     except (KeyError, TypeError, ValidationError) as error:
@@ -133,7 +133,7 @@ def read_expert_load(path: Path, config: DWRConfig) -> list[list[float]]:
         DynarouteError: the report is missing, or not of a model of this size.
     """
     try:
-        with checked(path).open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8", newline="") as file:
             load = {(int(row["layer"]), int(row["expert"])): float(row["load"]) for row in csv.DictReader(file)}
         return [[load[layer, expert] for expert in range(config.num_experts)] for layer in range(config.num_layers)]
     except OSError as error:

@@ -38,7 +38,7 @@ def main(settings: Settings) -> None:
     dwr = settings.dwr
     torch.set_num_threads(settings.num_threads)
     accelerator = make_accelerator(settings.device, dwr.training.precision)
-    shards = open_tokens(dwr.corpus, check=accelerator.is_main_process)
+    shards = open_tokens(dwr.corpus)
     training = Windows(shards["train"], dwr.max_seq_len, keep_tail=False)
     validation, test = (Windows(shards[split], dwr.max_seq_len, keep_tail=True) for split in ("validation", "test"))
     trainer, identity = make_trainer(settings, dwr, accelerator, shards["train"], training, validation, "train_dwr")

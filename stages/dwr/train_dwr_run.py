@@ -15,14 +15,14 @@ from pydantic import ValidationError
 
 from dynaroute.analysis.replay import replay
 from dynaroute.analysis.traces import Trace, record_routing, uniform_trace
-from dynaroute.config import DWRRun, Settings, read_yaml
+from dynaroute.config import DWRRun, Settings
 from dynaroute.data.tokens.shards import Windows
 from dynaroute.data.tokens.windows import Selection, Subset, evenly_spaced
 from dynaroute.dwr.experts.policies import LRU, Belady, NextUse
 from dynaroute.dwr.experts.residency import Residency, nearest_a_third
 from dynaroute.dwr.training import make_trainer, open_tokens
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import checked, write_json
+from dynaroute.pipeline.artifacts import read_record, write_json
 from dynaroute.pipeline.scratch import run_id
 from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
@@ -36,7 +36,7 @@ def main(settings: Settings, name: str) -> None:
     torch.set_num_threads(settings.num_threads)
     dwr, section = read_run(name), f"dwr_runs.{name}"
     accelerator = make_accelerator(settings.device, dwr.training.precision)
-    shards = open_tokens(dwr.corpus, check=accelerator.is_main_process)
+    shards = open_tokens(dwr.corpus)
     training = Subset(Windows(shards["train"], dwr.max_seq_len, keep_tail=False), dwr.train_windows, section)
     held_out = {split: Windows(shards[split], dwr.max_seq_len, keep_tail=True) for split in ("validation", "test")}
     validation = Subset(held_out["validation"], dwr.validation_windows, section)
@@ -104,7 +104,7 @@ def read_run(name: str) -> DWRRun:
     """
     path = Path("data/dwr/runs") / f"{name}.yaml"
     try:
-        return DWRRun.model_validate(read_yaml(checked(path)))
+        return DWRRun.model_validate(read_record(path))
     except ValidationError as error:
         raise DynarouteError(f"{path}: not the knobs of a run: run resolve_variants again") from error
 

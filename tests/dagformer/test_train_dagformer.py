@@ -14,7 +14,7 @@ from test_objective import STEPS, make, make_variant, validate
 
 from dynaroute.config import load_settings
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import read_json, sha256, write_json
+from dynaroute.pipeline.artifacts import read_record, sha256, write_json
 from dynaroute.training.checkpoints import load_checkpoint
 
 
@@ -85,8 +85,8 @@ def test_a_variant_is_trained_on_the_base_in_the_dtype_that_is_recorded(tmp_path
     dagformer = settings.dagformer.model_copy(update=sizes)
     train_dagformer.main(settings.model_copy(update={"dagformer": dagformer, "num_threads": 1}), "V")
 
-    assert read_json("data/dagformer/V/run.json")["identity"]["base_dtype"] == dtype
-    report = read_json("reports/dagformer/V/training.json")
+    assert read_record("data/dagformer/V/run.json")["identity"]["base_dtype"] == dtype
+    report = read_record("reports/dagformer/V/training.json")
     assert report["steps"] == STEPS
     assert all(report["checks"].values())
     tensors, _ = load_checkpoint(Path("data/dagformer/V/last.safetensors"))

@@ -115,22 +115,6 @@ def test_a_launcher_that_is_not_there_is_named(tmp_path):
     assert done.stderr == f"{expected}No such file or directory\n"
 
 
-def test_a_damaged_shard_stops_two_processes_by_name_before_they_train(tmp_path):
-    """Only the main process looks at all bits."""
-    root = make_tree(tmp_path / "tree")
-    shard = root / "data/tokens/docs/train-00000.npy"
-    data = bytearray(shard.read_bytes())
-    data[-2] ^= 1
-    shard.write_bytes(data)
-    set_launcher(root, [str(Path(sys.executable).with_name("torchrun")), *TORCHRUN[3:]])
-    done = run(root, PYTHON, "train_dwr", check=False)
-    assert done.returncode == 1
-    assert done.stderr.count("train_dwr: data/tokens/docs/train-00000.npy: SHA-256 is ") == 1
-    assert done.stderr.endswith("\ntorchrun: the process of rank 0 ended with status 1\n")
-    assert "Traceback" not in done.stderr
-    assert not (root / ".scratch/train_dwr").exists()
-
-
 def test_fewer_windows_to_validate_on_than_processes_are_refused_before_training(tmp_path):
     root = make_tree(tmp_path / "tree")
     write_tokens(root / "data/tokens/docs", VOCABULARY, train=[[1] * 1700], validation=[[1] * 15], test=[[1] * 200])

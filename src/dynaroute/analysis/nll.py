@@ -20,7 +20,6 @@ from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import IGNORED_TARGET, TokenShards
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import checked
 
 if TYPE_CHECKING:
     from dynaroute.dagformer.predictor import StructurePredictor
@@ -154,7 +153,7 @@ def read_nll(path: Path, protocol: str) -> dict[str, np.ndarray]:
         DynarouteError: the file is missing or lacks what is asked for.
     """
     try:
-        with checked(path).open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["protocol"] == protocol]
         found = {mode: np.array([float(row[f"nll_{mode}"]) for row in rows]) for mode in ("soft", "hard", "baseline")}
     except OSError as error:
@@ -175,7 +174,7 @@ def check_same_baseline(paths: list[Path]) -> None:
     expected = None
     for path in paths:
         try:
-            with checked(path).open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8", newline="") as file:
                 found = [tuple(row[name] for name in BASELINE_COLUMNS) for row in csv.DictReader(file)]
         except OSError as error:
             raise DynarouteError(f"{path}: cannot be read: {error.strerror}: run the stage evaluate_nll") from error

@@ -13,7 +13,7 @@ from dynaroute.data.tokens.shards import IGNORED_TARGET, Windows
 from dynaroute.data.tokens.windows import evenly_spaced
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import checked, output_directory, read_json, write_json
+from dynaroute.pipeline.artifacts import output_directory, read_record, write_json
 
 BATCH = 16  # windows
 
@@ -97,11 +97,11 @@ def load_trace(path: str | Path) -> Trace:
     for name in ("experts", "lookahead"):
         file = path / f"{name}.npy"
         try:
-            with checked(file).open("rb") as content:
+            with file.open("rb") as content:
                 arrays[name] = np.lib.format.read_array(content, allow_pickle=False)
         except (OSError, ValueError, TokenError) as error:
             raise DynarouteError(f"{file}: missing or damaged: {error}: run the stage trace_routing again") from error
-    return Trace(read_json(path / "metadata.json")["run"], **arrays)
+    return Trace(read_record(path / "metadata.json")["run"], **arrays)
 
 
 def _as_uint16(parts: list[Tensor]) -> np.ndarray:

@@ -14,7 +14,6 @@ from dynaroute.config import PretrainedBase
 from dynaroute.dagformer.pretrained import load_model
 from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import checked
 
 if TYPE_CHECKING:
     from transformers import Olmo2ForCausalLM  # at run time where a base is made or loaded: slow to import
@@ -59,7 +58,6 @@ def load_base(path: str | Path, device: str, revision: str | None = None) -> "Ol
     if isinstance(path, Path):
         if not (path / "config.json").is_file():
             raise DynarouteError(f"{path}: no base model: run the stage prepare_base")
-        checked(path)
         return load_model(str(path), AutoModelForCausalLM, path, device, "auto")
     return load_model(str(path), AutoModelForCausalLM, path, device, torch.float32, revision)
 

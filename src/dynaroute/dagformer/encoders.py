@@ -6,7 +6,6 @@ protocol needs it `test_prefix.npy`, of the same windows but from their first to
     B batch   t tokens read of a window   E embedding
 """
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from tokenize import TokenError
@@ -22,7 +21,7 @@ from dynaroute.dagformer.pretrained import load_model, load_tokenizer
 from dynaroute.data.tokens.tokenizers import Tokenizer
 from dynaroute.data.tokens.windows import Selection
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import checked, move_directory, read_json, read_note, sha256, write_json, write_note
+from dynaroute.pipeline.artifacts import move_directory, read_record, sha256, write_json
 from dynaroute.pipeline.scratch import discard
 
 if TYPE_CHECKING:
@@ -139,7 +138,7 @@ def load_encoder(
     if isinstance(settings, BaseEncoder):
         if not (Path(base) / "config.json").is_file():
             raise DynarouteError(f"{base}: no base model: run the stage prepare_base")
-        return BaseStates(load_model(str(base), AutoModelForCausalLM, checked(base), device, "auto").base_model)
+        return BaseStates(load_model(str(base), AutoModelForCausalLM, base, device, "auto").base_model)
     name = f"dagformer.encoder.path: {settings.path}" + (f" at {settings.revision}" if settings.revision else "")
     model = load_model(name, AutoModel, settings.path, device, dtype, settings.revision)
     return TextEncoder(model, load_tokenizer(name, settings.path, settings.revision), corpus, name)
@@ -170,45 +169,36 @@ def write_embeddings(
     """
     scratch = Path(scratch)
     folder, note = scratch / "embeddings", scratch / "progress.json"
-    # By file, how many of its windows are on disk, and the SHA-256 of their vectors.
-    done: dict[str, tuple[int, str]] = read_note(note) if note.exists() and folder.is_dir() else {}
+    # By file, how many of its windows are on disk.
+    done: dict[str, int] = read_record(note)["windows"] if note.exists() and folder.is_dir() else {}
     folder.mkdir(exist_ok=True)
     parts = {split: (own, own.seq_len) for split, own in windows.items()}
     if prefix_tokens is not None:
         parts |= {f"{split}_prefix": (own, prefix_tokens) for split, own in windows.items()}
     total, files = sum(len(own) for own, _ in parts.values()), {}
     # A progress bar is shown on a terminal only.
-    with tqdm(
-        total=total, initial=sum(windows for windows, _ in done.values()), desc="encode", unit="win", disable=None
-    ) as progress:
+    with tqdm(total=total, initial=sum(done.values()), desc="encode", unit="win", disable=None) as progress:
         for name, (own, tokens_read) in parts.items():
             path = folder / f"{name}.npy"
-            for state in _write_vectors(path, encoder, own, tokens_read, done.get(name), progress):
-                done[name] = state
-                write_note(note, done)
+            for on_disk in _write_vectors(path, encoder, own, tokens_read, done.get(name, 0), progress):
+                done[name] = on_disk
+                write_json(note, {"windows": done})
             files[name] = {
                 "file": path.name, "windows": len(own), "tokens_read": tokens_read, "sha256": sha256(path),
             }  # fmt: skip
     metadata = identity | {"embedding_size": encoder.embedding_size, "files": files}
     write_json(folder / "metadata.json", metadata)
-    move_directory(folder, directory, {file["file"]: file["sha256"] for file in files.values()})
+    move_directory(folder, directory)
     discard(scratch)
 
 
 def _write_vectors(
-    path: Path, encoder: Encoder, windows: Selection, tokens_read: int, noted: tuple[int, str] | None, progress: tqdm
-) -> Iterator[tuple[int, str]]:
-    """Writes the vectors of the windows after those noted; yields, now and then and at the end, what is to be noted."""
+    path: Path, encoder: Encoder, windows: Selection, tokens_read: int, done: int, progress: tqdm
+) -> Iterator[int]:
+    """Writes the vectors of the windows from number `done` on; yields now and then how many are on disk."""
     shape = len(windows), encoder.embedding_size
-    done, expected = noted or (0, "")
-    digest = hashlib.sha256()
-    if done:
-        vectors = _reopen(path, shape)
-        digest.update(vectors[:done])
-        if digest.hexdigest() != expected:
-            raise DynarouteError(f"{path}: damaged: remove {path.parents[1]} to begin anew")
-    else:  # millions of windows need not fit into memory
-        vectors = np.lib.format.open_memmap(path, "w+", "<f4", shape)
+    # A memory map: millions of windows need not fit into memory.
+    vectors = _reopen(path, shape) if done else np.lib.format.open_memmap(path, "w+", "<f4", shape)
     size = max(1, BATCH_TOKENS // tokens_read)
     flushed = done
     for start in range(done, len(windows), size):
@@ -218,12 +208,11 @@ def _write_vectors(
         if not np.isfinite(encoded).all():
             raise DynarouteError(f"the encoder gives numbers that are not finite for windows {start} to {indices[-1]}")
         vectors[start : indices[-1] + 1] = encoded
-        digest.update(encoded.astype("<f4"))
         progress.update(len(indices))
         if indices[-1] + 1 >= min(flushed + NOTE_WINDOWS, len(windows)):
             vectors.flush()
             flushed = indices[-1] + 1
-            yield flushed, digest.hexdigest()
+            yield flushed
 
 
 def _reopen(path: Path, shape: tuple[int, int]) -> np.memmap:
@@ -237,12 +226,8 @@ def _reopen(path: Path, shape: tuple[int, int]) -> np.memmap:
     raise DynarouteError(f"{path}: damaged: {found}: remove {path.parents[1]} to begin anew")
 
 
-def load_embeddings(directory: str | Path, check: bool = True) -> dict[str, np.ndarray]:
+def load_embeddings(directory: str | Path) -> dict[str, np.ndarray]:
     """Embeddings by the names of their files.
-
-    Args:
-        directory: the folder.
-        check: false where another process checks all bits.
 
     Returns:
         float32 [windows, E] each, mapped copy on write: torch takes them as they are, and no file can change.
@@ -251,19 +236,14 @@ def load_embeddings(directory: str | Path, check: bool = True) -> dict[str, np.n
         DynarouteError: naming the file that is missing, damaged or not what metadata.json says.
     """
     directory = Path(directory)
-    metadata = read_json(directory / "metadata.json")
-    try:
-        size, files = metadata["embedding_size"], metadata["files"]
-        if any(Path(name).name != name for name in files):
-            raise KeyError("names of files with a folder in them")
-        return {name: _open_vectors(directory / f"{name}.npy", own["windows"], size, own["sha256"] if check else None)
-                for name, own in files.items()}  # fmt: skip
-    except (AttributeError, KeyError, TypeError) as error:
-        path = directory / "metadata.json"
-        raise DynarouteError(f"{path}: damaged: {error}: run the stage encode_windows again") from error
+    metadata = read_record(directory / "metadata.json")
+    size, files = metadata["embedding_size"], metadata["files"]
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
+        raise DynarouteError(f"{directory / 'metadata.json'}: damaged: files must be a mapping of plain file names")
+    return {name: _open_vectors(directory / f"{name}.npy", own["windows"], size) for name, own in files.items()}
 
 
-def _open_vectors(path: Path, windows: int, size: int, expected: str | None) -> np.ndarray:
+def _open_vectors(path: Path, windows: int, size: int) -> np.ndarray:
     try:
         vectors = np.lib.format.open_memmap(path, mode="c")  # .npy alone, and never a pickle
     except (OSError, ValueError, TokenError) as error:
@@ -271,6 +251,4 @@ def _open_vectors(path: Path, windows: int, size: int, expected: str | None) -> 
     if vectors.dtype != "<f4" or vectors.shape != (windows, size):
         found = f"{vectors.dtype} {vectors.shape}"
         raise DynarouteError(f"{path}: {found}, but metadata.json says float32 {(windows, size)}")
-    if expected is not None and (found := sha256(path)) != expected:
-        raise DynarouteError(f"{path}: SHA-256 is {found}, not {expected}: run the stage encode_windows again")
     return vectors.view(np.ndarray)

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from dynaroute.config import Variant
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import read_json
+from dynaroute.pipeline.artifacts import read_record
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 
 
@@ -19,7 +19,7 @@ def load_predictor(folder: Path, device: str) -> tuple[dict[str, Any], Structure
         DynarouteError: a file is missing or damaged, or they are not of one run.
     """
     path, weights = folder / "run.json", folder / "predictor.safetensors"
-    record = read_json(path)
+    record = read_record(path)
     tensors, state = load_checkpoint(weights)
     try:
         variant = Variant.model_validate(record["knobs"])

@@ -17,22 +17,22 @@ from dynaroute.pipeline.scratch import run_id, scratch_folder
 from dynaroute.training.loop import Trainer, steps_in_epochs
 
 
-def open_tokens(corpus: str, check: bool) -> dict[str, TokenShards]:
-    """The splits train, validation and test of a tokenized corpus, by name; `check`: see `TokenShards`.
+def open_tokens(corpus: str) -> dict[str, TokenShards]:
+    """The splits train, validation and test of a tokenized corpus, by name.
 
     Raises:
         DynarouteError: a file is missing or damaged.
     """
-    return {split: TokenShards(Path("data/tokens") / corpus, split, check) for split in ("train", "validation", "test")}
+    return {split: TokenShards(Path("data/tokens") / corpus, split) for split in ("train", "validation", "test")}
 
 
-def other_windows(corpus: str, trained: TokenShards, seq_len: int, check: bool) -> Windows:
+def other_windows(corpus: str, trained: TokenShards, seq_len: int) -> Windows:
     """All of the training split of a corpus that is not trained on.
 
     Raises:
         DynarouteError: its tokens are missing, damaged, or another tokenizer's than those that are trained on.
     """
-    shards = TokenShards(Path("data/tokens") / corpus, "train", check)
+    shards = TokenShards(Path("data/tokens") / corpus, "train")
     folders = (split.directory / "tokenizer" for split in (shards, trained))
     own, expected = ([sha256(path) for path in sorted(folder.glob("*"))] for folder in folders)
     if own != expected:
@@ -68,8 +68,7 @@ def make_trainer(
     """
     sizes = dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"})
     config = DWRConfig(vocab_size=shards.padded_vocab_size, **sizes)
-    check = accelerator.is_main_process
-    others = {corpus: other_windows(corpus, shards, dwr.max_seq_len, check) for corpus in dwr.also_validate_on}
+    others = {corpus: other_windows(corpus, shards, dwr.max_seq_len) for corpus in dwr.also_validate_on}
     identity = {
         "dwr": dwr.model_dump(),
         "seed": settings.seed,

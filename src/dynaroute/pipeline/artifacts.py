@@ -1,24 +1,26 @@
-"""Results on disk: written whole or not at all, and read back as they were written, or with an error that names them.
+"""Results on disk: written whole or not at all, and read with errors that name the file.
 
-A folder that a stage wrote holds the SHA-256 of its files in checksums.json; of single files dvc.lock has the MD5.
+DVC records the MD5 of every output and notices later changes; readers here do not hash again. docs/reliability.md says
+which damage is detected when.
 """
 
 import contextlib
 import csv
 import errno
-import functools
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dynaroute.errors import DynarouteError
 
-CHECKSUMS = "checksums.json"
-REMEDY = "run the stage that makes it again"
+REMEDY = "delete it and run the stage that writes it again"
 
 
 def flush(path: Path) -> None:
@@ -32,10 +34,10 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def output_file(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which takes its place when the block succeeds and goes when it fails."""
+    """Yields a temporary path beside `path`, which replaces it when the block succeeds and is removed when it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # the same name always: what a kill left is written over
+    temporary = path.with_name(f".{path.name}.tmp")  # always the same name, so the next run overwrites what a kill left
     try:
         yield temporary
         flush(temporary)
@@ -47,60 +49,38 @@ def output_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def output_directory(path: str | Path) -> Iterator[Path]:
-    """Yields an empty temporary folder that takes the place of `path`, old content and all, when the block succeeds."""
+    """Yields an empty temporary folder that replaces `path`, old content and all, when the block succeeds."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # the same name always: what a kill left is removed
+    temporary = path.with_name(f".{path.name}.tmp")  # always the same name, so the next run removes what a kill left
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        _complete(temporary, {})
-        _take_place(temporary, path)
+        _replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def move_directory(folder: str | Path, path: str | Path, known: Mapping[str, str]) -> None:
-    """Moves a finished folder to `path`, whose old content goes; it may lie on another file system.
+def move_directory(folder: str | Path, path: str | Path) -> None:
+    """Moves a finished folder to `path`, possibly on another file system, and replaces what is there.
 
-    A kill leaves it whole, either where it was or at `path`.
-
-    `known`: the SHA-256 of files by name, which are not read for it once more.
+    After a kill the folder is whole in one of the two places.
     """
     folder, path = Path(folder), Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _complete(folder, known)
     try:
-        _take_place(folder, path)
+        _replace(folder, path)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        temporary = path.with_name(f".{path.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            shutil.copytree(folder, temporary)
-            _flush_all(temporary)
-            _take_place(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with output_directory(path) as temporary:
+            shutil.copytree(folder, temporary, dirs_exist_ok=True)
         shutil.rmtree(folder)
 
 
-def _complete(folder: Path, known: Mapping[str, str]) -> None:
-    """Writes the checksums of a folder, and forces it to disk."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    names = {file.relative_to(folder).as_posix(): file for file in files if file != folder / CHECKSUMS}
-    write_json(folder / CHECKSUMS, {name: known.get(name) or sha256(file) for name, file in names.items()})
-    _flush_all(folder)
-
-
-def _flush_all(folder: Path) -> None:
-    for file in folder.rglob("*"):
+def _replace(folder: Path, path: Path) -> None:
+    for file in (*folder.rglob("*"), folder):
         flush(file)
-
-
-def _take_place(folder: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         shutil.rmtree(path)
     folder.replace(path)
@@ -118,6 +98,24 @@ def write_json(path: str | Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string but plain words, so that readers of YAML 1.1 and 1.2 agree on off, 1e-05 and 012."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, None if data.isidentifier() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+def write_yaml(path: str | Path, data: Any) -> None:
+    """Writes mappings, lists, strings, numbers, booleans and None as YAML, atomically; `read_record` reads it."""
+    write_text(path, yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=math.inf))
+
+
 def write_csv(path: str | Path, rows: list[dict[str, Any]]) -> None:
     """Writes rows with the same keys as CSV, atomically; floats keep every digit."""
     with output_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
@@ -126,43 +124,41 @@ def write_csv(path: str | Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def read_json(path: str | Path) -> Any:
-    """Reads JSON.
+class Record(dict[str, Any]):
+    """A mapping read from a file, mappings inside it included; a missing key is an error that names the file."""
+
+    def __init__(self, data: dict[str, Any], path: str | Path) -> None:
+        super().__init__({key: _as_record(value, path) for key, value in data.items()})
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise DynarouteError(f"{self.path}: lacks {key!r}: {REMEDY}")
+
+
+def _as_record(value: Any, path: str | Path) -> Any:
+    if isinstance(value, dict):
+        return Record(value, path)
+    return [_as_record(item, path) for item in value] if isinstance(value, list) else value
+
+
+def read_record(path: str | Path) -> Record:
+    """Reads a mapping from a JSON or YAML file that this project writes.
 
     Raises:
-        DynarouteError: the file is missing or damaged, or not the one that was written.
+        DynarouteError: the file is missing or damaged; later, when a key is asked for that it lacks.
     """
-    return _parse_json(checked(path))
-
-
-def _parse_json(path: str | Path) -> Any:
+    path = Path(path)
     try:
-        return json.loads(Path(path).read_text("utf-8"))
+        text = path.read_text("utf-8")
+        data = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # the former also for bytes that are not UTF-8
-        raise DynarouteError(f"{path}: damaged, not valid JSON ({error}): {REMEDY}") from error
-
-
-def write_note(path: str | Path, data: Any) -> None:
-    """Writes JSON with its own SHA-256, atomically: how far a run is, which no folder's checksums cover yet."""
-    write_json(path, {"sha256": _sha256_of(data), "note": data})
-
-
-def read_note(path: str | Path) -> Any:
-    """Reads what `write_note` wrote.
-
-    Raises:
-        DynarouteError: the file is damaged.
-    """
-    data = read_json(path)
-    if not isinstance(data, dict) or data.get("sha256") != _sha256_of(data.get("note")):
-        raise DynarouteError(f"{path}: damaged: remove {Path(path).parent} to begin anew")
-    return data["note"]
-
-
-def _sha256_of(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError also for bytes that are not UTF-8
+        what, reason = path.suffix[1:].upper(), " ".join(str(error).split())
+        raise DynarouteError(f"{path}: damaged, not valid {what} ({reason}): {REMEDY}") from error
+    if not isinstance(data, dict):
+        raise DynarouteError(f"{path}: must be a mapping, not {type(data).__name__}: {REMEDY}")
+    return Record(data, path)
 
 
 def sha256(path: str | Path) -> str:
@@ -185,59 +181,3 @@ def digest(path: str | Path, algorithm: str) -> str:
             return hashlib.file_digest(file, algorithm).hexdigest()
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}: run the stage that makes it") from error
-
-
-def checked(path: str | Path) -> Path:
-    """The path, once what is there is known to be what was written: a file, or all files of a folder.
-
-    What no checksum was recorded of is taken as it is: a folder that no stage wrote, and a single file that is read
-    outside of `dvc repro` and `dvc exp run`, by hand, when it may well be newer than dvc.lock.
-
-    Raises:
-        DynarouteError: naming the file that has changed, is missing, or is no part of the folder as it was written.
-    """
-    path = Path(path)
-    folder = next((folder for folder in (path, *path.parents) if (folder / CHECKSUMS).is_file()), None)
-    if folder is not None:
-        _compare(folder, path)
-    elif "DVC_STAGE" in os.environ and path.is_file():
-        expected, found = _recorded_by_dvc(Path.cwd()).get(path.as_posix()), digest(path, "md5")
-        if expected not in (None, found):
-            raise DynarouteError(f"{path}: MD5 is {found}, but dvc.lock says {expected}: {REMEDY}")
-    return path
-
-
-def _compare(folder: Path, path: Path) -> None:
-    """Compares a file of a folder, or all files below `path` in it, with the folder's checksums."""
-    recorded = _parse_json(folder / CHECKSUMS)
-    if not isinstance(recorded, dict):
-        raise DynarouteError(f"{folder / CHECKSUMS}: must be a mapping: {REMEDY}")
-    own = path.relative_to(folder)
-    if path.is_dir():
-        expected = {name for name in recorded if Path(name).is_relative_to(own)}
-        found = {file.relative_to(folder).as_posix() for file in path.rglob("*") if file.is_file()} - {CHECKSUMS}
-    else:
-        expected, found = {own.as_posix()} & recorded.keys(), {own.as_posix()}
-    for name in sorted(expected ^ found):
-        what = "is missing" if name in expected else f"is not in {CHECKSUMS}"
-        raise DynarouteError(f"{folder / name}: {what}: {REMEDY}")
-    for name in sorted(found):
-        if (digest := sha256(folder / name)) != recorded[name]:
-            raise DynarouteError(f"{folder / name}: SHA-256 is {digest}, not {recorded[name]}: {REMEDY}")
-
-
-@functools.cache
-def _recorded_by_dvc(root: Path) -> dict[str, str]:
-    """The MD5 of every single file that a stage wrote, from DVC's lock files: read once, for it is slow."""
-    from ruamel.yaml import YAML, YAMLError
-
-    recorded: dict[str, str] = {}
-    for path in (root / "dvc.lock", root / "corpora/dvc.lock"):
-        try:
-            stages = YAML(typ="safe").load(path.read_text("utf-8"))["stages"]
-            recorded |= {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, YAMLError, TypeError, KeyError, AttributeError) as error:
-            raise DynarouteError(f"{path}: cannot be read: {error}: run make recover") from error
-    return recorded

@@ -1,37 +1,15 @@
 """What stages wrote, read with errors that name the file: a report is no place for a traceback."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynaroute.config import read_yaml
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import REMEDY, checked, digest, read_json
+from dynaroute.pipeline.artifacts import REMEDY, Record, digest
+from dynaroute.pipeline.artifacts import read_record as read_record
 
 if TYPE_CHECKING:
     import pandas as pd  # at run time where tables are read: it is slow to import
-
-
-class Record(dict[str, Any]):
-    """A mapping read from a file, mappings inside it included, which names the file when a key is missing."""
-
-    def __init__(self, data: dict[str, Any], path: str | Path) -> None:
-        super().__init__({key: _with_path(value, path) for key, value in data.items()})
-        self.path = path
-
-    def __missing__(self, key: str) -> Any:
-        raise DynarouteError(f"{self.path}: lacks {key!r}: {REMEDY}")
-
-
-def read_record(path: str | Path) -> Record:
-    """Reads a mapping from a JSON or YAML file.
-
-    Raises:
-        DynarouteError: the file is missing or damaged; later, when a key is asked for that it lacks.
-    """
-    data = read_yaml(checked(path)) if Path(path).suffix == ".yaml" else read_json(path)
-    if not isinstance(data, dict):
-        raise DynarouteError(f"{path}: must be a mapping, not {type(data).__name__}: {REMEDY}")
-    return Record(data, path)
 
 
 def read_checkpoint(path: str | Path) -> tuple[Record, Record]:
@@ -55,7 +33,7 @@ def read_csv(path: str | Path, columns: list[str], names: list[str] | None = Non
     import pandas as pd
 
     try:
-        table = pd.read_csv(checked(path))
+        table = pd.read_csv(path)
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # pandas' parser errors, and bytes that are not UTF-8
@@ -116,9 +94,3 @@ def file_size(path: str | Path) -> int:
         return Path(path).stat().st_size
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}: {REMEDY}") from error
-
-
-def _with_path(value: Any, path: str | Path) -> Any:
-    if isinstance(value, dict):
-        return Record(value, path)
-    return [_with_path(item, path) for item in value] if isinstance(value, list) else value

@@ -12,13 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from dynaroute.config import EpochTraining, Training
 from dynaroute.data.tokens.shards import Windows
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import read_note, write_note
+from dynaroute.pipeline.artifacts import read_record, write_json
 from dynaroute.pipeline.environment import check_environment
 from dynaroute.pipeline.machine import compute_dtype, require_device
 from dynaroute.pipeline.scratch import StopRequest, discard, exclusive
@@ -94,15 +93,13 @@ def make_accelerator(device: str, precision: str) -> Accelerator:
     bf16 = compute_dtype(device, precision) == torch.bfloat16
     # An expert that no token of a batch chose is not part of that step's graph.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    # The others wait while the main process checks the tokens, at the published scale 40 GB.
-    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     threads = torch.get_num_threads()
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         cpu=device == "cpu",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="no",
-        kwargs_handlers=[unused, patient],
+        kwargs_handlers=[unused],
     )
     torch.set_num_threads(threads)  # accelerate divides the cores among processes on a CPU
     return accelerator
@@ -428,7 +425,7 @@ class Trainer:
             tensors |= {f"sums.{name}": value for name, value in sums.items()}
             save_checkpoint(self.last_path, tensors, self.state.to_json())
             timing = {"seconds": self.seconds, "validation_seconds": self.validation_seconds}
-            write_note(self.scratch / "timing.json", timing)
+            write_json(self.scratch / "timing.json", timing)
         self.saved_step = self.state.step
         if stop:
             raise DynarouteError(
@@ -445,9 +442,10 @@ class Trainer:
             self.sums[name] = own.to(accelerator.device)
         self.state = TrainingState.from_json(state)
         self.saved_step = self.state.step
-        timing = self.scratch / "timing.json"
-        if timing.exists():
-            self.seconds, self.validation_seconds = read_note(timing).values()
+        path = self.scratch / "timing.json"
+        if path.exists():
+            timing = read_record(path)
+            self.seconds, self.validation_seconds = timing["seconds"], timing["validation_seconds"]
 
     def _load_tensors(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Loads weights and optimizer from a checkpoint; returns its state, and the sums in it."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dynaroute.config import Corpus, HeldOut, Region, Split
 from dynaroute.data.text.sources import Document, documents, parse_document
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import checked, output_directory, write_json
+from dynaroute.pipeline.artifacts import output_directory, write_json
 
 SPLITS = ("train", "validation", "test")
 
@@ -68,7 +68,7 @@ def read_documents(path: str | Path) -> Iterator[Document]:
         DynarouteError: the file is missing, or a line of it is damaged.
     """
     try:
-        with checked(path).open("rb") as lines:
+        with Path(path).open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 yield parse_document(line, f"{path}, line {number}")
     except OSError as error:

@@ -16,7 +16,7 @@ from dynaroute.data.tokens.parallel import in_order
 from dynaroute.data.tokens.shard_writer import SHARD_TOKENS, ShardWriter, padded, token_dtype
 from dynaroute.data.tokens.tokenizers import Tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import output_directory, read_json, write_json
+from dynaroute.pipeline.artifacts import output_directory, read_record, write_json
 
 BATCH_CHARACTERS = 2**21  # enough to keep all cores busy, and some 100 MB while the tokens are Python objects
 BATCHES_AHEAD = 3  # so that no core waits for the last document of a batch
@@ -40,7 +40,7 @@ def tokenize(
         DynarouteError: a file is missing or damaged, or the tokenizer cannot be made.
     """
     collected = Path(collected)
-    raw = read_json(collected / "metadata.json")["splits"]
+    raw = read_record(collected / "metadata.json")["splits"]
     sources = sorted({source for split in SPLITS for source in raw[split]["sources"]})
     with output_directory(directory) as folder:
         training_texts = (document.text for document in read_documents(collected / "train.jsonl"))

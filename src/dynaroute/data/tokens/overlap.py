@@ -28,10 +28,10 @@ def shared_shares(directory: str | Path, splits: Sequence[str]) -> dict[str, flo
     Raises:
         DynarouteError: a file is missing.
     """
-    training = TokenShards(directory, "train", check=False)
+    training = TokenShards(directory, "train")
     if training.num_tokens > MAX_TRAINING_TOKENS:
         return dict.fromkeys(splits)
-    held_out = {split: TokenShards(directory, split, check=False) for split in splits}
+    held_out = {split: TokenShards(directory, split) for split in splits}
     spans = {split: span_hashes(own.read(0, own.num_tokens)) for split, own in held_out.items()}
     found = {split: np.zeros(len(own), bool) for split, own in spans.items()}
     for chunk in _chunks(training):

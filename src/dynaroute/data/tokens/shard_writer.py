@@ -1,6 +1,5 @@
 """Writes tokens to disk as a stream, in the form that dynaroute.data.tokens.shards describes and reads."""
 
-import hashlib
 import math
 import os
 from collections import Counter
@@ -32,11 +31,11 @@ class GrowingArray:
     What was appended and flushed stays after a kill, and the file can be taken up again at any earlier length.
     """
 
-    def __init__(self, path: Path, dtype: str, length: int = 0, sha256: str | None = None) -> None:
-        """Starts a file, or goes on with the first `length` values of one that exists, whose SHA-256 is given.
+    def __init__(self, path: Path, dtype: str, length: int = 0) -> None:
+        """Starts a file, or resumes an existing one after its first `length` values.
 
         Raises:
-            DynarouteError: they are not those that were written, or not there.
+            DynarouteError: the file is missing or has fewer values.
         """
         self.path, self.dtype, self.length = path, np.dtype(dtype), length
         try:
@@ -44,26 +43,16 @@ class GrowingArray:
         except OSError as error:
             raise DynarouteError(f"{path}: cannot be opened: {error.strerror}") from error
         self._write_header()
-        self._sha256 = hashlib.sha256()
-        for start in range(0, length, 2**20):
-            self._sha256.update(self._file.read(min(2**20, length - start) * self.dtype.itemsize))
-        if length and self.sha256() != sha256:
-            raise DynarouteError(f"{path}: damaged: its first {length} values are not those that were written")
-        self._file.seek(0)
-        self._write_header()
-        self._file.truncate(self._file.tell() + length * self.dtype.itemsize)
+        size = self._file.tell() + length * self.dtype.itemsize
+        if length and path.stat().st_size < size:
+            raise DynarouteError(f"{path}: damaged: has fewer than the {length} values that were written")
+        self._file.truncate(size)
         self._file.seek(0, os.SEEK_END)
 
     def append(self, values: np.ndarray) -> None:
         """Adds values, which must fit into the array's type."""
-        content = values.astype(self.dtype).tobytes()
-        self._file.write(content)
-        self._sha256.update(content)
+        self._file.write(values.astype(self.dtype).tobytes())
         self.length += len(values)
-
-    def sha256(self) -> str:
-        """Of the values so far, as hexadecimal digits."""
-        return self._sha256.hexdigest()
 
     def flush(self) -> None:
         """Forces what was appended to disk."""
@@ -90,7 +79,6 @@ class SplitState(NamedTuple):
     num_documents: int
     num_characters: int
     tokens_by_source: dict[str, int]
-    sha256: dict[str, str]  # of the values in each file
 
 
 class ShardWriter:
@@ -120,10 +108,9 @@ class ShardWriter:
         """
         self.folder, self.split, self.sources = folder, split, sources
         self.vocab_size, self.shard_tokens = vocab_size, shard_tokens
-        state = state or SplitState(0, 0, 0, {}, {})
+        state = state or SplitState(0, 0, 0, {})
         self.num_tokens, self._num_characters = state.num_tokens, state.num_characters
         self._tokens_by_source = Counter(state.tokens_by_source)
-        self._sha256 = dict(state.sha256)
         documents = state.num_documents
         self._offsets = self._open("offsets", "<i8", documents + 1 if documents else 0)
         if not documents:
@@ -132,7 +119,7 @@ class ShardWriter:
         self._shard: GrowingArray | None = None
         full, rest = divmod(self.num_tokens, shard_tokens)
         for number in range(full):
-            self._open_shard(number, shard_tokens).close()  # checks it
+            self._open_shard(number, shard_tokens).close()  # must be there and complete
         if rest:
             self._shard = self._open_shard(full, rest)
         for late in folder.glob(f"{split}-[0-9]*.npy"):
@@ -156,7 +143,6 @@ class ShardWriter:
             tokens = tokens[len(part) :]
             self._shard.append(part)
             if self._shard.length == self.shard_tokens:
-                self._sha256[self._shard.path.name] = self._shard.sha256()
                 self._shard.close()
                 self._shard = None
 
@@ -165,10 +151,8 @@ class ShardWriter:
         for array in (self._offsets, self._document_sources, self._shard):
             if array is not None:
                 array.flush()
-                self._sha256[array.path.name] = array.sha256()
         documents = self._document_sources.length
-        sources = dict(self._tokens_by_source)
-        return SplitState(self.num_tokens, documents, self._num_characters, sources, dict(self._sha256))
+        return SplitState(self.num_tokens, documents, self._num_characters, dict(self._tokens_by_source))
 
     def close(self) -> dict[str, Any]:
         """Completes the files and returns the split's metadata."""
@@ -204,5 +188,4 @@ class ShardWriter:
         return self._open(f"{number:05d}", token_dtype(self.vocab_size), length)
 
     def _open(self, name: str, dtype: str, length: int) -> GrowingArray:
-        path = self._path(name)
-        return GrowingArray(path, dtype, length, self._sha256.get(path.name))
+        return GrowingArray(self._path(name), dtype, length)

@@ -8,13 +8,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from tokenize import TokenError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dynaroute.data.tokens.tokenizers import Tokenizer, load_tokenizer
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import read_json, sha256
+from dynaroute.pipeline.artifacts import read_record
 
 if TYPE_CHECKING:
     import torch  # at run time where windows become tensors: tokenizing should not wait for it
@@ -33,20 +33,15 @@ class TokenShards:
         metadata: all of metadata.json.
     """
 
-    def __init__(self, directory: str | Path, split: str, check: bool = True) -> None:
-        """Opens a split and checks that files, to the bit, types and sizes are what the metadata says.
-
-        Args:
-            directory: the folder of tokens.
-            split: its name.
-            check: false where another process checks all bits, or this one has just written them.
+    def __init__(self, directory: str | Path, split: str) -> None:
+        """Opens a split of a folder of tokens and checks that types and sizes are those in its metadata.
 
         Raises:
             DynarouteError: naming the file that is missing or damaged.
         """
-        self.directory, self.split, self._check = Path(directory), split, check
+        self.directory, self.split = Path(directory), split
         path = self.directory / "metadata.json"
-        self.metadata = read_json(path)
+        self.metadata = read_record(path)
         try:
             self.vocab_size: int = self.metadata["vocab_size"]
             self.padded_vocab_size: int = self.metadata["padded_vocab_size"]
@@ -58,19 +53,19 @@ class TokenShards:
             self.num_characters: int = own["num_characters"]
             self.unigram_entropy: float = own["unigram_entropy"]
             self._shards = [
-                self._open(shard, f"{number:05d}", self.metadata["dtype"], shard["num_tokens"])
+                self._open(f"{number:05d}", self.metadata["dtype"], shard["num_tokens"])
                 for number, shard in enumerate(own["shards"])
             ]
-            self.offsets = self._open(own["offsets"], "offsets", "int64", self.num_documents + 1)
-            self.document_sources = self._open(own["document_sources"], "sources", "int32", self.num_documents)
-        except (KeyError, TypeError) as error:
-            raise DynarouteError(f"{path}: lacks {error} (of split {split!r}): tokenize the corpus again") from error
+            self.offsets = self._open("offsets", "int64", self.num_documents + 1)
+            self.document_sources = self._open("sources", "int32", self.num_documents)
+        except TypeError as error:
+            raise DynarouteError(f"{path}: damaged: {error}: tokenize the corpus again") from error
         self._starts = np.cumsum([0, *map(len, self._shards)])
         for file, found in (("shards", self._starts[-1]), (own["offsets"]["file"], self.offsets[-1])):
             if found != self.num_tokens:
                 raise DynarouteError(f"{path}: {file} of {split} hold {found} tokens, not {self.num_tokens}")
 
-    def _open(self, file: dict[str, Any], name: str, dtype: str, size: int) -> np.ndarray:
+    def _open(self, name: str, dtype: str, size: int) -> np.ndarray:
         path = self.directory / f"{self.split}-{name}.npy"  # never the metadata's: nothing outside of the folder
         try:
             values = np.lib.format.open_memmap(path, mode="r")  # np.load, but for .npy alone and never a pickle
@@ -78,8 +73,6 @@ class TokenShards:
             raise DynarouteError(f"{path}: missing or damaged: {error}: tokenize the corpus again") from error
         if values.dtype != dtype or values.shape != (size,):
             raise DynarouteError(f"{path}: {values.dtype} {values.shape}, but metadata.json says {dtype} ({size},)")
-        if self._check and (found := sha256(path)) != file["sha256"]:
-            raise DynarouteError(f"{path}: SHA-256 is {found}, not {file['sha256']}: tokenize the corpus again")
         return values.view(np.ndarray)  # slices of a plain array are cheaper than of a memmap
 
     def tokenizer(self) -> Tokenizer:

@@ -10,7 +10,7 @@ import itertools
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,11 +30,9 @@ from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import (
     move_directory,
     output_directory,
-    read_json,
-    read_note,
+    read_record,
     sha256,
     write_json,
-    write_note,
 )
 from dynaroute.pipeline.scratch import discard
 
@@ -100,9 +98,8 @@ class Progress:
         """What was noted last, or the beginning."""
         if not path.exists():
             return cls()
-        data = read_note(path)
-        data["splits"] = {split: SplitState(*state) for split, state in data["splits"].items()}
-        return cls(**data)
+        data = read_record(path)
+        return cls(**data | {"splits": {split: SplitState(*state) for split, state in data["splits"].items()}})
 
 
 def tokenize_stream(
@@ -131,7 +128,7 @@ def tokenize_stream(
     Raises:
         DynarouteError: a file cannot be had, is damaged or has changed; or the corpus ends before its held-out region.
     """
-    addresses = read_json(Path(collected) / "metadata.json")["addresses"]
+    addresses = read_record(Path(collected) / "metadata.json")["addresses"]
     scratch = Path(scratch)
     folder, downloads, note = scratch / "tokens", scratch / "downloads", scratch / "progress.json"
     if not folder.is_dir():
@@ -154,7 +151,7 @@ def tokenize_stream(
 
     def save() -> None:
         run.splits = {split: writer.flush() for split, writer in writers.items()}
-        write_note(note, asdict(run))
+        write_json(note, vars(run))
 
     started, documents_before = time.monotonic(), run.documents
     bar = tqdm(total=len(addresses), initial=len(run.files), desc=f"tokenize {name}", unit="file", unit_scale=True,
@@ -196,8 +193,7 @@ def tokenize_stream(
     refuse_unfilled_splits(name, corpus.split, {split: own["num_documents"] for split, own in splits.items()})
     metadata |= {"sources": run.sources, "splits": splits, "files": run.files}
     write_json(folder / "metadata.json", metadata)
-    known = [file for own in splits.values() for file in (*own["shards"], own["offsets"], own["document_sources"])]
-    move_directory(folder, directory, {file["file"]: file["sha256"] for file in known})
+    move_directory(folder, directory)
     discard(scratch)
     return metadata
 

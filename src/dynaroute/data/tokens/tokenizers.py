@@ -22,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dynaroute.config import GPT2, ByteBPE, HubTokenizer
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import checked, read_json, write_json, write_text
+from dynaroute.pipeline.artifacts import read_record, write_json, write_text
 
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's pattern of what a token may not cross; possessive quantifiers do not change what it matches.
@@ -110,7 +110,7 @@ class HuggingFaceTokenizer:
         self.tokenizer.encode_special_tokens = True  # as ordinary text; the file does not keep this setting
         self.ids = np.array(sorted(self.tokenizer.get_vocab().values()))
         self.vocab_size = int(self.ids[-1]) + 1
-        eos = read_json(folder / "tokenizer_config.json").get("eos_token")
+        eos = read_record(folder / "tokenizer_config.json").get("eos_token")
         eos = eos["content"] if isinstance(eos, dict) else eos
         eot_id = self.tokenizer.token_to_id(eos) if isinstance(eos, str) else None
         if eot_id is None:
@@ -156,7 +156,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises:
         DynarouteError: a file is missing or damaged.
     """
-    folder = checked(folder)
+    folder = Path(folder)
     return TiktokenTokenizer(folder) if (folder / GPT2_FILE).exists() else HuggingFaceTokenizer(folder)
 
 

@@ -29,7 +29,7 @@ from dynaroute.dwr.experts.mapping import PAGE, Version, drop_from_page_cache, m
 from dynaroute.dwr.experts.precision import DTYPES, TensorEntry, dequantize, quantize, stored_tensors
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import output_directory, read_json, sha256, write_json
+from dynaroute.pipeline.artifacts import output_directory, read_record, sha256, write_json
 
 BACKBONE = "backbone.safetensors"
 MANIFEST = "manifest.json"
@@ -328,7 +328,7 @@ def _content(tensor: Tensor, entry: TensorEntry) -> bytes:
 
 
 def _read_manifest(path: Path) -> Manifest:
-    data = read_json(path)
+    data = read_record(path)
     try:
         return Manifest.model_validate(data)
     except ValidationError as error:
