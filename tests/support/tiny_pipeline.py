@@ -1,4 +1,4 @@
-"""The real pipeline at tiny settings, in a copy of the repository, for tests and for the campaigns in faults/."""
+"""The real pipeline at tiny settings, in a copy of the repository."""
 
 import os
 import shutil
