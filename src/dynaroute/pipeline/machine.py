@@ -14,7 +14,8 @@ from dynaroute.errors import DynarouteError
 def require_device(device: str) -> None:
     """Raises DynarouteError if params.yaml's `device` is not there."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise DynarouteError("params.yaml: device = 'cuda': this machine shows no CUDA device; use cpu")
+        found = f"this machine shows no CUDA device to PyTorch {torch.__version__}"
+        raise DynarouteError(f"params.yaml: device = 'cuda': {found}; use cpu")
 
 
 def compute_dtype(device: str, precision: str) -> torch.dtype:
