@@ -19,8 +19,7 @@ lint: env  ## style and formatting
 
 benchmarks: env  ## layers, peers and tokenization at the paper's sizes, into reports/benchmarks/ and the reports
 	dvc repro benchmarks/dvc.yaml
-	dvc repro --single-item --force report_cached_inference
-	dvc repro --single-item --force report_dagformer
+	dvc repro --single-item --force report_cached_inference report_dwr report_dagformer summarize
 
 gpu: env  ## what takes a GPU, by gpu/params.yaml, into reports/gpu.md; what is done is not run again
 	@python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make gpu: PyTorch {torch.__version__} finds no \

@@ -126,7 +126,8 @@ def test_the_report_holds_the_figures_that_the_stages_wrote(workspace):
     text = (workspace / "reports/gpu.md").read_text()
     assert text == report("cpu")
     assert "not measured" not in text.partition("## Goals")[2].lower()
-    training, timing, export = (read(f"dwr/{name}") for name in ("training", "training_timing", "export"))
+    names = ("train/summary", "measured/training", "export/summary")
+    training, timing, export = (read(f"../data/dwr/{name}") for name in names)
     speed, cache, dag, step = (read(f"benchmarks/{name}") for name in ("moe", "gpu_cache", "dag", "dagformer_step"))
     assert f"{training['best_validation_loss']:.4f} **best**" in text
     assert f"{timing['tokens_per_second']:,.0f} tokens/s with reading" in text

@@ -6,10 +6,8 @@ Every capacity with every policy and prefetcher. Every logit of every cell is co
 bit; one that differs stops the stage. On the CPU, whatever `device` says.
 
 Reads   data/dwr/expert_store, data/tokens/<dwr.corpus>
-Writes  reports/dwr/cache.csv          hit rates, evictions and what was to be prefetched, for each cell
-        reports/dwr/cache.json         summary metrics and checks
-        reports/dwr/cache_timing.csv   what was measured: speed, waiting, reads, what became of prefetches, memory
-        reports/dwr/cache_timing.json  its summary and checks, and the machine
+Writes  data/dwr/cache/           cells.csv: hit rates, evictions and prefetches of each cell; summary.json
+        data/dwr/measured/cache/  cells.csv: speed, waiting, reads and memory of each cell; summary.json
 """
 
 from pathlib import Path
@@ -33,12 +31,11 @@ from dynaroute.config import Settings
 from dynaroute.dwr.experts import ExpertCache, ExpertStore
 from dynaroute.dwr.experts.prefetch import GatePrefetcher
 from dynaroute.dwr.inference import bind_experts, load_backbone, read_text
-from dynaroute.pipeline.artifacts import write_csv, write_json
+from dynaroute.pipeline.artifacts import output_directory, write_csv, write_json
 from dynaroute.pipeline.machine import describe_machine
 from dynaroute.pipeline.stage import run
 
 STORE = Path("data/dwr/expert_store")
-REPORTS = Path("reports/dwr")
 
 
 def main(settings: Settings) -> None:
@@ -74,32 +71,29 @@ def main(settings: Settings) -> None:
         ),
         "a_prediction_without_staleness_is_always_right": control == 1,
     }
-    write_csv(REPORTS / "cache.csv", rows)
-    write_json(
-        REPORTS / "cache.json",
-        {
-            "run": store.run,
-            "prompts": benchmark.num_prompts,
-            "prompt_tokens": benchmark.prompt_tokens,
-            "new_tokens": benchmark.new_tokens,
-            "experts": store.num_experts,
-            "expert_file_bytes": store.file_bytes,
-            "lookahead": benchmark.lookahead,
-            "capacity_nearest_a_third": third,
-            "decode_hit_rate_at_a_third": {
-                row["policy"]: row["decode_hit_rate"]
-                for row in rows
-                if row["capacity"] == third and row["prefetch"] == "none"
+    with output_directory("data/dwr/cache") as folder:
+        write_csv(folder / "cells.csv", rows)
+        write_json(
+            folder / "summary.json",
+            {
+                "run": store.run,
+                "prompts": benchmark.num_prompts,
+                "prompt_tokens": benchmark.prompt_tokens,
+                "new_tokens": benchmark.new_tokens,
+                "experts": store.num_experts,
+                "expert_file_bytes": store.file_bytes,
+                "lookahead": benchmark.lookahead,
+                "capacity_nearest_a_third": third,
+                "checks": checks,
             },
-            "checks": checks,
-        },
-    )
+        )
     timing = [
         timing_row(store, cell, results, passes[Cell()], benchmark.new_tokens, memory.get(cell))
         for cell, results in passes.items()
     ]
-    write_csv(REPORTS / "cache_timing.csv", timing)
-    write_json(REPORTS / "cache_timing.json", timing_summary(store, timing, third, benchmark.repeats))
+    with output_directory("data/dwr/measured/cache") as folder:
+        write_csv(folder / "cells.csv", timing)
+        write_json(folder / "summary.json", timing_summary(store, timing, benchmark.repeats))
 
 
 def control_accuracy(store: ExpertStore, text: torch.Tensor, prompt_tokens: int) -> float:
@@ -176,29 +170,16 @@ def timing_row(
     }
 
 
-def timing_summary(store: ExpertStore, timing: list[dict[str, Any]], third: int, repeats: int) -> dict[str, Any]:
-    """The resident model and a third of its experts side by side."""
-    resident, *cells = timing
-    cached = next(row for row in cells if row["capacity"] == third)
+def timing_summary(store: ExpertStore, timing: list[dict[str, Any]], repeats: int) -> dict[str, Any]:
+    """On which machine, how often, and whether memory stayed within the capacity where the system tells."""
     file_pages = -(-store.file_bytes // 4096) * 4096
-    mapped = {row["capacity"]: row["peak_mapped_expert_bytes"] for row in cells if row["peak_memory_bytes"]}
-    names = ("tokens_per_second", "peak_memory_bytes", "peak_anonymous_bytes", "peak_mapped_expert_bytes")
-    summary: dict[str, Any] = {
-        "run": store.run,
-        "repeats": repeats,
-        "resident": {name: resident[name] for name in names},
-        "at_a_third_of_the_experts": {
-            **{name: cached[name] for name in ("capacity", "policy", "prefetch", "ratio_to_resident")},
-            **{name: cached[name] for name in names},
-        },
-        "checks": {},
-        "machine": describe_machine("cpu"),
-    }
+    mapped = {row["capacity"]: row["peak_mapped_expert_bytes"] for row in timing[1:] if row["peak_memory_bytes"]}
+    checks = {}
     if None not in mapped.values():
-        summary["checks"]["no_more_experts_are_in_memory_than_the_capacity"] = all(
+        checks["no_more_experts_are_in_memory_than_the_capacity"] = all(
             found <= capacity * file_pages for capacity, found in mapped.items()
         )
-    return summary
+    return {"run": store.run, "repeats": repeats, "checks": checks, "machine": describe_machine("cpu")}
 
 
 if __name__ == "__main__":

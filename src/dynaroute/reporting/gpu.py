@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dynaroute.reporting.dwr import findings
-from dynaroute.reporting.dwr.results import REPORTS, Training, read_training
-from dynaroute.reporting.dwr.training import overfitting_sentence
+from dynaroute.reporting.dwr.results import DATA, Training, read_training
 from dynaroute.reporting.inputs import Record, check_same_run, read_record
 from dynaroute.reporting.tables import NONE, count, duration, perplexity, size, table
 
@@ -48,9 +47,8 @@ def read_results() -> Results:
     Raises:
         DynarouteError: a file is damaged or of another run, or the published figures are missing.
     """
-    training = read_training() if (REPORTS / "training.json").exists() else None
-    names = ("training_timing", "export")
-    timing, export = (_read(REPORTS / f"{name}.json") for name in names)
+    training = read_training() if (DATA / "train/summary.json").exists() else None
+    timing, export = (_read(DATA / name) for name in ("measured/training.json", "export/summary.json"))
     speed, cache, dag, step = (
         _read(BENCHMARKS / f"{name}.json") for name in ("moe", "gpu_cache", "dag", "dagformer_step")
     )
@@ -187,8 +185,9 @@ def _machines(results: Results) -> str:
 def _training(results: Results, other_corpora: list[str]) -> str:
     if results.training is None:
         return _missing("train_dwr")
-    summary, curve, router = results.training
-    best = findings.course(curve).best
+    _, summary, curve, router = results.training
+    course = findings.course(curve)
+    best = course.best
     header = [
         "epoch",
         "step",
@@ -227,8 +226,8 @@ def _training(results: Results, other_corpora: list[str]) -> str:
             "and its loss does not compare with published ones."
         )
     text += [
-        f"{overfitting_sentence(findings.course(curve))} {early_stop(curve['validation_loss'].tolist())} It is "
-        "recorded here, and was not acted on.",
+        f"Validation loss ended {course.rise:.4f} nats above its best of step {best.step:,.0f}. "
+        f"{early_stop(curve['validation_loss'].tolist())} It is recorded here, and was not acted on.",
         "Gate norms (L2 norm of an expert's row of the router) and balance loss, divided by top_k so that 1 is ideal, "
         "of the best checkpoint:",
         table(["layer", "min", "max", "mean", "spread", "balance loss"], by_layer),
