@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynaroute.reporting.dwr.findings import course, relative_load
+from dynaroute.reporting.dwr.findings import course, initial_gate_norm, relative_load
 from dynaroute.reporting.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, saved_figure
 from dynaroute.reporting.inputs import Record
 
@@ -44,7 +44,7 @@ def plot_training(curve: "pd.DataFrame", summary: Record, path: str | Path) -> N
 def plot_routers(router: "pd.DataFrame", d_model: int, path: str | Path) -> None:
     """Gate norm and load of every expert by layer, with each layer's mean and what an untrained router has."""
     load = relative_load(router).reset_index(name="relative")
-    initial, means = 0.02 * math.sqrt(d_model), router.groupby("layer")["gate_norm"].mean()
+    initial, means = initial_gate_norm(d_model), router.groupby("layer")["gate_norm"].mean()
     experts = {"marker": "o", "linestyle": "", "color": SKY, "alpha": 0.7}
     with saved_figure(path, 7.2, 3.2) as figure:
         norms, loads = figure.subplots(1, 2)

@@ -3,6 +3,7 @@
 The rules stand here and in the templates, which choose the sentence.
 """
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,6 +53,11 @@ def gate_norms_by_layer(router: "pd.DataFrame") -> "pd.DataFrame":
     """Columns min, max, mean and spread (max - min) of the gate norms, a row for each layer."""
     norms = router.groupby("layer")["gate_norm"].agg(["min", "max", "mean"])
     return norms.assign(spread=norms["max"] - norms["min"])
+
+
+def initial_gate_norm(d_model: int) -> float:
+    """The expected gate norm of an untrained router, whose weights are drawn with a standard deviation of 0.02."""
+    return 0.02 * math.sqrt(d_model)
 
 
 def depth_correlation(values: "pd.Series") -> float | None:

@@ -121,12 +121,9 @@ def read_measurements(run: str) -> Measurements:
         DynarouteError: a file is missing, damaged or of another run.
     """
     folder = DATA / "measured"
-    training, cache, path = (
-        read_record(folder / "training.json"),
-        read_record(folder / "cache/summary.json"),
-        folder / "cache/cells.csv",
-    )
+    training, cache = read_record(folder / "training.json"), read_record(folder / "cache/summary.json")
     check_same_run(run, cache)
+    path = folder / "cache/cells.csv"
     ratios = ["ratio_to_resident", "ratio_lowest", "ratio_highest"]
     reads = [f"bytes_{name}" for name in ("read", "read_ahead", "useful", "late", "wasted")]
     rows = read_csv(path, ["tokens_per_second", *ratios, "prefill_seconds", "wait_share", *reads])
