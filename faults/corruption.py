@@ -41,9 +41,9 @@ from dynaroute.dwr.inference import load_resident
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline import artifacts
 from dynaroute.pipeline.artifacts import CHECKSUMS, read_json, read_note, write_note
-from dynaroute.reporting import cached_inference
 from dynaroute.reporting.dagformer import analyses, results
-from dynaroute.reporting.dwr import results as dwr_results
+from dynaroute.reporting.dwr.report import read_results
+from dynaroute.reporting.dwr.results import read_measurements
 from dynaroute.training.checkpoints import load_checkpoint
 
 sys.path += [str(REPOSITORY / f"stages/{system}") for system in ("data", "dwr", "dagformer")]
@@ -91,8 +91,8 @@ def read_model(folder: Path) -> Any:
 
 def read_dwr_reports() -> Any:
     """What the DWR reports are made of."""
-    found = dwr_results.read_results()
-    return found, dwr_results.read_measurements(found.run["run"]), cached_inference.read_results()
+    found = read_results()
+    return found, read_measurements(found.training.run["run"])
 
 
 def read_dagformer_reports(settings: Settings) -> Any:
@@ -177,7 +177,7 @@ def kinds(settings: Settings) -> dict[str, tuple[list[str], Callable[[], Any]]]:
         ),
         "analysed wirings": (["data/analysis/P1/wirings.safetensors"], lambda: analyses.read_wirings("P1")),
         "inputs of the DWR reports": (
-            ["reports/dwr/*.json", "reports/dwr/*.csv", "data/raw/docs.source.json"],
+            ["data/dwr/*/summary.json", "data/dwr/*/*.csv", "reports/dwr/*.csv", "data/raw/docs.source.json"],
             read_dwr_reports,
         ),
         "inputs of the DAGFormer reports": (

@@ -47,9 +47,9 @@ def main() -> None:
 def losses(root: Path) -> dict[str, float]:
     """The losses of the reports, by what they are."""
     found = {}
-    dwr = json.loads((root / "reports/dwr/training.json").read_text())
+    dwr = json.loads((root / "data/dwr/train/summary.json").read_text())
     found |= {f"DWR {key}": dwr[key] for key in ("best_validation_loss", "test_loss")}
-    export = json.loads((root / "reports/dwr/export.json").read_text())
+    export = json.loads((root / "data/dwr/export/summary.json").read_text())
     found |= {f"export, NLL in {row['precision']}": row["nll"] for row in export["precisions"]}
     found["base validation_loss"] = json.loads((root / "reports/dagformer/base.json").read_text())["validation_loss"]
     for variant in OWN_VARIANTS:
