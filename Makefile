@@ -19,8 +19,7 @@ lint: env
 
 benchmarks: env  ## layers, peers and tokenization at the paper's sizes, and the pages that show them
 	dvc repro benchmarks/dvc.yaml
-	dvc repro --single-item --force report_cached_inference
-	dvc repro --single-item --force report_dagformer
+	dvc repro --single-item --force report_cached_inference report_dwr report_dagformer summarize
 
 gpu: env  ## what takes a GPU, by gpu/params.yaml; the page is made of what there is
 	dvc repro --keep-going gpu/dvc.yaml || { cd gpu && python ../benchmarks/report_gpu.py; exit 1; }

@@ -123,13 +123,13 @@ def test_the_report_holds_the_figures_that_the_stages_wrote(workspace):
     text = (workspace / "reports/gpu.md").read_text()
     assert text == page("cpu")
     assert "not measured" not in text.lower()
-    training, timing = read("dwr/training"), read("dwr/training_timing")
+    training, timing = read("../data/dwr/train/summary"), read("../data/dwr/measured/training")
     moe, cache, dag, step = (read(f"benchmarks/{name}") for name in ("moe", "gpu_cache", "dag", "dagformer_step"))
     assert f"Best validation loss {training['best_validation_loss']:.4f} nats" in text
     assert f"at {timing['tokens_per_second']:,.0f} tokens/s" in text
     for name, model in moe["training"]["models"].items():
         assert f"| {name} | {model['parameters']:,} | {model['milliseconds']:.2f} |" in text
-    assert f"resident:\n{cache['resident_tokens_per_second']:,.0f} tokens/s" in text
+    assert f"resident: {cache['resident_tokens_per_second']:,.0f} tokens/s" in text
     for row in cache["rows"]:
         shown = f"{row['ratio_to_resident']:.3f} | {row['hit_rate']:.3f} | {row['reads_per_token']:.2f} |"
         assert (shown in text) or row["capacity"] != cache["capacity_nearest_a_third"]

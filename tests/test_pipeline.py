@@ -41,16 +41,16 @@ def test_the_pipeline_writes_every_output_and_its_checks_hold(finished):
         assert (finished.root / path).exists(), path
     # A few steps need not learn that much.
     learned = {"validation_loss_is_below_unigram_entropy", "removing_all_head_connections_raises_nll"}
-    names = ["dwr/training", "dwr/export", "dwr/cache", "dagformer/base"]
-    names += [f"dagformer/{variant}/{name}" for variant in VARIANTS for name in ("training", "nll")]
-    names += ["dagformer/P1/topology", "dagformer/sensitivity"]
+    names = [f"data/dwr/{name}/summary" for name in ("train", "export", "cache", "simulation")]
+    names += ["reports/dagformer/base", "reports/dagformer/P1/topology", "reports/dagformer/sensitivity"]
+    names += [f"reports/dagformer/{variant}/{name}" for variant in VARIANTS for name in ("training", "nll")]
     for name in names:
-        checks = json.loads((finished.root / f"reports/{name}.json").read_text())["checks"]
+        checks = json.loads((finished.root / f"{name}.json").read_text())["checks"]
         assert {check for check, holds in checks.items() if not holds} <= learned, name
     assert not (finished.root / "gpu/data").exists()  # a pipeline of its own
     for name in ("dwr", "dagformer"):
         assert "| " in (finished.root / f"reports/{name}.md").read_text()
-    for figure in (finished.root / "reports/figures").glob("*.png"):
+    for figure in (finished.root / "reports").glob("*/*.png"):
         assert figure.read_bytes().startswith(b"\x89PNG")
 
 
@@ -121,7 +121,7 @@ def test_a_slurm_job_is_requeued_at_its_time_limit_alone_and_ends_as_one_without
     limited.run("bash", "scripts/repro.sbatch", "train_dwr")  # what Slurm does next
     assert requeued.read_text() == "requeue 17\n"
     one, other = undisturbed.lock()["train_dwr"]["outs"], limited.lock()["train_dwr"]["outs"]
-    assert [o for o in one if "timing" not in o["path"]] == [o for o in other if "timing" not in o["path"]]
+    assert [o for o in one if "measured" not in o["path"]] == [o for o in other if "measured" not in o["path"]]
 
 
 def test_a_worker_runs_the_experiments_of_a_queued_sweep(tmp_path):
@@ -459,4 +459,4 @@ def test_a_killed_training_goes_on_and_ends_as_one_that_was_never_killed(finishe
     killed.run("dvc", *command)
     assert not list(killed.root.glob(".scratch/train_dwr/*"))
     one, other = undisturbed.lock()["train_dwr"]["outs"], killed.lock()["train_dwr"]["outs"]
-    assert [o for o in one if "timing" not in o["path"]] == [o for o in other if "timing" not in o["path"]]
+    assert [o for o in one if "measured" not in o["path"]] == [o for o in other if "measured" not in o["path"]]

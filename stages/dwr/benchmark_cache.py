@@ -6,10 +6,8 @@ Every capacity with every policy and prefetcher. Every logit of every cell must 
 or the stage fails. Always on the CPU.
 
 Reads   data/dwr/expert_store, data/tokens/<dwr.corpus>
-Writes  reports/dwr/cache.csv          hit rates, evictions and what was to be prefetched, for each cell
-        reports/dwr/cache.json         summary metrics and checks
-        reports/dwr/cache_timing.csv   what was measured: speed, waiting, reads, what became of prefetches, memory
-        reports/dwr/cache_timing.json  its summary and checks, and the machine
+Writes  data/dwr/cache/           cells.csv: hit rates, evictions and prefetches of each cell; summary.json
+        data/dwr/measured/cache/  cells.csv: speed, waiting, reads and memory of each cell; summary.json
 """
 
 from collections.abc import Iterable
@@ -34,12 +32,11 @@ from dynaroute.dwr.experts import ExpertCache, ExpertStore
 from dynaroute.dwr.experts.prefetch import GatePrefetcher
 from dynaroute.dwr.experts.residency import nearest_a_third
 from dynaroute.dwr.inference import bind_experts, load_backbone, read_text, routers
-from dynaroute.pipeline.artifacts import write_csv, write_json
+from dynaroute.pipeline.artifacts import output_directory, write_csv, write_json
 from dynaroute.pipeline.machine import describe_machine
 from dynaroute.pipeline.stage import run
 
 STORE = Path("data/dwr/expert_store")
-REPORTS = Path("reports/dwr")
 
 
 def main(settings: Settings) -> None:
@@ -80,32 +77,29 @@ def main(settings: Settings) -> None:
         ),
         "a_prediction_without_staleness_is_always_right": control == 1,
     }
-    write_csv(REPORTS / "cache.csv", rows)
-    write_json(
-        REPORTS / "cache.json",
-        {
-            "run": store.run,
-            "prompts": benchmark.num_prompts,
-            "prompt_tokens": benchmark.prompt_tokens,
-            "new_tokens": benchmark.new_tokens,
-            "experts": store.num_experts,
-            "expert_file_bytes": store.file_bytes,
-            "lookahead": benchmark.lookahead,
-            "capacity_nearest_a_third": third,
-            "decode_hit_rate_at_a_third": {
-                row["policy"]: row["decode_hit_rate"]
-                for row in rows
-                if row["capacity"] == third and row["prefetch"] == "none"
+    with output_directory("data/dwr/cache") as folder:
+        write_csv(folder / "cells.csv", rows)
+        write_json(
+            folder / "summary.json",
+            {
+                "run": store.run,
+                "prompts": benchmark.num_prompts,
+                "prompt_tokens": benchmark.prompt_tokens,
+                "new_tokens": benchmark.new_tokens,
+                "experts": store.num_experts,
+                "expert_file_bytes": store.file_bytes,
+                "lookahead": benchmark.lookahead,
+                "capacity_nearest_a_third": third,
+                "checks": checks,
             },
-            "checks": checks,
-        },
-    )
+        )
     timing = [
         timing_row(store, cell, results, passes[Cell()], benchmark.new_tokens, memory.get(cell))
         for cell, results in passes.items()
     ]
-    write_csv(REPORTS / "cache_timing.csv", timing)
-    write_json(REPORTS / "cache_timing.json", timing_summary(store, timing, memory, third, benchmark.repeats))
+    with output_directory("data/dwr/measured/cache") as folder:
+        write_csv(folder / "cells.csv", timing)
+        write_json(folder / "summary.json", timing_summary(store, memory, benchmark.repeats))
 
 
 def every(outcomes: Iterable[bool]) -> bool | None:
@@ -187,30 +181,15 @@ def timing_row(
     }
 
 
-def timing_summary(
-    store: ExpertStore, timing: list[dict[str, Any]], memory: dict[Cell, Memory], third: int, repeats: int
-) -> dict[str, Any]:
-    """The resident model and a third of its experts side by side."""
-    resident, *cells = timing
-    cached = next(row for row in cells if row["capacity"] == third)
+def timing_summary(store: ExpertStore, memory: dict[Cell, Memory], repeats: int) -> dict[str, Any]:
+    """On which machine, how often, and whether memory stayed within the capacity where the system tells."""
     file_pages = -(-store.file_bytes // 4096) * 4096
     mapped = {cell.capacity: found.mapped_experts for cell, found in memory.items() if cell.capacity}
-    names = ("tokens_per_second", "peak_memory_bytes", "peak_anonymous_bytes", "peak_mapped_expert_bytes")
-    return {
-        "run": store.run,
-        "repeats": repeats,
-        "resident": {name: resident[name] for name in names},
-        "at_a_third_of_the_experts": {
-            **{name: cached[name] for name in ("capacity", "policy", "prefetch", "ratio_to_resident")},
-            **{name: cached[name] for name in names},
-        },
-        "checks": {
-            "no_more_experts_are_in_memory_than_the_capacity": None
-            if None in mapped.values()
-            else every(found <= capacity * file_pages for capacity, found in mapped.items())
-        },
-        "machine": describe_machine("cpu"),
-    }
+    held = None
+    if None not in mapped.values():
+        held = every(found <= capacity * file_pages for capacity, found in mapped.items())
+    checks = {"no_more_experts_are_in_memory_than_the_capacity": held}
+    return {"run": store.run, "repeats": repeats, "checks": checks, "machine": describe_machine("cpu")}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Reads   data/dwr/train, reports/dwr/router.csv, data/tokens/<dwr.corpus> (its validation split)
 Writes  data/dwr/expert_store/   backbone.safetensors, expert_layer{L}_id{E}.safetensors, tokenizer, manifest.json
-        reports/dwr/export.json  numbers and sizes of files, what lower precision would cost, and checks
+        data/dwr/export/summary.json  numbers and sizes of files, what lower precision would cost, and checks
 """
 
 import copy
@@ -31,7 +31,7 @@ from dynaroute.training.checkpoints import load_checkpoint, load_weights
 
 TRAINED = Path("data/dwr/train")
 STORE = Path("data/dwr/expert_store")
-REPORTS = Path("reports/dwr")
+ROUTER = Path("reports/dwr/router.csv")
 
 
 def main(settings: Settings) -> None:
@@ -43,7 +43,7 @@ def main(settings: Settings) -> None:
     num_windows = min(export.calibration_windows, len(windows))
     experts = record_routing(trained, windows, identifier, num_windows).experts
     usage = Usage(
-        load=read_expert_load(REPORTS / "router.csv", trained.config),
+        load=read_expert_load(ROUTER, trained.config),
         transitions=count_transitions(experts, trained.config.num_experts),
     )
     precisions = compare_precisions(trained, windows, range(num_windows))
@@ -65,7 +65,7 @@ def main(settings: Settings) -> None:
         }
     expert_files, backbone = sorted(STORE.glob("expert_*")), STORE / "backbone.safetensors"
     write_json(
-        REPORTS / "export.json",
+        "data/dwr/export/summary.json",
         {
             "run": identifier,
             "expert_files": len(expert_files),

@@ -2,20 +2,21 @@
 
     python stages/dwr/report_dwr_runs.py
 
-Reads   reports/dwr_runs/
-Writes  reports/dwr_runs.md, reports/figures/dwr_runs.png
+Reads   data/dwr/run_results/
+Writes  reports/dwr_runs.md, reports/dwr/runs.png
 """
 
 from dynaroute.config import Settings
 from dynaroute.pipeline.artifacts import write_text
 from dynaroute.pipeline.stage import run
-from dynaroute.reporting.dwr_runs import page, plot_runs, read_runs, sweep
+from dynaroute.reporting.dwr.figures import plot_runs
+from dynaroute.reporting.dwr.runs import page, read_runs, sweep
 
 
 def main(settings: Settings) -> None:
     """Reads the results, draws the figure and writes the page."""
     runs = read_runs(settings)
-    plot_runs(sweep(runs), "reports/figures/dwr_runs.png")
+    plot_runs(sweep(runs), "reports/dwr/runs.png")
     write_text("reports/dwr_runs.md", page(runs))
 
 

@@ -3,11 +3,11 @@
     python stages/dwr/simulate_cache.py
 
 Reads   data/dwr/trace, data/dwr/expert_store (usage of experts)
-Writes  reports/dwr/simulated_hits.csv   hit rates by capacity, policy (also MIN) and kind of budget; and those on as
-                                         many tokens routed uniformly and independently
-        reports/dwr/simulated_speed.csv  speed relative to residency by machine, model and prefetcher: at a third of the
-                                         experts with every policy, at other capacities with the one with most hits
-        reports/dwr/simulation.json      at a third of the experts: the share of the gap to MIN that each policy closes
+Writes  reports/dwr/simulated_hits.csv        hit rates by capacity, policy (MIN among them) and kind of budget, beside
+                                              those of as many tokens routed uniformly and independently
+        data/dwr/simulation/speed.csv         speed relative to residency by machine, model and prefetcher: at a third
+                                              of the experts with every policy, elsewhere with the one that hits most
+        data/dwr/simulation/summary.json      at a third of the experts: the share of the gap to MIN each policy closes
 """
 
 import itertools
@@ -24,12 +24,12 @@ from dynaroute.dwr.experts import CacheStatistics, ExpertStore, make_policy, mak
 from dynaroute.dwr.experts.policies import Belady
 from dynaroute.dwr.experts.residency import Residency, nearest_a_third
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import write_csv, write_json
+from dynaroute.pipeline.artifacts import output_directory, write_csv, write_json
 from dynaroute.pipeline.stage import run
 
 STORE = Path("data/dwr/expert_store")
 TRACE = Path("data/dwr/trace")
-REPORTS = Path("reports/dwr")
+YARDSTICKS = ["lru", "min"]
 
 
 def main(settings: Settings) -> None:
@@ -54,7 +54,10 @@ def main(settings: Settings) -> None:
         return residency.statistics, replay(trace, residency, predictions.get(prefetch))
 
     cells = [(capacity, policy, False) for capacity in simulate.capacities for policy in [*policies, "min"]]
-    cells += [(third, policy, True) for policy in [*policies, "min"] if third >= config.num_layers]
+    # Equal shares of the layers: all policies at a third of the experts, elsewhere what they are compared with.
+    for capacity in simulate.capacities if "lru" in policies else [third]:
+        if capacity >= config.num_layers:
+            cells += [(capacity, policy, True) for policy in ([*policies, "min"] if capacity == third else YARDSTICKS)]
     hits = [
         {
             "capacity": capacity,
@@ -90,9 +93,10 @@ def main(settings: Settings) -> None:
         for machine, on in simulate.machines.items()
         for model, of in simulate.models.items()
     ]
-    write_csv(REPORTS / "simulated_hits.csv", hits)
-    write_csv(REPORTS / "simulated_speed.csv", speeds)
-    write_json(REPORTS / "simulation.json", summary(hits, store.run, len(trace.experts), third))
+    write_csv("reports/dwr/simulated_hits.csv", hits)
+    with output_directory("data/dwr/simulation") as folder:
+        write_csv(folder / "speed.csv", speeds)
+        write_json(folder / "summary.json", summary(hits, store.run, len(trace.experts), third))
 
 
 def summary(hits: list[dict[str, Any]], run_name: str, tokens: int, third: int) -> dict[str, Any]:

@@ -3,11 +3,11 @@
     python stages/dwr/train_dwr.py
 
 Reads   data/tokens/<dwr.corpus>, and of the corpora in dwr.also_validate_on
-Writes  data/dwr/train/            best.safetensors (weights), last.safetensors (all that a run goes on from), run.json
+Writes  data/dwr/train/            best.safetensors (weights), last.safetensors (the full resume state), run.json,
+                                   summary.json (losses, sizes and checks)
         reports/dwr/training.csv   a row for each validation
-        reports/dwr/training.json  summary metrics and checks
         reports/dwr/router.csv     gate norm and load of every expert, on the validation split
-        reports/dwr/training_timing.json  what was measured: seconds, tokens/s, memory
+        data/dwr/measured/training.json  seconds, tokens/s, memory
 
 A run that was stopped goes on from its last checkpoint in .scratch/train_dwr/.
 """
@@ -72,32 +72,29 @@ def main(settings: Settings) -> None:
             shutil.copyfile(trainer.best_path, folder / "best.safetensors")
             shutil.copyfile(trainer.last_path, folder / "last.safetensors")
             write_json(folder / "run.json", {"run": identifier, "config": config.model_dump(), "identity": identity})
+            write_json(
+                folder / "summary.json",
+                {
+                    "run": identifier,
+                    "parameters": config.num_params(),
+                    "active_parameters": config.num_active_params(),
+                    "training_tokens": shards["train"].num_tokens,
+                    "steps": state.step,
+                    "steps_planned": trainer.total_steps,
+                    "steps_per_epoch": trainer.steps_per_epoch,
+                    "stopped_early": state.step < trainer.total_steps,
+                    "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+                    "best_step": state.best_step,
+                    "best_validation_loss": validated["loss"],
+                    "test_loss": tested["loss"],
+                    "validation_unigram_entropy": shards["validation"].unigram_entropy,
+                    "checks": checks,
+                },
+            )
         write_csv(REPORTS / "training.csv", with_all_columns(state.history))
         write_csv(REPORTS / "router.csv", router_rows(model, sums))
         write_json(
-            REPORTS / "training.json",
-            {
-                "run": identifier,
-                "parameters": config.num_params(),
-                "active_parameters": config.num_active_params(),
-                "training_tokens": shards["train"].num_tokens,
-                "steps": state.step,
-                "steps_planned": trainer.total_steps,
-                "steps_per_epoch": trainer.steps_per_epoch,
-                "stopped_early": state.step < trainer.total_steps,
-                "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
-                "best_step": state.best_step,
-                "best_validation_loss": validated["loss"],
-                "best_validation_perplexity": math.exp(validated["loss"]),
-                "final_validation_loss": state.history[-1]["validation_loss"],
-                "test_loss": tested["loss"],
-                "test_perplexity": math.exp(tested["loss"]),
-                "validation_unigram_entropy": shards["validation"].unigram_entropy,
-                "checks": checks,
-            },
-        )
-        write_json(
-            REPORTS / "training_timing.json",
+            "data/dwr/measured/training.json",
             {
                 "seconds": trainer.seconds,
                 "tokens_per_second": state.history[-1]["tokens"] / trainer.seconds,

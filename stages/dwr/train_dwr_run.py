@@ -3,7 +3,7 @@
     python stages/dwr/train_dwr_run.py reference
 
 Reads   data/dwr/runs/<name>.yaml, data/tokens/<corpus of the run>
-Writes  reports/dwr_runs/<name>.json  what was found; weights are not kept
+Writes  data/dwr/run_results/<name>.json  what was found; weights are not kept
 
 A run that was stopped goes on from its last checkpoint in .scratch/train_dwr_run/.
 """
@@ -28,7 +28,7 @@ from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 from dynaroute.training.loop import make_accelerator, own_share
 
-REPORTS = Path("reports/dwr_runs")
+RESULTS = Path("data/dwr/run_results")
 
 
 def main(settings: Settings, name: str) -> None:
@@ -68,7 +68,7 @@ def main(settings: Settings, name: str) -> None:
         experts = config.num_layers * config.num_experts
         capacity = nearest_a_third(experts)
         write_json(
-            REPORTS / f"{name}.json",
+            RESULTS / f"{name}.json",
             {
                 "name": name,
                 "run": identifier,
@@ -82,6 +82,7 @@ def main(settings: Settings, name: str) -> None:
                 "train_loss": train_loss,
                 "validation_loss": best["validation_loss"],
                 "test_loss": test_loss,
+                "test_unigram_entropy": shards["test"].unigram_entropy,
                 "final_train_loss": final_train_loss,
                 "final_validation_loss": state.history[-1]["validation_loss"],
                 "largest_load": float(load.max()),

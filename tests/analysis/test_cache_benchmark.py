@@ -23,8 +23,8 @@ from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.training.checkpoints import save_checkpoint
 
-EXACT = [f"reports/dwr/{name}" for name in ("cache.csv", "cache.json", "export.json", "simulation.json")]
-EXACT += [f"reports/dwr/simulated_{name}.csv" for name in ("hits", "speed")]
+EXACT = [f"data/dwr/{name}/summary.json" for name in ("cache", "export", "simulation")]
+EXACT += ["data/dwr/cache/cells.csv", "data/dwr/simulation/speed.csv", "reports/dwr/simulated_hits.csv"]
 EXACT += ["data/dwr/trace/experts.npy", "data/dwr/expert_store/manifest.json"]
 CELLS = [
     (capacity, policy, prefetch)
@@ -104,24 +104,24 @@ def test_the_stages_write_the_same_results_on_every_run(trained, no_processes):
         contents.append([Path(name).read_bytes() for name in EXACT])
     assert contents[0] == contents[1]
 
-    exported = json.loads(Path("reports/dwr/export.json").read_text())
+    exported = json.loads(Path("data/dwr/export/summary.json").read_text())
     assert exported["run"] == RUN
     assert exported["expert_files"] == 10
     assert len(exported["checks"]) == 4
     assert all(exported["checks"].values())
-    summary = json.loads(Path("reports/dwr/cache.json").read_text())
+    summary = json.loads(Path("data/dwr/cache/summary.json").read_text())
     assert summary["capacity_nearest_a_third"] == 3
     assert all(summary["checks"].values())
-    timing = json.loads(Path("reports/dwr/cache_timing.json").read_text())
+    timing = json.loads(Path("data/dwr/measured/cache/summary.json").read_text())
     assert timing["checks"] == {"no_more_experts_are_in_memory_than_the_capacity": True}
 
-    rows = rows_of("reports/dwr/cache.csv")
+    rows = rows_of("data/dwr/cache/cells.csv")
     assert [(int(row["capacity"]), row["policy"], row["prefetch"]) for row in rows] == CELLS
     held = rows[-1]  # everything
     assert (held["evictions"], held["prefetch_evictions"]) == ("0", "0")
     assert int(held["misses"]) + int(held["prefetched"]) <= 10 * 2  # once for each text
     assert {row["decode_requests"] for row in rows} == {str(2 * 5 * 2 * 2)}  # prompts, steps, layers, top_k
-    timed = rows_of("reports/dwr/cache_timing.csv")
+    timed = rows_of("data/dwr/measured/cache/cells.csv")
     assert len(timed) == 1 + len(rows) + 2  # resident; with a cold page cache
     for row, decided in zip(timed[1:], rows, strict=False):
         read, ahead, useful, wasted = (
@@ -133,13 +133,16 @@ def test_the_stages_write_the_same_results_on_every_run(trained, no_processes):
     assert timed[0]["capacity"] == ""
     assert timed[0]["ratio_to_resident"] == "1.0"
 
-    simulation = json.loads(Path("reports/dwr/simulation.json").read_text())
+    simulation = json.loads(Path("data/dwr/simulation/summary.json").read_text())
     assert simulation["checks"] == {"no_policy_beats_min": True}
     assert set(simulation["hit_rate"]) == {"lru", "lfu", "min"}
     hits = rows_of("reports/dwr/simulated_hits.csv")
     assert [(row["capacity"], row["policy"]) for row in hits if row["per_layer"] == "False"] == [
         (capacity, policy) for capacity in ("2", "3", "10") for policy in ("lru", "lfu", "min")
     ]
+    shares = [(row["capacity"], row["policy"]) for row in hits if row["per_layer"] == "True"]
+    assert shares == [(capacity, policy) for capacity in ("2", "3", "10") for policy in ("lru", "lfu", "min")
+                      if policy != "lfu" or capacity == "3"]  # fmt: skip
     trace = load_trace("data/dwr/trace")
     for row in hits:
         if (row["policy"], row["per_layer"]) == ("lru", "False"):
@@ -151,7 +154,7 @@ def test_the_stages_write_the_same_results_on_every_run(trained, no_processes):
 
 def test_a_check_without_a_measurement_is_neither_passed_nor_failed(trained, no_processes, monkeypatch):
     def checks(name: str) -> dict[str, bool | None]:
-        return json.loads(Path(f"reports/dwr/{name}.json").read_text())["checks"]
+        return json.loads(Path(f"data/dwr/{name}/summary.json").read_text())["checks"]
 
     stage("export_experts").main(tiny_settings())
     grid = {"policies": ["lfu"], "prefetchers": ["gate"], "repeats": 1}
@@ -160,11 +163,11 @@ def test_a_check_without_a_measurement_is_neither_passed_nor_failed(trained, no_
         "every_repeat_has_the_same_hits_and_misses",
         "without_prefetching_every_miss_is_one_read",
     }
-    assert checks("cache_timing") == {"no_more_experts_are_in_memory_than_the_capacity": True}  # LRU, whatever the grid
+    assert checks("measured/cache") == {"no_more_experts_are_in_memory_than_the_capacity": True}  # LRU, whatever the grid
     unknown = benchmark.Memory(4, None, None, None)
     monkeypatch.setattr(no_processes, "peak_memory", lambda *arguments: {Cell(size): unknown for size in (None, 1, 3)})
     no_processes.main(tiny_settings(**grid))
-    assert checks("cache_timing") == {"no_more_experts_are_in_memory_than_the_capacity": None}
+    assert checks("measured/cache") == {"no_more_experts_are_in_memory_than_the_capacity": None}
 
 
 def test_a_logit_that_differs_stops_the_benchmark(trained, no_processes, monkeypatch):
@@ -179,7 +182,7 @@ def test_a_logit_that_differs_stops_the_benchmark(trained, no_processes, monkeyp
     monkeypatch.setattr(benchmark, "load_resident", off_by_one_bit)
     with pytest.raises(DynarouteError, match=r"capacity=1, .*logits of text 0 are not those of the resident model"):
         no_processes.main(tiny_settings())
-    assert not Path("reports/dwr/cache.csv").exists()
+    assert not Path("data/dwr/cache/cells.csv").exists()
 
 
 def test_the_gpu_benchmark_records_every_cell_from_host_memory_and_from_disk(trained, no_processes):
@@ -192,7 +195,7 @@ def test_the_gpu_benchmark_records_every_cell_from_host_memory_and_from_disk(tra
     places = (("host memory", CELLS), ("disk", CELLS), ("disk, cold", cold))
     assert found == [(place, *cell) for place, cells in places for cell in cells]
     # What the cache does is what the other benchmark found, whatever the device and wherever the experts are.
-    rates = [float(row["decode_hit_rate"]) for row in rows_of("reports/dwr/cache.csv")]
+    rates = [float(row["decode_hit_rate"]) for row in rows_of("data/dwr/cache/cells.csv")]
     assert [row["hit_rate"] for row in report["rows"][: 2 * len(CELLS)]] == rates * 2
     assert report["decodings"] == len(found) * 2 * 2
     assert report["decodings_with_a_logit_not_equal_to_the_bit"] == 0

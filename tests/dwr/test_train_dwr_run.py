@@ -58,7 +58,7 @@ def run_one(name: str, **overrides) -> dict:
     settings = make_settings(overrides)
     resolve_variants.main(settings)
     train_dwr_run.main(settings, name)
-    return read_record(f"reports/dwr_runs/{name}.json")
+    return read_record(f"data/dwr/run_results/{name}.json")
 
 
 def test_what_it_says_of_weights_that_did_not_move_is_what_plain_loops_say_of_new_ones(tokens):

@@ -90,7 +90,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     names = "one", "two", "accelerate"
     runs = [json.loads((tmp_path / name / "data/dwr/train/run.json").read_text()) for name in names]
     assert [run["identity"]["num_processes"] for run in runs] == [1, 2, 2]
-    report = json.loads((two / "training.json").read_text())
+    report = json.loads((tmp_path / "two/data/dwr/train/summary.json").read_text())
     assert all(holds for name, holds in report["checks"].items() if name != "validation_loss_is_below_unigram_entropy")
     assert not list((tmp_path / "two/.scratch/train_dwr").iterdir())
 

@@ -8,11 +8,19 @@ from dagformer_tree import write_dagformer_tree
 from dwr_tree import write_tree
 
 
+@pytest.fixture(scope="session")
+def pristine_dwr_tree(tmp_path_factory) -> Path:
+    """Everything that the DWR reports read."""
+    root = tmp_path_factory.mktemp("dwr")
+    write_tree(root)
+    return root
+
+
 @pytest.fixture
-def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: everything that the DWR reports read."""
+def tree(pristine_dwr_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a copy of that."""
+    shutil.copytree(pristine_dwr_tree, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    write_tree(tmp_path)
     return tmp_path
 
 

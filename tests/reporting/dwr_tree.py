@@ -8,23 +8,34 @@ from pathlib import Path
 import pandas as pd
 from repository import REPOSITORY
 
-from dynaroute.config import read_yaml
+from dynaroute.config import Settings, read_yaml
 from dynaroute.pipeline.artifacts import sha256, write_csv, write_json
 
 RUN = "0123456789abcdef"
 LAYERS, EXPERTS = 3, 4
+RUNS = {
+    "more_text": ({"train_windows": 640, "training": {"epochs": 2.5}}, 5.25, 0.25),
+    "reference": ({}, 5.5, 0.3),
+    "strong": ({"balance_coefficient": 0.5}, 5.625, 0.28),
+    "none": ({"balance_coefficient": 0.0}, 5.5625, 0.45),
+    "wide": ({"d_ff": 256, "dropout": 0.2}, 5.75, 0.31),
+}  # overrides, test loss, hit rate
 
 
 def write_tree(root: Path) -> None:
     """Writes everything that the DWR reports read."""
     (root / "reports").mkdir()
     shutil.copy(REPOSITORY / "reports/reference.yaml", root / "reports")
-    shutil.copy(REPOSITORY / "params.yaml", root)
-    write_corpus(root)
-    write_training(root)
-    write_store(root)
-    write_cache(root)
-    write_simulation(root)
+    for write in (
+        write_corpus,
+        write_training,
+        write_store,
+        write_cache,
+        write_simulation,
+        write_benchmarks,
+        write_runs,
+    ):
+        write(root)
 
 
 def write_corpus(root: Path) -> None:
@@ -85,18 +96,19 @@ def write_training(root: Path) -> None:
     summary = {
         **{"run": RUN, "parameters": 60_123, "active_parameters": 40_321, "training_tokens": 100_003, "steps": 260},
         **{"steps_planned": 260, "steps_per_epoch": 130, "stopped_early": False, "best_step": 260},
-        **{"best_validation_loss": 4.0323, "final_validation_loss": 4.0323, "test_loss": 4.1717},
+        **{"best_validation_loss": 4.0323, "test_loss": 4.1717},
         **{"validation_unigram_entropy": 6.125, "precision": "fp32", "checks": {"gradient_reaches_every_router": True}},
     }
-    write_json(root / "reports/dwr/training.json", summary)
+    write_json(root / "data/dwr/train/summary.json", summary)
     machine = {"processor": "A Processor 9000", "threads": 2, "python": "3.11.77", "torch": "2.9.99"}
     timing = {"seconds": 321.0, "tokens_per_second": 12_345.6, "peak_memory_bytes": 700 * 2**20, "machine": machine}
-    write_json(root / "reports/dwr/training_timing.json", timing)
+    write_json(root / "data/dwr/measured/training.json", timing)
 
 
 def write_store(root: Path) -> None:
     checks = {"every_file_has_its_sha256": True, "reassembled_logits_are_equal": True}
-    sizes = {"expert_files": LAYERS * EXPERTS, "expert_file_bytes": 16_707, "backbone_file_bytes": 123_456}
+    sizes = {"expert_files": LAYERS * EXPERTS, "expert_bytes": 16_500, "expert_file_bytes": 16_707}
+    sizes |= {"backbone_file_bytes": 123_456}
     precisions = [("fp32", 12_345, 4.0111), ("bf16", 6_345, 4.0115), ("int8", 3_345, 4.0177)]
     columns = ("precision", "expert_bytes", "nll")
     lower = {
@@ -105,7 +117,7 @@ def write_store(root: Path) -> None:
         "calibration_windows": 19,
     }
     record = {"run": RUN, **sizes, **lower, "total_bytes": 323_940, "checks": checks}
-    write_json(root / "reports/dwr/export.json", record)
+    write_json(root / "data/dwr/export/summary.json", record)
 
 
 def write_cache(root: Path) -> None:
@@ -124,11 +136,11 @@ def write_cache(root: Path) -> None:
         }
         for capacity, policy, prefetch in cells
     ]
-    write_csv(root / "reports/dwr/cache.csv", rows)
+    write_csv(root / "data/dwr/cache/cells.csv", rows)
     checks = {"logits_are_equal_in_every_cell": True}
     sizes = {"prompts": 5, "prompt_tokens": 9, "new_tokens": 13, "capacity_nearest_a_third": 4, "lookahead": 2}
     sizes |= {"experts": LAYERS * EXPERTS, "expert_file_bytes": 16_707}
-    write_json(root / "reports/dwr/cache.json", {"run": RUN, **sizes, "checks": checks})
+    write_json(root / "data/dwr/cache/summary.json", {"run": RUN, **sizes, "checks": checks})
     timing = [
         {
             **{"capacity": cell[0], "policy": cell[1], "prefetch": cell[2], "page_cache": cell[0] and "warm"},
@@ -141,13 +153,10 @@ def write_cache(root: Path) -> None:
         }
         for number, cell in enumerate([("", "", ""), *cells])
     ]
-    write_csv(root / "reports/dwr/cache_timing.csv", timing)
-    third = {"capacity": 4, "policy": "lru", "prefetch": "none", "ratio_to_resident": 0.97}
-    summary = {
-        **{"run": RUN, "repeats": 3, "at_a_third_of_the_experts": third},
-        **{"checks": {"memory_is_bounded": True}, "machine": {"processor": "Another Processor", "threads": 2}},
-    }
-    write_json(root / "reports/dwr/cache_timing.json", summary)
+    write_csv(root / "data/dwr/measured/cache/cells.csv", timing)
+    summary = {"run": RUN, "repeats": 3, "checks": {"memory_is_bounded": True}}
+    summary |= {"machine": {"processor": "Another Processor", "threads": 2}}
+    write_json(root / "data/dwr/measured/cache/summary.json", summary)
 
 
 def write_simulation(root: Path) -> None:
@@ -176,36 +185,73 @@ def write_simulation(root: Path) -> None:
             ]
         )
     ]
-    write_csv(root / "reports/dwr/simulated_speed.csv", speeds)
+    write_csv(root / "data/dwr/simulation/speed.csv", speeds)
     record = {"run": RUN, "tokens": 2_345, "capacity_nearest_a_third": 4, "hit_rate": rates}
     record |= {"uniform_hit_rate": uniform}
     record |= {"share_of_gap_closed": {"lru": 0.0, "next_use": 0.4007, "min": 1.0}, "checks": {"min_is_best": True}}
-    write_json(root / "reports/dwr/simulation.json", record)
+    write_json(root / "data/dwr/simulation/summary.json", record)
 
 
-def write_peers(root: Path) -> None:
+def write_benchmarks(root: Path) -> None:
     """What the default pipeline does not run."""
     row = {"name": "all resident", "page_cache": "warm", "tokens_per_second": 41.25, "ratio_to_resident": 1.0}
     row |= {"ratio_lowest": 1.0, "ratio_highest": 1.0, "hit_rate": None}
-    other = {**row, "name": "lru, none", "page_cache": "cold", "tokens_per_second": 23.45, "hit_rate": 0.3456}
+    cached = {**row, "name": "lru, none", "page_cache": "cold", "tokens_per_second": 23.45, "hit_rate": 0.3456}
+    columns = ("page_cache", "against", "value", "goal", "resident_value")
     goals = [
         {
-            **{"candidate": "lru, none", "page_cache": page_cache, "against": against, "goal": goal, "value": value},
-            **{"lowest": value / 2, "highest": value * 2, "resident_value": bound},
+            **dict(zip(columns, goal, strict=True)),
+            "candidate": "lru, none",
+            "lowest": goal[2] / 2,
+            "highest": goal[2] * 2,
         }
-        for page_cache, against, value, goal, bound in (
+        for goal in (
             ("warm", "all resident", 0.976, 0.95, 1.0),
             ("warm", "offloaded", 13.765, 15.0, 14.125),
             ("cold", "all resident", 0.3123, 0.35, 1.0),
         )
     ]
-    record = {
-        **{"experts": 96, "expert_bytes": 8_398_848, "capacity": 32, "new_tokens": 21, "threads": 1, "repeats": 5},
-        **{"experts_per_token": 12},
-        **{"machine": {"processor": "A Third Processor"}, "rows": [row, other], "goals": goals},
-        **{"use_of_an_expert_ms": {"held": 0.61, "on disk": 9.87}, "mixtral_lru_hit_rate": 0.4321},
+    peers = {"experts": 96, "expert_bytes": 8_398_848, "capacity": 32, "new_tokens": 21, "threads": 1, "repeats": 5}
+    peers |= {"experts_per_token": 12, "machine": {"processor": "A Third Processor"}, "rows": [row, cached]}
+    peers |= {"goals": goals, "use_of_an_expert_ms": {"held": 0.61, "on disk": 9.87}, "mixtral_lru_hit_rate": 0.4321}
+    write_json(root / "reports/benchmarks/cached_inference.json", peers)
+    layer = {"milliseconds": 12.3, "interquartile_milliseconds": 1.5, "ratio_to_dense": 1.67}
+    model = {"parameters": 4_321, "milliseconds": 45.6, "tokens_per_second": 9_876.5}
+    training = {"tokens_per_step": 2_048, "precision": "fp32", "models": {"plain_loop": model}}
+    training["tokens_per_second_ratios"] = {"dynaroute_to_dense": {"ratio": 0.857, "quartiles": [0.78, 0.9]}}
+    moe = {"sizes": {"d_model": 512, "d_ff": 2048, "num_experts": 16, "top_k": 2}, "training": training}
+    moe |= {"rows": [{"tokens": 8192, "layer": "dynaroute", **layer}], "machine": {"processor": "Bench 1"}}
+    write_json(root / "reports/benchmarks/moe.json", moe)
+
+
+def write_runs(root: Path) -> None:
+    """The results of small runs: overrides, test loss and hit rate of each are made up."""
+    settings = settings_with_runs()
+    for number, (name, (_, loss, rate)) in enumerate(RUNS.items()):
+        record = {
+            **{"name": name, "run": f"{number}", "settings": settings.dwr_run(name).model_dump()},
+            **{"parameters": 870_560 + number, "training_tokens": 8_192, "epochs": 10.0, "best_epoch": 6.0 + number},
+            **{"validation_loss": loss - 0.1, "test_loss": loss, "test_unigram_entropy": 6.2},
+            **{"final_train_loss": 3.0, "final_validation_loss": loss},
+            **{"smallest_load": 0.25, "largest_load": 1.75, "experts": 32, "capacity": 11, "trace_tokens": 1_536},
+            "hit_rate": {"lru": rate, "next_use": rate + 0.1, "min": rate + 0.3},
+            "uniform_hit_rate": {"lru": 0.26, "next_use": 0.34, "min": 0.61},
+        }
+        write_json(root / f"data/dwr/run_results/{name}.json", record)
+
+
+def settings_with_runs() -> Settings:
+    """The default settings with the runs that `write_runs` writes."""
+    params = read_yaml(REPOSITORY / "params.yaml")
+    windows = {"train_windows": 64, "validation_windows": 32, "eval_windows": None}
+    params["dwr_runs"] = {name: {"corpus": "docs", **overrides} for name, (overrides, *_) in RUNS.items()}
+    params["dwr_runs"]["reference"] |= {
+        **windows,
+        "d_ff": 128,
+        "balance_coefficient": 0.01,
+        "training": {"epochs": 10.0},
     }
-    write_json(root / "reports/benchmarks/cached_inference.json", record)
+    return Settings.model_validate(params)
 
 
 def edit_json(path: str | Path, change: Callable[[dict], None]) -> None:

@@ -46,3 +46,13 @@ def test_a_row_that_lacks_a_column_names_its_file():
 
 def test_items_are_listed_as_in_a_sentence():
     assert [tables.listed(items) for items in ([], "a", "ab", "abc")] == ["–", "a", "a and b", "a, b and c"]
+
+
+def test_a_paragraph_becomes_one_line_and_what_is_no_paragraph_keeps_its_lines():
+    text = (
+        "# T\n\nOne\n`two`\n3 of\n  four.\n- a\n  b\n- c\n1. d\n| e |\n| f |\n> g\n> h\n![i](j)\n```\nk\nl\n```\n\nm\n"
+    )
+    assert tables.unwrap(text).splitlines() == [
+        *("# T", "", "One `two` 3 of four.", "- a b", "- c", "1. d", "| e |", "| f |", "> g", "> h", "![i](j)"),
+        *("```", "k", "l", "```", "", "m"),
+    ]

@@ -9,8 +9,9 @@ from dynaroute.reporting.pages import render
 from dynaroute.reporting.tables import Column, perplexity, size, tabulate
 
 FILES = {
-    "training": "dwr/training", "timing": "dwr/training_timing", "export": "dwr/export", "moe": "benchmarks/moe",
-    "cache": "benchmarks/gpu_cache", "dag": "benchmarks/dag", "step": "benchmarks/dagformer_step",
+    "training": "data/dwr/train/summary", "timing": "data/dwr/measured/training", "export": "data/dwr/export/summary",
+    "moe": "reports/benchmarks/moe", "cache": "reports/benchmarks/gpu_cache", "dag": "reports/benchmarks/dag",
+    "step": "reports/benchmarks/dagformer_step",
 }  # fmt: skip
 PUBLISHED_CARD = "NVIDIA A40"
 MODELS: list[Column] = [
@@ -33,12 +34,12 @@ GOALS: list[Column] = [("goal", "goal"), ("bound", "bound"), ("value", "value", 
 
 
 def page(device: str) -> str:
-    """The page as Markdown, of what there is in gpu/reports; with the device cpu it says that no figure is a GPU's.
+    """The page as Markdown, of what there is in gpu/; with the device cpu it says that no figure is a GPU's.
 
     Raises:
         DynarouteError: a file is damaged or of another run, or a published number is missing.
     """
-    paths = {name: Path("reports") / f"{file}.json" for name, file in FILES.items()}
+    paths = {name: Path(f"{file}.json") for name, file in FILES.items()}
     found: dict[str, Any] = {name: read_record(path) if path.exists() else None for name, path in paths.items()}
     if found["training"]:
         check_same_run(found["training"]["run"], *(found[name] for name in ("export", "cache") if found[name]))

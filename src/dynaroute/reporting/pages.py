@@ -8,8 +8,18 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from dynaroute.pipeline.artifacts import write_text
-from dynaroute.reporting.tables import count, duration, fmt, listed, perplexity, published, size
+from dynaroute.reporting.tables import (
+    count,
+    duration,
+    fmt,
+    listed,
+    perplexity,
+    pivot,
+    published,
+    size,
+    tabulate,
+    unwrap,
+)
 
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -19,7 +29,7 @@ ENVIRONMENT = Environment(
     keep_trailing_newline=True,
     autoescape=False,
 )
-for one in (count, duration, fmt, listed, perplexity, published, size):
+for one in (count, duration, fmt, listed, perplexity, pivot, published, size, tabulate):
     ENVIRONMENT.filters[one.__name__] = one
 
 
@@ -30,9 +40,4 @@ def render(template: str, values: dict[str, Any]) -> str:
         DynarouteError: the template asks for a key that a file of results lacks (see `inputs.Record`).
         jinja2.UndefinedError: it asks for a value that was not passed.
     """
-    return ENVIRONMENT.get_template(template).render(values)
-
-
-def write_page(path: str | Path, template: str, values: dict[str, Any]) -> None:
-    """Renders a template into a file, atomically; raises as `render` does."""
-    write_text(path, render(template, values))
+    return unwrap(ENVIRONMENT.get_template(template).render(values))

@@ -1,11 +1,15 @@
 """Markdown: tables, quotations and numbers with units; most of it also serves templates as filters."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NONE = "–"  # in place of a value that does not exist
-Format = str | Callable[[Any], str]  # a format specification (",.3f"), or a function such as `size`
+Format = str | Callable[[Any], str]  # a format specification (",.3f"), the name of a unit, or a function such as `size`
 Column = tuple[str, str, Format] | tuple[str, str]  # key, heading, format
 
 
@@ -15,19 +19,27 @@ def fmt(value: Any, how: Format = "") -> str:
         return NONE
     if isinstance(value, str):
         return value
-    if callable(how):
-        return how(value)
-    return format(value, how or ",")
+    how = {"size": size, "duration": duration, "perplexity": perplexity}.get(how, how)
+    return how(value) if callable(how) else format(value, how or ",")
 
 
-def tabulate(rows: Iterable[Mapping[str, Any]], columns: Sequence[Column]) -> str:
+def tabulate(rows: "Iterable[Mapping[str, Any]] | pd.DataFrame", columns: Sequence[Column]) -> str:
     """A Markdown table with a row for each mapping and a cell for each column, formatted by `fmt`.
 
     Raises:
         KeyError: a row lacks a column's key; a DynarouteError that names the file if the row is an `inputs.Record`.
     """
+    if hasattr(rows, "to_dict"):
+        rows = rows.to_dict("records")
     cells = [[fmt(row[key], *how) for key, _, *how in columns] for row in rows]
     return table([heading for _, heading, *_ in columns], cells)
+
+
+def pivot(frame: "pd.DataFrame", index: Column, columns: str, values: str, how: Format = ".3f") -> str:
+    """A Markdown table with a row for each value of a column and a column for each of another, as they first appear."""
+    names = list(frame[columns].unique())
+    wide = frame.pivot(index=index[0], columns=columns, values=values).loc[frame[index[0]].unique(), names]
+    return tabulate(wide.reset_index(), [index, *((name, f"`{name}`", how) for name in names)])
 
 
 def shared_text(split: Mapping[str, Any]) -> str:
@@ -53,7 +65,14 @@ def outcome(passed: bool | None) -> str:
 
 def published(text: str) -> str:
     """Marks text, a table included, as published and not measured here: a Markdown quotation that says so first."""
-    return "\n".join(f"> {line}".rstrip() for line in f"**Published.** {text}".splitlines())
+    lines = unwrap(f"**Published.** {text.lstrip()}").splitlines()
+    return "\n".join(f"> {line}".rstrip() for line in lines) + "\n" * text.endswith("\n")
+
+
+def unwrap(text: str) -> str:
+    """Markdown with a line for each paragraph and list item, so that a longer number moves no other line."""
+    within = r"(?<=[^\s|>])\n {0,3}(?![\s|>#!✓✗-]|\d+\. |```|$)"
+    return re.sub(rf"(^```.*?^```)|{within}", lambda match: match[1] or " ", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def figure(path: str, caption: str) -> str:

@@ -1,75 +1,22 @@
-"""What the numbers of a DWR run say, by rules that are written down here and printed with every finding.
+"""What the numbers of a DWR run say: one function for each finding, with an answer for each outcome.
 
-A rule has an answer for each outcome: the report states what was measured, not what was hoped for.
+The rules stand here and in the templates, which choose the sentence.
 """
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LEVEL = 0.01  # nats: validation losses that are no further apart count as level
-SIGNIFICANT = 0.05  # a trend is reported as one if chance alone gives it less often than this
+SPIKE = 0.5  # nats: a loss that rises by more from one row to the next counts as a spike
 COLLAPSED = 0.1  # of the uniform share: an expert with less load has collapsed
 
 
-class Trend(NamedTuple):
-    """Whether a quantity grows or shrinks with depth."""
-
-    rank_correlation: float  # Spearman's, of layer and quantity
-    chance: float  # how often layers in random order correlate at least as strongly, in either direction
-    layers: int
-
-    @property
-    def direction(self) -> int:
-        """1 if it grows, -1 if it shrinks, 0 if neither is clear."""
-        return int(math.copysign(1, self.rank_correlation)) if self.chance < SIGNIFICANT else 0
-
-    @property
-    def too_few_layers(self) -> bool:
-        """Whether no order of so many layers is clear: the clearest are the rising and the falling one."""
-        return 2 / math.factorial(self.layers) >= SIGNIFICANT
-
-
-def depth_trend(values: "pd.Series") -> Trend | None:
-    """The trend of a quantity over the layers, in order of depth; None for a single layer or equal values."""
-    layers = len(values)
-    if values.nunique() < 2:
-        return None
-    ranks = values.rank().tolist()
-    depths = values.reset_index(drop=True).index.to_series()
-    correlation = float(depths.corr(values.rank().reset_index(drop=True)))  # Pearson's of ranks is Spearman's
-    if layers <= 8:  # all 40,320 orders at most
-        strengths = [abs(_rank_covariance(order)) for order in itertools.permutations(ranks)]
-        chance = sum(strength >= abs(_rank_covariance(ranks)) for strength in strengths) / len(strengths)
-    else:  # the normal approximation
-        chance = math.erfc(abs(correlation) * math.sqrt((layers - 1) / 2))
-    return Trend(correlation, chance, layers)
-
-
-def _rank_covariance(ranks: Sequence[float]) -> float:
-    """Spearman's correlation of position and rank but for a factor; exact, since ranks are halves of integers."""
-    middle = (len(ranks) - 1) / 2
-    return sum((layer - middle) * rank for layer, rank in enumerate(ranks))
-
-
-def gate_norms_by_layer(router: "pd.DataFrame") -> "pd.DataFrame":
-    """Columns min, max, mean and spread (max - min) of the gate norms, a row for each layer."""
-    norms = router.groupby("layer")["gate_norm"].agg(["min", "max", "mean"])
-    return norms.assign(spread=norms["max"] - norms["min"])
-
-
-def relative_load(router: "pd.DataFrame") -> "pd.Series":
-    """Each expert's load in units of the uniform share, by (layer, expert)."""
-    loads = router.set_index(["layer", "expert"])["load"]
-    return loads * loads.groupby("layer").transform("size")
-
-
 class Course(NamedTuple):
-    """How losses went on after the best validation."""
+    """What losses did after the best validation."""
 
     best: "pd.Series"  # rows of the training curve
     last: "pd.Series"
@@ -81,18 +28,62 @@ class Course(NamedTuple):
         return self.last.validation_loss - self.best.validation_loss
 
     @property
-    def turned(self) -> bool:
-        """Whether the validation loss rose by more than `LEVEL`."""
-        return self.rise > LEVEL
-
-    @property
-    def overfitted(self) -> bool:
-        """Whether it did so while the training loss went on falling."""
-        return self.turned and self.training_loss_fell
+    def outcome(self) -> str:
+        """`overfits`, `unstable` (training loss rose as well), `level` or `lowest` (the last is the best)."""
+        if self.rise > LEVEL:
+            return "overfits" if self.training_loss_fell else "unstable"
+        return "level" if self.rise > 0 else "lowest"
 
 
 def course(curve: "pd.DataFrame") -> Course:
-    """The course of a training with its curve."""
+    """Whether validation loss turned, and whether training loss kept falling."""
     best = curve["validation_loss"].idxmin()
     meanwhile = curve.loc[best:, "train_loss"].dropna()  # there is none of step 0
     return Course(curve.loc[best], curve.iloc[-1], bool(meanwhile.iloc[-1] < meanwhile.iloc[0]))
+
+
+def stability(curve: "pd.DataFrame") -> dict[str, float]:
+    """The largest rise of each loss between two rows, in nats, and the range of gradient norms before clipping."""
+    norms = curve["train_gradient_norm"].dropna()
+    rises = {f"{name}_rise": float(curve[f"{name}_loss"].diff().max()) for name in ("train", "validation")}
+    return {**rises, "lowest_norm": norms.min(), "highest_norm": norms.max()}
+
+
+def gate_norms_by_layer(router: "pd.DataFrame") -> "pd.DataFrame":
+    """Columns min, max, mean and spread (max - min) of the gate norms, a row for each layer."""
+    norms = router.groupby("layer")["gate_norm"].agg(["min", "max", "mean"])
+    return norms.assign(spread=norms["max"] - norms["min"])
+
+
+def initial_gate_norm(d_model: int) -> float:
+    """The expected gate norm of an untrained router, whose weights are drawn with a standard deviation of 0.02."""
+    return 0.02 * math.sqrt(d_model)
+
+
+def depth_correlation(values: "pd.Series") -> float | None:
+    """Spearman's rank correlation of a quantity with depth, given in order of layers; None if no two values differ."""
+    if values.nunique() < 2:
+        return None
+    ranks = values.reset_index(drop=True).rank()
+    return float(ranks.corr(ranks.index.to_series()))  # Pearson's of ranks is Spearman's
+
+
+def relative_load(router: "pd.DataFrame") -> "pd.Series":
+    """Each expert's load in units of the uniform share, by (layer, expert)."""
+    loads = router.set_index(["layer", "expert"])["load"]
+    return loads * loads.groupby("layer").transform("size")
+
+
+def best_online(rates: Mapping[str, float]) -> str:
+    """The policy with the highest hit rate but for MIN, which knows the future."""
+    return max((policy for policy in rates if policy != "min"), key=rates.__getitem__)
+
+
+def gap_closed(hits: "pd.DataFrame", per_layer: bool) -> "pd.DataFrame":
+    """The share of the gap between LRU and MIN that each other policy closes, by capacity; NaN where there is none."""
+    rates = hits[hits["per_layer"] == per_layer].pivot(index="capacity", columns="policy", values="hit_rate")
+    if "lru" not in rates:
+        return rates.iloc[:, :0]
+    others = [name for name in hits["policy"].unique() if name in rates and name not in ("lru", "min")]
+    gap = rates["min"] - rates["lru"]
+    return rates[others].sub(rates["lru"], axis=0).div(gap.where(gap > 0), axis=0)

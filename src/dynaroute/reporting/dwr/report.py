@@ -1,117 +1,255 @@
-"""reports/dwr.md: the published report's structure, filled from the outputs of one run.
+"""reports/dwr.md: the published report's tables, filled from one run. The sentences stand in templates/dwr.md.
 
-Nothing here depends on time, machine or measured speed, so the page has the same bytes on every run; what does is on
-the page of `measured.py`. Numbers of the reference appear in columns headed "published" and in quotations that begin
-with "Published", and nowhere else.
+Nothing here depends on time, machine or measured speed, so the page has the same bytes on every run. Published numbers
+appear in columns headed "published" and in quotations that begin with "Published", and nowhere else.
 """
 
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 from dynaroute.reporting.dwr import findings
-from dynaroute.reporting.dwr.cached_inference import cached_inference, hit_rate_sentence
-from dynaroute.reporting.dwr.configuration import configuration, corpus
-from dynaroute.reporting.dwr.files import checks, export, inventory, properties
-from dynaroute.reporting.dwr.results import CHECKPOINTS, Results
-from dynaroute.reporting.dwr.routers import collapse_sentence, routers, spread_sentence
-from dynaroute.reporting.dwr.training import (
-    against_entropy,
-    learning,
-    overfitting,
-    overfitting_sentence,
-    training_curve,
+from dynaroute.reporting.dwr.results import (
+    DATA,
+    REFERENCE,
+    Cached,
+    Corpus,
+    Training,
+    read_cached,
+    read_corpus,
+    read_training,
 )
-from dynaroute.reporting.inputs import file_size
-from dynaroute.reporting.tables import count, perplexity
+from dynaroute.reporting.inputs import Record, check_same_run, file_size, read_record
+from dynaroute.reporting.pages import render
+from dynaroute.reporting.tables import count, fmt, outcome, shared_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MAX_CURVE_ROWS = 24  # of the printed training curve; the file has all of them
+
+SETTINGS = {
+    "corpus": "Corpus",
+    "tokenizer": "Tokenizer",
+    "vocab_size": "Padded vocabulary",
+    "d_model": "d_model",
+    "d_ff": "d_ff of an expert",
+    "num_layers": "Layers",
+    "num_heads": "Heads",
+    "num_experts": "Experts per layer",
+    "top_k": "top_k",
+    "capacity_factor": "Capacity factor",
+    "max_seq_len": "Sequence length",
+    "dropout": "Dropout",
+    "balance_coefficient": "Balance coefficient",
+    "betas": "AdamW betas",
+    "lr": "Learning rate",
+    "min_lr": "Learning rate at the end of the cosine",
+    "warmup_steps": "Warm-up steps",
+    "weight_decay": "Weight decay",
+    "clip_norm": "Gradient clipping (norm)",
+    "batch_size": "Batch (sequences)",
+    "epochs": "Epochs",
+    "precision": "Precision",
+    "validate_every": "Validation every (steps)",
+    "early_stopping_patience": "Early stopping patience (validations)",
+}
+
+
+class Results(NamedTuple):
+    """Everything that the report is made from; all of one run."""
+
+    training: Training
+    corpus: Corpus
+    cached: Cached
+    reference: Record  # the published numbers
+
+
+def read_results() -> Results:
+    """Reads everything.
+
+    Raises:
+        DynarouteError: a file is missing, damaged or of another run.
+    """
+    training, cached = read_training(), read_cached()
+    check_same_run(training.run["run"], cached.export)
+    return Results(training, read_corpus(training.run), cached, read_record(REFERENCE)["dwr"])
 
 
 def page(results: Results) -> str:
     """The report as Markdown."""
-    parts = [
-        "# Dynamic weight retrieval (DWR): results",
-        introduction(results),
-        *("## At a glance", at_a_glance(results)),
-        *("## 1. Training configuration", configuration(results)),
-        *("## 2. Training curve", training_curve(results)),
-        "## 3. Key findings",
-        *("### 3.1 Does it train?", learning(results)),
-        *("### 3.2 Does it overfit?", overfitting(results)),
-        *("### 3.3 What do the routers do?", routers(results)),
-        *("### 3.4 Expert export", export(results)),
-        *("## 4. Checkpoint inventory", inventory(results)),
-        *("## 5. Validated properties", properties(results)),
-        *("## 6. Cached inference", cached_inference(results)),
-        *("## 7. Corpus", corpus(results)),
-        *("## 8. Known limitations", limitations(results)),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def introduction(results: Results) -> str:
-    """What the page is, and how to make it again."""
-    return (
-        f"Run `{results.run['run']}`: a Mixture-of-Experts language model, trained, exported to one file for each "
-        "expert, and run with its experts fetched through a cache. Every number below is from that run, but for those "
-        f"marked as published, which are from *{results.reference['document']}* "
-        f"({results.reference['setting']}) and stand beside ours for comparison.\n\n"
-        "How to reproduce: `make repro`, or `dvc repro report_dwr`. On the same kind of CPU, the same settings and "
-        "packages give the same bytes. Times, memory and speeds are on [a page of their own](dwr_measured.md)."
+    (run, training, curve, router), corpus, cached, reference = results
+    load, norms = findings.relative_load(router), findings.gate_norms_by_layer(router)
+    settings = _settings(results)
+    return render(
+        "dwr.md",
+        {
+            "run": run,
+            "settings": run["identity"]["dwr"],
+            "summary": training,
+            "reference": reference,
+            "corpus": corpus,
+            "cached": cached,
+            "best_policy": findings.best_online(cached.simulation["hit_rate"]),
+            "rules": findings,
+            "course": findings.course(curve),
+            "stability": findings.stability(curve),
+            "spread": norms["spread"],
+            "depth_correlation": findings.depth_correlation(norms["spread"]),
+            "their_depth_correlation": findings.depth_correlation(_frame(reference["gate_norms"]["rows"])["spread"]),
+            "load": load,
+            "collapsed": int((load < findings.COLLAPSED).sum()),
+            "differing": [row["parameter"] for row in settings if row["differs"]],
+            "files": {name: file_size(DATA / f"train/{name}.safetensors") for name in ("best", "last")},
+            "validations": len(curve),
+            "rows": {
+                "settings": settings,
+                "curve": _shown(curve),
+                "their_curve": _their_curve(reference["training_curve"]),
+                "routers": norms.assign(least=load.groupby("layer").min(), most=load.groupby("layer").max())
+                .join(_frame(reference["gate_norms"]["rows"]).drop(columns="layer").add_prefix("their_"), how="outer")
+                .reset_index(),
+                "balance": _balance(curve, router["layer"].unique(), run["config"]["top_k"]),
+                "checks": checks(results),
+                "decoding": cached.cells[cached.cells["prefetch"] == "none"],
+                "splits": [{"split": name, **split} for name, split in corpus.tokens["splits"].items()],
+                "sources": _sources(corpus),
+            },
+        },
     )
 
 
-def at_a_glance(results: Results) -> str:
-    """The findings, one line each."""
-    summary, config = results.training.summary, results.run["config"]
-    course = findings.course(results.training.curve)
-    outcomes = [passed for _, _, passed in checks(results)]
-    lines = [
-        f"Best validation loss {course.best.validation_loss:.4f} nats per token (perplexity "
-        f"{perplexity(course.best.validation_loss)}) at step {course.best.step:,.0f}, "
-        f"{against_entropy(course.best.validation_loss, summary['validation_unigram_entropy'])}. "
-        f"Test perplexity of that checkpoint: {perplexity(summary['test_loss'])}.",
-        overfitting_sentence(course),
-        spread_sentence(results.training.router),
-        collapse_sentence(results.training.router),
-        hit_rate_sentence(results),
-        f"{outcomes.count(True)} of {count(len(outcomes), 'check')} that the pipeline made passed.",
-    ]
-    sizes = f"{summary['parameters']:,} parameters, {config['num_layers'] * config['num_experts']} experts"
-    return "\n".join(f"- {line}" for line in (f"{sizes}, {course.last.tokens:,.0f} tokens trained on.", *lines))
+def summary(results: Results) -> dict[str, float]:
+    """The numbers that people ask for first."""
+    training, simulation, hits = results.training.summary, results.cached.simulation, results.cached.hits
+    third = hits["capacity"] == simulation["capacity_nearest_a_third"]
+    per_layer = hits[hits["per_layer"] & third & (hits["policy"] == "lru")]["hit_rate"]
+    return {
+        "validation_loss": training["best_validation_loss"],
+        "validation_perplexity": math.exp(training["best_validation_loss"]),
+        "test_perplexity": math.exp(training["test_loss"]),
+        **{f"hit_rate_{policy}": simulation["hit_rate"].get(policy) for policy in ("lru", "next_use", "min")},
+        "hit_rate_lru_per_layer": None if per_layer.empty else per_layer.item(),
+        "failed_checks": sum("failed" in check["outcome"] for check in checks(results)),
+    }
 
 
-def limitations(results: Results) -> str:
-    """What to keep in mind; the published report's own points first, each with what this run did about it."""
-    summary, curve = results.training.summary, results.training.curve
-    dwr = results.run["identity"]["dwr"]
-    course, load = findings.course(curve), findings.relative_load(results.training.router)
-    ratio = summary["parameters"] / summary["training_tokens"]
-    factor, patience = dwr["capacity_factor"], dwr["training"]["early_stopping_patience"]
-    best, last = (file_size(CHECKPOINTS / f"{name}.safetensors") for name in ("best", "last"))
-    if factor is None:
-        capacity = (
-            "none: no token loses an expert, and nothing bounds what one expert gets; the most loaded got "
-            f"{load.max():.2f} of the uniform load on the validation split."
-        )
-    else:
-        dropped = curve["train_dropped_share"].iloc[-1]
-        capacity = (
-            f"a factor of {factor:g}; {dropped:.2%} of assignments were dropped in the last interval of training."
-        )
-    if patience is None:
-        stopping = "off: all steps are taken, whatever validation says; the best checkpoint is kept."
-    else:
-        outcome = "it ended this run" if summary["stopped_early"] else "this run did not need it"
-        stopping = f"after {count(patience, 'validation')} without improvement; {outcome}."
-    points = [
-        f"**Scale.** {ratio:.2f} parameters for each training token. "
-        + ("Validation loss turned." if course.turned else "Validation loss did not turn within this run's steps."),
-        f"**Expert capacity**: {capacity}",
-        "**Dispatch.** Tokens are sorted by expert and an expert without tokens costs nothing, but the others are "
-        "still computed one after another.",
-        f"**Early stopping**: {stopping}",
-        f"**Checkpoint size.** `last` is {last / best:.1f} times as large as `best`, for the optimizer's moments; "
-        "there is one of each, however many epochs are run.",
-        "**One run, one seed.** No finding here has an error bar over runs.",
-        "**Windows.** Losses are over windows that do not overlap, so the first tokens of each have little context.",
-        "**Cached inference** is measured at batch 1.",
+def checks(results: Results) -> list[dict[str, str]]:
+    """The outcome of every check that a stage made."""
+    cached = results.cached
+    records = {
+        "train_dwr": results.training.summary,
+        "export_experts": cached.export,
+        "benchmark_cache": cached.summary,
+        "simulate_cache": cached.simulation,
+    }
+    return [
+        {"outcome": outcome(passed), "check": name.replace("_", " "), "stage": f"`{stage}`"}
+        for stage, record in records.items()
+        for name, passed in record["checks"].items()
     ]
-    if "packages" in results.corpus.place:
-        points.append("**Corpus.** It is what the installed packages say: another version of one is another text.")
-    return "\n".join(f"{number}. {point}" for number, point in enumerate(points, 1))
+
+
+def _settings(results: Results) -> list[dict[str, Any]]:
+    """Settings and sizes beside the published ones; `differs` says whether a setting is another."""
+    (run, training, *_), corpus, _, reference = results
+    config, settings, theirs = run["config"], run["identity"]["dwr"], reference["configuration"]
+    ours = {**config, **settings["training"], "balance_coefficient": settings["balance_coefficient"]}
+    ours |= {"corpus": _corpus_name(corpus), "tokenizer": _tokenizer_name(corpus), "precision": training["precision"]}
+    rows = [
+        {"parameter": label, "ours": own, "theirs": other, "differs": own.casefold() != other.casefold()}
+        for key, label in SETTINGS.items()
+        for own, other in [(_plain(ours[key]), _plain(theirs[key]))]
+    ]
+    splits, embedding = corpus.tokens["splits"], config["vocab_size"] * config["d_model"]
+
+    def about(key: str) -> str:
+        return f"about {theirs[key]:,}"
+
+    others = [
+        ("Parameters", training["parameters"], theirs["parameters"]),
+        ("Active parameters per token", training["active_parameters"], None),
+        ("– without the token embedding", training["active_parameters"] - embedding, about("active_parameters")),
+        ("Tokens in the training split", splits["train"]["num_tokens"], about("training_tokens")),
+        ("Test tokens that also stand there", shared_text(splits["test"]), None),
+        ("Optimizer steps", f"{training['steps']:,} of {training['steps_planned']:,}", theirs["steps"]),
+        ("Device", run["identity"]["device"], theirs["hardware"]),
+        ("Seed", run["identity"]["seed"], None),
+    ]
+    return rows + [{"parameter": label, "ours": own, "theirs": other, "differs": False} for label, own, other in others]
+
+
+def _plain(value: Any) -> str:
+    """A setting as text, the same for ours and the published one."""
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else fmt(value)
+
+
+def _corpus_name(corpus: Corpus) -> str:
+    """A name that means something without params.yaml; a hub's dataset as its configuration is called."""
+    place = corpus.place
+    if "packages" in place:
+        return f"documentation of {count(len(place['packages']), 'installed package')}"
+    if "path" in place:
+        return place["name"] or place["path"]
+    return f"{corpus.name} ({count(len(place['files']), 'file')})"
+
+
+def _tokenizer_name(corpus: Corpus) -> str:
+    tokenizer = corpus.tokens["tokenizer"]
+    names = {"bpe": "byte-level BPE, trained on the corpus", "gpt2": "GPT-2 BPE (tiktoken)"}
+    return names.get(tokenizer["kind"]) or tokenizer["path"]
+
+
+def _sources(corpus: Corpus) -> list[dict[str, Any]]:
+    """Tokens by source and split, and the version of a source that is a package."""
+    versions, splits = corpus.place.get("packages", {}), corpus.tokens["splits"]
+    return [
+        {"source": source, "version": versions.get(source)}
+        | {name: split["tokens_by_source"][source] for name, split in splits.items()}
+        for source in corpus.tokens["sources"]
+    ]
+
+
+def _shown(curve: "pd.DataFrame") -> "pd.DataFrame":
+    """At most `MAX_CURVE_ROWS` rows, evenly spaced, the best and the last among them.
+
+    `status` says how far the validation loss of a row is above the lowest so far.
+    """
+    losses = curve["validation_loss"]
+    above = losses - losses.cummin().shift()
+    status = above.map(lambda loss: "new low" if loss < 0 else f"+{loss:.4f}")
+    status[0], status[losses.idxmin()] = "start", "**best**"
+    every = -(-len(curve) // (MAX_CURVE_ROWS - 2))
+    kept = {*range(0, len(curve), every), int(losses.argmin()), len(curve) - 1}
+    return curve.assign(status=status).iloc[sorted(kept)]
+
+
+def _their_curve(reference: Record) -> list[dict[str, Any]]:
+    return [
+        {**row, "status": "**best**" if row["epoch"] == reference["best_epoch"] else ""} for row in reference["rows"]
+    ]
+
+
+def _balance(curve: "pd.DataFrame", layers: Iterable[int], top_k: int) -> list[dict[str, Any]]:
+    """The balance loss of each layer: of the best checkpoint, and its range in training."""
+    best = findings.course(curve).best
+    return [
+        {
+            "layer": layer,
+            "validation": best[f"validation_balance_layer{layer}"],
+            "as_trained": best[f"validation_balance_layer{layer}"] * top_k,
+            "lowest": curve[f"train_balance_loss_layer{layer}"].min(),
+            "highest": curve[f"train_balance_loss_layer{layer}"].max(),
+        }
+        for layer in layers
+    ]
+
+
+def _frame(rows: list[Record]) -> "pd.DataFrame":
+    import pandas as pd  # it is slow to import
+
+    return pd.DataFrame([dict(row) for row in rows])
