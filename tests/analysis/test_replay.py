@@ -145,7 +145,7 @@ def test_times_are_bytes_over_bandwidths():
 
 
 def seconds_tick_by_tick(calls, read, expert, dense):
-    """One second after another: the channel goes on with its read, or begins the next; the model waits or computes."""
+    """One second after another: the channel continues its read, or begins the next; the model waits or computes."""
     clock, there, demanded, expected = 0, set(), [], []
     reading = None  # (expert, seconds left)
 

@@ -127,7 +127,7 @@ def test_an_evicted_expert_is_unmapped_when_its_last_user_lets_go(store, open_ca
     assert mapped_files(store.path) == set()
 
 
-def test_what_is_decoded_leaves_nothing_mapped(stores, open_cache):
+def test_dequantized_experts_leave_nothing_mapped(stores, open_cache):
     cache = open_cache(stores["int8"], 2)
     fetched(cache, 0, [0, 1, 2])
     assert mapped_files(stores["int8"].path) == set()
@@ -177,7 +177,7 @@ def test_the_missing_are_read_while_the_caller_computes_with_those_that_are_ther
         assert gate.readers[1, 1].startswith("expert-reader")
 
 
-def test_what_is_late_is_counted(store, gate):
+def test_late_hits_are_counted(store, gate):
     with ExpertCache(store, 6, prefetcher=Says([2])) as cache:
         fetched(cache, 0, [0])
         threading.Timer(0.05, gate.set).start()
@@ -230,7 +230,7 @@ def test_a_prefetch_whose_layer_comes_before_its_turn_is_no_read(store, monkeypa
         cache.close()
         found = cache.statistics
     assert (found.prefetched, found.useful, found.misses, found.late) == (3, 1, 1, 1)
-    assert (found.reads, found.reads_ahead, found.used_ahead) == (3, 1, 0)  # 0 and 3 on demand, 2 in vain, 4 never
+    assert (found.reads, found.reads_ahead, found.used_ahead) == (3, 1, 0)  # 0 and 3 on demand, 2 wasted, 4 never
 
 
 def test_an_error_in_the_prefetcher_surfaces_in_the_caller_and_threads_end(tmp_path):
@@ -277,7 +277,7 @@ while True:
 # --- errors --------------------------------------------------------------------------------------------------------
 
 
-def test_an_expert_that_cannot_be_read_is_named_and_the_cache_goes_on(tmp_path):
+def test_an_expert_that_cannot_be_read_is_named_and_the_cache_stays_usable(tmp_path):
     store = export(tmp_path / "store")
     (store.path / expert_file(0, 1)).rename(tmp_path / "away")
     with ExpertCache(store, 2) as cache:

@@ -186,7 +186,7 @@ def test_next_use_learns_which_expert_follows_which():
     assert policy.rank((0, 1)) > max(policy.rank((0, expert)) for expert in range(EXPERTS) if expert != 1)
 
 
-def test_what_is_held_is_used_before_anything_makes_way():
+def test_held_experts_are_used_before_any_is_evicted():
     residency = make(2)
     residency.call(0, [2, 3])
     hits, loads = residency.call(0, [0, 2, 3])

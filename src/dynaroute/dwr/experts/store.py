@@ -145,8 +145,9 @@ class ExpertStore:
     """Reads a store. Opening it checks everything but the weights; a file's SHA-256 is checked when it is first read.
 
     An open store is one model. A file that was written to, replaced or linked since its SHA-256 was checked, which one
-    `fstat` tells, is checked again: reading gives the weights that the manifest named at opening, or fails. Files are
-    opened when they are read, not kept open: a large model has more experts than a process may have descriptors.
+    `fstat` tells, is checked again: reading gives the weights that the manifest named at opening, or fails. Only a
+    write to a mapped file while the model computes with it goes unnoticed until the next use. Files are not kept open:
+    a large model has more experts than a process may have descriptors.
 
     Attributes:
         run: the training of the weights.
