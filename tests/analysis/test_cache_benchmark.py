@@ -163,7 +163,9 @@ def test_a_check_without_a_measurement_is_neither_passed_nor_failed(trained, no_
         "every_repeat_has_the_same_hits_and_misses",
         "without_prefetching_every_miss_is_one_read",
     }
-    assert checks("measured/cache") == {"no_more_experts_are_in_memory_than_the_capacity": True}  # LRU, whatever the grid
+    assert checks("measured/cache") == {
+        "no_more_experts_are_in_memory_than_the_capacity": True
+    }  # LRU, whatever the grid
     unknown = benchmark.Memory(4, None, None, None)
     monkeypatch.setattr(no_processes, "peak_memory", lambda *arguments: {Cell(size): unknown for size in (None, 1, 3)})
     no_processes.main(tiny_settings(**grid))

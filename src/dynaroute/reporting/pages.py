@@ -13,6 +13,7 @@ from dynaroute.reporting.tables import (
     duration,
     fmt,
     listed,
+    outcome,
     perplexity,
     pivot,
     published,
@@ -29,7 +30,7 @@ ENVIRONMENT = Environment(
     keep_trailing_newline=True,
     autoescape=False,
 )
-for one in (count, duration, fmt, listed, perplexity, pivot, published, size, tabulate):
+for one in (count, duration, fmt, listed, outcome, perplexity, pivot, published, size, tabulate):
     ENVIRONMENT.filters[one.__name__] = one
 
 

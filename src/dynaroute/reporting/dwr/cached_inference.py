@@ -31,7 +31,7 @@ def page(cached: Cached, peers: Record | None) -> str:
                 name.replace("_", " ")
                 for record in (cached.summary, simulation)
                 for name, passed in record["checks"].items()
-                if passed is not True
+                if passed is False
             ],
             "third": third,
             "policy": policy,
