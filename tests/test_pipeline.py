@@ -42,8 +42,8 @@ def test_the_pipeline_writes_every_output_and_its_checks_hold(finished):
     # A few steps need not learn that much.
     learned = {"validation_loss_is_below_unigram_entropy", "removing_all_head_connections_raises_nll"}
     names = [f"data/dwr/{name}/summary" for name in ("train", "export", "cache", "simulation")]
-    names += ["reports/dagformer/base", "reports/dagformer/P1/topology", "reports/dagformer/sensitivity"]
-    names += [f"reports/dagformer/{variant}/{name}" for variant in VARIANTS for name in ("training", "nll")]
+    names += [f"data/dagformer/{name}" for name in ("base", "analysis/P1/topology", "sensitivity/summary")]
+    names += [f"data/dagformer/{name}" for own in VARIANTS for name in (f"train/{own}/training", f"eval/{own}/nll")]
     for name in names:
         checks = json.loads((finished.root / f"{name}.json").read_text())["checks"]
         assert {check for check, holds in checks.items() if not holds} <= learned, name
@@ -56,7 +56,7 @@ def test_the_pipeline_writes_every_output_and_its_checks_hold(finished):
 
 def test_a_variant_that_continues_another_starts_where_that_one_ended(finished):
     def curve(name):
-        with (finished.root / f"reports/dagformer/{name}/training.csv").open(newline="") as file:
+        with (finished.root / f"data/dagformer/train/{name}/training.csv").open(newline="") as file:
             return list(csv.DictReader(file))
 
     names = [f"validation_{name}" for name in ("nll_soft", "nll_hard", "nll_baseline", "mean_A", "tau", "lambda")]
@@ -68,7 +68,7 @@ def test_a_knob_retrains_the_variants_that_inherit_it_and_a_new_variant_trains_a
     workspace = finished.copy(tmp_path / "experiment")
     output = workspace.run("dvc", "exp", "run", "-S", "tau_final=0.5").stdout
     inherits = {f"{stage}@{name}" for stage in ("train_dagformer", "evaluate_nll") for name in ("P1", "P2")}
-    collected = {LOCATE, "resolve_variants", "compare_variants", "plot_dagformer", "report_dagformer"}
+    collected = {LOCATE, "resolve_variants", "compare_variants", "plot_dagformer", "report_dagformer", "summarize"}
     assert ran(output) == inherits | collected | {"analyze_topology@P1"}
     shown = workspace.run("dvc", "params", "diff", "HEAD").stdout
     path = workspace.root / "params.yaml"
@@ -145,7 +145,7 @@ def test_two_workers_whose_experiments_need_the_same_training_both_end_well(fini
     assert workspace.run("dvc", "queue", "status").stdout.count("Success") == 2
     bases = []
     for name in workspace.run("dvc", "exp", "list", "--name-only").stdout.split():
-        workspace.run("dvc", "get", ".", "data/dagformer/base", "--rev", name, "--out", name)
+        workspace.run("dvc", "get", ".", "data/dagformer/train/base", "--rev", name, "--out", name)
         bases.append((workspace.root / name / "model.safetensors").read_bytes())
     assert bases[0] == bases[1]
     assert not list((workspace.root / ".scratch/prepare_base").iterdir())

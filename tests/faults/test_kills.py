@@ -38,7 +38,7 @@ def kill(workspace: Workspace, command: tuple[str, ...], stage: str, seconds: fl
     return True
 
 
-@pytest.mark.parametrize(("number", "stage"), enumerate(stages()))
+@pytest.mark.parametrize(("number", "stage"), list(enumerate(stages())))
 def test_a_stage_that_is_killed_twice_ends_with_the_same_bytes(pristine, tmp_path: Path, number: int, stage: str):
     command, longest, draw = COMMANDS[number % 2], LONGEST, random.Random(stage)
     workspace = pristine.copy(tmp_path / "repository")
