@@ -56,7 +56,7 @@ def test_the_pipeline_writes_every_output_and_its_checks_hold(finished):
 
 def test_a_variant_that_continues_another_starts_where_that_one_ended(finished):
     def curve(name):
-        with (finished.root / f"reports/dagformer/{name}/training.csv").open(newline="") as file:
+        with (finished.root / f"data/dagformer/train/{name}/training.csv").open(newline="") as file:
             return list(csv.DictReader(file))
 
     names = [f"validation_{name}" for name in ("nll_soft", "nll_hard", "nll_baseline", "mean_A", "tau", "lambda")]
@@ -145,7 +145,7 @@ def test_two_workers_whose_experiments_need_the_same_training_both_end_well(fini
     assert workspace.run("dvc", "queue", "status").stdout.count("Success") == 2
     bases = []
     for name in workspace.run("dvc", "exp", "list", "--name-only").stdout.split():
-        workspace.run("dvc", "get", ".", "data/dagformer/base", "--rev", name, "--out", name)
+        workspace.run("dvc", "get", ".", "data/dagformer/train/base", "--rev", name, "--out", name)
         bases.append((workspace.root / name / "model.safetensors").read_bytes())
     assert bases[0] == bases[1]
     assert not list((workspace.root / ".scratch/prepare_base").iterdir())

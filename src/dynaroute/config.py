@@ -540,7 +540,9 @@ class Analysis(Section):
 # --- the whole file ----------------------------------------------------------------------------------------------
 
 
-RESERVED = ("base", "embeddings", "variants")  # folders beside those of the variants
+MODES = ("soft", "hard")  # of gates, beside the baseline, in which every gate is one
+PROTOCOLS = ("window", "prefix")  # of evaluation: what the encoder reads, and with it what is scored
+RESERVED = ("base",)  # a folder beside those of the variants
 
 
 class Settings(Variant):

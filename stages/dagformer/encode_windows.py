@@ -5,7 +5,7 @@
 The encoder is frozen, so a text's vector never changes. For the prefix protocol it reads the first
 `dagformer.prefix_tokens` tokens of the test windows only.
 
-Reads   data/tokens/<dagformer.corpus>; data/dagformer/base where dagformer.encoder.kind is base
+Reads   data/tokens/<dagformer.corpus>; data/dagformer/train/base where dagformer.encoder.kind is base
 Writes  data/dagformer/embeddings/   training/train.npy, validation.npy; evaluation/test.npy, test_prefix.npy
                                      (float32 [windows, E]); metadata.json beside them. domains/domains.npy, of
                                      windows of each source alone; without that file if there is but one source
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from dynaroute.analysis.domains import domain_windows
 from dynaroute.config import BaseEncoder, Settings
 from dynaroute.dagformer.encoders import load_encoder, write_embeddings
+from dynaroute.data.tokens.documents import domain_windows
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.data.tokens.windows import KEYS, Selection, dagformer_windows
 from dynaroute.pipeline.artifacts import sha256
@@ -28,6 +28,7 @@ from dynaroute.pipeline.scratch import exclusive, run_id, scratch_folder
 from dynaroute.pipeline.stage import run
 
 DATA = Path("data/dagformer")
+BASE = DATA / "train/base"
 
 
 def main(settings: Settings) -> None:
@@ -38,7 +39,7 @@ def main(settings: Settings) -> None:
     shards = {split: TokenShards(tokens, split) for split in KEYS}
     windows = dagformer_windows(shards, dagformer)
     dtype = compute_dtype(settings.device, dagformer.precision)
-    encoder = load_encoder(dagformer.encoder, DATA / "base", shards["train"].tokenizer(), settings.device, dtype)
+    encoder = load_encoder(dagformer.encoder, BASE, shards["train"].tokenizer(), settings.device, dtype)
     # Apart, so that other windows to evaluate on do not retrain anything.
     # The largest comes last: if the stage is killed after a folder is finished, DVC removes that one with the others.
     folders = {
@@ -59,7 +60,7 @@ def main(settings: Settings) -> None:
             "dtype": str(encoder.dtype).removeprefix("torch."),
             "num_threads": settings.num_threads,
             "tokens": sha256(tokens / "metadata.json"),
-            "base": sha256(DATA / "base" / "model.safetensors") if isinstance(dagformer.encoder, BaseEncoder) else None,
+            "base": sha256(BASE / "model.safetensors") if isinstance(dagformer.encoder, BaseEncoder) else None,
         }
         scratch = scratch_folder("encode_windows", run_id(identity))
         with exclusive(scratch):

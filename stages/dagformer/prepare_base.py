@@ -3,12 +3,12 @@
     python stages/dagformer/prepare_base.py
 
 Reads   data/tokens/<dagformer.corpus>
-Writes  data/dagformer/base/             config.json, model.safetensors, the tokenizer; in the dtype that
+Writes  data/dagformer/train/base/         config.json, model.safetensors, the tokenizer; in the dtype that
             dagformer.precision means on this device, and in which every stage then computes with it
-        reports/dagformer/base.json      NLL of validation windows with all gates at one and at zero, zero_minus_one
-            their paired difference (mean, low, high, n, verdict), checks
-        reports/dagformer/base.csv       a row for each validation of the pretraining; empty for a loaded base
-        reports/dagformer_measured/base.json
+        data/dagformer/base.json           NLL of validation windows with all gates at one and at zero, zero_minus_one
+            their paired difference (mean, low, high, n), checks
+        data/dagformer/base.csv            a row for each validation of the pretraining; empty for a loaded base
+        data/dagformer/measured/base.json  time and memory
 
 A pretraining that was stopped goes on from its last checkpoint in .scratch/prepare_base/.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dynaroute.analysis.statistics import paired_difference, verdict
+from dynaroute.analysis.statistics import paired_difference
 from dynaroute.config import LoadedBase, Settings
 from dynaroute.dagformer.base import LanguageModelObjective, load_base, new_base
 from dynaroute.dagformer.graph import DagForward
@@ -35,8 +35,8 @@ from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 from dynaroute.training.loop import Trainer, make_accelerator, steps_in_epochs, with_all_columns
 
-BASE = Path("data/dagformer/base")
-REPORTS = Path("reports/dagformer")
+DATA = Path("data/dagformer")
+BASE = DATA / "train/base"
 SAMPLE = "The function returns 3.14159, or raises:\n\tdef naïve(x): return x ** 2  # Ω"  # two tokenizers differ on it
 
 
@@ -68,7 +68,7 @@ def main(settings: Settings) -> None:
         model, history, timing = pretrain(settings, accelerator, shards, report["run"], dtype)
     if model is None:
         return  # not the main process
-    write_csv(REPORTS / "base.csv", history)
+    write_csv(DATA / "base.csv", history)
     losses = [row["validation_loss"] for row in history if row["step"] is not None]
     config = model.config
     report |= {
@@ -80,10 +80,10 @@ def main(settings: Settings) -> None:
         "validation_loss": min(losses) if losses else None,
         "unigram_entropy": shards["validation"].unigram_entropy,
     }
-    write_json(REPORTS / "base.json", report | wiring_matters(settings, shards["validation"]))
+    write_json(DATA / "base.json", report | wiring_matters(settings, shards["validation"]))
     machine = describe_machine(settings.device)
     write_json(
-        Path("reports/dagformer_measured/base.json"),
+        DATA / "measured/base.json",
         timing | {"peak_memory_bytes": peak_memory(settings.device), "machine": machine},
     )
 
@@ -185,12 +185,12 @@ def wiring_matters(settings: Settings, shards: TokenShards) -> dict[str, Any]:
     return {
         "nll_all_gates_one": means["one"],
         "nll_all_gates_zero": means["zero"],
-        "zero_minus_one": {**rise._asdict(), "verdict": verdict(rise)},
+        "zero_minus_one": rise._asdict(),
         "n": len(windows),
         "largest_logit_difference_to_transformers": difference,
         "checks": {
             "all_gates_at_one_reproduce_the_base": abs(means["one"] - means["transformers"]) < tolerance,
-            "removing_all_head_connections_raises_nll": verdict(rise) == "worse",
+            "removing_all_head_connections_raises_nll": rise.low > 0,
         },
     }
 

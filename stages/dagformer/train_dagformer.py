@@ -2,14 +2,14 @@
 
     python stages/dagformer/train_dagformer.py P1
 
-Reads   data/dagformer/variants/<id>.yaml, data/dagformer/base, data/dagformer/embeddings,
-        data/tokens/<dagformer.corpus>; where the variant continues another, data/dagformer/<from>, and the files of
-        variants back to the one that started from the base
-Writes  data/dagformer/<id>/            predictor.safetensors (final weights), last.safetensors (all that a run goes on
+Reads   data/dagformer/variants/<id>.yaml, data/dagformer/train/base, data/dagformer/embeddings,
+        data/tokens/<dagformer.corpus>; where the variant continues another, data/dagformer/train/<from>, and the files
+        of variants back to the one that started from the base
+Writes  data/dagformer/train/<id>/      predictor.safetensors (final weights), last.safetensors (all that a run goes on
                                         from), run.json; base/, a transformers directory, if it was trained jointly:
                                         in fp32 on any device, and saved in the dtype of the base that it began as
-        reports/dagformer/<id>/         training.csv (a row for each validation), training.json (summary, checks)
-        reports/dagformer_measured/<id>.json  what was measured
+                                        training.csv (a row for each validation), training.json (summary, checks)
+        data/dagformer/measured/<id>.json time and memory
 
 A run that was stopped goes on from its last checkpoint in .scratch/train_dagformer/.
 """
@@ -41,8 +41,7 @@ from dynaroute.training.checkpoints import save_checkpoint
 from dynaroute.training.loop import Trainer, make_accelerator, with_all_columns
 
 DATA = Path("data/dagformer")
-REPORTS = Path("reports/dagformer")
-MEASURED = Path("reports/dagformer_measured")
+TRAINED = DATA / "train"
 TRAINED_ON = ("corpus", "seq_len", "train_windows", "validation_windows")  # of what variants share
 SURELY_OPEN = 2.0  # an init_logit, around which logits start with a standard deviation of 0.1
 NEARLY_OPEN = 0.8  # soft gates
@@ -62,10 +61,10 @@ def main(settings: Settings, name: str) -> None:
     validation = Subset(windows["validation"], dagformer.validation_windows)
     embeddings = load_embeddings(DATA / "embeddings/training")
     joint = variant.base_lr > 0
-    frozen = load_base(DATA / "base", settings.device)
+    frozen = load_base(TRAINED / "base", settings.device)
     base_before = fingerprint(frozen)
     if joint:  # in fp32 on any device: steps are small beside what bf16 can tell apart
-        graph = DagForward(load_base(DATA / "base", settings.device).float(), variant.input_norm, trainable=True)
+        graph = DagForward(load_base(TRAINED / "base", settings.device).float(), variant.input_norm, trainable=True)
     else:
         graph = DagForward(frozen, variant.input_norm)
 
@@ -74,10 +73,10 @@ def main(settings: Settings, name: str) -> None:
         "dagformer": dagformer.model_dump(include=set(TRAINED_ON)),
         "device": settings.device,
         "num_threads": settings.num_threads,
-        "base": sha256(DATA / "base" / "model.safetensors"),
+        "base": sha256(TRAINED / "base" / "model.safetensors"),
         "base_dtype": str(frozen.dtype).removeprefix("torch."),
         "embeddings": sha256(DATA / "embeddings/training/metadata.json"),
-        "start": None if start == "base" else sha256(DATA / start / "last.safetensors"),
+        "start": None if start == "base" else sha256(TRAINED / start / "last.safetensors"),
     }
     identifier = run_id(identity)
     if joint and accelerator.num_processes > 1:  # gradients of a base outside the wrapped model are not shared
@@ -106,7 +105,7 @@ def main(settings: Settings, name: str) -> None:
         accelerator=accelerator,
         seed=seed,
         scratch=scratch_folder("train_dagformer", identifier),
-        start=None if start == "base" else DATA / start / "last.safetensors",
+        start=None if start == "base" else TRAINED / start / "last.safetensors",
         parameter_groups=model.parameter_groups(variant) if joint else None,
         remark=lambda history: alarm(history, variant.alarm_steps),
         keep_best=False,  # the weights that count are those at the final tau and lambda
@@ -124,7 +123,8 @@ def main(settings: Settings, name: str) -> None:
         }
         if start == "base" and graph.base.dtype == frozen.dtype:
             checks |= checks_before_training(variant, first)
-        with output_directory(DATA / name) as folder:
+        metrics = {key.removeprefix("validation_"): last[key] for key in last if key.startswith("validation_")}
+        with output_directory(TRAINED / name) as folder:
             weights = predictor.state_dict()
             save_checkpoint(folder / "predictor.safetensors", weights, {"run": identifier, "step": state.step})
             if joint:
@@ -143,24 +143,23 @@ def main(settings: Settings, name: str) -> None:
                     "identity": identity,
                 },
             )
-        write_csv(REPORTS / name / "training.csv", with_all_columns(state.history))
-        metrics = {key.removeprefix("validation_"): last[key] for key in last if key.startswith("validation_")}
+            write_csv(folder / "training.csv", with_all_columns(state.history))
+            write_json(
+                folder / "training.json",
+                {
+                    "run": identifier,
+                    "variant": name,
+                    "steps": state.step,
+                    "tokens": last["tokens"],
+                    "predictor_parameters": sum(p.numel() for p in predictor.parameters()),
+                    **metrics,
+                    "verdict": health,
+                    "verdict_reason": reason,
+                    "checks": checks,
+                },
+            )
         write_json(
-            REPORTS / name / "training.json",
-            {
-                "run": identifier,
-                "variant": name,
-                "steps": state.step,
-                "tokens": last["tokens"],
-                "predictor_parameters": sum(p.numel() for p in predictor.parameters()),
-                **metrics,
-                "verdict": health,
-                "verdict_reason": reason,
-                "checks": checks,
-            },
-        )
-        write_json(
-            MEASURED / f"{name}.json",
+            DATA / "measured" / f"{name}.json",
             {
                 "seconds": trainer.seconds,
                 "seconds_per_step": trainer.seconds / state.step,

@@ -1,24 +1,12 @@
 """What tells domains apart is found where it was planted, and not where only the documents differ."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from small_dagformer import write_tokens
 
-from dynaroute.analysis.domains import (
-    Domains,
-    domain_windows,
-    leave_one_group_out,
-    main_documents,
-    windows_of_documents,
-)
+from dynaroute.analysis.domains import Domains, leave_one_group_out
 from dynaroute.analysis.statistics import holm
 from dynaroute.analysis.topology import jaccard_distances
-from dynaroute.data.tokens.shard_writer import ShardWriter
-from dynaroute.data.tokens.shards import TokenShards
-from dynaroute.pipeline.artifacts import write_json
 
 SOURCES, DOCUMENTS, WINDOWS, GATES = 3, 6, 5, 30  # documents of a source, windows of a document
 DOCUMENT_OF = np.repeat(np.arange(SOURCES * DOCUMENTS), WINDOWS)
@@ -144,50 +132,3 @@ def test_the_probe_answers_as_if_fitted_anew_without_each_document():
 
 
 # --- which windows are of which document ---------------------------------------------------------------------------
-
-LENGTHS = [40, 9, 23, 70, 5, 60, 61, 40]  # from ants and bees in turn
-T = 16
-
-
-def test_windows_within_one_document_are_found(tmp_path):
-    shards = write_tokens(tmp_path, LENGTHS)
-    document_of = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
-    inside, main = windows_of_documents(shards, T), []
-    for window in range((sum(LENGTHS) - 1) // T):
-        own = document_of[window * T : (window + 1) * T]
-        assert inside[window] == (own[0] if len(set(own)) == 1 else -1)
-        main.append(np.bincount(own).argmax())
-    assert len(inside) == len(main)
-    assert main_documents(shards, T, list(range(len(main)))).tolist() == main
-
-
-def test_windows_are_drawn_from_one_source_each_as_many_of_all_and_spread_over_documents(tmp_path):
-    shards = write_tokens(tmp_path, [100, 200, 100, 40, 35, 40, 300, 90])  # no window of ants' 35 need be whole
-    found = domain_windows(shards, T, most=9)
-    source_of_token = np.repeat(shards.document_sources, np.diff(shards.offsets))
-    assert found.sources == ["ants", "bees"]
-    assert len(set(found.windows)) == len(found.windows) == 18
-    for window, document in zip(found.windows, found.documents, strict=True):
-        assert set(source_of_token[window * T : (window + 1) * T]) == {found.labels[document]}
-    assert np.bincount(found.labels[found.documents]).tolist() == [9, 9]
-    sizes = np.bincount(found.documents)
-    assert sizes.min() > 0
-    assert sizes.max() <= 5
-    few = domain_windows(shards, T, most=1000)  # all that the poorer source has
-    assert len(set(np.bincount(few.labels[few.documents]))) == 1
-    assert domain_windows(shards, T, most=9).windows == found.windows
-
-
-@pytest.mark.parametrize("sources", [["ants"], ["ants", "bees"]])
-def test_without_two_sources_of_two_documents_there_are_no_domains(tmp_path, sources):
-    shards = one_document_of_bees(tmp_path, sources)
-    assert domain_windows(shards, T, most=9) is None
-
-
-def one_document_of_bees(folder: Path, sources: list[str]) -> TokenShards:
-    writer = ShardWriter(folder, "test", sources, 50)
-    for source in ["ants", "ants", "ants", sources[-1]]:
-        writer.write([1] * 60, source, 60)
-    metadata = {"vocab_size": 50, "padded_vocab_size": 64, "eot_id": 0, "dtype": "uint16", "sources": sources}
-    write_json(folder / "metadata.json", metadata | {"splits": {"test": writer.close()}})
-    return TokenShards(folder, "test")

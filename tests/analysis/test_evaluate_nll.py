@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import runpy
 import shutil
 import sys
@@ -17,14 +16,14 @@ from safetensors.torch import load_file
 from small_base import SEQ_LEN, make_base
 from small_dagformer import PREFIX, RUN, WINDOWS, make_predictor, tiny_settings, write_all, write_variant
 
-from dynaroute.analysis.nll import check_same_baseline
 from dynaroute.dagformer.gates import cascade, dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
 from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
 
-OUTPUTS = ["reports/dagformer/{}/nll.csv", "reports/dagformer/{}/nll.json", "data/eval/{}/gates.safetensors"]
+BASELINE_COLUMNS = ("protocol", "window", "document", "source", "nll_baseline")
+OUTPUTS = [f"data/dagformer/eval/{{}}/{name}" for name in ("nll.csv", "nll.json", "gates.safetensors")]
 
 
 @pytest.fixture
@@ -47,6 +46,11 @@ def report_of(name: str) -> dict:
 
 def nll_of(rows: list[dict[str, str]], protocol: str, mode: str) -> np.ndarray:
     return np.array([float(row[f"nll_{mode}"]) for row in rows if row["protocol"] == protocol])
+
+
+def baseline_of(name: str) -> list[tuple[str, ...]]:
+    """What must not depend on the variant, to the last digit."""
+    return [tuple(row[key] for key in BASELINE_COLUMNS) for row in rows_of(name)]
 
 
 def plain_nll(logits: torch.Tensor, targets: list[int], first: int) -> float:
@@ -72,10 +76,11 @@ def test_every_number_of_a_row_is_what_the_protocols_say(tree, input_norm):
         window = index * total // WINDOWS
         assert int(row["window"]) == window
         stream = shards.read(window * SEQ_LEN, (window + 1) * SEQ_LEN + 1).tolist()
-        of_bees = (document_of[window * SEQ_LEN : (window + 1) * SEQ_LEN] % 2).mean()
-        assert row["source"] == ("bees" if of_bees > 0.5 else "ants")
+        own = document_of[window * SEQ_LEN : (window + 1) * SEQ_LEN].tolist()
+        document = int(row["document"])
+        assert own.count(document) == max(map(own.count, own))
+        assert row["source"] == ("ants", "bees")[document % 2]
         first = PREFIX - 1 if prefix else 0  # what it predicts is token PREFIX, the first one not read
-        assert int(row["tokens"]) == (SEQ_LEN + 1 - PREFIX if prefix else SEQ_LEN)
         embedding = np.load(f"data/dagformer/embeddings/evaluation/{'test_prefix' if prefix else 'test'}.npy")[index]
         tokens = torch.tensor([stream[:-1]])
         with torch.no_grad():
@@ -107,23 +112,13 @@ def test_the_summary_follows_from_the_rows(tree):
     stage.main(tiny_settings(), "P1")
     rows, report = rows_of("P1"), report_of("P1")
     assert (report["run"], report["variant"], report["n"]) == (RUN, "P1", WINDOWS)
-    assert len(report["checks"]) == 5
+    assert len(report["checks"]) == 2
     assert all(passed is True for passed in report["checks"].values())
-    assert report["largest_logit_difference_to_transformers"] < 1e-4
     for protocol in ("window", "prefix"):
         found = report[protocol]
-        baseline = nll_of(rows, protocol, "baseline")
-        assert found["nll_baseline"] == pytest.approx(baseline.mean())
-        for mode in ("soft", "hard"):
-            nll = nll_of(rows, protocol, mode)
-            assert found[f"nll_{mode}"] == pytest.approx(nll.mean())
-            difference = found[f"{mode}_minus_baseline"]
-            assert difference["mean"] == pytest.approx((nll - baseline).mean())
-            assert difference["n"] == WINDOWS
-            margin = 2.2281388519649385 * (nll - baseline).std(ddof=1) / math.sqrt(WINDOWS)  # t with 10 degrees
-            assert difference["high"] - difference["mean"] == pytest.approx(margin)
-            assert difference["verdict"] in ("better", "worse", "no difference shown")
-    assert report["transformers_nll"] == pytest.approx(report["window"]["nll_baseline"], abs=1e-5)
+        assert found["tokens"] == WINDOWS * (SEQ_LEN + 1 - PREFIX if protocol == "prefix" else SEQ_LEN)
+        for mode in ("soft", "hard", "baseline"):
+            assert found[f"nll_{mode}"] == pytest.approx(nll_of(rows, protocol, mode).mean())
 
 
 @pytest.mark.parametrize("knobs", [{}, {"cascade": "learnable"}, {"cascade": "off"}, {"exempt_first_layer": False}])
@@ -163,7 +158,7 @@ def test_the_baseline_is_the_same_for_every_variant(tree, knobs):
     write_variant("A1", make_predictor(seed=9, **knobs))
     for name in ("P1", "A1"):
         stage.main(tiny_settings(), name)
-    check_same_baseline([Path(OUTPUTS[0].format(name)) for name in ("P1", "A1")])
+    assert baseline_of("P1") == baseline_of("A1")
     assert nll_of(rows_of("P1"), "window", "soft").tolist() != nll_of(rows_of("A1"), "window", "soft").tolist()
 
 
@@ -173,9 +168,6 @@ def test_a_predictor_that_opens_everything_shows_no_difference(tree):
     for protocol in ("window", "prefix"):
         found = report_of("S1")[protocol]
         assert found["nll_hard"] == found["nll_baseline"]
-        assert found["hard_minus_baseline"] == {
-            "mean": 0.0, "low": 0.0, "high": 0.0, "n": WINDOWS, "verdict": "no difference shown",
-        }  # fmt: skip
         assert (found["density_hard"], found["dead_heads"]) == (1.0, 0)
         assert found["mean_A"] == pytest.approx(1.0, abs=1e-4)  # sigmoid(5 * 2) of the cascade
 
@@ -184,10 +176,10 @@ def test_a_joint_variant_is_scored_on_its_own_base_but_for_the_baseline(tree):
     own = make_base(seed=5)
     write_variant("A1", make_predictor())
     write_variant("J1", make_predictor(base_lr=1e-3))
-    own.save_pretrained("data/dagformer/J1/base")
+    own.save_pretrained("data/dagformer/train/J1/base")
     for name in ("A1", "J1"):
         stage.main(tiny_settings(), name)
-    check_same_baseline([Path(OUTPUTS[0].format(name)) for name in ("A1", "J1")])
+    assert baseline_of("A1") == baseline_of("J1")
     windows = stage.Subset(
         stage.Windows(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN, keep_tail=False), WINDOWS
     )
@@ -208,7 +200,7 @@ def test_a_joint_variant_is_scored_on_its_own_base_but_for_the_baseline(tree):
 
 
 def test_another_base_than_the_one_trained_on_fails_its_check(tree):
-    make_base(seed=5).save_pretrained("data/dagformer/base")
+    make_base(seed=5).save_pretrained("data/dagformer/train/base")
     stage.main(tiny_settings(), "P1")
     failed = [name for name, passed in report_of("P1")["checks"].items() if not passed]
     assert failed == ["base_is_the_file_that_the_variant_was_trained_on"]
@@ -219,14 +211,14 @@ def test_input_that_does_not_fit_is_an_error_in_one_line(tree):
         DynarouteError, match=r"data/dagformer/embeddings/evaluation: 11 texts of test, not .*eval_windows = 4"
     ):
         stage.main(tiny_settings(eval_windows=4), "P1")
-    path = Path("data/dagformer/P1/predictor.safetensors")
+    path = Path("data/dagformer/train/P1/predictor.safetensors")
     save_checkpoint(path, load_file(path), {"run": "another", "step": 7})
-    with pytest.raises(DynarouteError, match="data/dagformer/P1: files of two runs, 0123456789abcdef and another"):
+    with pytest.raises(DynarouteError, match="train/P1: files of two runs, 0123456789abcdef and another"):
         stage.main(tiny_settings(), "P1")
-    Path("data/dagformer/P1/run.json").write_text('{"run": "1"}')
-    with pytest.raises(DynarouteError, match=r"data/dagformer/P1/run\.json: damaged: 'knobs': run the stage"):
+    Path("data/dagformer/train/P1/run.json").write_text('{"run": "1"}')
+    with pytest.raises(DynarouteError, match=r"data/dagformer/train/P1/run\.json: damaged: 'knobs': run the stage"):
         stage.main(tiny_settings(), "P1")
-    with pytest.raises(DynarouteError, match=r"data/dagformer/P9/run\.json: cannot be read"):
+    with pytest.raises(DynarouteError, match=r"data/dagformer/train/P9/run\.json: cannot be read"):
         stage.main(tiny_settings(), "P9")
     assert not Path(OUTPUTS[0].format("P1")).exists()
 
@@ -235,5 +227,5 @@ def test_the_command_takes_the_name_of_a_variant(tree, monkeypatch):
     shutil.copy(REPOSITORY / "params.yaml", tree)
     script = str(REPOSITORY / "stages/dagformer/evaluate_nll.py")
     monkeypatch.setattr(sys, "argv", [script, "P9"])
-    with pytest.raises(SystemExit, match=r"evaluate_nll: data/dagformer/P9/run\.json: cannot be read"):
+    with pytest.raises(SystemExit, match=r"evaluate_nll: data/dagformer/train/P9/run\.json: cannot be read"):
         runpy.run_path(script, run_name="__main__")

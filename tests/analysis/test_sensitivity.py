@@ -7,21 +7,21 @@ import pytest
 import torch
 from small_dagformer import HEADS, LAYERS, make_base, make_windows
 
+from dynaroute.analysis.nll import window_nll
 from dynaroute.analysis.sensitivity import (
     chance_consistency,
     describe_gradients,
     flatness,
     gate_gradients,
-    nll_of_wirings,
     optimise_gates,
     removal_orders,
     without_edges,
     without_head,
     without_layer_pair,
 )
-from dynaroute.analysis.statistics import benjamini_hochberg, t_test_p
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
+from dynaroute.data.tokens.windows import Selection
 
 VALID = dag_mask(LAYERS, HEADS)
 EDGES = [(i, j) for i, j in itertools.product(range(LAYERS * HEADS), repeat=2) if i // HEADS < j // HEADS]
@@ -32,44 +32,24 @@ def graph() -> DagForward:
     return DagForward(make_base().double())
 
 
-def mean_nll(graph: DagForward, windows, adjacency: torch.Tensor) -> np.ndarray:
-    return nll_of_wirings(graph, windows, [adjacency], 4, "test")[0]
-
-
 def test_gradients_are_what_a_small_change_of_a_gate_does(graph, tmp_path):
     windows = make_windows(tmp_path, 5)
-    gradients = gate_gradients(graph, windows, batch_size=2)
+    gradients = gate_gradients(graph, windows)
     assert gradients.shape == (5, len(EDGES))
     for number in (0, 3, len(EDGES) - 1):
         step, change = 1e-2, VALID.double()
         change[EDGES[number]] = 0
         sides = [VALID.double() + sign * step * (VALID.double() - change) for sign in (1, -1)]
-        above, below = (nll_of_wirings_double(graph, windows, side) for side in sides)
+        above, below = (nll_in_float64(graph, windows, side) for side in sides)
         assert gradients[:, number].numpy() == pytest.approx((above - below) / (2 * step), rel=2e-2, abs=1e-4)
 
 
-def nll_of_wirings_double(graph: DagForward, windows, adjacency: torch.Tensor) -> np.ndarray:
+def nll_in_float64(graph: DagForward, windows, adjacency: torch.Tensor) -> np.ndarray:
     """NLL summed in float64: what a small step changes is nearly lost in float32."""
     tokens, targets = windows.batch(range(len(windows)))
     with torch.no_grad():
         logits = graph(tokens, adjacency.expand(len(tokens), -1, -1))
     return torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none").mean(1).numpy()
-
-
-def test_without_removals_the_nll_is_that_of_transformers(graph, tmp_path):
-    windows = make_windows(tmp_path, 5)
-    tokens, targets = windows.batch(range(5))
-    losses = torch.nn.functional.cross_entropy(graph.base(tokens).logits.mT, targets, reduction="none").mean(1)
-    assert mean_nll(graph, windows, VALID.float()) == pytest.approx(losses.tolist(), abs=1e-5)
-
-
-def test_wirings_are_scored_in_their_order(graph, tmp_path):
-    windows = make_windows(tmp_path, 3)
-    wirings = [VALID.float(), torch.zeros(VALID.shape), 0.5 * VALID.float()]
-    together = nll_of_wirings(graph, windows, wirings, 2, "test")
-    assert together.shape == (3, 3)
-    for one, wiring in zip(together, wirings, strict=True):
-        assert one.tolist() == nll_of_wirings(graph, windows, [wiring], 2, "test")[0].tolist()
 
 
 def test_what_is_removed_is_what_was_named():
@@ -99,17 +79,16 @@ def test_orders_of_removal():
 
 def test_gates_optimised_on_a_window_lower_its_nll_and_stay_gates(graph, tmp_path):
     windows = make_windows(tmp_path, 5)
-    gates = optimise_gates(graph, windows, steps=6, lr=0.1, batch_size=4)
+    gates = optimise_gates(graph, windows, steps=6, lr=0.1)
     assert (gates >= 0).all() and (gates <= 1).all() and not gates[:, ~VALID].any()
     assert (gates[:, VALID] < 1).any(1).all()
-    before = mean_nll(graph, windows, VALID.float())
-    after = [mean_nll(graph, windows, gates[i])[i] for i in range(5)]
-    assert (np.array(after) < before).all()
+    assert (window_nll(graph, windows, gates) < window_nll(graph, windows, VALID.float())).all()
 
 
 def test_each_window_is_optimised_by_itself(graph, tmp_path):
     windows = make_windows(tmp_path, 5)
-    together, alone = (optimise_gates(graph, windows, 4, 0.1, batch_size) for batch_size in (5, 1))
+    together = optimise_gates(graph, windows, 4, 0.1)
+    alone = torch.cat([optimise_gates(graph, Selection(windows, [index]), 4, 0.1) for index in range(5)])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
 
@@ -128,36 +107,27 @@ def gradients(mean: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return found, documents
 
 
-def test_a_slope_that_was_planted_is_found_with_its_sign_and_its_gates():
-    for mean, words in ((1.5, "harmful"), (-1.5, "helpful")):
-        values, documents = gradients(mean, seed=0)
-        found = flatness(values, documents, 199, 0)
-        assert found["slopes"]
-        assert found["p"] <= 2 / 200
-        assert (found["n"], found["documents"]) == (60, 16)
-        assert found[words] == pytest.approx(20 / 60, abs=0.07)
-        assert found["harmful"] + found["helpful"] == pytest.approx(found[words], abs=0.04)
-        assert found["sign_consistency"] > found["sign_consistency_by_chance"] + 0.1
+@pytest.mark.parametrize("mean", [1.5, -1.5])
+def test_a_slope_that_was_planted_is_found_with_its_sign(mean):
+    values, documents = gradients(mean, seed=0)
+    found = flatness(values, documents, 199, 0)
+    assert found["p"] <= 2 / 200
+    assert found["size_of_mean"] > 1.3 * found["size_by_chance"]
+    assert (found["n"], found["documents"], found["gates"]) == (60, 16, 60)
+    assert found["sign_consistency"] > found["sign_consistency_by_chance"] + 0.1
+    assert (np.sign(describe_gradients(values, documents)["mean"][40:]) == np.sign(mean)).all()
 
 
 def test_documents_that_differ_are_no_slope():
-    found = [flatness(*gradients(0.0, seed), 99, 0) for seed in range(60)]
-    assert np.mean([one["slopes"] for one in found]) < 0.15
-    assert np.mean([one["helpful"] + one["harmful"] > 0 for one in found]) < 0.15
-    # With windows taken as independent every one of these would have gates that are certain.
-    values, documents = gradients(0.0, 0)
-    assert (benjamini_hochberg(t_test_p(values)) < 0.05).mean() > 0.2
-    assert not (describe_gradients(values, documents)["p"] < 0.05).any()
+    found = [flatness(*gradients(0.0, seed), 99, 0)["p"] for seed in range(60)]
+    assert np.mean(np.array(found) < 0.05) < 0.15
 
 
-def test_the_sign_of_a_gate_is_that_of_the_mean_that_is_tested():
+def test_the_mean_of_a_gate_gives_each_document_the_same_weight():
     """One document of many windows says the opposite of all others: the mean over windows has another sign."""
     documents = np.repeat(np.arange(16), [60, *[1] * 15])
     values = np.where(documents == 0, -1.0, 1.0)[:, None] * np.array([1.0, -1.0, 1.0])
     assert np.sign(values.mean(0)).tolist() == [-1, 1, -1]
-    values += 0.1 * np.random.default_rng(0).normal(size=values.shape)
-    found = flatness(values, documents, 9, 0)
-    assert (found["harmful"], found["helpful"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
     expected = [np.mean([values[documents == one, gate].mean() for one in range(16)]) for gate in range(3)]
     assert describe_gradients(values, documents)["mean"] == pytest.approx(expected)
 
@@ -181,4 +151,3 @@ def test_gates_are_described_one_by_one():
     assert found["spread"].tolist() == [2.0, pytest.approx(3**0.5), 0.0]
     assert found["size"].tolist() == [pytest.approx(5 / 3), 3.0, 0.0]
     assert found["sign_consistency"].tolist() == [pytest.approx(1 / 3), 1.0, 0.0]
-    assert found["p"][2] == 1.0

@@ -14,10 +14,10 @@ from repository import REPOSITORY
 from safetensors.torch import load_file, save_file
 from small_tokens import write_tokens
 
-from dynaroute.analysis.domains import domain_windows
 from dynaroute.config import BaseEncoder, ByteBPE, HubEncoder, Settings, load_settings
 from dynaroute.dagformer import encoders
 from dynaroute.dagformer.encoders import load_embeddings, load_encoder, write_embeddings
+from dynaroute.data.tokens.documents import domain_windows
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.tokenizers import load_tokenizer, save_tokenizer
 from dynaroute.data.tokens.windows import KEYS, Subset
@@ -427,9 +427,9 @@ def stage_settings(base, tokens, tmp_path, monkeypatch) -> Settings:
     changes = {"seq_len": SEQ_LEN, "prefix_tokens": PREFIX, "train_windows": 4, "validation_windows": 1}
     dagformer = settings.dagformer.model_copy(update={**changes, "eval_windows": 2, "encoder": BASE})
     Path("data/tokens").mkdir(parents=True)
-    Path("data/dagformer").mkdir()
+    Path("data/dagformer/train").mkdir(parents=True)
     Path("data/tokens", dagformer.corpus).symlink_to(tokens)
-    Path("data/dagformer/base").symlink_to(base)
+    Path("data/dagformer/train/base").symlink_to(base)
     return settings.model_copy(update={"dagformer": dagformer, "num_threads": torch.get_num_threads()})
 
 

@@ -61,17 +61,17 @@ def prepare(path: Path, **sizes: int) -> None:
 def test_a_local_base_is_saved_whole_with_its_tokenizer_and_measured(tree):
     existing = save_existing(tree / "published")
     prepare(existing)
-    saved = AutoModelForCausalLM.from_pretrained("data/dagformer/base")
+    saved = AutoModelForCausalLM.from_pretrained("data/dagformer/train/base")
     original = AutoModelForCausalLM.from_pretrained(existing)
     for (name, one), other in zip(saved.named_parameters(), original.parameters(), strict=True):
         assert torch.equal(one.float(), other.float()), name
-    tokenizers = [AutoTokenizer.from_pretrained(path) for path in ("data/dagformer/base", existing)]
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in ("data/dagformer/train/base", existing)]
     assert tokenizers[0]("some text").input_ids == tokenizers[1]("some text").input_ids
 
     windows = Windows(TokenShards(Path("data/tokens/docs"), "validation"), SEQ_LEN, keep_tail=False)
     tokens, targets = windows.batch([index * len(windows) // 5 for index in range(5)])
     expected = F.cross_entropy(saved.float()(tokens).logits.flatten(0, 1), targets.flatten())
-    report = json.loads(Path("reports/dagformer/base.json").read_text())
+    report = json.loads(Path("data/dagformer/base.json").read_text())
     assert report["nll_all_gates_one"] == pytest.approx(float(expected), abs=1e-5)
     assert abs(report["nll_all_gates_zero"] - report["nll_all_gates_one"]) > 1e-3
     assert report["checks"]["all_gates_at_one_reproduce_the_base"]
@@ -94,26 +94,26 @@ def test_the_base_is_saved_in_the_dtype_of_the_settings_and_loaded_in_it_and_the
 ):
     monkeypatch.setattr(prepare_base, "compute_dtype", lambda *_: dtype)  # as on a GPU
     prepare(save_existing(tree / "published"))
-    assert load_base(Path("data/dagformer/base"), "cpu").dtype == dtype
-    assert {value.dtype for value in load_file("data/dagformer/base/model.safetensors").values()} == {dtype}
-    report = json.loads(Path("reports/dagformer/base.json").read_text())
+    assert load_base(Path("data/dagformer/train/base"), "cpu").dtype == dtype
+    assert {value.dtype for value in load_file("data/dagformer/train/base/model.safetensors").values()} == {dtype}
+    report = json.loads(Path("data/dagformer/base.json").read_text())
     assert report["dtype"] == str(dtype).removeprefix("torch.")
     assert report["checks"]["all_gates_at_one_reproduce_the_base"]
 
 
 @pytest.mark.parametrize(
-    ("rises", "verdict"),
-    [([3.0, -1.0, 2.0, -1.5, 0.5], "no difference shown"), ([3.0, 2.0, 2.5, 2.2, 2.8], "worse")],
+    ("rises", "raised"),
+    [([3.0, -1.0, 2.0, -1.5, 0.5], False), ([3.0, 2.0, 2.5, 2.2, 2.8], True)],
 )
-def test_nll_is_raised_only_if_the_whole_interval_lies_above_zero(tree, monkeypatch, rises, verdict):
+def test_nll_is_raised_only_if_the_whole_interval_lies_above_zero(tree, monkeypatch, rises, raised):
     # Of each window: transformers, all gates at one, all gates at zero.
     losses = iter([loss for rise in rises for loss in (4.0, 4.0, 4.0 + rise)])
     monkeypatch.setattr(F, "cross_entropy", lambda *_: next(losses))
     prepare(save_existing(tree / "published"))
-    report = json.loads(Path("reports/dagformer/base.json").read_text())
+    report = json.loads(Path("data/dagformer/base.json").read_text())
     assert report["nll_all_gates_zero"] > report["nll_all_gates_one"] == 4.0
-    assert report["zero_minus_one"]["verdict"] == verdict
-    assert report["checks"]["removing_all_head_connections_raises_nll"] == (verdict == "worse")
+    assert report["zero_minus_one"]["n"] == len(rises)
+    assert report["checks"]["removing_all_head_connections_raises_nll"] == raised
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_base_that_cannot_be_used_is_refused_and_nothing_is_written(tree, size
     existing = save_existing(tree / "published", **sizes)
     with pytest.raises(DynarouteError, match=message):
         prepare(existing)
-    assert not Path("data/dagformer/base").exists()
+    assert not Path("data/dagformer/train/base").exists()
 
 
 @pytest.mark.parametrize("key", ["train_windows", "validation_windows", "eval_windows"])
@@ -148,7 +148,7 @@ def test_a_base_with_another_tokenizer_than_the_corpus_is_refused(tree):
     save_tokenizer(ByteBPE(kind="bpe", vocab_size=258), ["the function returns the function"], existing)
     with pytest.raises(DynarouteError, match="has another tokenizer than corpus docs: tokenize the corpus with"):
         prepare(existing)
-    assert not Path("data/dagformer/base").exists()
+    assert not Path("data/dagformer/train/base").exists()
 
 
 def test_a_base_that_lacks_weights_is_refused(tree):

@@ -70,7 +70,7 @@ def test_a_variant_is_trained_on_the_base_in_the_dtype_that_is_recorded(tmp_path
         for seed, split in enumerate(("train", "validation"))
     }
     write_tokens(Path("data/tokens/docs"), VOCABULARY, **splits)
-    make_base().to(getattr(torch, dtype)).save_pretrained("data/dagformer/base")
+    make_base().to(getattr(torch, dtype)).save_pretrained("data/dagformer/train/base")
     files = {}
     for seed, split in enumerate(splits):
         path = Path(f"data/dagformer/embeddings/training/{split}.npy")
@@ -85,14 +85,14 @@ def test_a_variant_is_trained_on_the_base_in_the_dtype_that_is_recorded(tmp_path
     dagformer = settings.dagformer.model_copy(update=sizes)
     train_dagformer.main(settings.model_copy(update={"dagformer": dagformer, "num_threads": 1}), "V")
 
-    assert read_record("data/dagformer/V/run.json")["identity"]["base_dtype"] == dtype
-    report = read_record("reports/dagformer/V/training.json")
+    assert read_record("data/dagformer/train/V/run.json")["identity"]["base_dtype"] == dtype
+    report = read_record("data/dagformer/train/V/training.json")
     assert report["steps"] == STEPS
     assert all(report["checks"].values())
-    tensors, _ = load_checkpoint(Path("data/dagformer/V/last.safetensors"))
+    tensors, _ = load_checkpoint(Path("data/dagformer/train/V/last.safetensors"))
     assert {value.dtype for name, value in tensors.items() if name.startswith("model.")} == {torch.float32}
-    assert Path("data/dagformer/V/base").exists() == bool(base_lr)
+    assert Path("data/dagformer/train/V/base").exists() == bool(base_lr)
     if base_lr:  # it was trained in fp32, and is scored as the baseline is
-        for name, value in load_file("data/dagformer/V/base/model.safetensors").items():
+        for name, value in load_file("data/dagformer/train/V/base/model.safetensors").items():
             assert value.dtype == getattr(torch, dtype)
             assert torch.equal(value, tensors[f"model.base.{name}"].to(value.dtype)), name

@@ -157,15 +157,13 @@ def make_dagformer_tree(root: Path) -> Path:
 def test_two_processes_load_a_base_once_and_train_a_predictor_as_one_does(tmp_path):
     root = make_dagformer_tree(tmp_path)
     run(root, TORCHRUN, "prepare_base")
-    assert json.loads((root / "reports/dagformer/base.json").read_text())["checks"][
-        "all_gates_at_one_reproduce_the_base"
-    ]
+    assert json.loads((root / "data/dagformer/base.json").read_text())["checks"]["all_gates_at_one_reproduce_the_base"]
     run(root, PYTHON, "resolve_variants")
     tables = []
     for launcher in (PYTHON, TORCHRUN):
         run(root, launcher, "train_dagformer", "P1")
-        tables.append(rows(root / "reports/dagformer/P1/training.csv"))
-        checks = json.loads((root / "reports/dagformer/P1/training.json").read_text())["checks"]
+        tables.append(rows(root / "data/dagformer/train/P1/training.csv"))
+        checks = json.loads((root / "data/dagformer/train/P1/training.json").read_text())["checks"]
         assert checks["base_is_unchanged_to_the_bit"]
     one, two = tables
     assert len(one) == 4

@@ -60,16 +60,16 @@ def write_embeddings(folder: Path, windows: int = WINDOWS) -> None:
 
 def write_variant(name: str, predictor: StructurePredictor) -> None:
     """What the training of a variant leaves, in the working directory, where the base already is."""
-    folder = Path("data/dagformer") / name
+    folder = Path("data/dagformer/train") / name
     save_checkpoint(folder / "predictor.safetensors", predictor.state_dict(), {"run": RUN, "step": 7})
     record = {"run": RUN, "variant": name, "knobs": predictor.variant.model_dump(), "embedding_size": EMBEDDING}
     record |= {"num_layers": LAYERS, "num_heads": HEADS}
-    identity = {"base": sha256("data/dagformer/base/model.safetensors")}
+    identity = {"base": sha256("data/dagformer/train/base/model.safetensors")}
     write_json(folder / "run.json", record | {"identity": identity})
 
 
 def write_all(settings: Settings) -> None:
     """Everything that the evaluation of a variant reads but the variant, in the working directory."""
     make_windows(Path("data/tokens") / settings.dagformer.corpus)
-    make_base().save_pretrained("data/dagformer/base")
+    make_base().save_pretrained("data/dagformer/train/base")
     write_embeddings(Path("data/dagformer/embeddings/evaluation"))

@@ -7,25 +7,20 @@ documents anew.
 n windows   m documents   E features, such as the gates of a wiring   P layer pairs   C sources
 """
 
+import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
+from dynaroute.analysis.nll import Wiring
 from dynaroute.analysis.statistics import PermutationTest, permutation_test
-from dynaroute.data.tokens.shards import TokenShards
+from dynaroute.analysis.topology import by_layer_pair, jaccard_distances
+from dynaroute.config import MODES
+from dynaroute.data.tokens.documents import DomainWindows
 
 RIDGE = 0.1  # of the linear probe, relative to the mean square of a window's centred features
 ROUNDING = 1e-14  # relative: features that vary less, by their squares, do not vary
-
-
-class DomainWindows(NamedTuple):
-    """The same number of windows from every source, each of them wholly within one document."""
-
-    windows: list[int]  # [n] indices among all whole windows of the split
-    documents: np.ndarray  # [n] int64, 0 .. m-1: which document each is of
-    labels: np.ndarray  # [m] int64: the source of each document, an index into `sources`
-    sources: list[str]  # C names; sources with windows of at least two documents
 
 
 class Domains:
@@ -36,7 +31,7 @@ class Domains:
         self.num_sources = int(labels.max()) + 1
 
     def separation(self, distances: np.ndarray) -> PermutationTest:
-        """Mean distance of windows of different sources, less that of the same one; pairs of two documents only.
+        """Mean distance of windows of different sources minus that of the same one; pairs of two documents only.
 
         Args:
             distances: [n, n].
@@ -110,6 +105,59 @@ class Domains:
         return permutation_test(statistic, self.labels, self.permutations, self.seed)
 
 
+def describe_domains(
+    wiring: Wiring, vectors: np.ndarray, drawn: DomainWindows, num_heads: int, permutations: int, seed: int
+) -> dict[str, Any]:
+    """What sources tell about wirings.
+
+    Args:
+        wiring: of the n windows.
+        vectors: float [n, E] that the wirings were predicted from, each entry on the scale that the predictor reads.
+        drawn: the windows.
+        num_heads: H.
+        permutations: of every test.
+        seed: of those.
+
+    Returns:
+        sources, windows_per_source, documents (per source); per mode separation (test) and mean_distances [C, C]; the
+        probe of soft gates and the text_probe of the vectors (tests); layer_pairs, for each the share of its mean
+        gate's variance that lies between sources (test), and the means by source.
+    """
+    domains = Domains(drawn.documents, drawn.labels, permutations, seed)
+    found: dict[str, Any] = {
+        "sources": drawn.sources,
+        "windows_per_source": len(drawn.windows) // len(drawn.sources),
+        "documents": np.bincount(drawn.labels).tolist(),
+    }
+    for mode in MODES:
+        gates = wiring.gates(mode)
+        distances = jaccard_distances(gates, gates).numpy()
+        separation, means = domains.separation(distances), domains.mean_distances(distances)
+        found[mode] = {"separation": _plain(separation), "mean_distances": means.tolist()}
+    found["probe"] = _plain(domains.probe(wiring.gates("soft").numpy()))
+    found["text_probe"] = _plain(domains.probe(vectors))
+    means = by_layer_pair(wiring.soft, num_heads).double().numpy()  # [n, L, L]
+    pairs = list(itertools.combinations(range(means.shape[-1]), 2))
+    values = np.stack([means[:, source, target] for source, target in pairs], axis=1)  # [n, P]
+    explained, source_of = domains.explained(values), drawn.labels[drawn.documents]
+    found["layer_pairs"] = [
+        {
+            "source": source,
+            "target": target,
+            "explained": float(explained.observed[index]),
+            "chance": float(explained.chance[index]),
+            "p": float(explained.p[index]),
+            "means": [float(values[source_of == own, index].mean()) for own in range(len(drawn.sources))],
+        }
+        for index, (source, target) in enumerate(pairs)
+    ]
+    return found
+
+
+def _plain(test: PermutationTest) -> dict[str, float]:
+    return {key: float(value) for key, value in test._asdict().items()}
+
+
 def leave_one_group_out(features: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """The matrix [n, n] by which targets [n, C] become what ridge regression says of each row without its own group.
 
@@ -139,68 +187,3 @@ def leave_one_group_out(features: np.ndarray, groups: np.ndarray) -> np.ndarray:
         others[:, own] = 0
         answer[own] = np.linalg.solve(np.eye(own.sum()) - hat[np.ix_(own, own)], others)
     return answer * roots.T / roots
-
-
-def domain_windows(shards: TokenShards, seq_len: int, most: int) -> DomainWindows | None:
-    """Draws windows of each source alone, evenly over its documents; as many of each as the poorest source has.
-
-    Args:
-        shards: a split.
-        seq_len: T, tokens of a window.
-        most: windows of one source at most.
-
-    Returns:
-        The windows, or None if there are fewer than two sources with windows of at least two documents.
-    """
-    whole = windows_of_documents(shards, seq_len)
-    by_source: dict[int, dict[int, list[int]]] = {}
-    for window in np.flatnonzero(whole >= 0).tolist():
-        document = int(whole[window])
-        by_source.setdefault(int(shards.document_sources[document]), {}).setdefault(document, []).append(window)
-    usable = {source: own for source, own in sorted(by_source.items()) if len(own) > 1}
-    if len(usable) < 2:
-        return None
-    number = min(most, *(sum(map(len, own.values())) for own in usable.values()))
-    windows, documents, labels = [], [], []
-    for label, own in enumerate(usable.values()):
-        for drawn in evenly(list(own.values()), number):
-            if drawn:
-                windows += drawn
-                documents += [len(labels)] * len(drawn)
-                labels.append(label)
-    names = [shards.sources[source] for source in usable]
-    return DomainWindows(windows, np.array(documents), np.array(labels), names)
-
-
-def windows_of_documents(shards: TokenShards, seq_len: int) -> np.ndarray:
-    """Which document each whole window of T tokens of a split is wholly within, int64 [windows]; -1 where none."""
-    first = np.arange((shards.num_tokens - 1) // seq_len) * seq_len
-    document = np.searchsorted(shards.offsets, first, side="right") - 1
-    return np.where(shards.offsets[document + 1] >= first + seq_len, document, -1)
-
-
-def main_documents(shards: TokenShards, seq_len: int, windows: list[int]) -> np.ndarray:
-    """The document that most tokens of each given window are of, int64 [n]."""
-    found = []
-    for window in windows:
-        start, stop = window * seq_len, (window + 1) * seq_len
-        first = int(np.searchsorted(shards.offsets, start, side="right")) - 1
-        last = int(np.searchsorted(shards.offsets, stop, side="left"))  # one past the last document
-        found.append(first + int(np.diff(np.clip(shards.offsets[first : last + 1], start, stop)).argmax()))
-    return np.array(found)
-
-
-def evenly(groups: list[list[int]], number: int) -> list[list[int]]:
-    """`number` items in all, as even a number from each group as its size allows, evenly spaced within it.
-
-    There must be that many. Where there are more groups than items, the groups that give one are evenly spaced too.
-    """
-    if number < len(groups):
-        chosen = {i * len(groups) // number for i in range(number)}
-        return [group[:1] if index in chosen else [] for index, group in enumerate(groups)]
-    wanted = [0] * len(groups)
-    while sum(wanted) < number:
-        for index, group in enumerate(groups):
-            if wanted[index] < len(group) and sum(wanted) < number:
-                wanted[index] += 1
-    return [[group[i * len(group) // count] for i in range(count)] for group, count in zip(groups, wanted, strict=True)]

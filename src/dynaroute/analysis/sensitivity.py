@@ -7,6 +7,7 @@ each text gets the best that descent finds for it.
 """
 
 from collections.abc import Sequence
+from itertools import combinations
 from math import comb
 from typing import Any
 
@@ -15,19 +16,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dynaroute.analysis.nll import WindowSet, sequence_nll, token_nll, wired_nll
-from dynaroute.analysis.statistics import SIGNIFICANT, benjamini_hochberg, group_means, mean_vector_test, t_test_p
-from dynaroute.dagformer.gates import dag_mask
+from dynaroute.analysis.nll import WindowSet, batches, token_nll, window_nll
+from dynaroute.analysis.statistics import Interval, document_means, mean_vector_test, paired_difference
+from dynaroute.config import Analysis
+from dynaroute.dagformer.gates import dag_mask, layer_distance
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.data.tokens.shards import IGNORED_TARGET
+from dynaroute.data.tokens.shards import Windows
+from dynaroute.data.tokens.windows import Selection
 
 
-def gate_gradients(graph: DagForward, windows: WindowSet, batch_size: int) -> Tensor:
+def gate_gradients(graph: DagForward, windows: WindowSet) -> Tensor:
     """The gradient of every window's mean NLL with respect to every gate, at A = 1; float32 [n, E] on the CPU."""
     valid = dag_mask(graph.num_layers, graph.num_heads, graph.base.device)
     gradients = []
-    for start in tqdm(range(0, len(windows), batch_size), desc="gradients", unit="batch", disable=None):
-        tokens, targets = _batch(graph, windows, range(start, min(start + batch_size, len(windows))))
+    for indices in tqdm(list(batches(len(windows))), desc="gradients", unit="batch", disable=None):
+        tokens, targets = _batch(graph, windows, indices)
         adjacency = valid.float().repeat(len(tokens), 1, 1).requires_grad_()
         (gradient,) = torch.autograd.grad(_window_nll(graph, tokens, targets, adjacency).sum(), adjacency)
         gradients.append(gradient[:, valid].cpu())
@@ -43,17 +46,14 @@ def describe_gradients(gradients: np.ndarray, documents: np.ndarray) -> dict[str
 
     Returns:
         mean: over documents, of the mean over a document's windows, which are alike: one number for each document.
-        p: of Student's t test that this mean is 0, corrected by Benjamini and Hochberg over the gates.
         spread, size: standard deviation and mean absolute value over windows.
         sign_consistency: |positive - negative| / n: 1 if all windows agree, see `chance_consistency`.
 
     Raises:
         DynarouteError: there are fewer than two documents.
     """
-    by_document = group_means(gradients, documents)
     return {
-        "mean": by_document.mean(0),
-        "p": benjamini_hochberg(t_test_p(by_document)),
+        "mean": document_means(gradients, documents).mean(0),
         "spread": gradients.std(0, ddof=1),
         "size": np.abs(gradients).mean(0),
         "sign_consistency": np.abs(np.sign(gradients).mean(0)),
@@ -66,23 +66,20 @@ def chance_consistency(n: int) -> float:
 
 
 def flatness(gradients: np.ndarray, documents: np.ndarray, permutations: int, seed: int) -> dict[str, Any]:
-    """Whether NLL is shown not to be flat at A = 1: whether its mean gradient can be told from 0.
+    """Whether NLL has a slope at A = 1: how the mean gradient compares with chance.
 
     Args:
         gradients: [n, E].
-        documents: [n], which document each window is of.
+        documents: [n], the document of each window.
         permutations: of the test of all gates together.
         seed: of those.
 
     Returns:
         n, documents, gates; size, the mean absolute gradient of a gate in a window; size_of_mean, that of a gate's
-        mean over windows, with size_by_chance and p, see `mean_vector_test`; helpful, harmful: shares of gates whose
-        own mean over documents is below or above 0 by a corrected p below SIGNIFICANT: opening them lowers NLL, or
-        closing them does; sign_consistency and sign_consistency_by_chance; slopes, whether the test of all gates
-        together finds a mean gradient. That it does not is no proof that there is none.
+        mean over windows, with size_by_chance and p, see `mean_vector_test`; sign_consistency and
+        sign_consistency_by_chance.
     """
     found = describe_gradients(gradients, documents)
-    certain = found["p"] < SIGNIFICANT
     together = mean_vector_test(gradients, documents, permutations, seed)
     return {
         "n": len(gradients),
@@ -92,12 +89,31 @@ def flatness(gradients: np.ndarray, documents: np.ndarray, permutations: int, se
         "size_of_mean": together.observed,
         "size_by_chance": together.chance,
         "p": together.p,
-        "helpful": float((certain & (found["mean"] < 0)).mean()),
-        "harmful": float((certain & (found["mean"] > 0)).mean()),
         "sign_consistency": float(found["sign_consistency"].mean()),
         "sign_consistency_by_chance": chance_consistency(len(gradients)),
-        "slopes": together.p < SIGNIFICANT,
     }
+
+
+def gradients_by_layer_pair(graph: DagForward, gradients: np.ndarray, documents: np.ndarray) -> list[dict[str, Any]]:
+    """A row for each layer pair: source, target, gates, and means over its gates of `describe_gradients`."""
+    found = describe_gradients(gradients, documents)
+    layer = torch.arange(graph.num_layers * graph.num_heads) // graph.num_heads
+    valid = dag_mask(graph.num_layers, graph.num_heads)
+    sources, targets = (part.expand(valid.shape)[valid].numpy() for part in (layer[:, None], layer[None, :]))
+    rows = []
+    for source, target in combinations(range(graph.num_layers), 2):
+        own = (sources == source) & (targets == target)
+        row = {"source": source, "target": target, "gates": int(own.sum())}
+        rows.append(row | {key: float(values[own].mean()) for key, values in found.items()})
+    return rows
+
+
+def adjacent_minus_skip(graph: DagForward, gradients: np.ndarray, documents: np.ndarray) -> dict[str, float]:
+    """Mean size of gradients of gates between adjacent layers, of those that skip layers, and their difference."""
+    adjacent = (layer_distance(graph.num_layers, graph.num_heads) == 1)[dag_mask(graph.num_layers, graph.num_heads)]
+    sizes = [np.abs(gradients[:, part]).mean(1) for part in (adjacent.numpy(), ~adjacent.numpy())]
+    means = {"adjacent": float(sizes[0].mean()), "skip": float(sizes[1].mean())}
+    return paired_difference(*sizes, documents)._asdict() | means
 
 
 def removal_orders(mean_gradient: np.ndarray, random: int, seed: int) -> dict[str, list[np.ndarray]]:
@@ -138,38 +154,73 @@ def without_head(num_layers: int, num_heads: int, node: int) -> Tensor:
     return adjacency
 
 
-def nll_of_wirings(
-    graph: DagForward, windows: WindowSet, wirings: Sequence[Tensor], batch_size: int, name: str
-) -> np.ndarray:
-    """NLL in nats per token of every window under each of some wirings, float64 [wirings, n].
+def removals(
+    graph: DagForward,
+    windows: WindowSet,
+    documents: np.ndarray,
+    mean_gradient: np.ndarray,
+    analysis: Analysis,
+    seed: int,
+) -> dict[str, list[dict[str, Any]]]:
+    """NLL minus that at A = 1, without edges by order and fraction, without each layer pair, and without each head.
 
     Args:
         graph: the base.
         windows: n of them.
-        wirings: [N, N] each.
-        batch_size: changes results in the last bits, as float sums do.
-        name: of the progress bar.
+        documents: [n], the document of each window.
+        mean_gradient: [E], from other windows, by which orders of removal go.
+        analysis: fractions, and the number of random orders.
+        seed: of those.
+
+    Returns:
+        Rows by kind: removal, layer_pairs, heads. Each has mean, low, high and documents of `paired_difference`; those
+        of removal also draws, whose mean a random order is, and over_random, low_over_random and high_over_random, the
+        difference to the random order at the same fraction.
     """
-    _, targets = windows.batch(range(len(windows)))
-    found = []
-    for adjacency in tqdm(wirings, desc=name, unit="wiring", disable=None):
-        sums, counts = sequence_nll(
-            wired_nll(graph, windows, adjacency.expand(len(windows), -1, -1), batch_size), targets
-        )
-        found.append((sums / counts).numpy())
-    return np.stack(found)
+    layers, heads = graph.num_layers, graph.num_heads
+
+    def scored(name: str, wirings: Sequence[Tensor]) -> np.ndarray:
+        """NLL of every window under each of some wirings, [wirings, n]."""
+        bar = tqdm(wirings, desc=name, unit="wiring", disable=None)
+        return np.stack([window_nll(graph, windows, adjacency) for adjacency in bar])
+
+    def row(names: dict[str, Any], nll: np.ndarray) -> dict[str, Any]:
+        return names | _columns(paired_difference(nll, whole, documents))
+
+    (whole,) = scored("no edge removed", [dag_mask(layers, heads).float()])
+    orders = removal_orders(mean_gradient, analysis.random_removals, seed)
+    by_order, random = [], {}  # NLL [n] of the random order by fraction
+    for order, drawn in orders.items():
+        for fraction in analysis.removal_fractions:
+            wirings = [without_edges(layers, heads, one[: round(fraction * len(one))]) for one in drawn]
+            nll = scored(f"{order} {fraction:g}", wirings).mean(0)
+            names = {"order": order, "fraction": fraction, "draws": len(drawn)}
+            apart = paired_difference(nll, random.setdefault(fraction, nll), documents)
+            over = {"over_random": apart.mean, "low_over_random": apart.low, "high_over_random": apart.high}
+            by_order.append(row(names, nll) | over)
+    pairs = list(combinations(range(layers), 2))
+    cut = scored("layer pairs", [without_layer_pair(layers, heads, *pair) for pair in pairs])
+    alone = scored("heads", [without_head(layers, heads, node) for node in range(layers * heads)])
+    return {
+        "removal": by_order,
+        "layer_pairs": [row({"source": s, "target": t}, nll) for (s, t), nll in zip(pairs, cut, strict=True)],
+        "heads": [row({"layer": node // heads, "head": node % heads}, nll) for node, nll in enumerate(alone)],
+    }
 
 
-def optimise_gates(graph: DagForward, windows: WindowSet, steps: int, lr: float, batch_size: int) -> Tensor:
+def _columns(found: Interval) -> dict[str, float | int]:
+    return {"mean": found.mean, "low": found.low, "high": found.high, "documents": found.n}
+
+
+def optimise_gates(graph: DagForward, windows: WindowSet, steps: int, lr: float) -> Tensor:
     """The gates that descent finds for each window by itself, soft, float32 [n, N, N] on the CPU.
 
     Adam on A itself, from A = 1, on the window's own mean NLL; after every step gates are put back into [0, 1].
     """
     valid = dag_mask(graph.num_layers, graph.num_heads, graph.base.device)
-    found = []
-    batches = [range(start, min(start + batch_size, len(windows))) for start in range(0, len(windows), batch_size)]
-    with tqdm(total=steps * len(batches), desc="oracle", unit="step", disable=None) as progress:
-        for indices in batches:
+    found, parts = [], list(batches(len(windows)))
+    with tqdm(total=steps * len(parts), desc="oracle", unit="step", disable=None) as progress:
+        for indices in parts:
             tokens, targets = _batch(graph, windows, indices)
             adjacency = valid.float().repeat(len(tokens), 1, 1).requires_grad_()
             optimizer = torch.optim.Adam([adjacency], lr=lr)
@@ -184,6 +235,58 @@ def optimise_gates(graph: DagForward, windows: WindowSet, steps: int, lr: float,
     return torch.cat(found)
 
 
+def score_oracle(
+    graph: DagForward, windows: Windows, own: list[int], documents: np.ndarray, gates: Tensor
+) -> list[dict[str, Any]]:
+    """Gates optimised on a window each, scored on it, on the window after it, and on one of another document.
+
+    Args:
+        graph: the base.
+        windows: all of a split.
+        own: the n windows that the gates were optimised on; each is followed by a window of the same document.
+        documents: the document of every window of the split.
+        gates: [n, N, N].
+
+    Returns:
+        A row for each text (same, next, other) and window: document, scored_window, nll_oracle, nll_baseline.
+    """
+    others = [own[index] for index in other_texts(documents[own])]
+    texts, rows = {"same": own, "next": [window + 1 for window in own], "other": others}, []
+    for text, indices in texts.items():
+        scored = Selection(windows, indices)
+        oracle = window_nll(graph, scored, gates)
+        baseline = window_nll(graph, scored, dag_mask(graph.num_layers, graph.num_heads).float())
+        for index, window in enumerate(own):
+            row = {"window": window, "document": int(documents[window]), "text": text, "scored_window": indices[index]}
+            rows.append(row | {"nll_oracle": float(oracle[index]), "nll_baseline": float(baseline[index])})
+    return rows
+
+
+def summarise_oracle(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """NLL of optimised gates minus that at A = 1, on each text: mean, low, high and documents of the interval."""
+    found = {}
+    for text in ("same", "next", "other"):
+        own = [row for row in rows if row["text"] == text]
+        columns = (np.array([row[key] for row in own]) for key in ("nll_oracle", "nll_baseline", "document"))
+        found[text] = _columns(paired_difference(*columns))
+    return found
+
+
+def other_texts(documents: np.ndarray) -> list[int]:
+    """For each of n windows one of the n that is of another document, far off in their order where that can be.
+
+    Where one document has more than half of the windows, its windows share the others evenly as partners.
+
+    Args:
+        documents: [n], the document of each; at least two different ones.
+    """
+    partners = []
+    for index, document in enumerate(documents):
+        others = np.flatnonzero(documents != document)
+        partners.append(int(others[(index - len(documents) // 2) % len(others)]))
+    return partners
+
+
 def _batch(graph: DagForward, windows: WindowSet, indices: range) -> tuple[Tensor, Tensor]:
     tokens, targets = windows.batch(indices)
     return tokens.to(graph.base.device), targets.to(graph.base.device)
@@ -191,4 +294,4 @@ def _batch(graph: DagForward, windows: WindowSet, indices: range) -> tuple[Tenso
 
 def _window_nll(graph: DagForward, tokens: Tensor, targets: Tensor, adjacency: Tensor) -> Tensor:
     """Mean NLL of each window, [B]."""
-    return token_nll(graph(tokens, adjacency), targets).sum(1) / (targets != IGNORED_TARGET).sum(1)
+    return token_nll(graph(tokens, adjacency), targets).sum(1) / targets.shape[1]

@@ -6,6 +6,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from dynaroute.config import Variant
+from dynaroute.dagformer.base import load_base
+from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_record
@@ -34,3 +36,19 @@ def load_predictor(folder: Path, device: str) -> tuple[dict[str, Any], Structure
     predictor = StructurePredictor(variant, *sizes)
     load_weights(predictor, tensors, weights)
     return record, predictor.requires_grad_(False).eval().to(device)
+
+
+def load_graph(trained: Path, name: str, variant: Variant, device: str) -> DagForward:
+    """The base that a variant wires: its own if it was trained jointly, else the one that all share.
+
+    Args:
+        trained: the folder of all that was trained, `base` and a folder for each variant.
+        name: of the variant.
+        variant: its knobs.
+        device: where to.
+
+    Raises:
+        DynarouteError: the base is missing or damaged.
+    """
+    folder = trained / name / "base" if variant.base_lr > 0 else trained / "base"
+    return DagForward(load_base(folder, device), variant.input_norm)

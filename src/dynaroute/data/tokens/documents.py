@@ -1,0 +1,122 @@
+"""Which documents and sources the windows of a split are of, and windows chosen evenly over documents."""
+
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+
+from dynaroute.data.tokens.shards import TokenShards
+from dynaroute.errors import DynarouteError
+
+
+class DomainWindows(NamedTuple):
+    """The same number of windows from every source, each of them wholly within one document."""
+
+    windows: list[int]  # [n] indices among all whole windows of the split
+    documents: np.ndarray  # [n] int64, 0 .. m-1: which document each is of
+    labels: np.ndarray  # [m] int64: the source of each document, an index into `sources`
+    sources: list[str]  # C names; sources with windows of at least two documents
+
+
+def domain_windows(shards: TokenShards, seq_len: int, most: int) -> DomainWindows | None:
+    """Draws windows of each source alone, evenly over its documents; as many of each as the poorest source has.
+
+    Args:
+        shards: a split.
+        seq_len: T, tokens of a window.
+        most: windows of one source at most.
+
+    Returns:
+        The windows, or None if there are fewer than two sources with windows of at least two documents.
+    """
+    whole = windows_of_documents(shards, seq_len)
+    by_source: dict[int, dict[int, list[int]]] = {}
+    for window in np.flatnonzero(whole >= 0).tolist():
+        document = int(whole[window])
+        by_source.setdefault(int(shards.document_sources[document]), {}).setdefault(document, []).append(window)
+    usable = {source: own for source, own in sorted(by_source.items()) if len(own) > 1}
+    if len(usable) < 2:
+        return None
+    number = min(most, *(sum(map(len, own.values())) for own in usable.values()))
+    windows, documents, labels = [], [], []
+    for label, own in enumerate(usable.values()):
+        for drawn in evenly(list(own.values()), number):
+            if drawn:
+                windows += drawn
+                documents += [len(labels)] * len(drawn)
+                labels.append(label)
+    names = [shards.sources[source] for source in usable]
+    return DomainWindows(windows, np.array(documents), np.array(labels), names)
+
+
+def windows_of_documents(shards: TokenShards, seq_len: int) -> np.ndarray:
+    """Which document each whole window of T tokens of a split is wholly within, int64 [windows]; -1 where none."""
+    first = np.arange((shards.num_tokens - 1) // seq_len) * seq_len
+    document = np.searchsorted(shards.offsets, first, side="right") - 1
+    return np.where(shards.offsets[document + 1] >= first + seq_len, document, -1)
+
+
+def main_documents(shards: TokenShards, seq_len: int, windows: list[int]) -> np.ndarray:
+    """The document that most tokens of each given window are of, int64 [n]."""
+    found = []
+    for window in windows:
+        start, stop = window * seq_len, (window + 1) * seq_len
+        first = int(np.searchsorted(shards.offsets, start, side="right")) - 1
+        last = int(np.searchsorted(shards.offsets, stop, side="left"))  # one past the last document
+        found.append(first + int(np.diff(np.clip(shards.offsets[first : last + 1], start, stop)).argmax()))
+    return np.array(found)
+
+
+def evenly(groups: list[list[int]], number: int) -> list[list[int]]:
+    """`number` items in all, as even a number from each group as its size allows, evenly spaced within it.
+
+    There must be that many. Where there are more groups than items, the groups that give one are evenly spaced too.
+    """
+    if number < len(groups):
+        chosen = {i * len(groups) // number for i in range(number)}
+        return [group[:1] if index in chosen else [] for index, group in enumerate(groups)]
+    wanted = [0] * len(groups)
+    while sum(wanted) < number:
+        for index, group in enumerate(groups):
+            if wanted[index] < len(group) and sum(wanted) < number:
+                wanted[index] += 1
+    return [[group[i * len(group) // count] for i in range(count)] for group, count in zip(groups, wanted, strict=True)]
+
+
+def halves(documents: np.ndarray, sizes: tuple[int, int]) -> list[list[int]]:
+    """Two sets of windows, of every other document each, evenly chosen over documents.
+
+    Args:
+        documents: the document that each window is wholly within; -1 where none.
+        sizes: windows wanted in each set; all that there are, if there are fewer.
+
+    Raises:
+        DynarouteError: there are fewer than two documents for one of them.
+    """
+    pools = [np.flatnonzero(documents == document).tolist() for document in np.unique(documents[documents >= 0])]
+    chosen = []
+    for parity, most in enumerate(sizes):
+        own = pools[parity::2]
+        if len(own) < 2:
+            found = f"too few documents of the test split hold a whole window ({len(pools)})"
+            raise DynarouteError(f"analysis: {found}: raise corpora's split.test, or lower dagformer.seq_len")
+        chosen.append(list(chain.from_iterable(evenly(own, min(most, sum(map(len, own)))))))
+    return chosen
+
+
+def followed_windows(documents: np.ndarray, most: int) -> list[int]:
+    """Windows whose next one is of the same document, evenly chosen over documents.
+
+    Args:
+        documents: the document that each window is wholly within; -1 where none.
+        most: windows wanted (`analysis.oracle_windows`); all that there are, if there are fewer.
+
+    Raises:
+        DynarouteError: there are such windows in fewer than two documents.
+    """
+    followed = np.flatnonzero((documents[:-1] >= 0) & (documents[:-1] == documents[1:]))
+    pools = [followed[documents[followed] == document].tolist() for document in np.unique(documents[followed])]
+    if len(pools) < 2:
+        found = f"{len(pools)} documents of the test split hold two windows in a row"
+        raise DynarouteError(f"analysis.oracle_windows = {most}: {found}, and two are needed")
+    return list(chain.from_iterable(evenly(pools, min(most, len(followed)))))
