@@ -520,9 +520,20 @@ class Variant(Training):
         }
 
 
-class Analysis(Section):
-    """The analyses of wirings, all on the test split."""
+class Question(Section):
+    """A primary question: whether the left side has a lower NLL than the right, on the same held-out windows."""
 
+    question: Annotated[str, Field(min_length=1)]
+    left: Annotated[list[Name], Field(min_length=1), Distinct]  # variants; several are averaged window by window
+    right: Annotated[list[Name], Field(min_length=1), Distinct]  # variants, or baseline alone
+    mode: Literal["soft", "hard"]
+    protocol: Literal["window", "prefix"]
+
+
+class Analysis(Section):
+    """The comparison of variants, and the analyses of wirings, all on the test split."""
+
+    primary: Annotated[dict[Name, Question], Field(min_length=1, max_length=6)]  # all that is tested
     variants: Annotated[list[str], Field(min_length=1), Distinct]  # whose wirings are analysed
     permutations: Annotated[int, Field(ge=99, lt=2**31)]  # of every permutation test
     swaps: Positive  # other texts under whose wirings each text is scored
@@ -540,9 +551,10 @@ class Analysis(Section):
 # --- the whole file ----------------------------------------------------------------------------------------------
 
 
-MODES = ("soft", "hard")  # of gates, beside the baseline, in which every gate is one
+BASELINE = "baseline"  # beside the variants: the shared base with every gate at one
+MODES = ("soft", "hard")  # of gates
 PROTOCOLS = ("window", "prefix")  # of evaluation: what the encoder reads, and with it what is scored
-RESERVED = ("base",)  # a folder beside those of the variants
+RESERVED = ("base", BASELINE)
 
 
 class Settings(Variant):
@@ -595,6 +607,13 @@ class Settings(Variant):
         for name in self.analysis.variants:
             if name not in self.variants:
                 raise invalid("analysis.variants", name, f"must be among variants: {', '.join(self.variants)}")
+        for key, question in self.analysis.primary.items():
+            for side in ("left", "right"):
+                names = getattr(question, side)
+                for name in names:
+                    if name not in self.variants and not (side == "right" and names == [BASELINE]):
+                        allowed = f"must be among variants: {', '.join(self.variants)}"
+                        raise invalid(f"analysis.primary.{key}.{side}", name, allowed)
         if self.analysis.swaps >= (texts := self.dagformer.eval_windows):
             allowed = f"must be below dagformer.eval_windows = {texts}: a text has no more others"
             raise invalid("analysis.swaps", self.analysis.swaps, allowed)
@@ -616,7 +635,7 @@ class Settings(Variant):
 
     def _check_variant(self, name: str) -> None:
         if name in RESERVED:
-            raise invalid(f"variants.{name}", self.variants[name], "this is the name of a folder beside the variants'")
+            raise invalid(f"variants.{name}", self.variants[name], "this name stands for the base that variants wire")
         start, seen = name, []
         while start != "base":  # follows `from` to the base
             seen.append(start)

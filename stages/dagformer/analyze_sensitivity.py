@@ -7,7 +7,8 @@ removal come from gradients on one half of the documents and are scored on the o
 
 Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/train/base
 Writes  data/dagformer/sensitivity/
-            summary.json         flatness at A = 1, gradients of adjacent and skipping gates, the oracle, checks
+            summary.json         flatness at A = 1, gradients of adjacent and skipping gates, all edges closed on the
+                windows that variants are evaluated on, the oracle, checks
             gate_gradients.csv   a row for each layer pair, see `gradients_by_layer_pair`
             removal.csv, layer_pairs.csv, heads.csv   what is removed: edges by order and fraction; a layer pair; a
                 head. See `removals`
@@ -22,6 +23,7 @@ import torch
 
 from dynaroute.analysis.sensitivity import (
     adjacent_minus_skip,
+    closing_all,
     flatness,
     gate_gradients,
     gradients_by_layer_pair,
@@ -34,9 +36,9 @@ from dynaroute.analysis.statistics import document_means
 from dynaroute.config import Settings
 from dynaroute.dagformer.base import load_base
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.data.tokens.documents import followed_windows, halves, windows_of_documents
+from dynaroute.data.tokens.documents import followed_windows, halves, main_documents, windows_of_documents
 from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.data.tokens.windows import Selection
+from dynaroute.data.tokens.windows import Selection, Subset
 from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.pipeline.stage import run
 
@@ -53,6 +55,7 @@ def main(settings: Settings) -> None:
     sizes = analysis.gradient_windows, analysis.removal_windows
     ranked, scored = (Selection(windows, half) for half in halves(documents, sizes))
     followed = followed_windows(documents, analysis.oracle_windows)
+    evaluated = Subset(windows, settings.dagformer.eval_windows)
     graph = DagForward(load_base(BASE, settings.device))
 
     gradients = gate_gradients(graph, ranked).numpy().astype(np.float64)  # [n, E]
@@ -74,6 +77,9 @@ def main(settings: Settings) -> None:
                 "num_heads": graph.num_heads,
                 "flatness": flatness(gradients, ranked_by, analysis.permutations, settings.seed),
                 "adjacent_minus_skip": adjacent_minus_skip(graph, gradients, ranked_by),
+                "all_closed": closing_all(
+                    graph, evaluated, main_documents(shards, windows.seq_len, list(evaluated.indices))
+                ),
                 "removal_windows": len(scored),
                 "oracle": {"steps": analysis.oracle_steps, "lr": analysis.oracle_lr, "windows": len(followed)}
                 | summarise_oracle(oracle),

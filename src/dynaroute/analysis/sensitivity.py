@@ -116,6 +116,14 @@ def adjacent_minus_skip(graph: DagForward, gradients: np.ndarray, documents: np.
     return paired_difference(*sizes, documents)._asdict() | means
 
 
+def closing_all(graph: DagForward, windows: WindowSet, documents: np.ndarray) -> dict[str, float | int]:
+    """What all edges together are worth: NLL with every gate at 0 minus that at A = 1, and both means."""
+    opened = dag_mask(graph.num_layers, graph.num_heads).float()
+    closed, whole = window_nll(graph, windows, torch.zeros_like(opened)), window_nll(graph, windows, opened)
+    means = {"nll_closed": float(closed.mean()), "nll_open": float(whole.mean())}
+    return _columns(paired_difference(closed, whole, documents)) | means
+
+
 def removal_orders(mean_gradient: np.ndarray, random: int, seed: int) -> dict[str, list[np.ndarray]]:
     """Orders in which to remove the E edges, most dispensable first; a list of permutations by the kind of order.
 
