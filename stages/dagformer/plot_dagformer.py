@@ -2,61 +2,40 @@
 
     python stages/dagformer/plot_dagformer.py
 
-Reads   reports/dagformer/<id>/{training.csv,nll.json} of every variant in params.yaml; data/eval/P1, data/analysis/P1;
-        what the analysis stages wrote into reports/dagformer
-Writes  reports/figures/dagformer_{adjacency,density_by_layer_pair,nll_by_step,schedules,gate_gradients,variants}.png,
-        reports/figures/dagformer_{topology_variance,domains,sensitivity,removal}.png
+Reads   data/dagformer/{train,eval}/<id>/ of the variants in params.yaml, data/dagformer/{analysis/P1,sensitivity}/,
+        data/dagformer/comparisons.json, reports/dagformer/variants.csv
+Writes  reports/dagformer/{wiring,distances,nll_by_step,gate_gradients,variants,edges_closed}.png
 """
 
-from pathlib import Path
+import textwrap
 
-from dynaroute.analysis.topology import by_layer_pair
 from dynaroute.config import Settings
 from dynaroute.dagformer.objective import SATURATED_SLOPE
 from dynaroute.pipeline.stage import run
-from dynaroute.reporting.dagformer import analysis_figures, figures
-from dynaroute.reporting.dagformer.analyses import read_analyses, read_wirings
-from dynaroute.reporting.dagformer.results import (
-    REFERENCE_VARIANT,
-    check_has_main,
-    read_curve,
-    read_evaluation,
-    read_mean_gates,
-    read_results,
-)
+from dynaroute.reporting.dagformer import figures
+from dynaroute.reporting.dagformer.page import card
+from dynaroute.reporting.dagformer.results import MAIN, REPORTS, read_analyses, read_comparisons, read_results
 
-FIGURES = Path("reports/figures")
 CURVES = ("S1", "S2", "P1", "P2", "L0", "C1")  # with a panel for each
 TEMPERATURES = ("S1", "S2", "P1", "P2", "A5", "A6", "A7")  # whose gates differ in temperature
 
 
 def main(settings: Settings) -> None:
     """Reads what the other stages found, and draws it."""
-    check_has_main(settings)
-    curves = {name: read_curve(name) for name in settings.variants}
-    evaluations = {name: read_evaluation(name) for name in settings.variants}
-    soft, hard, heads = read_mean_gates(REFERENCE_VARIANT)
-    by_layer = [by_layer_pair(gates, heads).numpy() for gates in (soft, hard)]
-
-    def steps_before(name: str) -> int:
-        start = settings.variants[name]["from"]
-        return 0 if start == "base" else steps_before(start) + int(curves[start]["step"].iloc[-1])
-
-    starts = {name: steps_before(name) for name in curves}
-    shown = {name: curves[name] for name in CURVES if name in curves}
+    results = read_results(settings)
+    comparisons, analyses = read_comparisons(results), read_analyses(settings, results)
+    wirings = figures.read_wirings(MAIN)
+    curves = {name: variant.curve for name, variant in results.variants.items()}
+    changes = {name: card(results, comparisons, variant)["changes"] for name, variant in results.variants.items()}
+    labels = {name: f"{name}: {change}" if change else name for name, change in changes.items()}
+    labels = {name: textwrap.shorten(label, 34, placeholder=" …") for name, label in labels.items()}
+    figures.plot_wiring(wirings, REPORTS / "wiring.png")
+    figures.plot_distances(wirings, REPORTS / "distances.png")
+    figures.plot_nll({name: curves[name] for name in CURVES if name in curves}, REPORTS / "nll_by_step.png")
     named = [name for name in TEMPERATURES if name in curves]
-    figures.plot_adjacency(soft.numpy(), hard.numpy(), heads, FIGURES / "dagformer_adjacency.png")
-    figures.plot_density(*by_layer, FIGURES / "dagformer_density_by_layer_pair.png")
-    figures.plot_nll(shown, FIGURES / "dagformer_nll_by_step.png")
-    figures.plot_schedules(curves, starts, FIGURES / "dagformer_schedules.png")
-    figures.plot_gate_gradients(curves, named, SATURATED_SLOPE, FIGURES / "dagformer_gate_gradients.png")
-    figures.plot_variants(evaluations, FIGURES / "dagformer_variants.png")
-
-    analyses, wirings = read_analyses(settings, read_results(settings)), read_wirings(REFERENCE_VARIANT)
-    analysis_figures.plot_variance(wirings, FIGURES / "dagformer_topology_variance.png")
-    analysis_figures.plot_domains(wirings, FIGURES / "dagformer_domains.png")
-    analysis_figures.plot_sensitivity(analyses, FIGURES / "dagformer_sensitivity.png")
-    analysis_figures.plot_removal(analyses, FIGURES / "dagformer_removal.png")
+    figures.plot_gate_gradients(curves, named, SATURATED_SLOPE, REPORTS / "gate_gradients.png")
+    figures.plot_variants(comparisons, labels, REPORTS / "variants.png")
+    figures.plot_edges_closed(analyses.removal, results.variants, comparisons, REPORTS / "edges_closed.png")
 
 
 if __name__ == "__main__":

@@ -1,34 +1,35 @@
-"""Writes the report of the DAGFormer half, and a page of what was measured.
+"""Writes the DAGFormer report, its section of the page of measurements, and its numbers in the summary.
 
     python stages/dagformer/report_dagformer.py
 
-Reads   reports/dagformer/base.json; of every variant in params.yaml reports/dagformer/<id>/
-        {training.json,training.csv,nll.json,nll.csv} and data/dagformer/<id>/run.json
-        reports/dagformer_measured/{base,<id>}.json
-        reports/dagformer/<id>/topology.json of the variants analysed; reports/dagformer/{sensitivity.json,
-        gate_gradients.csv,removal.csv,removal_layer_pairs.csv,removal_heads.csv}
-        reports/statistics/{comparisons.csv,seeds.json}, reports/reference.yaml,
-        data/tokens/<dagformer.corpus>/metadata.json;
-        reports/benchmarks/dag.json and benchmarks/dvc.lock where it was measured
-Writes  reports/dagformer.md           the same bytes on every run
-        reports/dagformer_measured.md  times, speeds and memory
+Reads   data/dagformer/{train,eval,analysis}/<id>/ of the variants in params.yaml,
+        data/dagformer/{measured,sensitivity}/, data/dagformer/{base,comparisons}.json,
+        reports/dagformer/variants.csv, reports/reference.yaml, data/tokens/<dagformer.corpus>/metadata.json;
+        reports/benchmarks/dag.json and benchmarks/dvc.lock, if it was run
+Writes  reports/dagformer.md            the same bytes on every run
+        data/dagformer/report/          measured.md and summary.json, for the stage summarize
 """
 
+from pathlib import Path
+
 from dynaroute.config import Settings
-from dynaroute.pipeline.artifacts import write_text
+from dynaroute.pipeline.artifacts import write_json, write_text
 from dynaroute.pipeline.stage import run
-from dynaroute.reporting.dagformer.analyses import read_analyses
-from dynaroute.reporting.dagformer.measured import measured_page
-from dynaroute.reporting.dagformer.report import page
-from dynaroute.reporting.dagformer.results import read_measurements, read_results
+from dynaroute.reporting.dagformer.measured import read_measurements, section
+from dynaroute.reporting.dagformer.page import page, summary
+from dynaroute.reporting.dagformer.results import DATA, read_analyses, read_comparisons, read_results
+from dynaroute.reporting.inputs import read_record
 
 
 def main(settings: Settings) -> None:
-    """Reads all variants' results, and writes both pages."""
+    """Reads all variants' results, and writes the page, its section and its numbers."""
     results = read_results(settings)
-    analyses, measurements = read_analyses(settings, results), read_measurements(results)
-    write_text("reports/dagformer.md", page(results, analyses))
-    write_text("reports/dagformer_measured.md", measured_page(results, measurements))
+    comparisons, analyses = read_comparisons(results), read_analyses(settings, results)
+    tokens = read_record(Path("data/tokens") / settings.dagformer.corpus / "metadata.json")
+    reference = read_record("reports/reference.yaml")["dagformer"]
+    write_text("reports/dagformer.md", page(results, comparisons, analyses, tokens, reference))
+    write_text(DATA / "report/measured.md", section(results, read_measurements(results), reference["timing"]))
+    write_json(DATA / "report/summary.json", summary(results, comparisons, analyses))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Writes  data/dagformer/train/<id>/      predictor.safetensors (final weights), l
                                         from), run.json; base/, a transformers directory, if it was trained jointly:
                                         in fp32 on any device, and saved in the dtype of the base that it began as
                                         training.csv (a row for each validation), training.json (summary, checks)
-        data/dagformer/measured/<id>.json time and memory
+        data/dagformer/measured/<id>.json  time and memory
 
 A run that was stopped goes on from its last checkpoint in .scratch/train_dagformer/.
 """

@@ -15,7 +15,7 @@ from dynaroute.pipeline.stage import run
 from dynaroute.reporting.inputs import read_record
 from dynaroute.reporting.pages import render
 
-SYSTEMS = ("dwr",)
+SYSTEMS = ("dwr", "dagformer")
 
 
 def main(settings: Settings) -> None:

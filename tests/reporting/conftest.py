@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from dagformer_tree import write_dagformer_tree
+from dagformer_tree import write_comparisons, write_dagformer_tree
 from dwr_tree import write_tree
 
 
@@ -29,6 +29,9 @@ def pristine_dagformer_tree(tmp_path_factory) -> Path:
     """Everything that the DAGFormer reports read."""
     root = tmp_path_factory.mktemp("dagformer")
     write_dagformer_tree(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        write_comparisons()
     return root
 
 

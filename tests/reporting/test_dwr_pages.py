@@ -11,6 +11,7 @@ from dwr_tree import RUN, edit_csv, edit_json, edit_yaml, settings_with_runs
 from report_checks import STRANGE, hashes, strange, table_rows, unmarked
 
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import write_json, write_text
 from dynaroute.reporting.dwr import cached_inference, measured, report, runs
 from dynaroute.reporting.dwr.results import read_benchmark, read_cached, read_measurements
 
@@ -315,6 +316,8 @@ def test_the_sweep_is_what_differs_in_the_balance_coefficient_alone_by_that():
 
 
 def draw_and_write() -> None:
+    write_json("data/dagformer/report/summary.json", {"nll_P1": 5.0})
+    write_text("data/dagformer/report/measured.md", "## DAGFormer\n")
     for name in ("plot_dwr", "report_dwr", "report_cached_inference", "report_dwr_runs", "summarize"):
         stage(name).main(settings_with_runs())
 
@@ -331,7 +334,10 @@ def test_stages_write_pages_figures_and_the_summary_the_same_every_time(tree):
     draw_and_write()
     assert hashes(*written) == first
     assert page("measured") in Path("reports/measured.md").read_text()
-    numbers = json.loads(Path("reports/summary.json").read_text())["dwr"]
+    assert "## DAGFormer" in Path("reports/measured.md").read_text()
+    numbers = json.loads(Path("reports/summary.json").read_text())
+    assert numbers["dagformer"] == {"nll_P1": 5.0}
+    numbers = numbers["dwr"]
     assert (numbers["validation_loss"], numbers["hit_rate_lru"], numbers["failed_checks"]) == (4.0323, 0.3011, 0)
     for path, column in ((CURVE, "validation_loss"), (ROUTER, "gate_norm"), (HITS, "hit_rate")):
         edit_csv(path, lambda table, column=column: table.__setitem__(column, table[column] * 0.9))

@@ -3,6 +3,7 @@
 Whole sentences stand in templates/. Python passes values, tables, and which of a few sentences applies.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dynaroute.reporting.tables import (
     count,
     duration,
     fmt,
+    interval,
     listed,
     outcome,
     perplexity,
@@ -30,7 +32,7 @@ ENVIRONMENT = Environment(
     keep_trailing_newline=True,
     autoescape=False,
 )
-for one in (count, duration, fmt, listed, outcome, perplexity, pivot, published, size, tabulate):
+for one in (count, duration, fmt, interval, listed, outcome, perplexity, pivot, published, size, tabulate):
     ENVIRONMENT.filters[one.__name__] = one
 
 
@@ -41,4 +43,5 @@ def render(template: str, values: dict[str, Any]) -> str:
         DynarouteError: the template asks for a key that a file of results lacks (see `inputs.Record`).
         jinja2.UndefinedError: it asks for a value that was not passed.
     """
-    return unwrap(ENVIRONMENT.get_template(template).render(values))
+    text = unwrap(ENVIRONMENT.get_template(template).render(values))
+    return re.sub(r"\n{3,}", "\n\n", text)  # what a section that was left out leaves

@@ -112,6 +112,14 @@ def listed(items: Iterable[Any], word: str = "and") -> str:
     return f"{', '.join(others)} {word} {last}" if others else last
 
 
+def interval(found: Mapping[str, Any] | None) -> str:
+    """A difference with its interval, "+0.0097 [+0.0046, +0.0148]", from mean, low and high; a dash for None."""
+    if found is None:
+        return NONE
+    mean, low, high = (f"{round(found[part], 4) + 0.0:+.4f}" for part in ("mean", "low", "high"))  # no minus before 0
+    return f"{mean} [{low}, {high}]"
+
+
 def count(number: int, singular: str, plural: str | None = None) -> str:
     """A number with its noun: "1 layer", "4 layers"."""
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"

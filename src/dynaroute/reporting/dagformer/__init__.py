@@ -1,1 +1,1 @@
-"""The DAGFormer report: pages and figures."""
+"""The DAGFormer report: its page, its figures, and its section of the page of measurements."""

@@ -1,0 +1,334 @@
+"""reports/dagformer.md: the published report's tables, filled from these runs. The sentences stand in templates/.
+
+Nothing here depends on time, machine or measured speed, so the page has the same bytes on every run. Published numbers
+appear in columns headed "published" and in quotations that begin with "Published", and nowhere else.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dynaroute.analysis.statistics import SIGNIFICANT
+from dynaroute.config import MODES, PROTOCOLS
+from dynaroute.reporting.dagformer.results import CONTROL, JOINT, MAIN, Analyses, Comparisons, Results, Variant
+from dynaroute.reporting.inputs import Record
+from dynaroute.reporting.pages import render
+from dynaroute.reporting.tables import count, interval, listed, shared_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WITHIN = 0.01  # S1's criterion, as published: NLL within 1 % of the baseline
+MOVED = 0.01  # gates have left their initialisation if mean_A or hard density changed by more than this
+NEARLY_OPEN = 0.99  # hard density above which joint training left the gates as they were
+MAX_STEPS = 12  # rows of a per-step table
+SHOWN = 5  # of the layer pairs and heads
+GROUPS = {  # ablation tables, in the order of their rows
+    "rank": ("A1", "A2", MAIN, "A3", "A4"),
+    "temperature": ("A5", MAIN, "A6", "A7"),
+    "sparsity": ("A8", MAIN, "A9"),
+    "cascade": ("A10", MAIN, "A11"),
+    "first_layer": (MAIN, "L0"),
+    "control": (MAIN, CONTROL),
+}
+SECTIONS = ("S1", "S2", "P2", *JOINT)  # variants with a section of their own
+COLUMNS = {  # of variants.csv, with an interval each
+    "baseline": ("difference", "low", "high"),
+    "reference": ("reference_difference", "reference_low", "reference_high"),
+}
+ORDERS = {"random": "random", "least_gradient": "least gradient first", "expected_gain": "expected gain first"}
+
+
+def page(results: Results, comparisons: Comparisons, analyses: Analyses, tokens: Record, reference: Record) -> str:
+    """The report as Markdown.
+
+    Args:
+        results, comparisons, analyses: of the same runs.
+        tokens: the metadata of the token shards.
+        reference: the published numbers.
+    """
+    variants = results.variants
+    cards = {name: card(results, comparisons, variant) for name, variant in variants.items()}
+    alarms: dict[str, list[str]] = {}
+    for name, variant in variants.items():
+        if variant.training["verdict"] != "healthy":
+            alarms.setdefault(f"{variant.training['verdict']}, {variant.training['verdict_reason']}", []).append(name)
+    seeds = comparisons.seeds["seeds"]
+    topology = {name: found for name, found in analyses.topology.items() if _varies(found)}
+    fractions = sorted(analyses.removal["fraction"].unique())
+    made, own = checks(results, analyses), topology[MAIN]["domains"] if MAIN in topology else None
+    domains = own or next((found["domains"] for found in topology.values() if found["domains"]), None)
+    return render(
+        "dagformer.md",
+        {
+            "results": results,
+            "variants": variants,
+            "cards": cards,
+            "comparisons": comparisons,
+            "analyses": analyses,
+            "reference": reference,
+            "setup": results.setup,
+            "shared": shared_text(tokens["splits"]["test"]),
+            "tokens": tokens,
+            "num_documents": len(set(results.documents.tolist())),
+            "rules": {"significant": SIGNIFICANT, "within": WITHIN, "moved": MOVED, "nearly_open": NEARLY_OPEN},
+            "alarms": alarms,
+            "passed": {name: max(map(abs, own["away"].values())) <= WITHIN for name, own in cards.items()},
+            "flow": next((row["answer"] for row in comparisons.primary if row["left"] == ["S2"]), None),
+            "raised": bool(_hard(comparisons, "L0")["reference_low"] > 0) if "L0" in variants else None,
+            "moved": {name: gates_moved(variant) for name, variant in variants.items()},
+            "steps": {name: shown_steps(variant.curve) for name, variant in variants.items()},
+            "spread": comparisons.seeds["window"]["hard"]["spread"] if len(seeds) > 1 else None,
+            "varying": list(topology),
+            "constant": [name for name in analyses.topology if name not in topology],
+            "joint": JOINT if set(JOINT) <= set(variants) else None,
+            "clear": clear_orders(analyses.removal),
+            "failed": [check["check"] for check in made if check["outcome"] != "✓"],
+            "domains": domains,
+            "by_seed": [(name, f"{name} (seed {seed})", "+.4f") for name, seed in seeds.items()],
+            "by_fraction": [("order", "order"), *((f"{fraction:g}", f"{fraction:.0%}") for fraction in fractions)],
+            "by_source": [(source, source, ".3f") for source in domains["sources"]] if domains else [],
+            "rows": {
+                "primary": [primary_row(row) for row in comparisons.primary],
+                "variants": list(cards.values()),
+                **{name: group_rows(results, cards, members) for name, members in GROUPS.items()},
+                "others": [cards[name] for name in others(results)],
+                "reading": reading_rows(topology),
+                "variation": variation_rows(topology),
+                "domains": [row for name, found in topology.items() for row in domain_rows(name, found["domains"])],
+                "domain_pairs": domain_pairs(own),
+                "distances": [
+                    {"source": source, "documents": number, **dict(zip(own["sources"], means, strict=True))}
+                    for source, number, means in zip(
+                        own["sources"], own["documents"], own["soft"]["mean_distances"], strict=True
+                    )
+                ]
+                if own
+                else [],
+                "removal": removal_rows(analyses.removal, "mean", "low", "high"),
+                "over_random": removal_rows(
+                    analyses.removal[analyses.removal["order"] != "random"],
+                    *("over_random", "low_over_random", "high_over_random"),
+                ),
+                "alone": alone_rows(analyses),
+                "seeds": seed_rows(comparisons.seeds),
+                "checks": made,
+            },
+        },
+    )
+
+
+def summary(results: Results, comparisons: Comparisons, analyses: Analyses) -> dict[str, Any]:
+    """The numbers that people ask for first."""
+    window = results.main.evaluation["window"]
+    return {
+        "nll_baseline": window["nll_baseline"],
+        "nll_P1": window["nll_hard"],
+        "hard_density_P1": window["density_hard"],
+        **{f"{row['id']}_difference": row["mean"] for row in comparisons.primary},
+        "failed_checks": sum(check["outcome"] != "✓" for check in checks(results, analyses)),
+    }
+
+
+def card(results: Results, comparisons: Comparisons, variant: Variant) -> dict[str, Any]:
+    """All that tables show of a variant: its knobs, and its evaluation in hard mode by the window protocol."""
+    knobs, window, peer = variant.knobs, variant.evaluation["window"], results.reference(variant)
+    changes = {key: value for key, value in variant.changes(results.main).items() if key != "validate_every"}
+    cascade = "off" if knobs["cascade"] == "off" else f"k={knobs['cascade_k']:g} {knobs['cascade']}"
+    tau, weight = (f"{knobs[f'{name}_init']:g}→{knobs[f'{name}_final']:g}" for name in ("tau", "lambda"))
+    health = variant.training["verdict"]
+    health = health if health == "healthy" else f"**{health}**"
+    notes = ["full rank"] if knobs["rank"] >= variant.run["num_layers"] * variant.run["num_heads"] else []
+    notes += [count(knobs["steps"], "step")] if "steps" in changes else []
+    notes += [health] if health != "healthy" else []
+    differences = {
+        protocol: {
+            mode: {
+                side: _interval(comparisons.differences.loc[(variant.name, protocol, mode)], *columns)
+                for side, columns in COLUMNS.items()
+            }
+            for mode in MODES
+        }
+        for protocol in PROTOCOLS
+    }
+    hard = differences["window"]["hard"]
+    return {
+        **window,
+        **knobs,
+        "id": variant.name,
+        "from": variant.run["from"],
+        "tokens": variant.training["tokens"],
+        "cascade_k": window["cascade_k"],
+        "config": f"r={knobs['rank']}, tau={tau}, cascade {cascade}, lambda={weight}",
+        "budget": f"{variant.training['tokens']:,} ({count(variant.training['steps'], 'step')} of "
+        f"{knobs['batch_size']} x {results.setup['seq_len']})",
+        "changes": ", ".join(f"{key} {_plain(value)}" for key, value in changes.items()) or None,
+        "peer": peer,
+        "lambda": weight,
+        "gate": cascade,
+        "exempt": "exempt" if knobs["exempt_first_layer"] else "gated",
+        "sparsity": 1 - window["density_hard"],
+        "away": {mode: window[f"nll_{mode}"] / window["nll_baseline"] - 1 for mode in MODES},
+        "to_baseline": hard["baseline"],
+        "to_reference": hard["reference"],
+        "to_baseline_prefix": differences["prefix"]["hard"]["baseline"],
+        "differences": differences,
+        "health": health,
+        "notes": ", ".join(["(reference)"] * (peer is None and variant.name not in JOINT) + notes),
+    }
+
+
+def gates_moved(variant: Variant) -> bool:
+    """Whether training took the gates away from where they started."""
+    first, last = variant.curve.iloc[0], variant.curve.iloc[-1]
+    return any(abs(last[key] - first[key]) > MOVED for key in ("validation_mean_A", "validation_density_hard"))
+
+
+def shown_steps(curve: "pd.DataFrame") -> "pd.DataFrame":
+    """At most MAX_STEPS rows of a curve, evenly spaced, the first and the last among them."""
+    last = len(curve) - 1
+    return curve.iloc[sorted({round(i * last / (MAX_STEPS - 1)) for i in range(MAX_STEPS)})]
+
+
+def clear_orders(removal: "pd.DataFrame") -> dict[str, list[str]]:
+    """Fractions at which an order's difference to the random one has an interval on one side of zero."""
+    part = removal[removal["fraction"] < 1]  # without any edge there is no order
+    sides = {"better": part["high_over_random"] < 0, "worse": part["low_over_random"] > 0}
+    return {
+        f"{order}_{side}": [f"{fraction:.0%}" for fraction in part.loc[(part["order"] == order) & holds, "fraction"]]
+        for order in ("least_gradient", "expected_gain")
+        for side, holds in sides.items()
+    }
+
+
+def primary_row(row: Record) -> dict[str, Any]:
+    """A primary question and its answer."""
+    left, right = (names[0] if len(names) == 1 else f"mean of {listed(names)}" for names in (row["left"], row["right"]))
+    pair = f"{left}, minus {right}; {row['mode']}, {row['protocol']}"
+    return {**row, "pair": pair, "interval": interval(row)}
+
+
+def group_rows(results: Results, cards: Mapping[str, dict[str, Any]], members: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows of an ablation table: P1 among them, and P1 at their budget if that is another; none without an ablation."""
+    names = [name for name in members if name in cards]
+    if names == [MAIN]:
+        return []
+    peers = dict.fromkeys(cards[name]["peer"] for name in names if cards[name]["peer"] not in (None, MAIN))
+    at = names.index(MAIN) + 1
+    return [cards[name] for name in [*names[:at], *peers, *names[at:]]]
+
+
+def others(results: Results) -> list[str]:
+    """Variants without a table or section of their own, such as those that a user added."""
+    known = {*SECTIONS, *results.seeds(), *(name for members in GROUPS.values() for name in members)}
+    known |= {results.reference(variant) for variant in results.variants.values()}
+    return [name for name in results.variants if name not in known]
+
+
+def reading_rows(topology: Mapping[str, Record]) -> list[dict[str, str]]:
+    """What reading the scored tokens is worth, in hard mode."""
+    return [
+        {"id": name, **{key: interval(test) for key, test in found["reading"]["hard"].items()}}
+        for name, found in topology.items()
+    ]
+
+
+def variation_rows(topology: Mapping[str, Record]) -> list[dict[str, Any]]:
+    """X1: how wirings vary, and how texts fare under their own wiring compared with others'."""
+    return [
+        {"id": name, **found["variation"]["window"]["soft"]}
+        | {protocol: interval(found["swapped"][protocol]) for protocol in PROTOCOLS}
+        for name, found in topology.items()
+    ]
+
+
+def domain_rows(name: str, found: Record | None) -> list[dict[str, Any]]:
+    """X2: the tests of one variant."""
+    if found is None:
+        return []
+    tests = [("separation, soft gates", found["soft"]["separation"], "+.4f")]
+    tests += [("probe of soft gates", found["probe"], ".1%"), ("probe of the text vectors", found["text_probe"], ".1%")]
+    return [
+        {"id": name, "test": words, "p": test["p"]} | {key: format(test[key], how) for key in ("observed", "chance")}
+        for words, test, how in tests
+    ]
+
+
+def domain_pairs(found: Record | None) -> list[dict[str, Any]]:
+    """X2: the layer pairs that depend most on the source."""
+    pairs = sorted(found["layer_pairs"] if found else [], key=lambda pair: -pair["explained"])[:SHOWN]
+    return [
+        pair
+        | {"pair": f"{pair['source']} → {pair['target']}"}
+        | dict(zip(found["sources"], pair["means"], strict=True))
+        for pair in pairs
+    ]
+
+
+def removal_rows(removal: "pd.DataFrame", *columns: str) -> list[dict[str, str]]:
+    """X3: a row for each order, a column for each fraction."""
+    rows = []
+    for order, own in removal.groupby("order", sort=False):
+        cells = {f"{row['fraction']:g}": _interval(row, *columns) for _, row in own.iterrows()}
+        rows.append({"order": ORDERS[order], **cells})
+    return rows
+
+
+def alone_rows(analyses: Analyses) -> list[dict[str, Any]]:
+    """X3: the layer pairs, then the heads, whose removal changes NLL most."""
+    named = (
+        (analyses.layer_pairs, "layers {source:.0f} → {target:.0f}"),
+        (analyses.heads, "layer {layer:.0f}, head {head:.0f}"),
+    )
+    return [
+        {"what": words.format(**row), "interval": interval(row), "documents": int(row["documents"])}
+        for rows, words in named
+        for row in rows.sort_values("mean", ascending=False, kind="stable").head(SHOWN).to_dict("records")
+    ]
+
+
+def seed_rows(seeds: Record) -> list[dict[str, Any]]:
+    """NLL minus the baseline's by seed and protocol, hard mode."""
+    if len(seeds["seeds"]) < 2:
+        return []
+    found = {protocol: seeds[protocol]["hard"] for protocol in PROTOCOLS}
+    return [{"protocol": protocol, **own["differences"], "spread": own["spread"]} for protocol, own in found.items()]
+
+
+def checks(results: Results, analyses: Analyses) -> list[dict[str, str]]:
+    """The outcome of every check that a stage made, over all variants."""
+    records = [("prepare_base", "", results.base), ("analyze_sensitivity", "", analyses.sensitivity)]
+    for name, variant in results.variants.items():
+        records += [("train_dagformer", name, variant.training), ("evaluate_nll", name, variant.evaluation)]
+    records += [("analyze_topology", name, found) for name, found in analyses.topology.items()]
+    found: dict[tuple[str, str], list[tuple[str, bool]]] = {}
+    for stage, variant, record in records:
+        for name, passed in record["checks"].items():
+            found.setdefault((stage, name), []).append((variant, passed is True))
+    rows = []
+    for (stage, name), outcomes in found.items():
+        failed = [variant for variant, passed in outcomes if not passed]
+        of = f" ({count(len(outcomes), 'variant')})" if outcomes[0][0] else ""
+        mark = f"✗ **failed** {listed(filter(None, failed))}" if failed else "✓"
+        rows.append({"outcome": mark, "check": name.replace("_", " "), "stage": f"`{stage}`{of}"})
+    return rows
+
+
+def _interval(row: "pd.Series", *columns: str) -> str:
+    """The interval in three columns of a row; a dash where they are empty."""
+    values = [row[column] for column in columns]
+    return interval(None if values[0] != values[0] else dict(zip(("mean", "low", "high"), values, strict=True)))
+
+
+def _hard(comparisons: Comparisons, name: str) -> "pd.Series":
+    """What was compared of a variant in hard mode by the window protocol."""
+    return comparisons.differences.loc[(name, "window", "hard")]
+
+
+def _varies(found: Record) -> bool:
+    return found["variation"]["window"]["soft"]["distinct"] > 1
+
+
+def _plain(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,328 @@
+"""The DAGFormer pages say what the stages' files say, and mark what was published."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from dagformer_tree import DATA, TOKENS, WINDOWS, write_comparisons
+from dwr_tree import edit_csv, edit_json, edit_yaml
+from report_checks import STRANGE, hashes, run_stage, strange, table_rows, unmarked
+
+from dynaroute.config import load_settings
+from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import read_json
+from dynaroute.reporting.dagformer import measured
+from dynaroute.reporting.dagformer.page import page as dagformer_page
+from dynaroute.reporting.dagformer.page import summary
+from dynaroute.reporting.dagformer.results import read_analyses, read_comparisons, read_results
+from dynaroute.reporting.inputs import read_record
+
+pytestmark = pytest.mark.usefixtures("dagformer_tree")
+
+
+def parts() -> tuple:
+    settings = load_settings()
+    results = read_results(settings)
+    return results, read_comparisons(results), read_analyses(settings, results)
+
+
+def page(reference: dict | None = None) -> str:
+    own = reference or read_record("reports/reference.yaml")["dagformer"]
+    return dagformer_page(*parts(), read_record(TOKENS / "metadata.json"), own)
+
+
+def section(text: str, heading: str) -> str:
+    """What follows a heading, up to the next one of any level."""
+    (found,) = re.findall(rf"^#+ {re.escape(heading)}[^\n]*\n(.*?)(?=^#|\Z)", text, re.DOTALL | re.MULTILINE)
+    return found
+
+
+def only(*variants: str) -> None:
+    """Leaves these variants in params.yaml, P1's the only wirings analysed, and one primary question."""
+
+    def change(params: dict) -> None:
+        params["variants"] = {name: params["variants"][name] for name in variants}
+        params["analysis"]["variants"] = ["P1"]
+        params["analysis"]["primary"] = {"learned": params["analysis"]["primary"]["learned"] | {"left": ["P1"]}}
+
+    edit_yaml("params.yaml", change)
+    write_comparisons()
+
+
+# --- the published tables ------------------------------------------------------------------------------------------
+
+
+def test_every_table_of_the_published_report_is_there_with_its_values():
+    text, theirs = page(), read_record("reports/reference.yaml")["dagformer"]
+    for heading, key in (("S1", "identity_init"), ("S2", "gradient_flow"), ("L0", "first_layer_gated")):
+        quoted = [line.strip("> ") for line in section(text, heading).splitlines() if line.startswith(">")]
+        rows = table_rows("\n".join(quoted))[2:]
+        values = [[row[name] for name in row] for row in theirs[key]["rows"]]
+        assert [[None if cell == "–" else float(cell.replace(",", "")) for cell in row] for row in rows] == values
+    cells = {row[0].replace("*", ""): row[1:] for row in table_rows(section(text, "S0") + section(text, "S1"))}
+    assert cells["NLL_base, held-out windows"] == [f"**{baseline():.4f}**", "2.4569"]
+    assert cells["nll_soft"][1] == "2.4500 (-0.3%)"
+    assert (cells["mean_A"][1], cells["seq_gate_frac"][1], cells["hyp_gate_frac"][1]) == ("0.975", "0.986", "0.988")
+    for group in ("A1–A4: rank r", "A5–A7", "A8–A9", "A10–A11", "X1", "X2", "X3", "P1: default", "P2: extended"):
+        assert table_rows(section(text, group)), group
+
+
+def baseline() -> float:
+    return read_json(DATA / "eval/P1/nll.json")["window"]["nll_baseline"]
+
+
+def test_published_numbers_stand_nowhere_but_where_they_are_marked():
+    theirs = strange(dict(read_record("reports/reference.yaml")["dagformer"]))
+    results, *_ = parts()
+    assert STRANGE.search(text := page(theirs))
+    assert not STRANGE.search(unmarked(text))
+    own = measured.section(results, measured.read_measurements(results), theirs["timing"])
+    assert STRANGE.search(own)
+    assert not STRANGE.search(unmarked(own))
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_of_an_ablation_is_what_the_files_say():
+    rows = {row[0]: row for row in table_rows(section(page(), "A1–A4"))}
+    assert list(rows)[2:] == ["A1", "A2", "P1", "A3", "A4"]
+    found = read_json(DATA / "eval/A3/nll.json")["window"]
+    with Path("reports/dagformer/variants.csv").open() as file:
+        (line,) = [line.split(",") for line in file if line.startswith("A3,window,hard")]
+    difference, low, high, reference, *against = line[4:]
+    interval = "{:+.4f} [{:+.4f}, {:+.4f}]".format
+    assert rows["A3"][1:7] == [
+        *("16", f"{found['nll_soft']:.4f}", f"{found['nll_hard']:.4f}"),
+        interval(*map(float, (difference, low, high))),
+        interval(*map(float, against)),
+        f"{1 - found['density_hard']:.3f}",
+    ]
+    assert reference == "P1"
+    assert rows["P1"][5] == "–"
+    assert rows["P1"][-1] == "(reference)"
+
+
+def test_the_primary_questions_stand_first_with_their_answers():
+    rows = table_rows(section(page(), "Findings"))[2:]
+    found = read_json(DATA / "comparisons.json")["primary"]
+    assert [row[0] for row in rows] == [question["question"] for question in found]
+    assert [row[-1] for row in rows] == [question["answer"] for question in found]
+    assert rows[0][1] == "mean of P1, P1s1 and P1s2, minus baseline; hard, window"
+    assert rows[2][2].startswith("-0.01")
+    assert found[2]["answer"] == "better"
+
+
+def test_the_analyses_are_what_their_files_say():
+    text = page()
+    assert "| P1 | 0.0123 | 0.136 | 0.0024 | 0.079 | 7.7 | 24 | -0.0081 [-0.0123, -0.0039] |" in section(text, "X1")
+    assert "One wiring for all texts: C1." in section(text, "X1")
+    assert "| A9 | probe of soft gates | 70.0% | 49.0% | 0.012 |" in section(text, "X2")
+    assert "| 0 → 1 | 15.5% | 11.0% | 0.5 | 0.600 | 0.700 |" in section(text, "X2")
+    sensitivity = section(text, "X3")
+    assert "| least gradient first | -0.0350 [-0.0380, -0.0320] | +0.0250 [+0.0220, +0.0280] |" in sensitivity
+    assert "| layers 0 → 3 | +0.0300 [+0.0270, +0.0330] | 11 |" in sensitivity
+    assert "keeps 8% of the gain" in sensitivity
+    assert "J1 - J0, hard, by the prefix protocol: " in section(text, "7. Joint training")
+
+
+def test_a_failed_check_names_the_variants_that_failed():
+    edit_json(DATA / "eval/A3/nll.json", lambda data: data["checks"].update(dict.fromkeys(data["checks"], False)))
+    text = page()
+    assert "| ✗ **failed** A3 | a batch scored again gives the same bits | `evaluate_nll` (21 variants) |" in text
+    assert "These checks of the stages failed: a batch scored again gives the same bits" in section(text, "Findings")
+    assert summary(*parts())["failed_checks"] == 1
+
+
+# --- which sentence applies ----------------------------------------------------------------------------------------
+
+
+def set_s1(value: float) -> None:
+    edit_json(DATA / "eval/S1/nll.json", lambda data: data["window"].update(nll_hard=value))
+
+
+def stay(name: str) -> None:
+    path = DATA / f"train/{name}/training.csv"
+    edit_csv(path, lambda rows: rows.__setitem__(["validation_mean_A", "validation_density_hard"], 0.95))
+
+
+def no_reading() -> None:
+    for name in load_settings().analysis.variants:
+        edit_json(
+            DATA / f"analysis/{name}/topology.json",
+            lambda data: data["variation"]["window"]["soft"].update(distinct=1),
+        )
+
+
+def set_comparisons(**values) -> None:
+    edit_json(DATA / "comparisons.json", lambda data: data.update(values))
+
+
+def unclear() -> None:
+    edit_csv(
+        DATA / "sensitivity/removal.csv", lambda rows: rows.__setitem__(["low_over_random", "high_over_random"], 0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "heading", "before", "after"),
+    [
+        (lambda: set_s1(baseline() * 1.011), "S1", "| **Result** | **PASS** |", "| **Result** | **FAIL** |"),
+        (lambda: set_s1(baseline() * 1.011), "Findings", "Yes. Both modes end", "No. A mode ends more than 1% away"),
+        (lambda: set_comparisons(headroom=0.03), "Findings", "(S1)", "closing every gate would pass as well"),
+        (lambda: stay("S2"), "Findings", "Yes. The gates leave", "No. The gates stay at their initialisation"),
+        (no_reading, "Findings", "P1 and A9 wire different texts", "No. Every variant analysed has one wiring"),
+        (no_reading, "X2", "linear; its balanced", "nothing to compare"),
+        (unclear, "Findings", "with an interval below zero, at 10% and 50%", "At no share of edges closed is"),
+    ],
+)
+def test_a_sentence_follows_what_was_found(change, heading, before, after):
+    assert before in section(page(), heading)
+    assert after not in section(page(), heading)
+    change()
+    assert after in section(page(), heading)
+
+
+def test_l0_is_said_to_fail_only_where_its_interval_lies_above_zero():
+    assert "Yes. The interval of its hard NLL minus P1's lies above zero." in section(page(), "Findings")
+    edit_csv("reports/dagformer/variants.csv", lambda rows: rows.__setitem__("reference_low", -0.001))
+    assert "a larger failure cannot show on this base" in section(page(), "Findings")
+
+
+def test_the_report_can_be_made_of_p1_alone():
+    only("P1")
+    text = page()
+    assert "## 7. Joint" not in text and "### S1" not in text and "### A1" not in text
+    assert "P1 was run with one seed" in section(text, "8. Seeds")
+    assert list(summary(*parts())) == [
+        "nll_baseline",
+        "nll_P1",
+        "hard_density_P1",
+        "learned_difference",
+        "failed_checks",
+    ]
+
+
+def test_a_variant_that_a_user_added_and_p1_at_another_budget_have_rows():
+    def change(params: dict) -> None:
+        params["variants"] = {"P1": {"from": "base"}, "A1": {"from": "base", "rank": 2, "steps": 32}}
+        params["variants"] |= {"P1s1": {"from": "base", "steps": 32}, "S2": {"from": "base", "rank": 3}}
+        params["variants"]["mine"] = params["variants"].pop("S2")
+        params["analysis"]["variants"] = ["P1"]
+        params["analysis"]["primary"] = {"learned": params["analysis"]["primary"]["learned"] | {"left": ["P1"]}}
+
+    edit_yaml("params.yaml", change)
+    settings = load_settings()
+    for name, source in (("P1", "P1"), ("A1", "A1"), ("P1s1", "P1s1"), ("mine", "S2")):
+        for kind, file in (("train", "run.json"), ("train", "training.json"), ("eval", "nll.json")):
+            data = read_json(DATA / kind / source / file) | {"run": name}
+            if file == "run.json":
+                data["knobs"] = settings.variant(name).model_dump()
+            Path(DATA / kind / name).mkdir(exist_ok=True)
+            (DATA / kind / name / file).write_text(json.dumps(data))
+        for kind, file in (("train", "training.csv"), ("eval", "nll.csv")):
+            (DATA / kind / name / file).write_bytes((DATA / kind / source / file).read_bytes())
+    edit_json(DATA / "analysis/P1/topology.json", lambda data: data.update(run="P1"))
+    write_comparisons()
+    text = page()
+    assert [row[0] for row in table_rows(section(text, "A1–A4"))[2:]] == ["A1", "P1", "P1s1"]
+    (row,) = table_rows(section(text, "Other variants"))[2:]
+    assert row[:2] == ["mine", "rank 3"]
+
+
+# --- the pages as a whole ------------------------------------------------------------------------------------------
+
+
+def test_the_pages_are_the_same_every_time_and_short():
+    pages = ("reports/dagformer.md", "data/dagformer/report/measured.md", "data/dagformer/report/summary.json")
+    assert run_stage("report_dagformer").stderr == ""
+    first = hashes(*pages)
+    assert run_stage("report_dagformer", PYTHONHASHSEED="7").returncode == 0
+    assert hashes(*pages) == first
+    text = Path(pages[0]).read_text()
+    prose = re.sub(r"^[|>!#].*$", "", text, flags=re.MULTILINE)
+    assert len(prose.split()) < 2500
+    assert not re.search(r"\bnan\b|None|\{|\}|Undefined|\n\n\n", text)
+    assert set(re.findall(r"\]\((\S*?)\)", text)) == {
+        *(
+            f"dagformer/{name}.png"
+            for name in ("distances", "edges_closed", "gate_gradients", "nll_by_step", "variants")
+        ),
+        *("dagformer/wiring.png", "dagformer/variants.csv", "measured.md"),
+    }
+
+
+def test_times_are_those_of_the_files_and_extrapolated_from_them():
+    results, *_ = parts()
+    theirs = read_record("reports/reference.yaml")["dagformer"]["timing"]
+    rows = table_rows(measured.section(results, measured.read_measurements(results), theirs))
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["all"] == ["processor A Processor 9000, threads 2"]
+    assert cells["Training step"] == ["250 ms", "about 3 s"]
+    assert cells["Model loading"] == ["3.5 s", "about 10 min"]
+    assert cells["1K steps with evaluation (extrapolated)"] == ["6.8 min", "about 70 min"]  # a round every 16 steps
+    assert cells["A1"] == ["44.0 s", "250 ms", "2.5 s", "3.5 s", "704.00 MiB"]
+
+
+# --- what does not fit together ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "message"),
+    [
+        ("train/A1/run.json", lambda data: data["identity"].update(base="other"), r"A1/run\.json: base is not that of"),
+        ("eval/A1/nll.json", lambda data: data.update(run="other"), r"A1/nll\.json: belongs to run other"),
+        (
+            "analysis/P1/topology.json",
+            lambda data: data.update(run="other"),
+            r"P1/topology\.json: belongs to run other",
+        ),
+        ("sensitivity/summary.json", lambda data: data.update(base="other"), r"summary\.json: of another base than"),
+        (
+            "eval/A1/nll.csv",
+            lambda rows: rows.__setitem__("nll_baseline", 3.0),
+            r"A1/nll\.csv: its windows or baseline",
+        ),
+        ("train/A1/training.csv", lambda rows: rows.__setitem__("train_loss", None), "'train_loss' must hold a number"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused(path, change, message):
+    (edit_csv if path.endswith("csv") else edit_json)(DATA / path, change)
+    with pytest.raises(DynarouteError, match=message):
+        page()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("variants", {"S1": {"from": "base"}}, r"variants = \['S1'\]: must hold P1"),
+        ("dagformer.seq_len", 64, r"P1/run\.json: trained with dagformer\.seq_len = 128, not 64: run dvc repro"),
+        ("variants", {"P1": {"from": "base"}, "S1": {"from": "base"}}, r"variants\.csv: not of the variants of params"),
+    ],
+)
+def test_settings_that_the_results_are_not_of_are_refused(key, value, message):
+    settings = load_settings()
+    section, _, name = key.rpartition(".")
+    own = getattr(settings, section).model_copy(update={name: value}) if section else value
+    with pytest.raises(DynarouteError, match=message):
+        read_comparisons(read_results(settings.model_copy(update={section or key: own})))
+
+
+@pytest.mark.parametrize("name", ["compare_variants", "plot_dagformer", "report_dagformer"])
+def test_a_missing_file_ends_a_stage_with_one_line(name):
+    Path(DATA / "eval/A2/nll.json").unlink()
+    result = run_stage(name)
+    assert result.returncode == 1
+    assert result.stderr == f"{name}: data/dagformer/eval/A2/nll.json: cannot be read: No such file or directory\n"
+
+
+def test_comparing_writes_the_same_bytes_every_time_of_all_windows():
+    files = ("data/dagformer/comparisons.json", "reports/dagformer/variants.csv", "reports/dagformer/P1.csv")
+    for _ in range(2):
+        assert run_stage("compare_variants").stderr == ""
+        found = hashes(*files)
+    assert run_stage("compare_variants", PYTHONHASHSEED="7").returncode == 0
+    assert hashes(*files) == found
+    assert read_json(files[0])["primary"][0]["documents"] == WINDOWS // 2
+    assert Path(files[2]).read_bytes() == (DATA / "train/P1/training.csv").read_bytes()
