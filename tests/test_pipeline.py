@@ -42,8 +42,8 @@ def test_the_pipeline_writes_every_output_and_its_checks_hold(finished):
     # A few steps need not learn that much.
     learned = {"validation_loss_is_below_unigram_entropy", "removing_all_head_connections_raises_nll"}
     names = [f"data/dwr/{name}/summary" for name in ("train", "export", "cache", "simulation")]
-    names += ["reports/dagformer/base", "reports/dagformer/P1/topology", "reports/dagformer/sensitivity"]
-    names += [f"reports/dagformer/{variant}/{name}" for variant in VARIANTS for name in ("training", "nll")]
+    names += [f"data/dagformer/{name}" for name in ("base", "analysis/P1/topology", "sensitivity/summary")]
+    names += [f"data/dagformer/{name}" for own in VARIANTS for name in (f"train/{own}/training", f"eval/{own}/nll")]
     for name in names:
         checks = json.loads((finished.root / f"{name}.json").read_text())["checks"]
         assert {check for check, holds in checks.items() if not holds} <= learned, name
@@ -68,7 +68,7 @@ def test_a_knob_retrains_the_variants_that_inherit_it_and_a_new_variant_trains_a
     workspace = finished.copy(tmp_path / "experiment")
     output = workspace.run("dvc", "exp", "run", "-S", "tau_final=0.5").stdout
     inherits = {f"{stage}@{name}" for stage in ("train_dagformer", "evaluate_nll") for name in ("P1", "P2")}
-    collected = {LOCATE, "resolve_variants", "compare_variants", "plot_dagformer", "report_dagformer"}
+    collected = {LOCATE, "resolve_variants", "compare_variants", "plot_dagformer", "report_dagformer", "summarize"}
     assert ran(output) == inherits | collected | {"analyze_topology@P1"}
     shown = workspace.run("dvc", "params", "diff", "HEAD").stdout
     path = workspace.root / "params.yaml"
