@@ -51,7 +51,7 @@ def keys_in(data):
         if (
             isinstance(value, dict)
             and "kind" not in value
-            and name not in ("corpora", "dwr_runs", "machines", "models", "variants")
+            and name not in ("corpora", "dwr_runs", "machines", "models", "primary", "variants")
         ):
             yield from (f"{name}.{key}" for key in keys_in(value))
         else:
@@ -164,8 +164,8 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"variants.P2": {"from": "P1", "base_lr": 1e-4}}, "variants.P2.base_lr = 0.0001: must be 0, as in P1"),
         ({"variants.P2": {"from": "J1", "base_lr": 0.0}}, "variants.P2.base_lr = 0.0: must be above 0, as in J1"),
         (
-            {"variants.embeddings": {"from": "base"}},
-            "variants.embeddings = {'from': 'base'}: this is the name of a fol",
+            {"variants.baseline": {"from": "base"}},
+            "variants.baseline = {'from': 'base'}: this name stands for the base",
         ),
         ({"variants.P1.from": "P2"}, "variants.P2.from = 'P1': must be one of base, A1"),
         ({"variants.a/b": {"from": "base"}}, "a/b"),
@@ -193,6 +193,20 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"dagformer.prefix_tokens": 128}, "dagformer.prefix_tokens = 128: must be below seq_len = 128"),
         ({"dagformer.base.num_heads": 3}, "dagformer.base.hidden_size = 128: must be a multiple of 2 * num_heads = 6"),
         ({"analysis.variants": ["P1", "B7"]}, "analysis.variants = 'B7': must be among variants: A1, A10"),
+        ({"analysis.primary.text.right": ["C7"]}, "analysis.primary.text.right = 'C7': must be among variants: A1"),
+        (
+            {"analysis.primary.text.left": ["baseline"]},
+            "analysis.primary.text.left = 'baseline': must be among variants",
+        ),
+        (
+            {"analysis.primary.text.right": ["C1", "baseline"]},
+            "analysis.primary.text.right = 'baseline': must be among",
+        ),
+        (
+            {"analysis.primary.text.mode": "firm"},
+            "analysis.primary.text.mode = 'firm': input should be 'soft' or 'hard'",
+        ),
+        ({"analysis.primary": {}}, "analysis.primary = {}: dictionary should have at least 1 item"),
         ({"analysis.removal_fractions": [1.5]}, "analysis.removal_fractions.0 = 1.5: input should be less than or"),
         ({"analysis.oracle_windows": 1}, "analysis.oracle_windows = 1: input should be greater than or equal to 2"),
         ({"analysis.domain_windows": 1}, "analysis.domain_windows = 1: input should be greater than or equal to 2"),

@@ -1,8 +1,8 @@
 """Whether wirings differ by where a text is from. Domains are the sources of a corpus.
 
 Windows of one document are alike whatever its source. So documents are the unit here: pairs of windows of one document
-do not count, a probe is tested on documents that it was not fitted on, and permutations deal out the sources of whole
-documents anew.
+do not count, a probe is tested on documents that it was not fitted on, and permutations exchange the sources of whole
+documents.
 
 n windows   m documents   E features, such as the gates of a wiring   P layer pairs   C sources
 """
@@ -162,7 +162,7 @@ def leave_one_group_out(features: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """The matrix [n, n] by which targets [n, C] become what ridge regression says of each row without its own group.
 
     All groups weigh the same: a row counts for one over the rows of its group, in the mean and in the squared error.
-    Exactly what fitting anew without each group gives, by the identity for left-out residuals: with the hat matrix
+    Exactly what refitting without each group gives, by the identity for left-out residuals: with the hat matrix
     S = K (K + ridge I)^-1 of all rows, times the roots of their weights, a group's answers without itself are
     (I - S_gg)^-1 (S_g. y - S_gg y_g).
 

@@ -103,7 +103,7 @@ def variation(gates: Tensor) -> dict[str, float | int]:
         distance_mean, distance_variance: of `jaccard_distances` over all pairs of texts.
         entropy_bits: of a gate in one text, mean over gates and texts; see `gate_entropy`.
         information_bits: what a gate's being open or shut tells about the text, mean over gates: the entropy of its
-            mean less its mean entropy.
+            mean minus its mean entropy.
         effective_rank: see `effective_rank`.
         distinct: different wirings among the n, 1 if they are all the same.
     """

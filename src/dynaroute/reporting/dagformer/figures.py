@@ -163,7 +163,6 @@ def plot_edges_closed(
 
     The order by expected gain is left out: it is so much worse that nothing else could be seen.
     """
-    hard = comparisons.differences.xs(("window", "hard"), level=("protocol", "mode"))
     with saved_figure(path, 6.0, 3.8) as figure:
         axes = figure.subplots()
         for order, style in zip(("random", "least_gradient"), LINES, strict=False):
@@ -171,7 +170,7 @@ def plot_edges_closed(
             axes.plot(own["fraction"], own["mean"], label=f"edges closed, {ORDERS[order]}", **style)
             axes.fill_between(own["fraction"], own["low"], own["high"], color=style["color"], alpha=0.12, linewidth=0)
         points = {
-            name: (1 - variant.evaluation["window"]["density_hard"], hard.loc[name, "difference"])
+            name: (1 - variant.evaluation["window"]["density_hard"], comparisons.hard.loc[name, "difference"])
             for name, variant in variants.items()
             if variant.knobs["base_lr"] == 0
         }

@@ -46,22 +46,16 @@ def page(results: Results, comparisons: Comparisons, analyses: Analyses, tokens:
         tokens: the metadata of the token shards.
         reference: the published numbers.
     """
-    variants = results.variants
-    cards = {name: card(results, comparisons, variant) for name, variant in variants.items()}
-    alarms: dict[str, list[str]] = {}
-    for name, variant in variants.items():
-        if variant.training["verdict"] != "healthy":
-            alarms.setdefault(f"{variant.training['verdict']}, {variant.training['verdict_reason']}", []).append(name)
-    seeds = comparisons.seeds["seeds"]
-    topology = {name: found for name, found in analyses.topology.items() if _varies(found)}
+    cards = {name: card(results, comparisons, variant) for name, variant in results.variants.items()}
+    made, varying = checks(results, analyses), {name: one for name, one in analyses.topology.items() if _varies(one)}
+    domains = next((found["domains"] for found in varying.values() if found["domains"]), None)
     fractions = sorted(analyses.removal["fraction"].unique())
-    made, own = checks(results, analyses), topology[MAIN]["domains"] if MAIN in topology else None
-    domains = own or next((found["domains"] for found in topology.values() if found["domains"]), None)
+    seeds = comparisons.seeds["seeds"]
     return render(
         "dagformer.md",
         {
             "results": results,
-            "variants": variants,
+            "variants": results.variants,
             "cards": cards,
             "comparisons": comparisons,
             "analyses": analyses,
@@ -71,39 +65,36 @@ def page(results: Results, comparisons: Comparisons, analyses: Analyses, tokens:
             "tokens": tokens,
             "num_documents": len(set(results.documents.tolist())),
             "rules": {"significant": SIGNIFICANT, "within": WITHIN, "moved": MOVED, "nearly_open": NEARLY_OPEN},
-            "alarms": alarms,
-            "passed": {name: max(map(abs, own["away"].values())) <= WITHIN for name, own in cards.items()},
-            "flow": next((row["answer"] for row in comparisons.primary if row["left"] == ["S2"]), None),
-            "raised": bool(_hard(comparisons, "L0")["reference_low"] > 0) if "L0" in variants else None,
-            "moved": {name: gates_moved(variant) for name, variant in variants.items()},
-            "steps": {name: shown_steps(variant.curve) for name, variant in variants.items()},
-            "spread": comparisons.seeds["window"]["hard"]["spread"] if len(seeds) > 1 else None,
-            "varying": list(topology),
-            "constant": [name for name in analyses.topology if name not in topology],
-            "joint": JOINT if set(JOINT) <= set(variants) else None,
-            "clear": clear_orders(analyses.removal),
-            "failed": [check["check"] for check in made if check["outcome"] != "✓"],
+            "steps": {name: shown_steps(variant.curve) for name, variant in results.variants.items()},
+            "findings": {
+                "S1_passed": "S1" in cards and max(map(abs, cards["S1"]["away"].values())) <= WITHIN,
+                "S2_moved": "S2" in cards and gates_moved(results.variants["S2"]),
+                "S2_answer": next((row["answer"] for row in comparisons.primary if row["left"] == ["S2"]), None),
+                "L0_raised": "L0" in cards and comparisons.hard.loc["L0", "reference_low"] > 0,
+                "varying": list(varying),
+                "constant": [name for name in analyses.topology if name not in varying],
+                "orders": clear_orders(analyses.removal),
+                "spread": comparisons.seeds["window"]["hard"]["spread"] if len(seeds) > 1 else None,
+                "alarms": alarms(results),
+                "failed": [check["check"] for check in made if check["outcome"] != "✓"],
+                "joint": JOINT if set(JOINT) <= set(cards) else None,
+            },
+            "columns": {  # that depend on the results
+                "seeds": [(name, f"{name} (seed {seed})", "+.4f") for name, seed in seeds.items()],
+                "fractions": [(f"{fraction:g}", f"{fraction:.0%}") for fraction in fractions],
+                "sources": [(source, source, ".3f") for source in domains["sources"]] if domains else [],
+            },
             "domains": domains,
-            "by_seed": [(name, f"{name} (seed {seed})", "+.4f") for name, seed in seeds.items()],
-            "by_fraction": [("order", "order"), *((f"{fraction:g}", f"{fraction:.0%}") for fraction in fractions)],
-            "by_source": [(source, source, ".3f") for source in domains["sources"]] if domains else [],
             "rows": {
                 "primary": [primary_row(row) for row in comparisons.primary],
                 "variants": list(cards.values()),
-                **{name: group_rows(results, cards, members) for name, members in GROUPS.items()},
+                **{name: group_rows(cards, members) for name, members in GROUPS.items()},
                 "others": [cards[name] for name in others(results)],
-                "reading": reading_rows(topology),
-                "variation": variation_rows(topology),
-                "domains": [row for name, found in topology.items() for row in domain_rows(name, found["domains"])],
-                "domain_pairs": domain_pairs(own),
-                "distances": [
-                    {"source": source, "documents": number, **dict(zip(own["sources"], means, strict=True))}
-                    for source, number, means in zip(
-                        own["sources"], own["documents"], own["soft"]["mean_distances"], strict=True
-                    )
-                ]
-                if own
-                else [],
+                "reading": reading_rows(varying),
+                "variation": variation_rows(varying),
+                "domains": [row for name, found in varying.items() for row in domain_rows(name, found["domains"])],
+                "distances": source_distances(domains),
+                "domain_pairs": domain_pairs(domains),
                 "removal": removal_rows(analyses.removal, "mean", "low", "high"),
                 "over_random": removal_rows(
                     analyses.removal[analyses.removal["order"] != "random"],
@@ -173,8 +164,17 @@ def card(results: Results, comparisons: Comparisons, variant: Variant) -> dict[s
         "to_baseline_prefix": differences["prefix"]["hard"]["baseline"],
         "differences": differences,
         "health": health,
-        "notes": ", ".join(["(reference)"] * (peer is None and variant.name not in JOINT) + notes),
+        "notes": ", ".join(["(reference)"] * results.is_main(variant) + notes),
     }
+
+
+def alarms(results: Results) -> dict[str, list[str]]:
+    """The variants whose training raised an alarm, by what it was."""
+    found: dict[str, list[str]] = {}
+    for name, variant in results.variants.items():
+        if (verdict := variant.training["verdict"]) != "healthy":
+            found.setdefault(f"{verdict}, {variant.training['verdict_reason']}", []).append(name)
+    return found
 
 
 def gates_moved(variant: Variant) -> bool:
@@ -207,7 +207,7 @@ def primary_row(row: Record) -> dict[str, Any]:
     return {**row, "pair": pair, "interval": interval(row)}
 
 
-def group_rows(results: Results, cards: Mapping[str, dict[str, Any]], members: tuple[str, ...]) -> list[dict[str, Any]]:
+def group_rows(cards: Mapping[str, dict[str, Any]], members: tuple[str, ...]) -> list[dict[str, Any]]:
     """Rows of an ablation table: P1 among them, and P1 at their budget if that is another; none without an ablation."""
     names = [name for name in members if name in cards]
     if names == [MAIN]:
@@ -250,6 +250,17 @@ def domain_rows(name: str, found: Record | None) -> list[dict[str, Any]]:
     return [
         {"id": name, "test": words, "p": test["p"]} | {key: format(test[key], how) for key in ("observed", "chance")}
         for words, test, how in tests
+    ]
+
+
+def source_distances(found: Record | None) -> list[dict[str, Any]]:
+    """X2: mean distance from each source to each."""
+    if found is None:
+        return []
+    means = (dict(zip(found["sources"], row, strict=True)) for row in found["soft"]["mean_distances"])
+    return [
+        {"source": source, "documents": number, **row}
+        for source, number, row in zip(found["sources"], found["documents"], means, strict=True)
     ]
 
 
@@ -317,11 +328,6 @@ def _interval(row: "pd.Series", *columns: str) -> str:
     """The interval in three columns of a row; a dash where they are empty."""
     values = [row[column] for column in columns]
     return interval(None if values[0] != values[0] else dict(zip(("mean", "low", "high"), values, strict=True)))
-
-
-def _hard(comparisons: Comparisons, name: str) -> "pd.Series":
-    """What was compared of a variant in hard mode by the window protocol."""
-    return comparisons.differences.loc[(name, "window", "hard")]
 
 
 def _varies(found: Record) -> bool:

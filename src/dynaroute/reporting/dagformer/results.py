@@ -68,6 +68,10 @@ class Results(NamedTuple):
         windows = self.variants[name].windows
         return windows.loc[windows["protocol"] == protocol, f"nll_{mode}"].to_numpy()
 
+    def is_main(self, variant: Variant) -> bool:
+        """Whether a variant is the main one, at whatever budget."""
+        return set(variant.changes(self.main)) <= BUDGET
+
     def seeds(self) -> dict[str, int]:
         """The main variant with each of its seeds, by name, at the budget at which most were run."""
         budgets: dict[int, dict[str, int]] = {}
@@ -81,7 +85,7 @@ class Results(NamedTuple):
         if variant.name in JOINT:
             return JOINT[1] if variant.name == JOINT[0] and JOINT[1] in self.variants else None
         for other in self.variants.values():
-            if set(other.changes(self.main)) <= BUDGET and other.knobs["steps"] == variant.knobs["steps"]:
+            if self.is_main(other) and other.knobs["steps"] == variant.knobs["steps"]:
                 return None if other is variant else other.name
         return None
 
@@ -93,6 +97,11 @@ class Comparisons(NamedTuple):
     seeds: Record
     headroom: float
     differences: "pd.DataFrame"  # variants.csv, indexed by variant, protocol and mode
+
+    @property
+    def hard(self) -> "pd.DataFrame":
+        """Of hard mode by the window protocol, indexed by variant."""
+        return self.differences.xs(("window", "hard"), level=("protocol", "mode"))
 
 
 class Analyses(NamedTuple):
