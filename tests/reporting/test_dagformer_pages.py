@@ -11,7 +11,6 @@ from report_checks import STRANGE, hashes, run_stage, strange, table_rows, unmar
 
 from dynaroute.config import load_settings
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import read_json
 from dynaroute.reporting.dagformer import measured
 from dynaroute.reporting.dagformer.page import page as dagformer_page
 from dynaroute.reporting.dagformer.page import summary
@@ -69,7 +68,7 @@ def test_every_table_of_the_published_report_is_there_with_its_values():
 
 
 def baseline() -> float:
-    return read_json(DATA / "eval/P1/nll.json")["window"]["nll_baseline"]
+    return read_record(DATA / "eval/P1/nll.json")["window"]["nll_baseline"]
 
 
 def test_published_numbers_stand_nowhere_but_where_they_are_marked():
@@ -88,7 +87,7 @@ def test_published_numbers_stand_nowhere_but_where_they_are_marked():
 def test_a_row_of_an_ablation_is_what_the_files_say():
     rows = {row[0]: row for row in table_rows(section(page(), "A1–A4"))}
     assert list(rows)[2:] == ["A1", "A2", "P1", "A3", "A4"]
-    found = read_json(DATA / "eval/A3/nll.json")["window"]
+    found = read_record(DATA / "eval/A3/nll.json")["window"]
     with Path("reports/dagformer/variants.csv").open() as file:
         (line,) = [line.split(",") for line in file if line.startswith("A3,window,hard")]
     difference, low, high, reference, *against = line[4:]
@@ -106,7 +105,7 @@ def test_a_row_of_an_ablation_is_what_the_files_say():
 
 def test_the_primary_questions_stand_first_with_their_answers():
     rows = table_rows(section(page(), "Findings"))[2:]
-    found = read_json(DATA / "comparisons.json")["primary"]
+    found = read_record(DATA / "comparisons.json")["primary"]
     assert [row[0] for row in rows] == [question["question"] for question in found]
     assert [row[-1] for row in rows] == [question["answer"] for question in found]
     assert rows[0][1] == "mean of P1, P1s1 and P1s2, minus baseline; hard, window"
@@ -216,7 +215,7 @@ def test_a_variant_that_a_user_added_and_p1_at_another_budget_have_rows():
     settings = load_settings()
     for name, source in (("P1", "P1"), ("A1", "A1"), ("P1s1", "P1s1"), ("mine", "S2")):
         for kind, file in (("train", "run.json"), ("train", "training.json"), ("eval", "nll.json")):
-            data = read_json(DATA / kind / source / file) | {"run": name}
+            data = read_record(DATA / kind / source / file) | {"run": name}
             if file == "run.json":
                 data["knobs"] = settings.variant(name).model_dump()
             Path(DATA / kind / name).mkdir(exist_ok=True)
@@ -324,5 +323,5 @@ def test_comparing_writes_the_same_bytes_every_time_of_all_windows():
         found = hashes(*files)
     assert run_stage("compare_variants", PYTHONHASHSEED="7").returncode == 0
     assert hashes(*files) == found
-    assert read_json(files[0])["primary"][0]["documents"] == WINDOWS // 2
+    assert read_record(files[0])["primary"][0]["documents"] == WINDOWS // 2
     assert Path(files[2]).read_bytes() == (DATA / "train/P1/training.csv").read_bytes()

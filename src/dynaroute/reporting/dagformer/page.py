@@ -12,7 +12,7 @@ from dynaroute.config import MODES, PROTOCOLS
 from dynaroute.reporting.dagformer.results import CONTROL, JOINT, MAIN, Analyses, Comparisons, Results, Variant
 from dynaroute.reporting.inputs import Record
 from dynaroute.reporting.pages import render
-from dynaroute.reporting.tables import count, interval, listed, shared_text
+from dynaroute.reporting.tables import count, interval, listed, outcome, shared_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +76,7 @@ def page(results: Results, comparisons: Comparisons, analyses: Analyses, tokens:
                 "orders": clear_orders(analyses.removal),
                 "spread": comparisons.seeds["window"]["hard"]["spread"] if len(seeds) > 1 else None,
                 "alarms": alarms(results),
-                "failed": [check["check"] for check in made if check["outcome"] != "✓"],
+                "failed": [check["check"] for check in made if check["failed"]],
                 "joint": JOINT if set(JOINT) <= set(cards) else None,
             },
             "columns": {  # that depend on the results
@@ -116,7 +116,7 @@ def summary(results: Results, comparisons: Comparisons, analyses: Analyses) -> d
         "nll_P1": window["nll_hard"],
         "hard_density_P1": window["density_hard"],
         **{f"{row['id']}_difference": row["mean"] for row in comparisons.primary},
-        "failed_checks": sum(check["outcome"] != "✓" for check in checks(results, analyses)),
+        "failed_checks": sum(check["failed"] for check in checks(results, analyses)),
     }
 
 
@@ -305,22 +305,24 @@ def seed_rows(seeds: Record) -> list[dict[str, Any]]:
     return [{"protocol": protocol, **own["differences"], "spread": own["spread"]} for protocol, own in found.items()]
 
 
-def checks(results: Results, analyses: Analyses) -> list[dict[str, str]]:
+def checks(results: Results, analyses: Analyses) -> list[dict[str, Any]]:
     """The outcome of every check that a stage made, over all variants."""
     records = [("prepare_base", "", results.base), ("analyze_sensitivity", "", analyses.sensitivity)]
     for name, variant in results.variants.items():
         records += [("train_dagformer", name, variant.training), ("evaluate_nll", name, variant.evaluation)]
     records += [("analyze_topology", name, found) for name, found in analyses.topology.items()]
-    found: dict[tuple[str, str], list[tuple[str, bool]]] = {}
+    found: dict[tuple[str, str], list[tuple[str, bool | None]]] = {}
     for stage, variant, record in records:
         for name, passed in record["checks"].items():
-            found.setdefault((stage, name), []).append((variant, passed is True))
+            found.setdefault((stage, name), []).append((variant, passed))
     rows = []
     for (stage, name), outcomes in found.items():
-        failed = [variant for variant, passed in outcomes if not passed]
-        of = f" ({count(len(outcomes), 'variant')})" if outcomes[0][0] else ""
-        mark = f"✗ **failed** {listed(filter(None, failed))}" if failed else "✓"
-        rows.append({"outcome": mark, "check": name.replace("_", " "), "stage": f"`{stage}`{of}"})
+        failed = [variant for variant, passed in outcomes if passed is not None and passed is not True]
+        mark, made_by = outcome(False) if failed else outcome(outcomes[0][1]), f"`{stage}`"
+        if outcomes[0][0]:  # a stage of each variant
+            made_by += f" ({count(len(outcomes), 'variant')})"
+            mark += f" {listed(failed)}" if failed else ""
+        rows.append({"outcome": mark, "failed": bool(failed), "check": name.replace("_", " "), "stage": made_by})
     return rows
 
 
