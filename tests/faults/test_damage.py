@@ -30,7 +30,11 @@ from dynaroute.training.checkpoints import load_checkpoint
 pytestmark = pytest.mark.faults
 
 STORE, DAGFORMER = Path("data/dwr/expert_store"), Path("data/dagformer")
-CHECKED = ("data/dwr/train/*.safetensors", "data/dagformer/*/[lp]*.safetensors", "data/dwr/expert_store/*.safetensors")
+CHECKED = (
+    "data/dwr/train/*.safetensors",
+    "data/dagformer/train/*/[lp]*.safetensors",
+    "data/dwr/expert_store/*.safetensors",
+)
 FLIPS = 300
 
 
@@ -124,13 +128,13 @@ READERS: dict[str, tuple[Callable[[], Any], tuple[Callable, ...]]] = {
     "data/dwr/expert_store/*.*": (read_store, ANY),
     "data/dwr/trace/*": (lambda: load_trace("data/dwr/trace"), ANY),
     "data/dwr/runs/*": (lambda: train_dwr_run.read_run("reference"), OF_TEXT),
-    "data/dagformer/base/[cm]*": (lambda: load_base(DAGFORMER / "base", "cpu"), ANY),
+    "data/dagformer/train/base/[cm]*": (lambda: load_base(DAGFORMER / "train/base", "cpu"), ANY),
     "data/dagformer/embeddings/training/*": (lambda: load_embeddings(DAGFORMER / "embeddings/training"), ANY),
     "data/dagformer/variants/P1.yaml": (lambda: train_dagformer.read_variant("P1"), OF_TEXT),
-    "data/dagformer/P1/[pr]*": (lambda: load_predictor(DAGFORMER / "P1", "cpu"), ANY),
+    "data/dagformer/train/P1/[pr]*": (lambda: load_predictor(DAGFORMER / "train/P1", "cpu"), ANY),
     "reports/dwr/[cert]*": (lambda: report_dwr.main(load_settings()), OF_TEXT),
-    "reports/dagformer/*.json": (lambda: report_dagformer.main(load_settings()), ANY),
-    "reports/dagformer/P1/[nt]*": (lambda: report_dagformer.main(load_settings()), OF_TEXT),
+    "data/dagformer/*.json": (lambda: report_dagformer.main(load_settings()), ANY),
+    "data/dagformer/[et]*/P1/[nt]*": (lambda: report_dagformer.main(load_settings()), OF_TEXT),
 }  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def page(results: Results, comparisons: Comparisons, analyses: Analyses, tokens:
                 "orders": clear_orders(analyses.removal),
                 "spread": comparisons.seeds["window"]["hard"]["spread"] if len(seeds) > 1 else None,
                 "alarms": alarms(results),
-                "failed": [check["check"] for check in made if "failed" in check["outcome"]],
+                "failed": [check["check"] for check in made if check["failed"]],
                 "joint": JOINT if set(JOINT) <= set(cards) else None,
             },
             "columns": {  # that depend on the results
@@ -116,7 +116,7 @@ def summary(results: Results, comparisons: Comparisons, analyses: Analyses) -> d
         "nll_P1": window["nll_hard"],
         "hard_density_P1": window["density_hard"],
         **{f"{row['id']}_difference": row["mean"] for row in comparisons.primary},
-        "failed_checks": sum("failed" in check["outcome"] for check in checks(results, analyses)),
+        "failed_checks": sum(check["failed"] for check in checks(results, analyses)),
     }
 
 
@@ -305,7 +305,7 @@ def seed_rows(seeds: Record) -> list[dict[str, Any]]:
     return [{"protocol": protocol, **own["differences"], "spread": own["spread"]} for protocol, own in found.items()]
 
 
-def checks(results: Results, analyses: Analyses) -> list[dict[str, str]]:
+def checks(results: Results, analyses: Analyses) -> list[dict[str, Any]]:
     """The outcome of every check that a stage made, over all variants."""
     records = [("prepare_base", "", results.base), ("analyze_sensitivity", "", analyses.sensitivity)]
     for name, variant in results.variants.items():
@@ -317,11 +317,12 @@ def checks(results: Results, analyses: Analyses) -> list[dict[str, str]]:
             found.setdefault((stage, name), []).append((variant, passed))
     rows = []
     for (stage, name), outcomes in found.items():
-        failed = [variant for variant, passed in outcomes if passed is False]
-        of = f" ({count(len(outcomes), 'variant')})" if outcomes[0][0] else ""
-        mark = outcome(False if failed else outcomes[0][1])
-        mark += f" {listed(filter(None, failed))}" if failed else ""
-        rows.append({"outcome": mark, "check": name.replace("_", " "), "stage": f"`{stage}`{of}"})
+        failed = [variant for variant, passed in outcomes if passed is not None and passed is not True]
+        mark, made_by = outcome(False) if failed else outcome(outcomes[0][1]), f"`{stage}`"
+        if outcomes[0][0]:  # a stage of each variant
+            made_by += f" ({count(len(outcomes), 'variant')})"
+            mark += f" {listed(failed)}" if failed else ""
+        rows.append({"outcome": mark, "failed": bool(failed), "check": name.replace("_", " "), "stage": made_by})
     return rows
 
 
