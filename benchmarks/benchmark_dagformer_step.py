@@ -19,7 +19,7 @@ from timing import interleaved, quartiles
 from torch import nn
 
 from dynaroute.config import PretrainedBase, Settings, Variant
-from dynaroute.dagformer.base import new_base
+from dynaroute.dagformer.bases import new_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.objective import DagObjective
 from dynaroute.dagformer.predictor import StructurePredictor

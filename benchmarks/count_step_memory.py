@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from dynaroute.config import Settings, Variant, load_settings
-from dynaroute.dagformer.base import new_base
+from dynaroute.dagformer.bases import new_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.pipeline.artifacts import write_json

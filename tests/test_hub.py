@@ -134,7 +134,7 @@ def test_models_tokenizers_and_datasets_come_from_the_hub_at_their_revisions(hub
 import torch
 from pathlib import Path
 from dynaroute.config import Corpus, Hub, HubEncoder, HubTokenizer
-from dynaroute.dagformer.base import load_base
+from dynaroute.dagformer.bases import load_base
 from dynaroute.dagformer.encoders import load_encoder
 from dynaroute.data.text.sources import documents
 from dynaroute.data.tokens.stream import list_addresses
@@ -193,7 +193,7 @@ main()
         assert done.returncode == 0, (server.asked, done.stderr)
     asked = len(server.asked)
     code = f"""{texts}
-from dynaroute.dagformer.base import load_base
+from dynaroute.dagformer.bases import load_base
 from dynaroute.dagformer.encoders import load_encoder
 from dynaroute.data.tokens.stream import list_addresses
 from dynaroute.data.tokens.tokenizers import save_tokenizer
@@ -217,11 +217,11 @@ print(encoder.embedding_size)
     ("code", "problem"),
     [
         (
-            "from dynaroute.dagformer.base import load_base as load; load('somebody/olmo', 'cpu', 'feed')",
+            "from dynaroute.dagformer.bases import load_base as load; load('somebody/olmo', 'cpu', 'feed')",
             "somebody/olmo",
         ),
         (
-            "from dynaroute.dagformer.base import load_base as load; load('somebody/none', 'cpu', 'feed')",
+            "from dynaroute.dagformer.bases import load_base as load; load('somebody/none', 'cpu', 'feed')",
             "somebody/none",
         ),
         (

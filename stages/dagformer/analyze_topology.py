@@ -30,7 +30,7 @@ from dynaroute.analysis.topology import jaccard_distances, same_text_test, varia
 from dynaroute.config import MODES, Settings
 from dynaroute.dagformer.encoders import load_embeddings
 from dynaroute.dagformer.gates import dag_mask
-from dynaroute.dagformer.trained import load_graph, load_predictor
+from dynaroute.dagformer.variants import load_graph, load_predictor
 from dynaroute.data.tokens.documents import domain_windows
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.windows import Subset

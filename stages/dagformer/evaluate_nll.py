@@ -31,11 +31,11 @@ import torch
 from dynaroute.analysis.nll import BATCH, window_nll, wire
 from dynaroute.analysis.topology import measure
 from dynaroute.config import Settings
-from dynaroute.dagformer.base import load_base
+from dynaroute.dagformer.bases import load_base
 from dynaroute.dagformer.encoders import load_embeddings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.dagformer.trained import load_graph, load_predictor
+from dynaroute.dagformer.variants import load_graph, load_predictor
 from dynaroute.data.tokens.documents import main_documents
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.windows import Selection, Subset

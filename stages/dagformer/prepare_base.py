@@ -22,9 +22,9 @@ from accelerate import Accelerator
 
 from dynaroute.analysis.statistics import paired_difference
 from dynaroute.config import LoadedBase, Settings
-from dynaroute.dagformer.base import LanguageModelObjective, load_base, new_base
+from dynaroute.dagformer.bases import LanguageModelObjective, load_base, new_base
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.dagformer.pretrained import load_tokenizer
+from dynaroute.dagformer.hub import load_tokenizer
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.windows import KEYS, Subset, dagformer_windows
 from dynaroute.errors import DynarouteError

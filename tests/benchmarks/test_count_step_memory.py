@@ -6,7 +6,7 @@ import torch
 from repository import REPOSITORY
 
 from dynaroute.config import load_settings
-from dynaroute.dagformer.base import new_base
+from dynaroute.dagformer.bases import new_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor
 

@@ -15,7 +15,7 @@ from small_tokens import write_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, Olmo2ForCausalLM
 
 from dynaroute.config import ByteBPE, LoadedBase, load_settings
-from dynaroute.dagformer.base import load_base
+from dynaroute.dagformer.bases import load_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.tokenizers import save_tokenizer

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynaroute.config import BaseEncoder, HubEncoder
-from dynaroute.dagformer.pretrained import load_model, load_tokenizer
+from dynaroute.dagformer.hub import load_model, load_tokenizer
 from dynaroute.data.tokens.tokenizers import Tokenizer
 from dynaroute.data.tokens.windows import Selection
 from dynaroute.errors import DynarouteError

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaroute.config import PretrainedBase
-from dynaroute.dagformer.pretrained import load_model
+from dynaroute.dagformer.hub import load_model
 from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.errors import DynarouteError
 
