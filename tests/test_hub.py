@@ -134,8 +134,8 @@ def test_models_tokenizers_and_datasets_come_from_the_hub_at_their_revisions(hub
 import torch
 from pathlib import Path
 from dynaroute.config import Corpus, Hub, HubEncoder, HubTokenizer
-from dynaroute.dagformer.bases import load_base
 from dynaroute.dagformer.encoders import load_encoder
+from dynaroute.dagformer.hub import load_model
 from dynaroute.data.text.sources import documents
 from dynaroute.data.tokens.stream import list_addresses
 from dynaroute.data.tokens.tokenizers import save_tokenizer
@@ -148,7 +148,7 @@ split = dict(validation=0.1, test=0.1)
 corpus = Corpus.model_validate(dict(source=stream, split=split, tokenizer=own))
 print(list_addresses("c", corpus, "raw")["addresses"])
 tokenizer = save_tokenizer(corpus.tokenizer, [], "tokenizer")
-base = load_base("somebody/olmo", "cpu", "{COMMIT}")
+base = load_model("base", "AutoModelForCausalLM", "somebody/olmo", "cpu", torch.float32, "{COMMIT}")
 print(base.config._attn_implementation, base.dtype)
 encoder = load_encoder(HubEncoder(kind="hub", path="somebody/qwen", **at), "nowhere", tokenizer, "cpu")
 base.save_pretrained("base")
@@ -193,8 +193,8 @@ main()
         assert done.returncode == 0, (server.asked, done.stderr)
     asked = len(server.asked)
     code = f"""{texts}
-from dynaroute.dagformer.bases import load_base
 from dynaroute.dagformer.encoders import load_encoder
+from dynaroute.dagformer.hub import load_model
 from dynaroute.data.tokens.stream import list_addresses
 from dynaroute.data.tokens.tokenizers import save_tokenizer
 own = dict(kind="hub", path="somebody/olmo", **at)
@@ -203,7 +203,7 @@ corpus = Corpus.model_validate(dict(source=stream, split=dict(validation=0.1, te
 locate(corpus.source)
 print(len(list_addresses("c", corpus, "raw")["addresses"]))
 tokenizer = save_tokenizer(corpus.tokenizer, [], "tokenizer")
-load_base("somebody/olmo", "cpu", "{COMMIT}")
+load_model("base", "AutoModelForCausalLM", "somebody/olmo", "cpu", "auto", "{COMMIT}")
 encoder = load_encoder(HubEncoder(kind="hub", path="somebody/qwen", **at), "nowhere", tokenizer, "cpu")
 print(encoder.embedding_size)
 """
@@ -213,17 +213,14 @@ print(encoder.embedding_size)
     assert server.asked[asked:] == []
 
 
+LOAD = "from dynaroute.dagformer.hub import load_model; load_model('{0}', 'AutoModel', '{0}', 'cpu', 'auto', 'feed')"
+
+
 @pytest.mark.parametrize(
     ("code", "problem"),
     [
-        (
-            "from dynaroute.dagformer.bases import load_base as load; load('somebody/olmo', 'cpu', 'feed')",
-            "somebody/olmo",
-        ),
-        (
-            "from dynaroute.dagformer.bases import load_base as load; load('somebody/none', 'cpu', 'feed')",
-            "somebody/none",
-        ),
+        (LOAD.format("somebody/olmo"), "somebody/olmo"),
+        (LOAD.format("somebody/none"), "somebody/none"),
         (
             "from dynaroute.config import Hub; from dynaroute.data.text.sources import documents; list(documents(Hub("
             "kind='hub', path='somebody/wiki', name='wiki-2', text_column='text', rows='documents', revision='feed')))",

@@ -34,7 +34,7 @@ from dynaroute.analysis.sensitivity import (
 )
 from dynaroute.analysis.statistics import document_means
 from dynaroute.config import Settings
-from dynaroute.dagformer.bases import load_base
+from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.documents import followed_windows, halves, main_documents, windows_of_documents
 from dynaroute.data.tokens.shards import TokenShards, Windows

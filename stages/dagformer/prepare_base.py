@@ -1,4 +1,4 @@
-"""Leaves the base that DAGFormer wires as an ordinary transformers directory: pretrained here, or loaded.
+"""Writes the base that DAGFormer wires as an ordinary transformers folder: pretrained here, or loaded.
 
     python stages/dagformer/prepare_base.py
 
@@ -10,7 +10,7 @@ Writes  data/dagformer/train/base/         config.json, model.safetensors, the t
         data/dagformer/base.csv            a row for each validation of the pretraining; empty for a loaded base
         data/dagformer/measured/base.json  time and memory
 
-A pretraining that was stopped goes on from its last checkpoint in .scratch/prepare_base/.
+A stopped pretraining resumes from its last checkpoint in .scratch/prepare_base/.
 """
 
 import shutil
@@ -22,12 +22,12 @@ from accelerate import Accelerator
 
 from dynaroute.analysis.statistics import paired_difference
 from dynaroute.config import LoadedBase, Settings
-from dynaroute.dagformer.bases import LanguageModelObjective, load_base, new_base
+from dynaroute.dagformer.bases import LanguageModelObjective, load_existing, new_base
+from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.dagformer.hub import load_tokenizer
+from dynaroute.dagformer.hub import load_model
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.windows import KEYS, Subset, dagformer_windows
-from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.pipeline.machine import compute_dtype, describe_machine, peak_memory
 from dynaroute.pipeline.scratch import run_id, scratch_folder
@@ -37,7 +37,6 @@ from dynaroute.training.loop import Trainer, make_accelerator, steps_in_epochs, 
 
 DATA = Path("data/dagformer")
 BASE = DATA / "train/base"
-SAMPLE = "The function returns 3.14159, or raises:\n\tdef naïve(x): return x ** 2  # Ω"  # two tokenizers differ on it
 
 
 def main(settings: Settings) -> None:
@@ -63,7 +62,12 @@ def main(settings: Settings) -> None:
     if isinstance(dagformer.base, LoadedBase):
         if not accelerator.is_main_process:
             return
-        model, history, timing = load_existing(settings, shards["train"], dtype)
+        model, tokenizer = load_existing(dagformer.base, shards["train"], dagformer.corpus, dagformer.seq_len)
+        with output_directory(BASE) as folder:
+            model.to(dtype).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            load_base(folder, "cpu")  # refuses what later stages could not read
+        history, timing = [{"step": None, "validation_loss": None}], {}
     else:
         model, history, timing = pretrain(settings, accelerator, shards, report["run"], dtype)
     if model is None:
@@ -126,45 +130,11 @@ def pretrain(
     return model, with_all_columns(state.history), {"training_seconds": trainer.seconds}
 
 
-def load_existing(
-    settings: Settings, shards: TokenShards, dtype: torch.dtype
-) -> tuple[torch.nn.Module, list[dict[str, Any]], dict[str, float]]:
-    """Loads a base that exists, checks that it reads these tokens, writes it in `dtype`; model, history, timing."""
-    wanted = settings.dagformer.base
-    model = load_base(wanted.path, "cpu", wanted.revision)
-    if model.config.vocab_size < shards.vocab_size:
-        raise DynarouteError(
-            f"dagformer.base.path: {wanted.path} has {model.config.vocab_size} tokens, but those of corpus "
-            f"{settings.dagformer.corpus} go up to {shards.vocab_size}: tokenize the corpus with the base's tokenizer"
-        )
-    if model.config.max_position_embeddings < settings.dagformer.seq_len:
-        raise DynarouteError(
-            f"dagformer.seq_len = {settings.dagformer.seq_len}: must be at most "
-            f"{model.config.max_position_embeddings}, the positions of dagformer.base.path: {wanted.path}"
-        )
-    if model.config.num_hidden_layers < 3:
-        raise DynarouteError(
-            f"dagformer.base.path: {wanted.path} has {model.config.num_hidden_layers} layers: must have at least 3, so "
-            "that a connection can skip one"
-        )
-    DagForward(model)  # refuses what it cannot run, before anything is written
-    tokenizer = load_tokenizer(f"dagformer.base.path: {wanted.path}", wanted.path, wanted.revision)
-    (own,) = shards.tokenizer().encode_batch([SAMPLE])
-    if tokenizer.encode(SAMPLE, add_special_tokens=False) != own.tolist():
-        raise DynarouteError(
-            f"dagformer.base.path: {wanted.path} has another tokenizer than corpus {settings.dagformer.corpus}: "
-            "tokenize the corpus with the base's"
-        )
-    with output_directory(BASE) as folder:
-        model.to(dtype).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return model, [{"step": None, "validation_loss": None}], {}
-
-
 @torch.inference_mode()
 def wiring_matters(settings: Settings, shards: TokenShards) -> dict[str, Any]:
     """NLL of the saved base by transformers itself, and through the DAG with all gates at one and at zero."""
     dagformer = settings.dagformer
+    theirs = load_model(str(BASE), "AutoModelForCausalLM", BASE, settings.device, "auto")
     base = load_base(BASE, settings.device)
     graph = DagForward(base)
     windows = Subset(Windows(shards, dagformer.seq_len, keep_tail=False), dagformer.validation_windows)
@@ -173,10 +143,11 @@ def wiring_matters(settings: Settings, shards: TokenShards) -> dict[str, Any]:
     difference = 0.0
     for index in range(len(windows)):
         tokens, targets = (part.to(settings.device) for part in windows.batch([index]))
-        logits = {"transformers": base(tokens).logits}
+        logits = {"transformers": theirs(tokens).logits}
         for name, make in (("one", torch.ones), ("zero", torch.zeros)):
             logits[name] = graph(tokens, make(1, nodes, nodes, device=settings.device, dtype=base.dtype))
-        difference = max(difference, float((logits["one"] - logits["transformers"]).abs().max()))
+        for ours in (logits["one"], base(tokens)):
+            difference = max(difference, float((ours - logits["transformers"]).abs().max()))
         for name, values in logits.items():
             losses[name].append(float(torch.nn.functional.cross_entropy(values.float()[0], targets[0])))
     means = {name: sum(values) / len(windows) for name, values in losses.items()}

@@ -24,7 +24,7 @@ import torch
 from pydantic import ValidationError
 
 from dynaroute.config import Settings, Variant
-from dynaroute.dagformer.bases import load_base
+from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.encoders import load_embeddings
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.joint import JointModel

@@ -174,14 +174,13 @@ def test_encoders_are_frozen(kind, base, text_encoder, tokens):
         assert torch.equal(value, before[name]), name
 
 
-def test_the_base_encodes_in_the_dtype_it_was_saved_in_and_attends_by_sdpa(base, tmp_path):
+def test_the_base_encodes_in_the_dtype_it_was_saved_in(base, tmp_path):
     folder = changed_copy(base, tmp_path / "copy", "config.json", dtype="bfloat16")
     weights = {name: value.bfloat16() for name, value in load_file(base / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     for path, dtype in ((base, torch.float32), (folder, torch.bfloat16)):
         encoder = load_encoder(BASE, path, None, "cpu")
         assert encoder.dtype == encoder.model.dtype == dtype
-        assert encoder.model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -328,7 +327,7 @@ def test_two_runs_write_the_same_bytes_and_small_batches_the_same_vectors(base, 
 
 def test_numbers_that_are_not_finite_stop_the_stage_and_leave_nothing(base, windows, tmp_path):
     encoder = load_encoder(BASE, base, None, "cpu")
-    encoder.model.norm.weight.fill_(torch.inf)
+    encoder.model.model.norm.weight.fill_(torch.inf)
     with pytest.raises(DynarouteError, match="not finite for windows 0 to 6"):
         write(encoder, BASE, windows, tmp_path / "embeddings")
     assert not (tmp_path / "embeddings").exists()

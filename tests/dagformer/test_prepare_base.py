@@ -15,7 +15,7 @@ from small_tokens import write_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, Olmo2ForCausalLM
 
 from dynaroute.config import ByteBPE, LoadedBase, load_settings
-from dynaroute.dagformer.bases import load_base
+from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.tokenizers import save_tokenizer
@@ -125,6 +125,7 @@ def test_nll_is_raised_only_if_the_whole_interval_lies_above_zero(tree, monkeypa
             "^dagformer.seq_len = 16: must be at most 15, the positions of dagformer.base",
         ),
         ({"num_hidden_layers": 2}, "has 2 layers: must have at least 3"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"num_attention_heads": 4, "num_key_value_heads": 2}, "key"),
     ],
 )

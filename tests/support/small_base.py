@@ -3,6 +3,8 @@
 import torch
 from transformers import Olmo2Config, Olmo2ForCausalLM
 
+from dynaroute.dagformer.decoder import Decoder, DecoderConfig
+
 VOCABULARY, EMBEDDING = 50, 12
 LAYERS, HEADS = 3, 2
 SEQ_LEN = 16
@@ -25,3 +27,10 @@ def make_base(seed: int = 0) -> Olmo2ForCausalLM:
         use_cache=False,
     )
     return Olmo2ForCausalLM(config).requires_grad_(False).eval()
+
+
+def as_decoder(base: Olmo2ForCausalLM) -> Decoder:
+    """The same model as a plain module, in the same dtype, frozen."""
+    decoder = Decoder(DecoderConfig(**base.config.to_dict())).to(base.dtype)
+    decoder.load_state_dict(base.state_dict())
+    return decoder.requires_grad_(False).eval()

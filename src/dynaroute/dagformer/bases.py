@@ -1,28 +1,31 @@
-"""The frozen language model that a DAGFormer wires: a small one pretrained here, or one that exists.
+"""Where the base that a DAGFormer wires comes from: a small one pretrained here, or an existing one.
 
-Whatever it came from, it is kept as an ordinary transformers directory, and everything loads it from there.
+Both are transformers' models. `prepare_base` saves them as an ordinary transformers folder, from which all other stages
+read them back with `dynaroute.dagformer.decoder`.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaroute.config import PretrainedBase
-from dynaroute.dagformer.hub import load_model
-from dynaroute.data.tokens.shards import IGNORED_TARGET
+from dynaroute.config import LoadedBase, PretrainedBase
+from dynaroute.dagformer.graph import DagForward
+from dynaroute.dagformer.hub import load_model, load_tokenizer
+from dynaroute.data.tokens.shards import IGNORED_TARGET, TokenShards
 from dynaroute.errors import DynarouteError
 
 if TYPE_CHECKING:
-    from transformers import Olmo2ForCausalLM  # at run time where a base is made or loaded: slow to import
+    from transformers import Olmo2ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase  # slow to import
 
     from dynaroute.training.loop import Batch
 
+SAMPLE = "The function returns 3.14159, or raises:\n\tdef naïve(x): return x ** 2  # Ω"  # two tokenizers differ on it
+
 
 def new_base(settings: PretrainedBase, vocab_size: int, max_seq_len: int, eot_id: int) -> "Olmo2ForCausalLM":
-    """A small OLMo-2 with random weights, to be pretrained."""
+    """A small OLMo-2 with random weights, for pretraining."""
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
     return Olmo2ForCausalLM(
@@ -41,25 +44,42 @@ def new_base(settings: PretrainedBase, vocab_size: int, max_seq_len: int, eot_id
     )
 
 
-def load_base(path: str | Path, device: str, revision: str | None = None) -> "Olmo2ForCausalLM":
-    """A base from a directory or the hub, for inference; no parameter takes gradients.
+def load_existing(
+    wanted: LoadedBase, shards: TokenShards, corpus: str, seq_len: int
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A base that somebody trained, in fp32 on the CPU, and its tokenizer.
 
     Args:
-        path: a `Path` is a directory that a stage wrote, and the base has the dtype that it was saved in; a string may
-            be a hub id as well, and the base is fp32.
-        device: cpu or cuda.
-        revision: a commit on the hub.
+        wanted: which one.
+        shards: tokens that the base must be able to read.
+        corpus: the name of their corpus, for errors.
+        seq_len: of the windows.
 
     Raises:
-        DynarouteError: there is no such directory, or what `load_model` raises.
+        DynarouteError: it cannot be loaded, `DagForward` does not support it, or it does not fit tokens or windows.
     """
-    from transformers import AutoModelForCausalLM
-
-    if isinstance(path, Path):
-        if not (path / "config.json").is_file():
-            raise DynarouteError(f"{path}: no base model: run the stage prepare_base")
-        return load_model(str(path), AutoModelForCausalLM, path, device, "auto")
-    return load_model(str(path), AutoModelForCausalLM, path, device, torch.float32, revision)
+    name = f"dagformer.base.path: {wanted.path}"
+    model = load_model(name, "AutoModelForCausalLM", wanted.path, "cpu", torch.float32, wanted.revision)
+    DagForward(model)  # refuses other architectures
+    config = model.config
+    if config.vocab_size < shards.vocab_size:
+        raise DynarouteError(
+            f"{name} has {config.vocab_size} tokens, but those of corpus {corpus} go up to {shards.vocab_size}: "
+            "tokenize the corpus with the base's tokenizer"
+        )
+    if config.max_position_embeddings < seq_len:
+        raise DynarouteError(
+            f"dagformer.seq_len = {seq_len}: must be at most {config.max_position_embeddings}, the positions of {name}"
+        )
+    if config.num_hidden_layers < 3:
+        raise DynarouteError(
+            f"{name} has {config.num_hidden_layers} layers: must have at least 3, so that a connection can skip one"
+        )
+    tokenizer = load_tokenizer(name, wanted.path, wanted.revision)
+    (own,) = shards.tokenizer().encode_batch([SAMPLE])
+    if tokenizer.encode(SAMPLE, add_special_tokens=False) != own.tolist():
+        raise DynarouteError(f"{name} has another tokenizer than corpus {corpus}: tokenize the corpus with the base's")
+    return model, tokenizer
 
 
 class LanguageModelObjective:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynaroute.config import BaseEncoder, HubEncoder
+from dynaroute.dagformer.decoder import Decoder, load_base
 from dynaroute.dagformer.hub import load_model, load_tokenizer
 from dynaroute.data.tokens.tokenizers import Tokenizer
 from dynaroute.data.tokens.windows import Selection
@@ -44,16 +45,15 @@ class Encoder(Protocol):
 class BaseStates:
     """The base's own last hidden states, after its final norm, averaged over the tokens read."""
 
-    def __init__(self, model: "PreTrainedModel") -> None:
-        """Takes a frozen decoder without its head."""
+    def __init__(self, model: Decoder) -> None:
+        """Takes the frozen base."""
         self.model = model
-        self.embedding_size: int = model.config.hidden_size
-        self.dtype = model.dtype
+        self.embedding_size, self.dtype = model.config.hidden_size, model.dtype
 
     @torch.no_grad()
     def encode(self, tokens: Tensor) -> Tensor:
         """See `Encoder`."""
-        states = self.model(input_ids=tokens.to(self.model.device), use_cache=False).last_hidden_state  # [B, t, E]
+        states = self.model.model(tokens.to(self.model.device))  # [B, t, E]
         return states.mean(1, dtype=torch.float32).cpu()
 
 
@@ -116,7 +116,7 @@ class TextEncoder:
 
 def load_encoder(
     settings: BaseEncoder | HubEncoder,
-    base: str | Path,
+    base: Path,
     corpus: Tokenizer,
     device: str,
     dtype: torch.dtype = torch.float32,
@@ -133,14 +133,10 @@ def load_encoder(
     Raises:
         DynarouteError: the device is not there, or the encoder cannot be loaded, or its files lack weights.
     """
-    from transformers import AutoModel, AutoModelForCausalLM  # takes seconds
-
     if isinstance(settings, BaseEncoder):
-        if not (Path(base) / "config.json").is_file():
-            raise DynarouteError(f"{base}: no base model: run the stage prepare_base")
-        return BaseStates(load_model(str(base), AutoModelForCausalLM, base, device, "auto").base_model)
+        return BaseStates(load_base(base, device))
     name = f"dagformer.encoder.path: {settings.path}" + (f" at {settings.revision}" if settings.revision else "")
-    model = load_model(name, AutoModel, settings.path, device, dtype, settings.revision)
+    model = load_model(name, "AutoModel", settings.path, device, dtype, settings.revision)
     return TextEncoder(model, load_tokenizer(name, settings.path, settings.revision), corpus, name)
 
 

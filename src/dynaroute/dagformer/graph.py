@@ -30,11 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dynaroute.dagformer.decoder import Decoder, rotate
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.errors import DynarouteError
 
 if TYPE_CHECKING:
-    from transformers import Olmo2ForCausalLM
+    from transformers import Olmo2ForCausalLM  # at run time only where bases are made: slow to import
 
 InputNorm = Literal["none", "gate_mean", "rms_post", "ln_post", "rms_pre"]
 
@@ -74,7 +75,7 @@ class DagForward(nn.Module):
     The dtype of all work is the base's own: autocast is switched off inside.
 
     Args:
-        base: the model; multi-head attention without biases.
+        base: the model, a `Decoder` or transformers' own; multi-head attention without biases.
         input_norm: see above.
         trainable: see above.
 
@@ -82,7 +83,7 @@ class DagForward(nn.Module):
         DynarouteError: a base or an input_norm that is not supported.
     """
 
-    def __init__(self, base: "Olmo2ForCausalLM", input_norm: InputNorm = "none", trainable: bool = False):
+    def __init__(self, base: "Olmo2ForCausalLM | Decoder", input_norm: InputNorm = "none", trainable: bool = False):
         super().__init__()
         _check_base(base)
         if input_norm not in get_args(InputNorm):
@@ -161,13 +162,11 @@ class DagForward(nn.Module):
 
         The base's own computation step by step, but that every head sends its share of the attention.
         """
-        from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb
-
         attention, norm = layer.self_attn, layer.post_attention_layernorm
         q, k, v = qkv.unbind()
         q, k = attention.q_norm(q), attention.k_norm(k)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, T, K]
-        q, k = apply_rotary_pos_emb(q, k, *position)
+        q, k = rotate(q, *position), rotate(k, *position)
         z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling)
         z = z.transpose(1, 2).flatten(2)  # [B, T, H*K]
         n = attention.layer_idx
@@ -199,11 +198,9 @@ class DagForward(nn.Module):
 
 def _check_base(base: nn.Module) -> None:
     """Refuses what the forward would get wrong; RoPE variants and activations are the base's own modules."""
-    from transformers import Olmo2ForCausalLM
-
-    if not isinstance(base, Olmo2ForCausalLM):
-        raise DynarouteError(f"base of type {type(base).__name__}: only Olmo2ForCausalLM of transformers is supported")
-    config = base.config
+    config = getattr(base, "config", None)
+    if getattr(config, "model_type", None) != "olmo2" or not hasattr(base, "lm_head"):
+        raise DynarouteError(f"base of type {type(base).__name__}: only Olmo2ForCausalLM is supported")
     if config.num_key_value_heads != config.num_attention_heads:
         raise DynarouteError(
             f"num_key_value_heads = {config.num_key_value_heads}: only multi-head attention is supported,"

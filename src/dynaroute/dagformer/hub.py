@@ -1,4 +1,4 @@
-"""Models and tokenizers of transformers, from the hub or a directory: whole, from safetensors, without foreign code."""
+"""Models and tokenizers loaded by transformers, from the hub or a folder: safetensors only, without remote code."""
 
 import sys
 from pathlib import Path
@@ -15,25 +15,26 @@ if TYPE_CHECKING:
 
 def load_model(
     name: str,
-    cls: Any,
+    kind: Literal["AutoModel", "AutoModelForCausalLM"],
     path: str | Path,
     device: str,
     dtype: torch.dtype | Literal["auto"],
     revision: str | None = None,
 ) -> "PreTrainedModel":
-    """A model for inference, all of whose weights are from its files.
+    """A model for inference whose files hold all of its weights.
 
     Args:
-        name: what an error begins with.
-        cls: AutoModel or AutoModelForCausalLM.
-        path: a hub id or a directory.
+        name: what errors call it.
+        kind: without or with the language model head.
+        path: a hub id or a folder.
         device: cpu or cuda.
-        dtype: of its weights, and what it computes in; auto: as it was saved.
+        dtype: of its weights and its computation; auto: the one it was saved in.
         revision: a commit on the hub.
 
     Raises:
-        DynarouteError: the device is not there, or the model cannot be loaded, or its files lack tensors.
+        DynarouteError: the device is not there, the model cannot be loaded, or its files lack tensors.
     """
+    import transformers
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
@@ -41,7 +42,7 @@ def load_model(
     require_device(device)
     model, info = _load(
         name,
-        cls,
+        getattr(transformers, kind),
         path,
         revision=revision or "main",
         dtype=dtype,
@@ -50,7 +51,7 @@ def load_model(
         trust_remote_code=False,
         output_loading_info=True,
     )
-    # What its files lack, transformers draws at random. A pooler's output is not used here.
+    # transformers draws missing weights at random. A pooler's output is not used here.
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         raise DynarouteError(f"{name}: its files lack {len(missing)} of the model's tensors, such as {missing[0]}")
@@ -61,7 +62,7 @@ def load_tokenizer(name: str, path: str | Path, revision: str | None = None) -> 
     """A tokenizer.
 
     Raises:
-        DynarouteError: beginning with `name`; it cannot be loaded.
+        DynarouteError: it cannot be loaded; the error begins with `name`.
     """
     from transformers import AutoTokenizer
 
@@ -71,6 +72,6 @@ def load_tokenizer(name: str, path: str | Path, revision: str | None = None) -> 
 def _load(name: str, cls: Any, path: str | Path, **options: Any) -> Any:
     try:
         return cls.from_pretrained(path, **options)
-    except Exception as error:  # files that are missing or damaged raise a dozen types, many of them without a base
+    except Exception as error:  # missing or damaged files raise a dozen types without a common base class
         reason = str(error).strip().partition("\n")[0]
         raise DynarouteError(f"{name}: cannot be loaded: {reason}") from error

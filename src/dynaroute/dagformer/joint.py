@@ -1,6 +1,6 @@
 """A predictor and the base that it wires, trained together."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -9,16 +9,14 @@ from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.errors import DynarouteError
 from dynaroute.training.schedules import decay_groups
 
-if TYPE_CHECKING:
-    from transformers import Olmo2ForCausalLM
-
 
 class JointModel(nn.Module):
-    """What the loop trains and saves: both models' parameters. Called, it is the predictor; a `DagForward` of the base,
-    made with `trainable`, does the rest.
+    """The parameters of both, for the loop to train and save.
+
+    Calling it calls the predictor. The objective runs the base, through a `DagForward` made with `trainable`.
     """
 
-    def __init__(self, predictor: StructurePredictor, base: "Olmo2ForCausalLM") -> None:
+    def __init__(self, predictor: StructurePredictor, base: nn.Module) -> None:
         """Raises DynarouteError if parameters of the base share memory: a checkpoint holds each tensor once."""
         super().__init__()
         names = dict(base.named_parameters(remove_duplicate=False))
@@ -33,7 +31,7 @@ class JointModel(nn.Module):
         return self.predictor(*arguments)
 
     def parameter_groups(self, variant: Variant) -> list[dict[str, Any]]:
-        """Optimizer groups of the predictor, and of the base at `base_lr`; in both, matrices alone decay."""
+        """Optimizer groups of the predictor, and of the base at `base_lr`; in both, only matrices decay."""
         base = decay_groups(self.base, variant.weight_decay)
         for group in base:
             group["lr_factor"] = variant.base_lr / variant.lr

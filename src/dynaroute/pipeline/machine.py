@@ -1,5 +1,6 @@
 """What a measurement was made on. Written beside measured figures only, never into outputs that must repeat."""
 
+import importlib.metadata
 import platform
 import resource
 import sys
@@ -26,17 +27,14 @@ def compute_dtype(device: str, precision: str) -> torch.dtype:
 
 def describe_machine(device: str) -> dict[str, Any]:
     """Processor or GPU, threads and library versions."""
-    import accelerate
-    import transformers
-
     return {
         "processor": torch.cuda.get_device_name() if device == "cuda" else _cpu_model(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **({"cuda": torch.version.cuda} if device == "cuda" else {}),
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
+        "transformers": importlib.metadata.version("transformers"),  # without importing it, which takes a second
+        "accelerate": importlib.metadata.version("accelerate"),
     }
 
 

@@ -66,8 +66,10 @@ def _sha256(tensors: dict[str, Tensor], state: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Copies tensors into the model's parameters; names and shapes must be exactly its own.
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], path: str | Path, assign: bool = False) -> None:
+    """Copies tensors into the model's parameters, or with `assign` makes them its parameters.
+
+    Names and shapes must be exactly the model's own.
 
     Raises:
         DynarouteError: names or shapes differ; `path` is named as where the tensors came from.
@@ -79,7 +81,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], path: str | Path)
         if own[name].shape != tensors[name].shape:
             found, expected = list(tensors[name].shape), list(own[name].shape)
             raise DynarouteError(f"{path}: {name} has shape {found}; the model's is {expected}")
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=assign)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
