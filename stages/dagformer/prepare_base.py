@@ -120,7 +120,7 @@ def pretrain(
         state = trainer.run()
         if not accelerator.is_main_process:
             return None, [], {}
-        model = accelerator.unwrap_model(trainer.model)
+        model = trainer.unwrapped
         weights, _ = load_checkpoint(trainer.best_path)
         load_weights(model, weights, trainer.best_path)
         with output_directory(BASE) as folder:

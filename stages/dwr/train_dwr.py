@@ -43,7 +43,7 @@ def main(settings: Settings) -> None:
     validation, test = (Windows(shards[split], dwr.max_seq_len, keep_tail=True) for split in ("validation", "test"))
     trainer, identity = make_trainer(settings, dwr, accelerator, shards["train"], training, validation, "train_dwr")
     identifier, objective = run_id(identity), trainer.objective
-    model, config = accelerator.unwrap_model(trainer.model), objective.config
+    model, config = trainer.unwrapped, objective.config
     # What is refused when there is too little text is refused now, and not after the training; also for later stages.
     own_share(test, accelerator)
     routed = Windows(shards["test"], dwr.max_seq_len, keep_tail=False)
@@ -107,14 +107,14 @@ def main(settings: Settings) -> None:
 
 def decayed_parameters(trainer: Trainer) -> set[str]:
     """The names of the parameters on which weight decay acts."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.unwrapped
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[id(p)] for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
 
 
 def router_gradients(trainer: Trainer, windows: Windows) -> list[tuple[float, float]]:
     """By layer, the norm of the NLL's gradient at the router and at all its experts together, over one window."""
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    model = trainer.unwrapped.eval()
     tokens, targets = (part.to(trainer.accelerator.device) for part in windows.batch([0]))
     loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
     loss.backward()

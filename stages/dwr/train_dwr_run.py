@@ -55,7 +55,7 @@ def main(settings: Settings, name: str) -> None:
     with trainer:
         state = trainer.run()
         final_train_loss = loss(seen)
-        model = accelerator.unwrap_model(trainer.model)
+        model = trainer.unwrapped
         weights, best = load_checkpoint(trainer.best_path)
         load_weights(model, weights, trainer.best_path)
         sums = trainer.validation_sums(validation)

@@ -20,7 +20,7 @@ def train_dwr(folder):
     """Trains DWR; each process notes the tokens of each expert in each of its forward passes, [pass][layer][expert]."""
     passes = []
     trainer = make_dwr_trainer(folder / "both")
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.unwrapped
 
     def note(module, _, output):
         if module.training:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -44,6 +46,15 @@ def test_training_equals_a_plain_loop(tmp_path):
     history = trainer.state.history
     assert [row["step"] for row in history] == [0, 7, 14, 21]
     assert history[2]["train_loss"] == pytest.approx(sum(losses[7:14]) / 7, rel=1e-5)
+
+
+def test_training_imports_no_compiler(tmp_path):
+    """torch and accelerate would load it for a decorator or a look at the model, for more than a second."""
+    code = f"import sys, pathlib, small_training; small_training.train(pathlib.Path({str(tmp_path)!r}));"
+    code += "print({'torch._dynamo', 'torch.distributed.tensor', 'sympy'} & set(sys.modules))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
 
 
 @pytest.mark.parametrize("crash_at", [0, 1, 2, 3, 4, 7, 8, 13, 20])
