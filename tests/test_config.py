@@ -206,7 +206,7 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
             {"analysis.primary.text.mode": "firm"},
             "analysis.primary.text.mode = 'firm': input should be 'soft' or 'hard'",
         ),
-        ({"analysis.primary": {}}, "analysis.primary = {}: dictionary should have at least 1 item"),
+        ({"analysis.primary": {}}, "analysis.primary = {}: must have at least 1"),
         ({"analysis.removal_fractions": [1.5]}, "analysis.removal_fractions.0 = 1.5: input should be less than or"),
         ({"analysis.oracle_windows": 1}, "analysis.oracle_windows = 1: input should be greater than or equal to 2"),
         ({"analysis.domain_windows": 1}, "analysis.domain_windows = 1: input should be greater than or equal to 2"),

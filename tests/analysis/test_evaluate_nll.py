@@ -216,7 +216,9 @@ def test_input_that_does_not_fit_is_an_error_in_one_line(tree):
     with pytest.raises(DynarouteError, match="train/P1: files of two runs, 0123456789abcdef and another"):
         stage.main(tiny_settings(), "P1")
     Path("data/dagformer/train/P1/run.json").write_text('{"run": "1"}')
-    with pytest.raises(DynarouteError, match=r"data/dagformer/train/P1/run\.json: damaged: 'knobs': run the stage"):
+    with pytest.raises(
+        DynarouteError, match=r"data/dagformer/train/P1/run\.json: lacks 'knobs': delete it and run the stage"
+    ):
         stage.main(tiny_settings(), "P1")
     with pytest.raises(DynarouteError, match=r"data/dagformer/train/P9/run\.json: cannot be read"):
         stage.main(tiny_settings(), "P9")

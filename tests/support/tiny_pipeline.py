@@ -38,11 +38,7 @@ TINY = {
     "checkpoint_every": 3,
     "analysis": {
         "primary": {
-            "learned": {
-                "question": "Better?", "left": ["P1", "A6"], "right": ["baseline"], "mode": "hard",
-                "protocol": "window",
-            },
-            "longer": {"question": "Longer?", "left": ["P2"], "right": ["P1"], "mode": "soft", "protocol": "prefix"},
+            "q": {"question": "Better?", "left": ["P1"], "right": ["baseline"], "mode": "hard", "protocol": "window"},
         },
         "variants": ["P1"], "permutations": 99, "swaps": 1, "domain_windows": 8, "gradient_windows": 8,
         "removal_windows": 4, "removal_fractions": [0.5], "random_removals": 1, "oracle_windows": 2, "oracle_steps": 2,
