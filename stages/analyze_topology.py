@@ -12,7 +12,7 @@ Writes  reports/dagformer/<id>/topology.json   run, variant, n (windows), checks
             swapped: by protocol, soft NLL of texts under their own wiring less that under other texts'
             reading: by mode, all on the tokens after the prefix: NLL less the baseline's when the encoder reads the
                 whole window, when it reads the prefix, and the one less the other
-            domains: null if the text has but one source; else sources, windows and documents; by mode separation
+            domains: null if `domain_windows` draws none; else sources, windows and documents; by mode separation
                 (test) and mean_distances; the probe of soft gates and of the text vectors (tests); layer_pairs, for
                 each the share of its mean gate's variance that lies between sources (test), and the means by source
         reports/dagformer/<id>/swaps.csv       a row for each protocol and window

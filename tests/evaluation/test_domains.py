@@ -184,8 +184,15 @@ def test_without_two_sources_of_two_documents_there_are_no_domains(tmp_path, sou
     assert domain_windows(shards, T, most=9) is None
 
 
+def test_more_sources_than_can_be_tested_are_no_domains(tmp_path, monkeypatch):
+    shards = write_tokens(tmp_path, [100, 200, 100, 40])
+    assert len(domain_windows(shards, T, most=9).sources) == 2
+    monkeypatch.setattr("dynaroute.evaluation.domains.MAX_SOURCES", 1)
+    assert domain_windows(shards, T, most=9) is None
+
+
 def one_document_of_bees(folder: Path, sources: list[str]) -> TokenShards:
-    writer = ShardWriter(folder, "test", sources, 50)
+    writer = ShardWriter(folder, "test", {}, 50)
     for source in ["ants", "ants", "ants", sources[-1]]:
         writer.write([1] * 60, source, 60)
     metadata = {"vocab_size": 50, "padded_vocab_size": 64, "eot_id": 0, "dtype": "uint16", "sources": sources}

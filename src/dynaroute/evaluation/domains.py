@@ -16,6 +16,7 @@ from dynaroute.data.shards import TokenShards
 from dynaroute.evaluation.statistics import PermutationTest, permutation_test
 
 RIDGE = 0.1  # of the linear probe, relative to the mean square of a window's centred features
+MAX_SOURCES = 64  # whose pairs are all compared; more are rather labels of documents than domains
 ROUNDING = 1e-14  # relative: features that vary less, by their squares, do not vary
 
 
@@ -150,7 +151,8 @@ def domain_windows(shards: TokenShards, seq_len: int, most: int) -> DomainWindow
         most: windows of one source at most.
 
     Returns:
-        The windows, or None if there are fewer than two sources with windows of at least two documents.
+        The windows, or None if there are fewer than two sources with windows of at least two documents, or more than
+        MAX_SOURCES.
     """
     whole = windows_of_documents(shards, seq_len)
     by_source: dict[int, dict[int, list[int]]] = {}
@@ -158,7 +160,7 @@ def domain_windows(shards: TokenShards, seq_len: int, most: int) -> DomainWindow
         document = int(whole[window])
         by_source.setdefault(int(shards.document_sources[document]), {}).setdefault(document, []).append(window)
     usable = {source: own for source, own in sorted(by_source.items()) if len(own) > 1}
-    if len(usable) < 2:
+    if not 2 <= len(usable) <= MAX_SOURCES:
         return None
     number = min(most, *(sum(map(len, own.values())) for own in usable.values()))
     windows, documents, labels = [], [], []

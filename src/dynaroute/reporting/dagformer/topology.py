@@ -1,5 +1,6 @@
 """X1, X2 and the protocols: whether texts are wired differently, by domain as well, and what it is worth."""
 
+from dynaroute.evaluation.domains import MAX_SOURCES
 from dynaroute.evaluation.statistics import SIGNIFICANT, Interval, corrected_verdict, holm
 from dynaroute.reporting.dagformer.analyses import Analyses
 from dynaroute.reporting.dagformer.results import MODES, PROTOCOLS, REFERENCE_VARIANT
@@ -110,7 +111,8 @@ def domains(analyses: Analyses) -> str:
     shown = {name: found["domains"] for name, found in analyses.topology.items() if found["domains"] is not None}
     if not shown:
         return (
-            "The test split has no two sources with whole windows of at least two documents each: nothing to compare."
+            f"The test split has no two sources, or more than {MAX_SOURCES}, with whole windows of at least two "
+            "documents each: nothing to compare."
         )
     first = next(iter(shown.values()))
     sizes = ", ".join(
