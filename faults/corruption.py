@@ -111,7 +111,7 @@ def stop_a_run() -> None:
     """Leaves what a stopped `tokenize` of a stream leaves: tokens of three shards, and a note."""
     shutil.rmtree(STOPPED, ignore_errors=True)
     STOPPED.mkdir(parents=True)
-    writer = ShardWriter(STOPPED, "train", ["docs"], 512, shard_tokens=300)
+    writer = ShardWriter(STOPPED, "train", {"docs": 0}, 512, shard_tokens=300)
     for length in (200, 250, 300):
         writer.write(np.arange(length), "docs", length)
     write_note(STOPPED / "progress.json", writer.flush())
@@ -124,7 +124,7 @@ def go_on() -> Any:
         shutil.copytree(STOPPED, copy)
         try:
             state = SplitState(*read_note(copy / "progress.json"))
-            writer = ShardWriter(copy, "train", ["docs"], 512, shard_tokens=300, state=state)
+            writer = ShardWriter(copy, "train", {"docs": 0}, 512, shard_tokens=300, state=state)
         except DynarouteError as error:
             raise DynarouteError(str(error).replace(str(copy), str(STOPPED))) from error
         writer.write(np.arange(100), "docs", 100)
