@@ -80,9 +80,9 @@ def by_library(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 def by_dynaroute(tokenizer: Tokenizer, pieces: Path, folder: Path) -> dict[str, Any]:
     """Writes the shards of one split into an existing folder, and returns the split's metadata."""
-    writer = ShardWriter(folder, "train", [], tokenizer.vocab_size)
+    writer = ShardWriter(folder, "train", {}, tokenizer.vocab_size)
     for document, ids in encoded(tokenizer, read_documents(pieces)):
-        writer.write(ids, document.source, len(document.text))
+        writer.write(ids, document.source, len(document.text), document.continues)
     return writer.close()
 
 

@@ -143,9 +143,10 @@ class Hub(HostedData):
 
 
 class Dolma(Section):
-    """Gzipped JSON lines in Dolma's format, {id, text, source, ...}, found by local glob patterns.
+    """JSON lines in Dolma's format, {id, text, source, ...}, compressed by gzip or zstd, found by local glob patterns.
 
-    Blank lines are skipped. A damaged line, or one whose text is null, stops the stage: it is named, never left out.
+    Of documents with the same id and source the first is kept, and the number of the others reported. Blank lines are
+    skipped. A damaged line, or one whose text is null, stops the stage: it is named, never left out.
     """
 
     kind: Literal["dolma"]
@@ -239,7 +240,11 @@ class GPT2(Section):
 
 
 class HubTokenizer(Hosted):
-    """The fast tokenizer of a hub id or a local directory."""
+    """The fast tokenizer of a hub id or a local directory.
+
+    One that splits text first, as GPT-2's, Llama 3's, OLMo 2's or Qwen's do, reads documents of any length in pieces.
+    Any other, such as Llama 2's, reads them whole, up to four million characters.
+    """
 
     kind: Literal["hub"]
 

@@ -18,8 +18,7 @@ class FaultyServer:
     ignore_range, wrong_range: the range asked for is not what comes; labelled: the gzip is said to be the encoding of
     the file, as some servers do; first_member: what comes ends with the first of the file's gzips, but the length of
     the file is stated; unstated: nothing says how long it is; unstated_first_member: both; other_total: a range is said
-    to be of a file of another length; trickle_headers: before the content, a header that does not end, a byte every
-    hundredth of a second while the client stays; a number: that status.
+    to be of a file of another length; a number: that status.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -90,13 +89,6 @@ class FaultyServer:
             handler.send_header(
                 "Content-Length", str(len(data) if fault == "first_member" and not start else len(body))
             )
-        if fault == "trickle_headers":
-            handler.flush_headers()
-            handler.wfile.write(b"X-Padding: ")
-            for _ in range(500):
-                handler.wfile.write(b"x")
-                time.sleep(0.01)
-            return
         handler.end_headers()
         if fault == "trickle":
             for place in range(len(body)):

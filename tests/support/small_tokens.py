@@ -26,7 +26,7 @@ def write_tokens(
         "splits": {},
     }
     for split, documents in splits.items():
-        writer = ShardWriter(folder, split, list(sources), vocab_size, shard_tokens)
+        writer = ShardWriter(folder, split, {source: n for n, source in enumerate(sources)}, vocab_size, shard_tokens)
         for index, ids in enumerate(documents):
             writer.write(ids, sources[index % len(sources)], num_characters=3 * len(ids))
         metadata["splits"][split] = writer.close()

@@ -99,20 +99,41 @@ def test_shares_are_what_was_asked_for():
     assert drawn.count("test") / 20_000 == pytest.approx(0.3, abs=0.01)
 
 
-def test_an_id_that_occurs_twice_is_named(tmp_path):
-    corpus = dolma_corpus(tmp_path / "a.gz", [*(f"d{i}" for i in range(50)), "d7"])
-    with pytest.raises(DynarouteError, match=r"corpora\.c: the id 'd7' occurs twice"):
-        collect("c", corpus, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("split", [THIRDS, {"skip": 40, "validation": 5, "test": 5}])
+def test_of_documents_with_the_same_id_and_source_the_first_is_kept(tmp_path, capsys, split):
+    rows = [{"id": f"d{i}", "text": f"Text {i}.", "source": "s"} for i in range(50)]
+    again = [rows[7] | {"text": "Another."}, rows[7], rows[41] | {"text": " "}, rows[8]]
+    other = rows[9] | {"source": "t"}
+    corpus = dolma_corpus(tmp_path / "a.gz", [], split)
+    for name, own in {"once": [*rows, other], "more": [*rows[:20], *again, *rows[20:], other, rows[3]]}.items():
+        (tmp_path / "a.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in own).encode()))
+        collect("c", corpus, tmp_path / name)
+        for part in SPLITS:
+            assert (tmp_path / name / f"{part}.jsonl").read_text() == (tmp_path / "once" / f"{part}.jsonl").read_text()
+    assert json.loads((tmp_path / "more/metadata.json").read_text())["duplicates"] == 4
+    assert capsys.readouterr().err == "collect c: 4 documents left out: id and source occurred before\n"
+
+
+def test_a_document_in_parts_is_one_document_in_one_split(tmp_path, monkeypatch):
+    ids = [f"{name}{i}" for name in "ab" for i in range(30)]
+    whole = collect("c", dolma_corpus(tmp_path / "a.gz", [*ids, "a3"]), tmp_path / "whole")
+    monkeypatch.setattr("dynaroute.data.text.sources.PART_CHARACTERS", 3)
+    assert collect("c", dolma_corpus(tmp_path / "a.gz", [*ids, "a3"]), tmp_path / "parts") == whole
+    for split in SPLITS:
+        texts = {}
+        for part in read_documents(tmp_path / "parts" / f"{split}.jsonl"):
+            texts[part.id] = texts.get(part.id, "") + part.text
+        documents = read_documents(tmp_path / "whole" / f"{split}.jsonl")
+        assert list(texts.items()) == [(document.id, document.text) for document in documents]
 
 
 def test_ids_of_equal_hash_are_not_taken_for_duplicates(tmp_path, monkeypatch):
-    values = {"d3": 2**63, "d4": 2**63}
+    values = {"d\0d3": 2**63, "d\0d4": 2**63}
     monkeypatch.setattr(
         "dynaroute.data.text.collect.stable_hash", lambda name: values.get(name, stable_hash(name)), raising=True
     )
-    collect("c", dolma_corpus(tmp_path / "a.gz", [f"d{i}" for i in range(50)]), tmp_path / "out")
-    assert {"d3", "d4"} <= set(split_by_id(tmp_path / "out"))
+    collect("c", dolma_corpus(tmp_path / "a.gz", [*(f"d{i}" for i in range(50)), "d4"]), tmp_path / "out")
+    assert sorted(split_by_id(tmp_path / "out")) == sorted(f"d{i}" for i in range(50))
 
 
 @pytest.mark.parametrize(

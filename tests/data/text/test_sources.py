@@ -1,5 +1,7 @@
 import gzip
+import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from ruamel.yaml import YAML
 
 from dynaroute.config import Dolma, Files, Hub, InstalledDocs, read_yaml
 from dynaroute.data.text import sources as corpora
-from dynaroute.data.text.sources import Document, documents, locate
+from dynaroute.data.text.sources import Document, documents, locate, parts
 from dynaroute.errors import DynarouteError
 
 
@@ -44,6 +46,44 @@ def write_split(folder: Path, split: str, texts: list, column: str = "text") -> 
     parquet.write_table(pyarrow.table({column: texts}), folder / f"{split}-00000-of-00001.parquet")
 
 
+def zstd(data: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+# --- what is common to all kinds ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [["abcdefghij"], ["a", "bcdefgh", "", "ij"], [*"abcdefghij"], ["  ", "  abcdefgh"]])
+def test_a_long_document_comes_in_parts(monkeypatch, chunks):
+    monkeypatch.setattr(corpora, "PART_CHARACTERS", 4)
+    found = list(parts("1", "s", chunks.__iter__, "train"))
+    assert "".join(part.text for part in found) == "".join(chunks)
+    assert max(len(part.text) for part in found) <= 4
+    assert [part.continues for part in found] == [True] * (len(found) - 1) + [False]
+    assert {(part.id, part.source, part.split) for part in found} == {("1", "s", "train")}
+
+
+@pytest.mark.parametrize("chunks", [[], [""], [" ", "\n" * 9, "\t"]])
+def test_a_blank_document_is_left_out(monkeypatch, chunks):
+    monkeypatch.setattr(corpora, "PART_CHARACTERS", 4)
+    assert list(parts("1", "s", chunks.__iter__)) == []
+
+
+def test_names_that_utf8_cannot_hold_are_repaired_and_stay_distinct():
+    names = ["a\ud800", "a\udcff", "a\udc80", "a\ufffd", "\ud83d\ude00", "\U0001f600", "a", "a\0"]
+    found = [next(parts(name, name, ["Text."].__iter__)) for name in names]
+    ids = [document.id for document in found]
+    ids += [next(parts(name, "s", ["Text."].__iter__)).id for name in ids[:3]]  # a name like a repaired one
+    assert len({*ids}) == len(ids)
+    assert [document.source for document in found] == ids[: len(names)]
+    assert "".join(ids).encode()
+    assert ids[0].startswith("a\ufffd#")
+    assert ids[5:8] == names[5:]
+
+
 # --- dolma -------------------------------------------------------------------------------------------------------
 
 
@@ -70,9 +110,30 @@ def test_blank_documents_are_left_out(tmp_path):
     assert [document.id for document in documents(source)] == ["3"]
 
 
-def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
-    source = write_dolma(tmp_path / "a.gz", row("1", "a\ud800b \U0001f600"))
-    assert next(documents(source)).text == "a\ufffdb \U0001f600"
+@pytest.mark.parametrize("compress", [gzip.compress, zstd])
+def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path, compress):
+    line = json.dumps({"id": "\ud800", "text": "a\ud800b\0 \U0001f600", "source": "s\udfff"}) + "\n"
+    (tmp_path / "a.gz").write_bytes(compress(line.encode()))
+    (document,) = documents(Dolma(kind="dolma", paths=[str(tmp_path / "a.gz")]))
+    assert document.text == "a\ufffdb\0 \U0001f600"
+    assert (document.id[0], document.source[:2]) == ("\ufffd", "s\ufffd")
+
+
+def test_zstd_is_read_by_what_is_in_a_file_whatever_its_name(tmp_path):
+    lines = [json.dumps(row(str(number))).encode() + b"\n" for number in range(4)]
+    skipped = b"\x50\x2a\x4d\x18\x02\0\0\0ab"  # a frame that is no content, with which some tools begin
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd(lines[0]) + skipped + zstd(lines[1]))
+    (tmp_path / "b.gz").write_bytes(skipped + zstd(lines[2]))
+    (tmp_path / "c.zst").write_bytes(gzip.compress(lines[3]))
+    found = documents(Dolma(kind="dolma", paths=[str(tmp_path / "*")]))
+    assert [document.id for document in found] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("cut", [-1, 6, 20])
+def test_a_truncated_zstd_is_named(tmp_path, cut):
+    (tmp_path / "a.zst").write_bytes(zstd(b"\n" + json.dumps(row("1")).encode())[:cut])
+    with pytest.raises(DynarouteError, match=r"a\.zst: damaged gzip or zstd after line \d"):
+        list(documents(Dolma(kind="dolma", paths=[str(tmp_path / "a.zst")])))
 
 
 @pytest.mark.parametrize(
@@ -84,11 +145,14 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path):
         ('{"id": "x", "text": null, "source": "s"}', "text = null: must be a string"),
         ("[" * 100_000, "not valid JSON"),
         ('{"id": 7, "text": "t", "source": "s"}', "id = 7: must be a string"),
+        ('{"id": "x", "text": "t", "source": null}', "source = null: must be a string"),
+        ('{"id": "x", "text": "t", "source": {"a": "\\ud800"}}', r'source = {"a": "\\ud800"}: must be a string'),
+        ("\udcff", "not valid JSON: 'utf-8' codec"),
     ],
 )
 def test_a_damaged_line_is_named_after_the_good_ones_were_streamed(tmp_path, line, problem):
     path = tmp_path / "a.gz"
-    path.write_bytes(gzip.compress((json.dumps(row("1")) + "\n" + line + "\n").encode()))
+    path.write_bytes(gzip.compress((json.dumps(row("1")) + "\n" + line + "\n").encode(errors="surrogateescape")))
     stream = documents(Dolma(kind="dolma", paths=[str(path)]))
     assert next(stream).id == "1"
     with pytest.raises(DynarouteError, match=rf"a\.gz, line 2: {problem}"):
@@ -114,23 +178,16 @@ def test_a_line_too_long_to_be_held_is_named_after_those_before_it(tmp_path, mon
         next(found)
 
 
-def test_a_file_too_large_to_be_held_is_named_before_it_is_read(tmp_path):
-    with (tmp_path / "a.txt").open("wb") as file:
-        file.truncate(2**30 + 1)  # takes no room on the disk
-    with pytest.raises(DynarouteError, match=r"a\.txt: 1073741825 bytes, more than 1073741824"):
-        list(documents(Files(kind="files", paths=[str(tmp_path / "a.txt")])))
-
-
 def test_a_truncated_gzip_is_named(tmp_path):
     source = write_dolma(tmp_path / "a.gz", row("1"), row("2"))
     (tmp_path / "a.gz").write_bytes((tmp_path / "a.gz").read_bytes()[:-12])
-    with pytest.raises(DynarouteError, match=r"a\.gz: damaged gzip after line \d"):
+    with pytest.raises(DynarouteError, match=r"a\.gz: damaged gzip or zstd after line \d"):
         list(documents(source))
 
 
 def test_a_file_that_is_not_gzip_is_named(tmp_path):
     (tmp_path / "a.gz").write_text(json.dumps(row("1")))
-    with pytest.raises(DynarouteError, match=r"a\.gz: damaged gzip after line 0"):
+    with pytest.raises(DynarouteError, match=r"a\.gz: damaged gzip or zstd after line 0"):
         list(documents(Dolma(kind="dolma", paths=[str(tmp_path / "a.gz")])))
 
 
@@ -153,6 +210,43 @@ def test_files_are_documents_named_by_path_and_sourced_by_folder(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     found = list(documents(Files(kind="files", paths=["texts/**/*.txt", "texts/a.txt"])))
     assert found == [Document("texts/a.txt", "Marked", "texts"), Document("texts/poems/b.txt", "Zwölf", "poems")]
+
+
+def test_a_file_is_read_in_chunks_as_it_is_read_at_once(tmp_path, monkeypatch):
+    content = "\ufeffZwölf\r\nBoxkämpfer\r\r\n\U0001f600\ufeff\r"
+    (tmp_path / "a.txt").write_text(content, "utf-8", newline="")
+    for size in range(1, 12):
+        monkeypatch.setattr(corpora, "PART_CHARACTERS", size)
+        found = list(documents(Files(kind="files", paths=[str(tmp_path / "a.txt")])))
+        assert "".join(part.text for part in found) == (tmp_path / "a.txt").read_text("utf-8-sig")
+        (tmp_path / "b.txt").write_bytes(content.encode() + b"\xf0\x9f")
+        with pytest.raises(DynarouteError, match=rf"b\.txt: not UTF-8 text at byte {len(content.encode())}$"):
+            list(documents(Files(kind="files", paths=[str(tmp_path / "b.txt")])))
+
+
+def test_file_and_folder_names_that_are_not_utf8_are_repaired_and_stay_distinct(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, name in itertools.product([b"t\xff", b"t\xfe"], [b"\xe4.txt", b"\xf6.txt", "\ufffd.txt".encode()]):
+        try:
+            Path(os.fsdecode(folder)).mkdir(exist_ok=True)
+        except OSError:
+            pytest.skip("this file system takes no such names")
+        Path(os.fsdecode(folder + b"/" + name)).write_text("Text.")
+    source = Files(kind="files", paths=["*/*.txt"])
+    found = list(documents(source))
+    assert len({document.id for document in found}) == 6
+    assert len({document.source for document in found}) == 2
+    assert json.dumps([found, locate(source)], ensure_ascii=False).encode()
+    assert len(locate(source)["files"]) == 6
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    for folder in ("1/texts", "2/texts"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.txt").write_text("X")
+    source = Files(kind="files", paths=[f"{tmp_path}/1/texts/*.txt", f"{tmp_path}/2/texts/*.txt"])
+    with pytest.raises(DynarouteError, match=r"1/texts/x\.txt and .*2/texts/x\.txt would both be named texts/x\.txt"):
+        list(documents(source))
 
 
 def test_patterns_may_leave_the_working_directory(tmp_path, monkeypatch):
@@ -263,6 +357,24 @@ def test_joined_rows_are_one_document_a_split(hub_folder):
     ]
 
 
+def test_joined_rows_come_in_parts(hub_folder, monkeypatch):
+    monkeypatch.setattr(corpora, "PART_CHARACTERS", 10)
+    write_split(hub_folder, "train", [" ", *(f"Row {number}." for number in range(9)), "", "One long last row."])
+    whole = "\n\n".join(row for split in corpora._load_hub_dataset(hub(hub_folder)).values() for row in split["text"])
+    found = list(documents(hub(hub_folder, "joined")))
+    assert "".join(part.text for part in found) == whole
+    assert {len(part.text) for part in found[:-1]} <= {*range(11)}
+    assert [part.continues for part in found] == [True] * (len(found) - 1) + [False]
+
+
+def test_rows_that_are_not_utf8_are_repaired(hub_folder):
+    """Nothing checks the text of a Parquet file until it becomes Python's."""
+    values = pyarrow.array([b"a\xff\0", None, b"b"], pyarrow.binary())
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, values.buffers())
+    write_split(hub_folder, "train", texts)
+    assert [document.text for document in documents(hub(hub_folder))] == ["a\ufffd\0", "b"]
+
+
 def test_a_missing_column_is_named_with_those_there_are(hub_folder):
     write_split(hub_folder, "train", ["One."], column="content")
     with pytest.raises(DynarouteError, match=r"'text' is not a column of text in split train .* content \(string\)"):
@@ -275,9 +387,23 @@ def test_a_column_of_numbers_is_not_text(hub_folder):
         list(documents(hub(hub_folder)))
 
 
-def test_a_hub_dataset_that_cannot_be_loaded_is_named(hub_folder):
-    with pytest.raises(DynarouteError, match=r"path: dataset .*dataset cannot be loaded"):
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, ""),
+        ({"dataset.py": b"", "train.jsonl": b'{"text": "a"}\n'}, "Dataset scripts are no longer supported"),
+        ({"train.jsonl": b'{"text": "a\\ud800"}\n'}, "JSON parse error: The surrogate pair in string is invalid"),
+        ({"train.zip": b"PK\x03\x04"}, "File is not a zip file"),
+        ({"README.md": b"---\nconfigs: [\n---\n", "train.txt": b"a"}, "while parsing"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_a_hub_dataset_that_cannot_be_loaded_is_named_with_the_reason(hub_folder, files, reason):
+    for name, content in files.items():
+        (hub_folder / name).write_bytes(content)
+    with pytest.raises(DynarouteError, match=rf"path: dataset .*dataset cannot be loaded: {reason}") as caught:
         list(documents(hub(hub_folder)))
+    assert "\n" not in str(caught.value)
 
 
 # --- locate ------------------------------------------------------------------------------------------------------

@@ -92,3 +92,10 @@ def test_too_few_documents_are_refused(documents):
 def test_text_without_windows_that_go_on_is_refused():
     with pytest.raises(DynarouteError, match=r"analysis.oracle_windows = 3: 1 documents .* in a row"):
         followed_windows(np.array([-1, 0, 0, 1, 2, -1, 3]), 3)
+
+
+def test_more_sources_than_can_be_tested_are_no_domains(tmp_path, monkeypatch):
+    shards = write_tokens(tmp_path, [100, 200, 100, 40])
+    assert len(domain_windows(shards, T, most=9).sources) == 2
+    monkeypatch.setattr("dynaroute.data.tokens.documents.MAX_SOURCES", 1)
+    assert domain_windows(shards, T, most=9) is None

@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 from repository import REPOSITORY, stage_script
 
-from dynaroute.config import ByteBPE
+from dynaroute.config import ByteBPE, Corpus
+from dynaroute.data.text import sources as corpora
+from dynaroute.data.text.collect import collect
 from dynaroute.data.tokens import encode
 from dynaroute.data.tokens.encode import tokenize
 from dynaroute.data.tokens.shards import TokenShards
+from dynaroute.data.tokens.tokenizers import HuggingFaceTokenizer, TiktokenTokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
 
 BPE = ByteBPE(kind="bpe", vocab_size=280)
+TEXTS = ["the cat sat on the mat, and the other cat's mat.\n", "def cat(the):\n    return the\n"] * 9
 
 
 def write_collected(folder: Path, **documents: list[tuple[str, str]]) -> Path:
@@ -56,6 +60,43 @@ def test_every_document_comes_back_from_its_tokens_with_one_separator(tmp_path, 
         assert sum(metadata["splits"][split]["tokens_by_source"].values()) == shards.num_tokens
     assert metadata["splits"]["validation"]["num_tokens"] == 0
     assert (metadata["tokenizer"], metadata["sources"]) == ({"kind": "bpe", "vocab_size": 280}, ["a", "b"])
+
+
+@pytest.mark.parametrize("kind", ["bpe", "gpt2", "hub"])
+def test_a_document_in_parts_gives_the_bytes_that_it_gives_whole(tmp_path, monkeypatch, request, kind):
+    """The tokenizer trained on it included; and no tokenizer ever reads much more than a part."""
+    settings = BPE.model_dump()
+    if kind == "gpt2":
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(request.getfixturevalue("shared_data") / "tiktoken"))
+        settings = {"kind": "gpt2"}
+    elif kind == "hub":
+        save_tokenizer(ByteBPE(kind="bpe", vocab_size=265), TEXTS, tmp_path / "bpe")
+        settings = {"kind": "hub", "path": str(tmp_path / "bpe"), "revision": None}
+    (tmp_path / "texts").mkdir()
+    tab = "\t"
+    for number in range(20):
+        long = "".join(f"the {n}  cats'll\n\n  sit\r\n{tab * (n % 4)}on mat {number}\u3000Zwölf." for n in range(60))
+        (tmp_path / f"texts/{number}.txt").write_text(long if number % 3 == 0 else f"the mat {number} ", "utf-8")
+    source = {"kind": "files", "paths": [f"{tmp_path}/texts/*.txt"]}
+    split = {"validation": 0.2, "test": 0.2}
+    corpus = Corpus.model_validate({"source": source, "split": split, "tokenizer": settings})
+    lengths, files = [], {}
+    for library in (HuggingFaceTokenizer, TiktokenTokenizer):
+
+        def watched(self, texts, encode_batch=library.encode_batch):
+            lengths.extend(map(len, texts))
+            return encode_batch(self, texts)
+
+        monkeypatch.setattr(library, "encode_batch", watched)
+    for name, size in {"whole": corpora.PART_CHARACTERS, "parts": 150}.items():
+        lengths.clear()
+        monkeypatch.setattr(corpora, "PART_CHARACTERS", size)
+        collect("c", corpus, tmp_path / f"{name}.raw")
+        tokenize("c", corpus.tokenizer, tmp_path / f"{name}.raw", tmp_path / name, shard_tokens=500)
+        paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
+        files[name] = {path.relative_to(tmp_path / name): path.read_bytes() for path in paths}
+        assert (max(lengths) < 200) == (name == "parts")
+    assert files["parts"] == files["whole"]
 
 
 def test_tokenizing_twice_gives_the_same_bytes(tmp_path, collected):

@@ -51,7 +51,8 @@ def test_all_or_nothing(tmp_path):
     assert split(tmp_path / "short", [text], [text[: SPAN - 2]]) == 0  # end-of-text makes one more
 
 
-def test_a_corpus_that_is_too_large_is_not_searched(tmp_path, monkeypatch):
-    monkeypatch.setattr(overlap, "MAX_TRAINING_TOKENS", 50)
+@pytest.mark.parametrize("limit", ["MAX_TRAINING_TOKENS", "MAX_HELD_OUT_TOKENS"])
+def test_a_corpus_that_is_too_large_is_not_searched(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(overlap, limit, 50)
     text = list(range(1, 100))
     assert split(tmp_path, [text], [text]) is None

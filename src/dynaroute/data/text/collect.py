@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -23,46 +24,78 @@ SPLITS = ("train", "validation", "test")
 def collect(name: str, corpus: Corpus, directory: str | Path) -> dict[str, Any]:
     """Writes {train,validation,test}.jsonl, a line {id, text, source} each document, and metadata.json.
 
-    Splits by shares hold an id's document in the same split whatever else the corpus contains. Memory does not grow
-    with the text: it holds one document, and 8 bytes for every id.
+    A long document is several lines in a row, all but the last with "continues": true. Of documents with the same id
+    and source the first is kept. Splits by shares hold an id's document in the same split whatever else the corpus
+    contains. Memory grows neither with the text nor with a document: it holds a part of one, and 8 bytes for every id.
 
     Returns:
-        The metadata: per split, documents and characters, in all and by source.
+        The metadata: per split, documents and characters, in all and by source; and the number of duplicates left out.
 
     Raises:
-        DynarouteError: two documents share an id, or a split that should hold something is empty.
+        DynarouteError: a split that should hold something is empty.
     """
-    counts = {split: {"documents": Counter(), "characters": Counter()} for split in SPLITS}
-    hashes = array("Q")
-    seen_splits = Counter()
+    repeated: set[int] = set()
     with output_directory(directory) as folder:
-        with contextlib.ExitStack() as stack:
-            files = {
-                split: stack.enter_context((folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n"))
-                for split in SPLITS
-            }
-            for document in tqdm(documents(corpus.source), desc=f"collect {name}", unit=" documents", disable=None):
-                hashes.append(stable_hash(document.id))
-                seen_splits[document.split] += 1
-                split = document.split
-                if corpus.split != "official":
-                    split = split_of(hashes[-1], len(hashes) - 1, corpus.split)
-                if split not in files:
-                    continue  # an official split of some other name, such as "unsupervised"
-                line = {"id": document.id, "text": document.text, "source": document.source}
-                files[split].write(json.dumps(line, ensure_ascii=False) + "\n")
-                counts[split]["documents"][document.source] += 1
-                counts[split]["characters"][document.source] += len(document.text)
-        _refuse_duplicates(name, corpus, hashes)
-        found = {split: counts[split]["documents"].total() for split in SPLITS}
-        refuse_unfilled_splits(name, corpus.split, found, seen_splits)
-        metadata = {"corpus": name, "splits": {split: _summary(counts[split]) for split in SPLITS}}
+        while True:  # once more where there are duplicates: which hashes to watch is known after the first time
+            metadata, hashes = _write_splits(name, corpus, folder, repeated)
+            ordered = np.sort(np.frombuffer(hashes, np.uint64))
+            new = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist()) - repeated
+            if not new:
+                break
+            repeated |= new
         write_json(folder / "metadata.json", metadata)
+    if duplicates := metadata["duplicates"]:
+        print(f"collect {name}: {duplicates:,} documents left out: id and source occurred before", file=sys.stderr)
     return metadata
 
 
+def _write_splits(name: str, corpus: Corpus, folder: Path, repeated: set[int]) -> tuple[dict[str, Any], array]:
+    """Writes the files of all splits, without duplicates that have one of the `repeated` hashes.
+
+    Returns:
+        The metadata, and a hash of id and source of every document that was not left out.
+    """
+    counts = {split: {"documents": Counter(), "characters": Counter()} for split in SPLITS}
+    hashes, official_splits, duplicates = array("Q"), Counter(), 0
+    seen: set[tuple[str, str]] = set()
+    starts = True
+    with contextlib.ExitStack() as stack:
+        files = {
+            split: stack.enter_context((folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n"))
+            for split in SPLITS
+        }
+        for part in tqdm(documents(corpus.source), desc=f"collect {name}", unit=" parts", disable=None):
+            if starts:
+                key = part.source, part.id
+                key_hash = stable_hash("\0".join(key))
+                if key in seen:
+                    split = None
+                    duplicates += 1
+                else:
+                    split = part.split
+                    official_splits[split] += 1
+                    if corpus.split != "official":
+                        split = split_of(stable_hash(part.id), len(hashes), corpus.split)
+                    hashes.append(key_hash)
+                if key_hash in repeated:
+                    seen.add(key)
+            starts = not part.continues
+            if split not in files:
+                continue  # a duplicate, or an official split of some other name, such as "unsupervised"
+            line = {"id": part.id, "text": part.text, "source": part.source}
+            if part.continues:
+                line["continues"] = True
+            files[split].write(json.dumps(line, ensure_ascii=False) + "\n")
+            counts[split]["documents"][part.source] += not part.continues
+            counts[split]["characters"][part.source] += len(part.text)
+    found = {split: counts[split]["documents"].total() for split in SPLITS}
+    refuse_unfilled_splits(name, corpus.split, found, official_splits)
+    summaries = {split: _summary(counts[split]) for split in SPLITS}
+    return {"corpus": name, "duplicates": duplicates, "splits": summaries}, hashes
+
+
 def read_documents(path: str | Path) -> Iterator[Document]:
-    """Streams the documents of a .jsonl file that `collect` wrote.
+    """Streams the documents of a .jsonl file that `collect` wrote, long ones in parts.
 
     Raises:
         DynarouteError: the file is missing, or a line of it is damaged.
@@ -70,7 +103,8 @@ def read_documents(path: str | Path) -> Iterator[Document]:
     try:
         with Path(path).open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                yield parse_document(line, f"{path}, line {number}")
+                fields = parse_document(line, f"{path}, line {number}")
+                yield Document(fields["id"], fields["text"], fields["source"], continues=fields.get("continues", False))
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}: run the stage collect") from error
 
@@ -96,20 +130,6 @@ def split_of(id_hash: int, number: int, split: Split | Region) -> str:
     if position < split.test:
         return "test"
     return "validation" if position < split.test + split.validation else "train"
-
-
-def _refuse_duplicates(name: str, corpus: Corpus, hashes: array) -> None:
-    """Refuses a corpus that holds an id twice: most often the same file under two names, so the text counts twice."""
-    ordered = np.sort(np.frombuffer(hashes, np.uint64))
-    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    if not repeated:
-        return
-    seen: set[str] = set()
-    for document in documents(corpus.source):  # once more, to tell the ids and whether only their hashes are equal
-        if stable_hash(document.id) in repeated:
-            if document.id in seen:
-                raise DynarouteError(f"corpora.{name}: the id {document.id!r} occurs twice: ids must be unique")
-            seen.add(document.id)
 
 
 def refuse_unfilled_splits(name: str, split: HeldOut, found: dict[str, int], names: Iterable[str] = ()) -> None:

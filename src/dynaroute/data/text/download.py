@@ -1,7 +1,5 @@
-"""Gzip files over HTTP that arrive whole, whatever the server does in between."""
+"""Gzip and zstd files over HTTP that arrive whole, whatever the server does in between."""
 
-import gzip
-import queue
 import re
 import threading
 import time
@@ -11,6 +9,7 @@ from pathlib import Path
 import requests
 import urllib3
 
+from dynaroute.data.text.sources import decompressed, is_zstd
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import flush
 
@@ -28,11 +27,12 @@ class _FailureError(Exception):
     """One that may pass."""
 
 
-def fetch_gzip(address: str, path: Path, stop: threading.Event) -> None:
-    """Downloads a gzip file unless it is there, and checks it: its length, and its own checksums over all its content.
+def fetch_compressed(address: str, path: Path, stop: threading.Event) -> None:
+    """Downloads a compressed file unless it is there, and checks its length and its own checksums over its content.
 
-    A gzip may consist of several, each with its own checksum, and breaking off between two of them leaves a gzip that
-    is whole: only the length that the server states tells. Where it states none, or a wrong one, nothing does.
+    A gzip always has checksums, a zstd file has them if whoever made it wanted so. Either may consist of several, and
+    breaking off between two of them leaves a file that is whole: only the length that the server states tells. Where
+    it states none, or a wrong one, nothing does.
 
     Connections that fail, drop, stall or hardly bring anything, server errors, and content that turns out truncated or
     altered are tried again, with growing delays; a download that broke off goes on where it stopped, also in a later
@@ -44,7 +44,7 @@ def fetch_gzip(address: str, path: Path, stop: threading.Event) -> None:
         stop: set to leave.
 
     Raises:
-        DynarouteError: the server refuses the file, or goes on failing, or `stop` was set.
+        DynarouteError: the server refuses the file, sends one of another kind, or keeps failing; or `stop` was set.
     """
     if path.exists():
         try:
@@ -57,7 +57,8 @@ def fetch_gzip(address: str, path: Path, stop: threading.Event) -> None:
     failures, furthest = 0, 0
     while True:
         try:
-            download.go_on(stop)
+            download.resume(stop)
+            _refuse_other_kinds(address, part)
             _check(part)
         except (_FailureError, requests.RequestException, urllib3.exceptions.HTTPError) as error:
             size = part.stat().st_size if part.exists() else 0
@@ -69,7 +70,7 @@ def fetch_gzip(address: str, path: Path, stop: threading.Event) -> None:
                 reason = " ".join(str(error).split())[:200]
                 raise DynarouteError(
                     f"{address}: {failures} failures without progress, the last one: {reason}: "
-                    "the same command goes on from here"
+                    "the same command resumes from here"
                 ) from error
             if stop.wait(min(LONGEST_DELAY, FIRST_DELAY * 2**failures)):
                 raise DynarouteError(f"{address}: left") from error
@@ -92,18 +93,19 @@ class _Download:
         self.part.unlink(missing_ok=True)
         self.total = None
 
-    def go_on(self, stop: threading.Event) -> None:
+    def resume(self, stop: threading.Event) -> None:
         """Asks once for what `part` lacks, and appends it.
 
         Raises:
             _FailureError: what has been there before is of no use.
-            requests.RequestException, urllib3.exceptions.HTTPError: what is there now may be gone on with.
+            requests.RequestException, urllib3.exceptions.HTTPError: what is there now can be resumed from.
         """
         have = self.part.stat().st_size if self.part.exists() else 0
-        headers = {"Accept-Encoding": "identity"}  # the gzip as it is
+        headers = {"Accept-Encoding": "identity"}  # the file as it is
         if have:
             headers["Range"] = f"bytes={have}-"
-        with _ask(self.address, headers) as response:
+        timeout = CONNECT_SECONDS, READ_SECONDS  # the latter without a single byte
+        with requests.get(self.address, headers=headers, stream=True, timeout=timeout) as response:
             if response.status_code in FINAL_STATUSES:
                 raise DynarouteError(f"{self.address}: the server answers {response.status_code} {response.reason}")
             if response.status_code == 416:
@@ -140,39 +142,23 @@ class _Download:
             raise _FailureError(f"{size} bytes came of {self.total}")
 
 
-def _ask(address: str, headers: dict[str, str]) -> requests.Response:
-    """What the server answers, whose content is still to be read.
-
-    Raises:
-        requests.RequestException: there is no answer, or it takes too long.
-    """
-    answers: queue.SimpleQueue[requests.Response | Exception] = queue.SimpleQueue()
-
-    def get() -> None:
-        try:
-            answers.put(requests.get(address, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)))
-        except Exception as error:
-            answers.put(error)
-
-    # In a thread, since the time limit of `requests` counts anew with every byte of the headers.
-    threading.Thread(target=get, daemon=True).start()
-    seconds = CONNECT_SECONDS + READ_SECONDS
-    try:
-        answer = answers.get(timeout=seconds)
-    except queue.Empty as error:
-        raise requests.ReadTimeout(f"no answer in {seconds:g} seconds") from error
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+def _refuse_other_kinds(address: str, path: Path) -> None:
+    """Raises DynarouteError if a response that came whole is no gzip or zstd: asking again would not change that."""
+    with path.open("rb") as file:
+        beginning = file.read(32)
+    if beginning and beginning[:2] != b"\x1f\x8b" and not is_zstd(beginning[:4]):
+        path.unlink()
+        what = "a web page" if beginning.lstrip().startswith(b"<") else "a file"
+        raise DynarouteError(f"{address}: the server sends {what} that is neither gzip nor zstd: {beginning!r}...")
 
 
 def _check(path: Path) -> None:
-    """Raises _FailureError if a gzip is not whole: its end says how long its content is, and the content's CRC."""
+    """Raises _FailureError if a compressed file is not whole, by the lengths and checksums in it."""
     try:
-        with gzip.open(path) as content:
+        with path.open("rb") as file, decompressed(file) as content:
             if not content.peek(1):  # also where there is no gzip at all, but no byte
                 raise EOFError("it holds nothing")
             while content.read(CHUNK_BYTES):
                 pass
     except (EOFError, OSError, zlib.error) as error:
-        raise _FailureError(f"not a whole gzip: {error}") from error
+        raise _FailureError(f"damaged gzip or zstd: {error}") from error

@@ -3,10 +3,16 @@
 What becomes of the stream, splits and files, is `collection.py`'s part.
 """
 
+import codecs
+import functools
 import gzip
+import hashlib
+import io
 import json
+import re
+import types
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -14,21 +20,22 @@ from dynaroute.config import Dolma, DolmaStream, Files, Hub, InstalledDocs, Sour
 from dynaroute.data.text import installed_docs
 from dynaroute.errors import DynarouteError
 
-# Documents are held whole. A longer line is most often a file without line ends.
-MAX_LINE_BYTES, MAX_FILE_BYTES = 2**28, 2**30
+PART_CHARACTERS = 2**18  # of a document that are held at once
+MAX_LINE_BYTES = 2**28  # of a Dolma file; a line is held whole, and a longer one is most often a file without line ends
 
 
 class Document(NamedTuple):
-    """A text, the name by which its corpus knows it, and the part of the corpus that it comes from."""
+    """A document or a part of one. The id is unique within the source, such as a website or a folder."""
 
     id: str
     text: str
     source: str
     split: str | None = None  # the name of its official split, where the source has such
+    continues: bool = False  # the next one is this document's next part
 
 
 def documents(source: Source) -> Iterator[Document]:
-    """Streams the documents of a source, in an order that only its content decides; blank documents are left out.
+    """Streams the documents of a source as `parts`, in an order that only its content decides.
 
     Not those of a `dolma_stream`, which is tokenized as it comes, by `streaming.py`.
 
@@ -37,21 +44,58 @@ def documents(source: Source) -> Iterator[Document]:
     """
     match source:
         case InstalledDocs():
-            found = _installed_documents(source)
+            return _installed_documents(source)
         case Hub():
-            found = _hub_documents(source)
+            return _hub_documents(source)
         case Dolma():
-            found = _dolma_documents(source)
+            return _dolma_documents(source)
         case Files():
-            found = _file_documents(source)
-    yield from usable(found)
+            return _file_documents(source)
 
 
-def usable(found: Iterable[Document]) -> Iterator[Document]:
-    """Those documents that are not blank, without what UTF-8 cannot hold."""
-    for document in found:
-        if document.text and not document.text.isspace():
-            yield document._replace(id=_valid_unicode(document.id), text=_valid_unicode(document.text))
+def parts(
+    document_id: str, source: str, read: Callable[[], Iterable[str]], split: str | None = None
+) -> Iterator[Document]:
+    """One document in parts of at most PART_CHARACTERS; none if it is blank.
+
+    All text and names pass through here, so here they lose what UTF-8 cannot hold.
+
+    Args:
+        document_id: its name; distinct names stay distinct.
+        source: where it comes from.
+        read: starts to read its text, in chunks of any size; called twice.
+        split: its official split.
+    """
+    if not any(chunk and not chunk.isspace() for chunk in read()):
+        return
+    first = Document(_valid_name(document_id), "", _valid_name(source), split)
+    held, size = [], 0
+    for chunk in read():
+        for start in range(0, len(chunk), PART_CHARACTERS):
+            piece = _valid_unicode(chunk[start : start + PART_CHARACTERS])
+            if size + len(piece) > PART_CHARACTERS:
+                yield first._replace(text="".join(held), continues=True)
+                held, size = [], 0
+            held.append(piece)
+            size += len(piece)
+    yield first._replace(text="".join(held))
+
+
+def _valid_unicode(text: str) -> str:
+    r"""Replaces lone halves of surrogate pairs, which an escape like \ud800 makes and UTF-8 cannot hold, by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return re.sub("[\ud800-\udfff]", "\ufffd", text)
+    return text
+
+
+def _valid_name(name: str) -> str:
+    """The name repaired; if U+FFFD is then in it, with a hash, since other names may look the same."""
+    valid = _valid_unicode(name)
+    if "\ufffd" not in valid:
+        return valid
+    return f"{valid}#{hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}"
 
 
 def locate(source: Source) -> dict[str, Any]:
@@ -108,40 +152,54 @@ def _last_fixed_folder(pattern: Path) -> Path:
 
 
 def _file_states(files: list[Path]) -> dict[str, Any]:
-    states = {path.as_posix(): path.stat() for path in files}
+    states = {_valid_name(path.as_posix()): path.stat() for path in files}
     return {"files": {name: {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns} for name, state in states.items()}}
-
-
-def _valid_unicode(text: str) -> str:
-    r"""Replaces lone halves of surrogate pairs, which an escape like \ud800 makes and UTF-8 cannot hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _installed_documents(source: InstalledDocs) -> Iterator[Document]:
     for package, module_id, text in installed_docs.modules(source.packages):
-        yield Document(module_id, text, package)
+        yield from parts(module_id, package, [text].__iter__)
 
 
 def _hub_documents(source: Hub) -> Iterator[Document]:
     for split, rows in _load_hub_dataset(source).items():
         feature = rows.features.get(source.text_column)
-        if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        if getattr(feature, "dtype", None) not in ("string", "large_string", "string_view"):
             columns = ", ".join(f"{name} ({getattr(kind, 'dtype', kind)})" for name, kind in rows.features.items())
             raise DynarouteError(
                 f"text_column: {source.text_column!r} is not a column of text in split {split} of {source.path}, "
                 f"which has: {columns}"
             )
-        batches = rows.select_columns(source.text_column).iter(batch_size=1000)  # far faster than row by row
-        texts = (text or "" for batch in batches for text in batch[source.text_column])  # a missing value is empty
+        texts = functools.partial(_column, rows.select_columns(source.text_column).with_format("arrow"))
         if source.rows == "joined":
-            yield Document(split, "\n\n".join(texts), source.path, split)
+            yield from parts(split, source.path, functools.partial(_joined, texts), split)
         else:
-            for index, text in enumerate(texts):
-                yield Document(f"{split}-{index}", text, source.path, split)
+            for index, text in enumerate(texts()):
+                yield from parts(f"{split}-{index}", source.path, functools.partial(_decoded, text), split)
+
+
+def _column(rows: Any) -> Iterator[memoryview]:
+    """The values of a `datasets.Dataset` of one column of text, not copied; a missing one is empty."""
+    import pyarrow  # takes half a second
+
+    for batch in rows.iter(batch_size=1000):  # far faster than row by row
+        for text in batch.column(0).cast(pyarrow.large_binary()):
+            yield memoryview(text.as_buffer() or b"")
+
+
+def _joined(texts: Callable[[], Iterator[memoryview]]) -> Iterator[str]:
+    for index, text in enumerate(texts()):
+        if index:
+            yield "\n\n"
+        yield from _decoded(text)
+
+
+def _decoded(text: memoryview) -> Iterator[str]:
+    """A text in chunks; bytes that are not UTF-8, which `datasets` does not look for, become U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for start in range(0, len(text), PART_CHARACTERS):
+        yield decoder.decode(text[start : start + PART_CHARACTERS])
+    yield decoder.decode(b"", final=True)
 
 
 def _load_hub_dataset(source: Hub) -> Any:
@@ -149,8 +207,8 @@ def _load_hub_dataset(source: Hub) -> Any:
 
     try:
         return datasets.load_dataset(source.path, source.name, revision=source.revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # of any kind: RuntimeError for a loading script, BadZipFile, YAMLError
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
         place = ", ".join(part for part in (source.path, source.name, source.revision) if part)
         raise DynarouteError(f"path: dataset {place} cannot be loaded: {reason}") from error
 
@@ -166,28 +224,51 @@ def _dolma_documents(source: Dolma) -> Iterator[Document]:
 
 
 def read_dolma(file: BinaryIO, name: str) -> Iterator[Document]:
-    """Streams the documents of one gzip of JSON lines; blank lines are skipped.
+    """Streams the documents of one compressed file of JSON lines as `parts`; blank lines are skipped.
 
     Raises:
-        DynarouteError: beginning with `name`; a line or the gzip is damaged, or the file is empty.
+        DynarouteError: beginning with `name`; a line or the compression is damaged, or the file is empty.
     """
     number = 0
     try:
         if not file.read(1):  # which gzip takes for no text; a power cut can leave such a file
             raise DynarouteError(f"{name}: an empty file, not even a gzip of nothing: fetch the file again")
-        file.seek(0)
-        with gzip.open(file) as lines:
+        with decompressed(file) as lines:
             for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), start=1):
                 if len(line) > MAX_LINE_BYTES:
                     raise DynarouteError(f"{name}, line {number}: longer than {MAX_LINE_BYTES} bytes: split it up")
                 if not line.isspace():
-                    yield parse_document(line, f"{name}, line {number}")
+                    document = parse_document(line, f"{name}, line {number}")
+                    yield from parts(document["id"], document["source"], [document["text"]].__iter__)
     except (OSError, EOFError, zlib.error) as error:
-        raise DynarouteError(f"{name}: damaged gzip after line {number}: {error}: fetch the file again") from error
+        raise DynarouteError(
+            f"{name}: damaged gzip or zstd after line {number}: {error}: fetch the file again"
+        ) from error
 
 
-def parse_document(line: str | bytes, place: str) -> Document:
-    """A document from a JSON line {id, text, source, ...}; other keys are ignored.
+def decompressed(file: BinaryIO) -> BinaryIO:
+    """The content of a file, from its start: of a zstd file if it begins like one, else of a gzip.
+
+    Reading it raises OSError, EOFError or zlib.error if the file is damaged. Closing it does not close `file`.
+    """
+    file.seek(0)
+    beginning = file.read(4)
+    file.seek(0)
+    if not is_zstd(beginning):
+        return gzip.open(file)
+    import pyarrow  # takes half a second
+
+    source = pyarrow.PythonFile(types.SimpleNamespace(read=file.read, close=lambda: None, closed=False), "r")
+    return io.BufferedReader(pyarrow.CompressedInputStream(source, "zstd"), 2**16)
+
+
+def is_zstd(beginning: bytes) -> bool:
+    """Whether the first four bytes are those of a zstd frame, or of one to skip, with which some files begin."""
+    return beginning == b"\x28\xb5\x2f\xfd" or beginning[1:] == b"\x2a\x4d\x18"
+
+
+def parse_document(line: str | bytes, place: str) -> dict[str, Any]:
+    """The fields of a JSON line {id, text, source, ...}, of which these three are strings.
 
     Raises:
         DynarouteError: naming the place, if the line is not such an object.
@@ -198,23 +279,34 @@ def parse_document(line: str | bytes, place: str) -> Document:
         raise DynarouteError(f"{place}: not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise DynarouteError(f"{place}: must be an object with id, text and source, not {type(fields).__name__}")
-    keys = ("id", "text", "source")
-    for key in keys:
+    for key in ("id", "text", "source"):
         if key not in fields:
             raise DynarouteError(f"{place}: {key} is missing")
         if not isinstance(fields[key], str):
             raise DynarouteError(f"{place}: {key} = {json.dumps(fields[key]):.80}: must be a string")
-    return Document(*(fields[key] for key in keys))
+    return fields
 
 
 def _file_documents(source: Files) -> Iterator[Document]:
+    paths: dict[str, Path] = {}
     for path, name in matched_files(source.paths).items():
-        try:
-            if (size := path.stat().st_size) > MAX_FILE_BYTES:
-                raise DynarouteError(f"{path}: {size} bytes, more than {MAX_FILE_BYTES}: split it up")
-            text = path.read_text("utf-8-sig")  # a byte-order mark is not text
-        except UnicodeDecodeError as error:
-            raise DynarouteError(f"{path}: not UTF-8 text at byte {error.start}") from error
-        except OSError as error:
-            raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
-        yield Document(name, text, path.absolute().parent.name)
+        if name in paths:
+            raise DynarouteError(f"paths: {paths[name]} and {path} would both be named {name}: move one of them")
+        paths[name] = path
+    for name, path in paths.items():
+        yield from parts(name, path.absolute().parent.name, functools.partial(_read_text, path))
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    """A UTF-8 file in chunks, without a byte-order mark and with all line ends as newlines."""
+    decoder, size = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True), 0
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(PART_CHARACTERS):
+                size += len(chunk)
+                yield decoder.decode(chunk)
+            yield decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:  # in the bytes that were read last
+        raise DynarouteError(f"{path}: not UTF-8 text at byte {size - len(error.object) + error.start}") from error
+    except OSError as error:
+        raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error

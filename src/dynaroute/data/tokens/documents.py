@@ -8,6 +8,8 @@ import numpy as np
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
 
+MAX_SOURCES = 64  # whose pairs are all compared; more are rather labels of documents than domains
+
 
 class DomainWindows(NamedTuple):
     """The same number of windows from every source, each of them wholly within one document."""
@@ -27,7 +29,8 @@ def domain_windows(shards: TokenShards, seq_len: int, most: int) -> DomainWindow
         most: windows of one source at most.
 
     Returns:
-        The windows, or None if there are fewer than two sources with windows of at least two documents.
+        The windows, or None if there are fewer than two sources with windows of at least two documents, or more than
+        MAX_SOURCES.
     """
     whole = windows_of_documents(shards, seq_len)
     by_source: dict[int, dict[int, list[int]]] = {}
@@ -35,7 +38,7 @@ def domain_windows(shards: TokenShards, seq_len: int, most: int) -> DomainWindow
         document = int(whole[window])
         by_source.setdefault(int(shards.document_sources[document]), {}).setdefault(document, []).append(window)
     usable = {source: own for source, own in sorted(by_source.items()) if len(own) > 1}
-    if len(usable) < 2:
+    if not 2 <= len(usable) <= MAX_SOURCES:
         return None
     number = min(most, *(sum(map(len, own.values())) for own in usable.values()))
     windows, documents, labels = [], [], []

@@ -1,6 +1,7 @@
 """A collected corpus to a folder of tokens: makes its tokenizer and encodes every split."""
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from dynaroute.config import GPT2, ByteBPE, HubTokenizer
 from dynaroute.data.text.collect import SPLITS, read_documents
 from dynaroute.data.text.sources import Document
+from dynaroute.data.tokens.cuts import GPT2_CUTS, last_cut
 from dynaroute.data.tokens.overlap import shared_shares
 from dynaroute.data.tokens.parallel import in_order
 from dynaroute.data.tokens.shard_writer import SHARD_TOKENS, ShardWriter, padded, token_dtype
@@ -20,6 +22,7 @@ from dynaroute.pipeline.artifacts import output_directory, read_record, write_js
 
 BATCH_CHARACTERS = 2**21  # enough to keep all cores busy, and some 100 MB while the tokens are Python objects
 BATCHES_AHEAD = 3  # so that no core waits for the last document of a batch
+MAX_UNCUT = 2**22  # characters of a document that a tokenizer may have to read at once: about half a gigabyte
 
 
 def tokenize(
@@ -31,27 +34,28 @@ def tokenize(
 ) -> dict[str, Any]:
     """Writes the tokens of a corpus that `collect` wrote to `collected` as a folder for `TokenShards`.
 
-    Memory does not grow with the corpus, except for what training a BPE needs.
+    Memory grows neither with the corpus nor with a document, except for the distinct words that train a BPE.
 
     Returns:
         The metadata of the folder. Held-out splits have a `share_in_train`, see `shared_shares`.
 
     Raises:
-        DynarouteError: a file is missing or damaged, or the tokenizer cannot be made.
+        DynarouteError: a file is missing or damaged, the tokenizer cannot be made, or see `pieces`.
     """
     collected = Path(collected)
     raw = read_record(collected / "metadata.json")["splits"]
-    sources = sorted({source for split in SPLITS for source in raw[split]["sources"]})
+    names = sorted({source for split in SPLITS for source in raw[split]["sources"]})
+    sources = {source: number for number, source in enumerate(names)}
     with output_directory(directory) as folder:
-        training_texts = (document.text for document in read_documents(collected / "train.jsonl"))
+        training_texts = (piece.text for piece in pieces(read_documents(collected / "train.jsonl"), GPT2_CUTS))
         tokenizer = save_tokenizer(settings, training_texts, folder / "tokenizer")
-        metadata = describe(name, settings, tokenizer) | {"sources": sources, "splits": {}}
+        metadata = describe(name, settings, tokenizer) | {"sources": names, "splits": {}}
         total = sum(raw[split]["characters"] for split in SPLITS)
         with tqdm(total=total, desc=f"tokenize {name}", unit="char", unit_scale=True, disable=None) as progress:
             for split in SPLITS:
                 writer = ShardWriter(folder, split, sources, tokenizer.vocab_size, shard_tokens)
                 for document, ids in encoded(tokenizer, read_documents(collected / f"{split}.jsonl")):
-                    writer.write(ids, document.source, len(document.text))
+                    writer.write(ids, document.source, len(document.text), document.continues)
                     progress.update(len(document.text))
                 own = metadata["splits"][split] = writer.close()
                 if own["num_documents"] != raw[split]["documents"]:
@@ -79,15 +83,42 @@ def describe(name: str, settings: ByteBPE | GPT2 | HubTokenizer, tokenizer: Toke
 
 
 def encoded(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[Document, np.ndarray]]:
-    """Documents with their tokens, end-of-text included, in order; some are encoded on all cores as others are read."""
+    """The `pieces` of documents with their tokens, in order; some are encoded on all cores as others are read.
+
+    An end-of-text token follows the last piece of each document.
+    """
 
     def encode(batch: list[Document]) -> list[tuple[Document, np.ndarray]]:
-        ids = tokenizer.encode_batch([document.text for document in batch])
-        return [(document, np.append(own, tokenizer.eot_id)) for document, own in zip(batch, ids, strict=True)]
+        ids = tokenizer.encode_batch([piece.text for piece in batch])
+        return [
+            (piece, own if piece.continues else np.append(own, tokenizer.eot_id))
+            for piece, own in zip(batch, ids, strict=True)
+        ]
 
-    with contextlib.closing(in_order(encode, _batches(documents), BATCHES_AHEAD)) as batches:
+    with contextlib.closing(in_order(encode, _batches(pieces(documents, tokenizer.cuts)), BATCHES_AHEAD)) as batches:
         for batch in batches:
             yield from batch
+
+
+def pieces(documents: Iterable[Document], cuts: re.Pattern[str] | None) -> Iterator[Document]:
+    """The same documents in other parts, whose ends are where `cuts` allows.
+
+    Raises:
+        DynarouteError: naming the document of which more than MAX_UNCUT characters would be one piece.
+    """
+    rest = ""
+    for document in documents:
+        text, rest = rest + document.text, ""
+        if document.continues:
+            cut = last_cut(text, cuts) if cuts else 0
+            text, rest = text[:cut], text[cut:]
+        if len(rest) > MAX_UNCUT:
+            raise DynarouteError(
+                f"document {document.id!r} of {document.source!r}: this tokenizer has to read more than "
+                f"{MAX_UNCUT:,} characters of it at once: split it up"
+            )
+        if text:
+            yield document._replace(text=text)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

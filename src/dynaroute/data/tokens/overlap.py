@@ -10,6 +10,7 @@ from dynaroute.data.tokens.shards import TokenShards
 FACTORS = np.random.default_rng(1).integers(0, 2**63, 5, np.uint64) * np.uint64(2) + np.uint64(1)
 SPAN = 2 ** len(FACTORS)  # tokens that must be the same in a row: 32
 MAX_TRAINING_TOKENS = 10**8  # of a corpus that is looked through: seconds for each 10 million
+MAX_HELD_OUT_TOKENS = 2**23  # of a split that is: they are in memory, some 50 bytes each
 CHUNK = 2**22  # tokens of the training split that are in memory at once
 
 
@@ -23,7 +24,8 @@ def shared_shares(directory: str | Path, splits: Sequence[str]) -> dict[str, flo
         splits: the held-out ones.
 
     Returns:
-        By split, between 0 and 1, 0 for an empty one; None if the training split has more than MAX_TRAINING_TOKENS.
+        By split, between 0 and 1, 0 for an empty one; None if it has more than MAX_HELD_OUT_TOKENS, or the training
+        split more than MAX_TRAINING_TOKENS.
 
     Raises:
         DynarouteError: a file is missing.
@@ -32,13 +34,17 @@ def shared_shares(directory: str | Path, splits: Sequence[str]) -> dict[str, flo
     if training.num_tokens > MAX_TRAINING_TOKENS:
         return dict.fromkeys(splits)
     held_out = {split: TokenShards(directory, split) for split in splits}
-    spans = {split: span_hashes(own.read(0, own.num_tokens)) for split, own in held_out.items()}
+    spans = {
+        split: span_hashes(own.read(0, own.num_tokens))
+        for split, own in held_out.items()
+        if own.num_tokens <= MAX_HELD_OUT_TOKENS
+    }
     found = {split: np.zeros(len(own), bool) for split, own in spans.items()}
     for chunk in _chunks(training):
         hashes = span_hashes(chunk)
         for split, own in spans.items():
             found[split] |= np.isin(own, hashes)
-    return {split: _covered(found[split], held_out[split].num_tokens) for split in splits}
+    return dict.fromkeys(splits) | {split: _covered(found[split], held_out[split].num_tokens) for split in spans}
 
 
 def _covered(found: np.ndarray, num_tokens: int) -> float:

@@ -88,7 +88,7 @@ class ShardWriter:
         self,
         folder: Path,
         split: str,
-        sources: list[str],
+        sources: dict[str, int],
         vocab_size: int,
         shard_tokens: int = SHARD_TOKENS,
         state: SplitState | None = None,
@@ -98,7 +98,7 @@ class ShardWriter:
         Args:
             folder: where the files are.
             split: its name.
-            sources: of documents; new ones are added to the list as they come.
+            sources: numbers of the documents' sources, in order; new ones are added as they come.
             vocab_size: of the tokenizer.
             shard_tokens: tokens of a file.
             state: what `flush` returned; all that was written later is dropped.
@@ -126,14 +126,14 @@ class ShardWriter:
             if int(late.stem.rpartition("-")[2]) >= full + bool(rest):
                 late.unlink()
 
-    def write(self, ids: Sequence[int] | np.ndarray, source: str, num_characters: int) -> None:
-        """Appends a document: its tokens, end-of-text included."""
+    def write(self, ids: Sequence[int] | np.ndarray, source: str, num_characters: int, continues: bool = False) -> None:
+        """Appends a document: its tokens, end-of-text included; or all but the last of its parts with `continues`."""
         tokens = np.asarray(ids)
-        if source not in self.sources:
-            self.sources.append(source)
+        number = self.sources.setdefault(source, len(self.sources))
         self.num_tokens += len(tokens)
-        self._offsets.append(np.array([self.num_tokens]))
-        self._document_sources.append(np.array([self.sources.index(source)]))
+        if not continues:
+            self._offsets.append(np.array([self.num_tokens]))
+            self._document_sources.append(np.array([number]))
         self._num_characters += num_characters
         self._tokens_by_source[source] += len(tokens)
         while len(tokens):

@@ -6,7 +6,6 @@ after that is dropped, and a file that it had begun is read again up to there.
 """
 
 import contextlib
-import itertools
 import sys
 import threading
 import time
@@ -20,8 +19,8 @@ from tqdm import tqdm
 
 from dynaroute.config import Corpus, DolmaStream
 from dynaroute.data.text.collect import SPLITS, refuse_unfilled_splits, split_of, stable_hash
-from dynaroute.data.text.download import fetch_gzip
-from dynaroute.data.text.sources import read_dolma, usable
+from dynaroute.data.text.download import fetch_compressed
+from dynaroute.data.text.sources import read_dolma
 from dynaroute.data.tokens.encode import describe, encoded
 from dynaroute.data.tokens.parallel import in_order
 from dynaroute.data.tokens.shard_writer import SHARD_TOKENS, ShardWriter, SplitState
@@ -90,7 +89,7 @@ class Progress:
     begun: str | None = None  # SHA-256 of the file after them
     taken: int = 0  # documents of that file
     documents: int = 0  # in all
-    sources: list[str] = field(default_factory=list)
+    sources: dict[str, int] = field(default_factory=dict)  # their numbers, in order
     splits: dict[str, SplitState | None] = field(default_factory=lambda: dict.fromkeys(SPLITS))
 
     @classmethod
@@ -99,7 +98,9 @@ class Progress:
         if not path.exists():
             return cls()
         data = read_record(path)
-        return cls(**data | {"splits": {split: SplitState(*state) for split, state in data["splits"].items()}})
+        data |= {"splits": {split: SplitState(*state) for split, state in data["splits"].items()}}
+        data |= {"sources": {source: number for number, source in enumerate(data["sources"])}}
+        return cls(**data)
 
 
 def tokenize_stream(
@@ -145,8 +146,8 @@ def tokenize_stream(
     stop = threading.Event()
 
     def fetch(number: int) -> Path:
-        path = downloads / f"{number:06d}.gz"
-        fetch_gzip(addresses[number], path, stop)
+        path = downloads / f"{number:06d}"
+        fetch_compressed(addresses[number], path, stop)
         return path
 
     def save() -> None:
@@ -164,13 +165,18 @@ def tokenize_stream(
                 _begin(run, address, path, scratch)
                 with path.open("rb") as file:
                     since_note = 0
-                    documents = itertools.islice(usable(read_dolma(file, address)), run.taken, None)
-                    for document, ids in encoded(tokenizer, documents):
-                        split = split_of(stable_hash(document.id), run.documents, corpus.split)
-                        writers[split].write(ids, document.source, len(document.text))
+                    documents = read_dolma(file, address)
+                    for _ in range(run.taken):
+                        while next(documents).continues:
+                            pass
+                    for piece, ids in encoded(tokenizer, documents):
+                        split = split_of(stable_hash(piece.id), run.documents, corpus.split)
+                        writers[split].write(ids, piece.source, len(piece.text), piece.continues)
+                        since_note += len(piece.text)
+                        if piece.continues:
+                            continue
                         run.taken += 1
                         run.documents += 1
-                        since_note += len(document.text)
                         if since_note >= NOTE_CHARACTERS:
                             save()
                             since_note = 0
@@ -191,7 +197,7 @@ def tokenize_stream(
     metadata = describe(name, corpus.tokenizer, tokenizer)
     splits = {split: writer.close() for split, writer in writers.items()}
     refuse_unfilled_splits(name, corpus.split, {split: own["num_documents"] for split, own in splits.items()})
-    metadata |= {"sources": run.sources, "splits": splits, "files": run.files}
+    metadata |= {"sources": list(run.sources), "splits": splits, "files": run.files}
     write_json(folder / "metadata.json", metadata)
     move_directory(folder, directory)
     discard(scratch)

@@ -7,7 +7,9 @@ can only ever come from the end of a document.
 
 import base64
 import functools
+import itertools
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterable
@@ -21,6 +23,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dynaroute.config import GPT2, ByteBPE, HubTokenizer
+from dynaroute.data.tokens.cuts import GPT2_CUTS, cuts_of
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_record, write_json, write_text
 
@@ -41,6 +44,7 @@ class Tokenizer(Protocol):
     ids: np.ndarray  # int64, those that have a token, ascending; there may be gaps
     vocab_size: int  # the largest id + 1
     eot_id: int  # the end-of-text token
+    cuts: re.Pattern[str] | None  # where a text can be cut, see `cuts_of`
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text, uint32, on all cores; nothing is put before or after them. Threads may call it."""
@@ -51,6 +55,8 @@ class Tokenizer(Protocol):
 
 class TiktokenTokenizer:
     """GPT-2's tokenizer from the token file in a folder; `encoding` is tiktoken's own."""
+
+    cuts = GPT2_CUTS
 
     def __init__(self, folder: Path) -> None:
         """Reads the token file; raises DynarouteError if it is missing or damaged."""
@@ -81,7 +87,13 @@ class TiktokenTokenizer:
 
     def _encode(self, text: str) -> np.ndarray:
         # No Python list of ids, which `encode_ordinary_batch` makes and which holds up all threads.
-        return self._own.encoding.encode_to_numpy(text, disallowed_special=())
+        encode = functools.partial(self._own.encoding.encode_to_numpy, disallowed_special=())
+        try:
+            return encode(text)
+        except ValueError:  # a million white spaces in a row are too many for its pattern, unless the text ends in them
+            starts = [match.start() for match in GPT2_CUTS.finditer(text)]
+            edges = itertools.pairwise([0, *starts, len(text)])
+            return np.concatenate([encode(text[start:stop]) for start, stop in edges])
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """See `Tokenizer`."""
@@ -116,6 +128,7 @@ class HuggingFaceTokenizer:
         if eot_id is None:
             raise DynarouteError(f"{folder / 'tokenizer_config.json'}: eos_token = {eos!r}: must be a token")
         self.eot_id = eot_id
+        self.cuts = cuts_of(self.tokenizer)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """See `Tokenizer`."""
@@ -132,8 +145,9 @@ def save_tokenizer(
 ) -> Tokenizer:
     """Makes the tokenizer of a corpus and saves it into a folder, which is made.
 
-    Only a byte-level BPE reads the training texts. What is saved depends on settings and texts alone: it is the same
-    on every run and with any number of threads. `AutoTokenizer.from_pretrained` loads the folder too, but for GPT-2's.
+    Only a byte-level BPE reads the training texts, which may be pieces of longer ones, cut at GPT2_CUTS. What is saved
+    depends on settings and texts alone: it is the same on every run and with any number of threads.
+    `AutoTokenizer.from_pretrained` loads the folder too, but for GPT-2's.
 
     Raises:
         DynarouteError: the texts are too few for the vocabulary, or a tokenizer cannot be fetched or used.
