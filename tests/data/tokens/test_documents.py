@@ -58,7 +58,7 @@ def test_without_two_sources_of_two_documents_there_are_no_domains(tmp_path, sou
 
 
 def one_document_of_bees(folder: Path, sources: list[str]) -> TokenShards:
-    writer = ShardWriter(folder, "test", sources, 50)
+    writer = ShardWriter(folder, "test", {}, 50)
     for source in ["ants", "ants", "ants", sources[-1]]:
         writer.write([1] * 60, source, 60)
     metadata = {"vocab_size": 50, "padded_vocab_size": 64, "eot_id": 0, "dtype": "uint16", "sources": sources}
