@@ -136,7 +136,8 @@ def make_dagformer_tree(root: Path) -> Path:
         "num_threads": 1, "variants": {"P1": {"from": "base"}}, "predictor_hidden": 8, "rank": 2, "init_logit": 0.1,
         "steps": 6, "batch_size": 8, "micro_batch_size": 2, "lr": 3e-2, "validate_every": 2, "checkpoint_every": 1,
     }  # fmt: skip
-    params["analysis"]["variants"] = ["P1"]
+    question = next(iter(params["analysis"]["primary"].values())) | {"left": ["P1"], "right": ["baseline"]}
+    params["analysis"] |= {"variants": ["P1"], "primary": {"learned": question}}
     params["dagformer"] |= {
         "seq_len": SEQ_LEN, "train_windows": 20, "validation_windows": 5, "eval_windows": 5, "prefix_tokens": 6,
         "base": {"kind": "load", "path": "published", "revision": None},

@@ -34,8 +34,10 @@ def finished_run(root: Path) -> Workspace:
     """Makes the pipeline's first run in a new repository, and commits what it wrote."""
     workspace = Workspace.create(root)
     path = root / "params.yaml"
-    variants, runs = {name: VARIANTS[name] for name in INSTANCES["${variants}"]}, {"reference": RUNS["reference"]}
-    YAML(typ="safe").dump(read_yaml(path) | {"variants": variants, "dwr_runs": runs}, path)
+    params = read_yaml(path)
+    params["variants"] = {name: VARIANTS[name] for name in INSTANCES["${variants}"]}
+    params["dwr_runs"] = {name: RUNS[name] for name in INSTANCES["${dwr_runs}"]}
+    YAML(typ="safe").dump(params, path)
     workspace.run("dvc", "repro")
     workspace.commit("results")
     return workspace
