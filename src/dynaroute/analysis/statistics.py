@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from scipy.special import nctdtrinc, stdtrit  # without scipy.stats, whose import takes a second
 
 from dynaroute.errors import DynarouteError
 
@@ -56,6 +55,10 @@ def paired_difference(ours: np.ndarray, theirs: np.ndarray, documents: np.ndarra
         DynarouteError: shapes differ, there are fewer than two documents, or a difference is not finite.
     """
     difference, sums, error = _by_document(ours, theirs, documents)
+    from scipy.special import (
+        stdtrit,
+    )  # not scipy.stats, which takes a second; and only here: evaluate_nll starts without
+
     mean, margin = float(difference.mean()), float(stdtrit(len(sums) - 1, 0.975)) * error
     return Interval(mean, mean - margin, mean + margin, len(sums))
 
@@ -67,6 +70,8 @@ def detectable_difference(ours: np.ndarray, theirs: np.ndarray, documents: np.nd
         ours, theirs, documents: see `paired_difference`, which also says what is raised.
         tests: tested together: the interval is Bonferroni's for that many.
     """
+    from scipy.special import nctdtrinc, stdtrit
+
     _, sums, error = _by_document(ours, theirs, documents)
     threshold = stdtrit(len(sums) - 1, 1 - SIGNIFICANT / tests / 2)
     # The t statistic of a true difference d is noncentral t with noncentrality d / standard error.
