@@ -5,10 +5,14 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro test lint benchmarks gpu faults recover env
+.PHONY: repro status test lint benchmarks gpu faults recover env
 
 repro: env  ## the default pipeline: data/ and reports/
 	dvc repro
+
+status: env  ## what `dvc repro` would run, after edits of code or of models and text on disk too
+	dvc repro --quiet stages/data/dvc.yaml
+	dvc status dvc.yaml
 
 test: env
 	pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -50,7 +50,7 @@ git reset --quiet -- .dvc/tmp/repro.dat 2>/dev/null
 rm -f .dvc/tmp/repro.dat
 
 # A lock file cut within a line, or refused by DVC, is replaced by git's. Stages missing from any other run again.
-for lock in dvc.lock corpora/dvc.lock gpu/dvc.lock; do
+for lock in dvc.lock stages/data/dvc.lock gpu/dvc.lock; do
   if [ -e $lock ] && [ "$(git status --porcelain -- $lock 2>&1)" ] && {
     [ "$(tail -c 1 $lock | wc -l)" -ne 1 ] || dvc stage list ${lock%lock}yaml 2>&1 | grep -q "dvc.lock' validation failed"
   }; then

@@ -175,10 +175,11 @@ def test_without_a_network_nothing_is_asked_for_what_was_fetched_before(hub, tmp
     endpoint, server = hub
     texts = f"""
 from dynaroute.config import Corpus, Hub, HubEncoder
-from dynaroute.data.text.sources import documents, locate
+from dynaroute.data.locate import locate
+from dynaroute.data.text.sources import documents
 at = dict(revision="{COMMIT}")
 source = Hub(kind="hub", path="somebody/wiki", name="wiki-2", text_column="text", rows="documents", **at)
-locate(source)
+locate(source, "")
 print(len(list(documents(source))))
 """
     fetch = """
@@ -200,7 +201,7 @@ from dynaroute.data.tokens.tokenizers import save_tokenizer
 own = dict(kind="hub", path="somebody/olmo", **at)
 stream = dict(kind="dolma_stream", path="somebody/texts", addresses="urls/v1.txt", files=None, **at)
 corpus = Corpus.model_validate(dict(source=stream, split=dict(validation=0.1, test=0.1), tokenizer=own))
-locate(corpus.source)
+locate(corpus.source, "")
 print(len(list_addresses("c", corpus, "raw")["addresses"]))
 tokenizer = save_tokenizer(corpus.tokenizer, [], "tokenizer")
 load_model("base", "AutoModelForCausalLM", "somebody/olmo", "cpu", "auto", "{COMMIT}")

@@ -15,7 +15,7 @@ from small_tokens import write_tokens
 from dynaroute.analysis.traces import Trace, load_trace, save_trace
 from dynaroute.config import load_settings, read_yaml
 from dynaroute.dagformer.decoder import load_base
-from dynaroute.dagformer.encoders import load_embeddings
+from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.data.tokens.tokenizers import load_tokenizer
 from dynaroute.dwr.experts import ExpertStore, Usage, export_store
@@ -148,7 +148,7 @@ def test_the_names_of_folders_are_names(tmp_path, name):
             load_settings(tmp_path / "params.yaml")
 
 
-@pytest.mark.parametrize("file", ["dvc.yaml", "benchmarks/dvc.yaml", "corpora/dvc.yaml", "gpu/dvc.yaml"])
+@pytest.mark.parametrize("file", ["dvc.yaml", "benchmarks/dvc.yaml", "stages/data/dvc.yaml", "gpu/dvc.yaml"])
 def test_no_command_holds_a_value_of_params(file):
     stages = read_yaml(REPOSITORY / file)["stages"]
     for name, stage in stages.items():

@@ -5,6 +5,7 @@ hold no defaults: params.yaml is the only place that holds values, and a test pi
 """
 
 import difflib
+import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -24,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML, YAMLError
 
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.scratch import hint_of_copy
 
 MAX_SEED = 2**63 - 1
 MAX_THREADS = 1024
@@ -110,13 +112,16 @@ class Hosted(Section):
         return self
 
     def refuse_unpinned(self, key: str) -> None:
-        """Raises DynarouteError if this is on the hub at no given revision; `key` is what the line begins with."""
-        if self.revision is None and not Path(self.path).is_dir():
-            kind = "datasets/" if isinstance(self, HostedData) else ""
-            raise DynarouteError(
-                f"{key}.revision = None: {self.path!r} is no folder here, and of the hub a commit must be named: "
-                f"`git ls-remote https://huggingface.co/{kind}{self.path} HEAD` prints the newest"
-            )
+        """Raises DynarouteError if this is no folder here and has no revision; `key` is what the line begins with."""
+        if self.revision is not None or Path(self.path).is_dir():
+            return
+        if (hint := hint_of_copy(self.path)) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.path):
+            raise DynarouteError(f"{key}.path = {self.path!r}: no such folder (seen from {Path.cwd()}){hint}")
+        kind = "datasets/" if isinstance(self, HostedData) else ""
+        raise DynarouteError(
+            f"{key}.revision = None: {self.path!r} is no folder here, and of the hub a commit must be named: "
+            f"`git ls-remote https://huggingface.co/{kind}{self.path} HEAD` prints the newest"
+        )
 
 
 class HostedData(Hosted):
@@ -559,7 +564,7 @@ class Analysis(Section):
 BASELINE = "baseline"  # beside the variants: the shared base with every gate at one
 MODES = ("soft", "hard")  # of gates
 PROTOCOLS = ("window", "prefix")  # of evaluation: what the encoder reads, and with it what is scored
-RESERVED = ("base", BASELINE)
+RESERVED = ("base", "hub", BASELINE)
 
 
 class Settings(Variant):

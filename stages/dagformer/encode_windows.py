@@ -1,16 +1,18 @@
-"""Encodes the windows that DAGFormer trains on and is scored on, once for all variants.
+"""Encodes a part of the windows that DAGFormer trains on or is scored on, once for all variants.
 
-    python stages/dagformer/encode_windows.py
+    python stages/dagformer/encode_windows.py training        (or evaluation, or domains)
 
-The encoder is frozen, so a text's vector never changes. For the prefix protocol it reads the first
-`dagformer.prefix_tokens` tokens of the test windows only.
+The encoder is frozen, so a text's vector never changes.
+
+    training     the windows that variants train on and are validated on: train.npy, validation.npy
+    evaluation   those they are scored on: test.npy; for the prefix protocol test_prefix.npy, where the encoder reads
+                 the first dagformer.prefix_tokens tokens alone
+    domains      windows of each source alone, for analyze_topology: domains.npy; no file if there is but one source
 
 Reads   data/tokens/<dagformer.corpus>; data/dagformer/train/base where dagformer.encoder.kind is base
-Writes  data/dagformer/embeddings/   training/train.npy, validation.npy; evaluation/test.npy, test_prefix.npy
-                                     (float32 [windows, E]); metadata.json beside them. domains/domains.npy, of
-                                     windows of each source alone; without that file if there is but one source
+Writes  data/dagformer/embeddings/<part>/   these files (float32 [windows, E]) and metadata.json
 
-A run that was stopped goes on from where it was, in .scratch/encode_windows/.
+A run that was stopped resumes from .scratch/encode_windows/.
 """
 
 from pathlib import Path
@@ -18,10 +20,13 @@ from pathlib import Path
 import torch
 
 from dynaroute.config import BaseEncoder, Settings
-from dynaroute.dagformer.encoders import load_encoder, write_embeddings
+from dynaroute.dagformer.embeddings import write_embeddings
+from dynaroute.dagformer.encoders import load_encoder
+from dynaroute.data.locate import locate
 from dynaroute.data.tokens.documents import domain_windows
-from dynaroute.data.tokens.shards import TokenShards
-from dynaroute.data.tokens.windows import KEYS, Selection, dagformer_windows
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.windows import Selection, dagformer_windows
+from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import sha256
 from dynaroute.pipeline.machine import compute_dtype
 from dynaroute.pipeline.scratch import exclusive, run_id, scratch_folder
@@ -29,43 +34,42 @@ from dynaroute.pipeline.stage import run
 
 DATA = Path("data/dagformer")
 BASE = DATA / "train/base"
+SPLITS = {"training": ("train", "validation"), "evaluation": ("test",), "domains": ("test",)}
 
 
-def main(settings: Settings) -> None:
-    """Writes the embeddings."""
+def main(settings: Settings, part: str) -> None:
+    """Writes the embeddings of one part."""
+    if part not in SPLITS:
+        raise DynarouteError(f"{part}: no part of the windows; known: {', '.join(SPLITS)}")
     torch.set_num_threads(settings.num_threads)
     dagformer = settings.dagformer
     tokens = Path("data/tokens") / dagformer.corpus
-    shards = {split: TokenShards(tokens, split) for split in KEYS}
-    windows = dagformer_windows(shards, dagformer)
+    shards = {split: TokenShards(tokens, split) for split in SPLITS[part]}
+    if part == "domains":
+        whole = Windows(shards["test"], dagformer.seq_len, keep_tail=False)
+        drawn = domain_windows(shards["test"], dagformer.seq_len, settings.analysis.domain_windows)
+        windows = {} if drawn is None else {"domains": Selection(whole, drawn.windows)}
+    else:
+        windows = dagformer_windows(shards, dagformer)
+    prefix_tokens = dagformer.prefix_tokens if part == "evaluation" else None
     dtype = compute_dtype(settings.device, dagformer.precision)
-    encoder = load_encoder(dagformer.encoder, BASE, shards["train"].tokenizer(), settings.device, dtype)
-    # Apart, so that other windows to evaluate on do not retrain anything.
-    # The largest comes last: if the stage is killed after a folder is finished, DVC removes that one with the others.
-    folders = {
-        "domains": ({}, None),
-        "evaluation": ({"test": windows["test"]}, dagformer.prefix_tokens),
-        "training": ({split: windows[split] for split in ("train", "validation")}, None),
+    corpus = next(iter(shards.values())).tokenizer()
+    encoder = load_encoder(dagformer.encoder, BASE, corpus, settings.device, dtype)
+    identity = {
+        "windows": {split: len(own) for split, own in windows.items()},
+        "seq_len": dagformer.seq_len,
+        "prefix_tokens": prefix_tokens,
+        "encoder": dagformer.encoder.model_dump() | locate(dagformer.encoder, "dagformer.encoder"),
+        "device": settings.device,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "num_threads": settings.num_threads,
+        "tokens": sha256(tokens / "metadata.json"),
+        "base": sha256(BASE / "model.safetensors") if isinstance(dagformer.encoder, BaseEncoder) else None,
     }
-    drawn = domain_windows(shards["test"], dagformer.seq_len, settings.analysis.domain_windows)
-    if drawn is not None:
-        folders["domains"][0]["domains"] = Selection(windows["test"].windows, drawn.windows)
-    for name, (own, prefix_tokens) in folders.items():
-        identity = {
-            "windows": {split: len(part) for split, part in own.items()},
-            "seq_len": dagformer.seq_len,
-            "prefix_tokens": prefix_tokens,
-            "encoder": dagformer.encoder.model_dump(),
-            "device": settings.device,
-            "dtype": str(encoder.dtype).removeprefix("torch."),
-            "num_threads": settings.num_threads,
-            "tokens": sha256(tokens / "metadata.json"),
-            "base": sha256(BASE / "model.safetensors") if isinstance(dagformer.encoder, BaseEncoder) else None,
-        }
-        scratch = scratch_folder("encode_windows", run_id(identity))
-        with exclusive(scratch):
-            write_embeddings(encoder, identity, own, prefix_tokens, DATA / "embeddings" / name, scratch)
+    scratch = scratch_folder("encode_windows", run_id(identity))
+    with exclusive(scratch):
+        write_embeddings(encoder, identity, windows, prefix_tokens, DATA / "embeddings" / part, scratch)
 
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(main, __doc__, "part")

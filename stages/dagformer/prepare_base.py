@@ -26,6 +26,7 @@ from dynaroute.dagformer.bases import LanguageModelObjective, load_existing, new
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.hub import load_model
+from dynaroute.data.locate import locate
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.windows import KEYS, Subset, dagformer_windows
 from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json
@@ -50,7 +51,7 @@ def main(settings: Settings) -> None:
     dagformer_windows(shards, dagformer)  # refuses too few for encode_windows now, and not after a pretraining
     dtype = compute_dtype(settings.device, dagformer.precision)
     identity = {
-        "base": dagformer.base.model_dump(),
+        "base": dagformer.base.model_dump() | locate(dagformer.base, "dagformer.base"),
         "dtype": str(dtype).removeprefix("torch."),
         "seed": settings.seed,
         "device": settings.device,

@@ -3,7 +3,9 @@
     python stages/dagformer/resolve_variants.py
 
 Writes  data/dagformer/variants/<id>.yaml  on which `train_dagformer@<id>` depends, and data/dwr/runs/<name>.yaml, on
-        which `train_dwr_run@<name>` does: a knob at the top level, or of `dwr`, then reruns exactly what inherits it.
+        which `train_dwr_run@<name>` does: a knob at the top level, or of `dwr`, then reruns exactly what inherits it;
+        data/dagformer/train/hub/encoder.yaml, the text encoder, on which encode_windows depends instead of on the
+        base, unless the base itself encodes
 """
 
 from pathlib import Path
@@ -21,6 +23,7 @@ def main(settings: Settings) -> None:
         for name, overrides in settings.variants.items()
     }
     write_knobs(Path("data/dagformer/variants"), variants)
+    write_knobs(Path("data/dagformer/train/hub"), {"encoder": settings.dagformer.encoder.model_dump()})
     write_knobs(Path("data/dwr/runs"), {name: settings.dwr_run(name).model_dump() for name in settings.dwr_runs})
 
 

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from dynaroute.config import Settings, Variant
 from dynaroute.dagformer.decoder import load_base
-from dynaroute.dagformer.encoders import load_embeddings
+from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.joint import JointModel
 from dynaroute.dagformer.objective import DagObjective, verdict
@@ -42,7 +42,6 @@ from dynaroute.training.loop import Trainer, make_accelerator, with_all_columns
 
 DATA = Path("data/dagformer")
 TRAINED = DATA / "train"
-TRAINED_ON = ("corpus", "seq_len", "train_windows", "validation_windows")  # of what variants share
 SURELY_OPEN = 2.0  # an init_logit, around which logits start with a standard deviation of 0.1
 NEARLY_OPEN = 0.8  # soft gates
 
@@ -70,7 +69,12 @@ def main(settings: Settings, name: str) -> None:
 
     identity = {
         "variant": variant.model_dump(),
-        "dagformer": dagformer.model_dump(include=set(TRAINED_ON)),
+        "dagformer": {  # numbers of windows and not what params.yaml says: null may come to the same
+            "corpus": dagformer.corpus,
+            "seq_len": dagformer.seq_len,
+            "train_windows": len(training),
+            "validation_windows": len(validation),
+        },
         "device": settings.device,
         "num_threads": settings.num_threads,
         "base": sha256(TRAINED / "base" / "model.safetensors"),

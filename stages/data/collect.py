@@ -4,13 +4,16 @@
 
 Of a corpus of kind dolma_stream, which is read when it is tokenized, it lists the addresses instead.
 
-Reads   params.yaml (corpora.NAME.source, corpora.NAME.split), data/raw/NAME.source.json (by DVC alone)
+It first refuses what the corpus, or DAGFormer if it is trained on it, names and is not there, or not pinned.
+
+Reads   params.yaml (corpora.NAME; dagformer.base and dagformer.encoder where dagformer.corpus is NAME)
 Writes  data/raw/NAME/{train,validation,test}.jsonl, metadata.json; or metadata.json alone, with the addresses
 """
 
 from pathlib import Path
 
 from dynaroute.config import DolmaStream, Settings
+from dynaroute.data.locate import locate, sections
 from dynaroute.data.text.collect import collect
 from dynaroute.data.tokens.stream import list_addresses
 from dynaroute.pipeline.stage import run
@@ -18,6 +21,8 @@ from dynaroute.pipeline.stage import run
 
 def main(settings: Settings, name: str) -> None:
     """Writes the splits and prints their sizes, or lists what is to be read."""
+    for key, section in sections(settings, name).items():  # now, and not after days of downloads
+        locate(section, key)
     corpus, folder = settings.corpus(name), Path("data/raw") / name
     if isinstance(corpus.source, DolmaStream):
         print(f"{name}: {len(list_addresses(name, corpus, folder)['addresses']):,} files to read")

@@ -1,32 +1,51 @@
-"""Records what a corpus consists of right now: package versions, or files with sizes and times.
+"""Writes down what stages depend on besides results and settings: their code, and what params.yaml names elsewhere.
 
-    python stages/data/locate.py docs
+    python stages/data/locate.py
 
-It runs on every `dvc repro` in a fraction of a second, and `collect` runs again when what it records has changed.
+It runs on every `dvc repro`, and whatever depends on a file that has changed runs again.
 
-Reads   params.yaml (corpora.NAME; dagformer.base and dagformer.encoder where dagformer.corpus is NAME)
-Writes  data/raw/NAME.source.json
+Reads   params.yaml, the scripts and modules of this repository, and what corpora, tokenizers, bases and encoders name
+Writes  data/inputs/code/<script>.json   the hash of the syntax tree of a script, and of each module that it imports
+        data/inputs/<key>.json           for each section of params.yaml that may name packages or files: versions, or
+                                         hashes; `refused` if that cannot be found, for the stage that needs it to say
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
-from dynaroute.config import Hosted, Settings
-from dynaroute.data.text.sources import locate
-from dynaroute.pipeline.artifacts import write_json
+from dynaroute.config import Section, Settings
+from dynaroute.data.locate import locate, sections
+from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.closure import SOURCES, closures
 from dynaroute.pipeline.stage import run
 
+INPUTS = Path("data/inputs")
 
-def main(settings: Settings, name: str) -> None:
-    """Writes the state of the corpus's source, unless what is on the hub has no revision."""
-    corpus = settings.corpus(name)
-    used = {f"corpora.{name}.source": corpus.source, f"corpora.{name}.tokenizer": corpus.tokenizer}
-    if name == settings.dagformer.corpus:  # now, and not after days of downloads
-        used |= {"dagformer.base": settings.dagformer.base, "dagformer.encoder": settings.dagformer.encoder}
-    for key, section in used.items():
-        if isinstance(section, Hosted):
-            section.refuse_unpinned(key)
-    write_json(Path("data/raw") / f"{name}.source.json", locate(corpus.source))
+
+def main(settings: Settings) -> None:
+    """Writes a file for each script and each section."""
+    scripts = [path for folder in ("stages", "benchmarks") for path in (SOURCES.parent / folder).rglob("*.py")]
+    for name, modules in closures(scripts, Path(".scratch/locate/trees.json")).items():
+        write(INPUTS / "code" / f"{name}.json", modules)
+    named = {key: section for corpus in settings.corpora for key, section in sections(settings, corpus).items()}
+    for key, section in named.items():
+        write(INPUTS / f"{key}.json", state(section, key))
+
+
+def state(section: Section, key: str) -> dict[str, Any]:
+    """What a section names, or why that cannot be found: other stages may need nothing of it."""
+    try:
+        return locate(section, key)
+    except DynarouteError as error:
+        return {"refused": str(error)}
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    """Writes JSON, not forced to disk: DVC removes it before it runs this stage the next time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    run(main, __doc__, "name")
+    run(main, __doc__)

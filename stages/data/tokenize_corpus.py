@@ -15,6 +15,7 @@ Writes  data/tokens/NAME/{train,validation,test}-*.npy, metadata.json, tokenizer
 from pathlib import Path
 
 from dynaroute.config import DolmaStream, Settings
+from dynaroute.data.locate import locate
 from dynaroute.data.tokens.encode import tokenize
 from dynaroute.data.tokens.stream import tokenize_stream
 from dynaroute.pipeline.artifacts import sha256
@@ -26,7 +27,10 @@ def main(settings: Settings, name: str) -> None:
     """Writes the tokens and prints their number."""
     corpus, collected, tokens = settings.corpus(name), Path("data/raw") / name, Path("data/tokens") / name
     if isinstance(corpus.source, DolmaStream):
-        identity = {"collected": sha256(collected / "metadata.json"), "tokenizer": corpus.tokenizer.model_dump()}
+        identity = {
+            "collected": sha256(collected / "metadata.json"),
+            "tokenizer": corpus.tokenizer.model_dump() | locate(corpus.tokenizer, f"corpora.{name}.tokenizer"),
+        }
         scratch = scratch_folder("tokenize_corpus", run_id(identity))
         with exclusive(scratch):
             metadata = tokenize_stream(name, corpus, collected, tokens, scratch)

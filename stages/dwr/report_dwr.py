@@ -3,7 +3,7 @@
     python stages/dwr/report_dwr.py
 
 Reads   data/dwr/{train,export,cache,simulation,measured}/, reports/dwr/*.csv, reports/reference.yaml,
-        data/tokens/NAME/metadata.json and data/raw/NAME.source.json of the corpus of the run;
+        data/tokens/NAME/metadata.json and data/inputs/corpora.NAME.source.json of the corpus of the run;
         reports/benchmarks/moe.json and benchmarks/dvc.lock where it was measured
 Writes  reports/dwr.md          the same bytes on every run
         data/dwr/report/        summary.json, the same bytes on every run; measured.md: times, speeds and memory

@@ -1,6 +1,7 @@
 """Encoders on tiny random models that go through `from_pretrained`, and the folder of embeddings."""
 
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -14,9 +15,10 @@ from repository import REPOSITORY
 from safetensors.torch import load_file, save_file
 from small_tokens import write_tokens
 
-from dynaroute.config import BaseEncoder, ByteBPE, HubEncoder, Settings, load_settings
-from dynaroute.dagformer import encoders
-from dynaroute.dagformer.encoders import load_embeddings, load_encoder, write_embeddings
+from dynaroute.config import BaseEncoder, ByteBPE, HubEncoder, Settings, load_settings, read_yaml
+from dynaroute.dagformer import embeddings
+from dynaroute.dagformer.embeddings import load_embeddings, write_embeddings
+from dynaroute.dagformer.encoders import load_encoder
 from dynaroute.data.tokens.documents import domain_windows
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.tokenizers import load_tokenizer, save_tokenizer
@@ -318,7 +320,7 @@ def test_two_runs_write_the_same_bytes_and_small_batches_the_same_vectors(base, 
         write(encoder, BASE, windows, tmp_path / name)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
-    monkeypatch.setattr(encoders, "BATCH_TOKENS", 2 * SEQ_LEN)
+    monkeypatch.setattr(embeddings, "BATCH_TOKENS", 2 * SEQ_LEN)
     write(encoder, BASE, windows, tmp_path / "small")
     one, small = load_embeddings(tmp_path / "one"), load_embeddings(tmp_path / "small")
     for name in one:
@@ -337,8 +339,8 @@ def test_numbers_that_are_not_finite_stop_the_stage_and_leave_nothing(base, wind
 def test_a_run_that_died_anywhere_ends_as_one_that_did_not_and_does_little_twice(
     base, windows, tmp_path, monkeypatch, crash_at
 ):
-    monkeypatch.setattr(encoders, "BATCH_TOKENS", 2 * SEQ_LEN)
-    monkeypatch.setattr(encoders, "NOTE_WINDOWS", 4)
+    monkeypatch.setattr(embeddings, "BATCH_TOKENS", 2 * SEQ_LEN)
+    monkeypatch.setattr(embeddings, "NOTE_WINDOWS", 4)
     encoder, encoded, batches = load_encoder(BASE, base, None, "cpu"), 0, []
     encode = encoder.encode
     encoder.encode = lambda tokens: batches.append(tokens) or encode(tokens)
@@ -375,6 +377,26 @@ def test_a_run_killed_while_it_publishes_encodes_nothing_again(base, windows, tm
         with pytest.raises(KeyboardInterrupt):
             write(encoder, BASE, windows, tmp_path / "resumed")
     encoder.encode = lambda _: pytest.fail("a window is encoded once more")
+    write(encoder, BASE, windows, tmp_path / "resumed")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes(), path.name
+
+
+def test_two_kills_that_leave_a_note_without_its_vectors_do_not_stop_the_third_run(
+    base, windows, tmp_path, monkeypatch
+):
+    encoder = load_encoder(BASE, base, None, "cpu")
+    write(encoder, BASE, windows, tmp_path / "whole")
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("discard", "_write_vectors"):  # once it has published, and then at the start
+        with monkeypatch.context() as patch:
+            patch.setattr(embeddings, step, kill)
+            with pytest.raises(KeyboardInterrupt):
+                write(encoder, BASE, windows, tmp_path / "resumed")
+        shutil.rmtree(tmp_path / "resumed", ignore_errors=True)  # as DVC does before it runs the stage again
     write(encoder, BASE, windows, tmp_path / "resumed")
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes(), path.name
@@ -432,31 +454,55 @@ def stage_settings(base, tokens, tmp_path, monkeypatch) -> Settings:
     return settings.model_copy(update={"dagformer": dagformer, "num_threads": torch.get_num_threads()})
 
 
-@pytest.mark.parametrize("killed_after", [1, 2])
-def test_a_stage_killed_between_two_folders_encodes_no_training_window_twice(stage_settings, monkeypatch, killed_after):
-    encoded, published = [], 0
-    write = encode_windows.write_embeddings
+PARTS = read_yaml(REPOSITORY / "dvc.yaml")["stages"]["encode_windows"]
 
-    def counted(encoder, identity, windows, *rest):
-        nonlocal published
-        if published == killed_after:
-            raise KeyboardInterrupt
-        write(encoder, identity, windows, *rest)
-        encoded.extend(windows)
-        published += 1
 
-    monkeypatch.setattr(encode_windows, "write_embeddings", counted)
-    with pytest.raises(KeyboardInterrupt):
-        encode_windows.main(stage_settings)
-    shutil.rmtree("data/dagformer/embeddings")  # as DVC does before it runs the stage again
-    killed_after = -1
-    encode_windows.main(stage_settings)
-    assert encoded.count("train") == 1
+@pytest.fixture
+def scratch(monkeypatch) -> list[Path]:
+    """The scratch folder of every run of the stage, which encodes nothing."""
+    folders = []
+    monkeypatch.setattr(encode_windows, "write_embeddings", lambda *arguments: folders.append(arguments[-1]))
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "changed"),
+    [
+        ("train_windows", 3, {"training"}),
+        ("validation_windows", 2, {"training"}),
+        ("eval_windows", 1, {"evaluation"}),
+        ("prefix_tokens", PREFIX - 1, {"evaluation"}),
+        ("seq_len", SEQ_LEN - 1, {"training", "evaluation", "domains"}),
+    ],
+)
+def test_a_part_of_the_windows_depends_on_its_own_settings_alone(stage_settings, scratch, key, value, changed):
+    """In dvc.yaml, and in the name of the folder that a stopped run resumes from."""
+    other = stage_settings.dagformer.model_copy(update={key: value})
+    for settings in (stage_settings, stage_settings.model_copy(update={"dagformer": other})):
+        for part in PARTS["foreach"]:
+            encode_windows.main(settings, part)
+    differ = [one != two for one, two in zip(scratch[:3], scratch[3:], strict=True)]
+    assert set(itertools.compress(PARTS["foreach"], differ)) == changed
+    listed = {part for part, own in PARTS["foreach"].items() if f"dagformer.{key}" in [*own, *PARTS["do"]["params"]]}
+    assert listed == changed
+
+
+def test_an_encoder_edited_in_place_does_not_resume_with_vectors_of_the_old_one(stage_settings, scratch, text_encoder):
+    shutil.copytree(text_encoder, "encoder")
+    dagformer = stage_settings.dagformer.model_copy(update={"encoder": hub(Path("encoder"))})
+    settings = stage_settings.model_copy(update={"dagformer": dagformer})
+    encode_windows.main(settings, "training")
+    encode_windows.main(settings, "training")
+    path = Path("encoder/tokenizer_config.json")
+    path.write_text(path.read_text() + " ")
+    encode_windows.main(settings, "training")
+    assert scratch[0] == scratch[1] != scratch[2]
 
 
 def test_the_stage_encodes_the_windows_that_the_settings_ask_for(stage_settings, base, tokens):
     settings = stage_settings
-    encode_windows.main(settings)
+    for part in PARTS["foreach"]:
+        encode_windows.main(settings, part)
     found = load_embeddings("data/dagformer/embeddings/training")
     assert {name: len(vectors) for name, vectors in found.items()} == {"train": 4, "validation": 1}
     held_out = load_embeddings("data/dagformer/embeddings/evaluation")

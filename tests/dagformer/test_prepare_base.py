@@ -164,5 +164,5 @@ def test_a_base_that_lacks_weights_is_refused(tree):
 
 
 def test_a_folder_without_a_model_is_named(tree):
-    with pytest.raises(DynarouteError, match="nowhere: cannot be loaded"):
+    with pytest.raises(DynarouteError, match="nowhere': no such folder"):
         prepare(tree / "nowhere")

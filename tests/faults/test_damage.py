@@ -19,7 +19,7 @@ from tiny_pipeline import LOCATE, MEASURED, Workspace
 from dynaroute.analysis.traces import load_trace
 from dynaroute.config import load_settings
 from dynaroute.dagformer.decoder import load_base
-from dynaroute.dagformer.encoders import load_embeddings
+from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.dagformer.variants import load_predictor
 from dynaroute.data.tokens.encode import tokenize
 from dynaroute.data.tokens.shards import TokenShards

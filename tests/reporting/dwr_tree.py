@@ -48,7 +48,7 @@ def write_corpus(root: Path) -> None:
     tokenizer = {"kind": "bpe", "vocab_size": 300}
     metadata = {"corpus": "docs", "tokenizer": tokenizer, "vocab_size": 300, "padded_vocab_size": 320}
     write_json(root / "data/tokens/docs/metadata.json", {**metadata, "sources": ["numpy", "python"], "splits": splits})
-    write_json(root / "data/raw/docs.source.json", {"packages": {"python": "3.11.77", "numpy": "2.4.66"}})
+    write_json(root / "data/inputs/corpora.docs.source.json", {"packages": {"python": "3.11.77", "numpy": "2.4.66"}})
 
 
 def write_training(root: Path) -> None:

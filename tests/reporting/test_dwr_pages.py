@@ -25,11 +25,11 @@ TIMING, TIMED, TIMES = (
     Path(f"data/dwr/measured/{name}") for name in ("training.json", "cache/summary.json", "cache/cells.csv")
 )
 PEERS, MOE = (Path(f"reports/benchmarks/{name}.json") for name in ("cached_inference", "moe"))
-RUN_RESULTS = Path("data/dwr/run_results")
+RUN_RESULTS, SOURCE = Path("data/dwr/run_results"), Path("data/inputs/corpora.docs.source.json")
 FIGURES = {"training_curves": CURVE, "routers": ROUTER, "hit_rates": HITS, "runs": RUN_RESULTS / "none.json"}
 FROM = {
     "dwr": [RUN_JSON, TRAINING, CURVE, ROUTER, EXPORT, CACHE, CELLS, SIMULATION, HITS, SPEEDS,
-            Path("reports/reference.yaml"), Path("data/tokens/docs/metadata.json"), Path("data/raw/docs.source.json")],
+            Path("reports/reference.yaml"), Path("data/tokens/docs/metadata.json"), SOURCE],
     "cached_inference": [EXPORT, CACHE, CELLS, SIMULATION, HITS, SPEEDS, PEERS],
     "dwr_runs": [RUN_RESULTS / "wide.json"],
     "measured": [TIMING, TIMED, TIMES, CACHE, MOE],
@@ -216,10 +216,10 @@ CHANGES = {
     "A slow precision": ("dwr", "`bf16` is set, but this device would be slow with it, so the run used `fp32`.",
                          lambda: set_key(RUN_JSON, "identity.dwr.training.precision", "bf16")),
     "A dataset": ("dwr", "`docs` is the dataset `some/set`, configuration `part-7`, revision `abc123`.",
-                  lambda: Path("data/raw/docs.source.json").write_text(json.dumps(
+                  lambda: SOURCE.write_text(json.dumps(
                       {"path": "some/set", "name": "part-7", "revision": "abc123", "files": {}}))),
     "Files": ("dwr", "`docs` is 1 local file of 1.50 KiB.",
-              lambda: Path("data/raw/docs.source.json").write_text(json.dumps({"files": {"a.txt": {"bytes": 1536}}}))),
+              lambda: SOURCE.write_text(json.dumps({"files": {"a.txt": {"bytes": 1536}}}))),
     "Inexact": ("cached_inference", "**Not shown.** These checks failed: logits are equal in every cell.",
                 lambda: set_key(CACHE, "checks.logits_are_equal_in_every_cell", False)),
     "A small gap": ("cached_inference", "The goal of a third is not reached.",

@@ -49,7 +49,7 @@ VARIANTS |= {"J1": {"from": "base", "base_lr": 1e-3, "tau_final": 0.2}}  # its b
 RUNS = {"reference": {"corpus": "docs", "train_windows": 32, "validation_windows": 4, "eval_windows": 4}}
 RUNS["reference"]["training"] = {"epochs": 2, "validate_every": 2, "warmup_steps": 1}
 RUNS |= {"lambda_0": {"corpus": "docs", "balance_coefficient": 0.0}}
-LOCATE = "corpora/dvc.yaml:locate@docs"  # runs every time
+LOCATE = "stages/data/dvc.yaml:locate"  # runs every time
 # What is measured differs from run to run, and lives in files of its own.
 MEASURED = ("measured",)
 
@@ -139,7 +139,7 @@ class Workspace:
         self.run("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm", message)
 
     def lock(self) -> dict:
-        files = (self.root / folder / "dvc.lock" for folder in ("", "corpora"))
+        files = (self.root / folder / "dvc.lock" for folder in ("", "stages/data"))
         return {name: stage for file in files for name, stage in YAML(typ="safe").load(file)["stages"].items()}
 
     def hashes(self) -> dict[str, str]:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -31,6 +33,17 @@ def run_id(identity: dict[str, Any]) -> str:
 def scratch_folder(stage: str, run: str) -> Path:
     """`.scratch/<stage>/<run>` under the repository root, also in a queued experiment's copy of the workspace."""
     return Path(os.environ.get("DVC_ROOT", ".")) / ".scratch" / stage / run
+
+
+def hint_of_copy(path: str) -> str:
+    """The end of an error about a missing path or pattern, where only an experiment's copy of the workspace lacks it.
+
+    Such copies lie in .dvc/tmp/exps, and hold what git tracks.
+    """
+    root, first = Path(os.environ.get("DVC_ROOT", ".")).resolve(), re.split(r"/?[^/]*[*?[]", path)[0]
+    if ".dvc" not in os.path.relpath(Path.cwd(), root) or not (first and (root / first).exists()):
+        return ""
+    return f": `dvc exp run --temp` and `--queue` copy only what git tracks: add --copy-paths {shlex.quote(first)}"
 
 
 @contextlib.contextmanager

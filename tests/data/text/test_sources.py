@@ -9,12 +9,11 @@ from pathlib import Path
 import pyarrow
 import pytest
 from pyarrow import parquet
-from repository import REPOSITORY, stage_script
-from ruamel.yaml import YAML
 
-from dynaroute.config import Dolma, Files, Hub, InstalledDocs, read_yaml
+from dynaroute.config import Dolma, Files, Hub
+from dynaroute.data.locate import locate
 from dynaroute.data.text import sources as corpora
-from dynaroute.data.text.sources import Document, documents, locate, parts
+from dynaroute.data.text.sources import Document, documents, matched_files, parts
 from dynaroute.errors import DynarouteError
 
 
@@ -236,8 +235,9 @@ def test_file_and_folder_names_that_are_not_utf8_are_repaired_and_stay_distinct(
     found = list(documents(source))
     assert len({document.id for document in found}) == 6
     assert len({document.source for document in found}) == 2
-    assert json.dumps([found, locate(source)], ensure_ascii=False).encode()
-    assert len(locate(source)["files"]) == 6
+    located = locate(source, "corpora.docs.source")
+    assert json.dumps([found, located], ensure_ascii=False).encode()
+    assert len(located["files"]) == 6
 
 
 def test_two_files_of_one_name_are_refused(tmp_path):
@@ -295,9 +295,8 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path):
 def test_a_pattern_that_matches_nothing_is_named(tmp_path, kind):
     (tmp_path / "a.txt").write_text("A")
     source = kind(kind=kind.__name__.lower(), paths=[str(tmp_path / "*.txt"), str(tmp_path / "*.nothing")])
-    for use in (locate, lambda source: list(documents(source))):
-        with pytest.raises(DynarouteError, match=r"\*\.nothing' matches no file"):
-            use(source)
+    with pytest.raises(DynarouteError, match=r"\*\.nothing' matches no file"):
+        list(documents(source))
 
 
 @pytest.mark.parametrize(
@@ -319,7 +318,7 @@ def test_a_pattern_that_is_none_is_named(tmp_path, monkeypatch, pattern, problem
     (tmp_path / "texts" / "a.txt").write_text("A")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DynarouteError) as caught:
-        locate(Files(kind="files", paths=[pattern]))
+        matched_files([pattern])
     assert str(caught.value).startswith(f"paths: {pattern!r} {problem}")
     assert "\n" not in str(caught.value)
 
@@ -406,36 +405,6 @@ def test_a_hub_dataset_that_cannot_be_loaded_is_named_with_the_reason(hub_folder
     assert "\n" not in str(caught.value)
 
 
-# --- locate ------------------------------------------------------------------------------------------------------
-
-
-def test_locate_tells_package_versions():
-    found = locate(InstalledDocs(kind="installed_docs", packages=["python", "numpy"]))
-    assert found["packages"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["packages"]["numpy"] == __import__("numpy").__version__
-
-
-def test_locate_changes_with_a_file_and_only_then(tmp_path):
-    source = write_dolma(tmp_path / "a.gz", row("1"))
-    before = locate(source)
-    assert locate(source) == before
-    write_dolma(tmp_path / "a.gz", row("1", "Longer text."))
-    assert locate(source) != before
-
-
-def test_locate_follows_a_local_dataset_and_names_a_remote_one(hub_folder):
-    assert locate(hub(Path("Someone/dataset"), revision="abc")) == {
-        "path": "Someone/dataset",
-        "name": None,
-        "revision": "abc",
-        "files": {},
-    }
-    write_split(hub_folder, "train", ["One."])
-    before = locate(hub(hub_folder))
-    write_split(hub_folder, "train", ["One.", "Two."])
-    assert locate(hub(hub_folder)) != before
-
-
 def test_heavy_libraries_are_imported_only_where_they_are_used():
     code = (
         "import sys, dynaroute.pipeline.stage, dynaroute.data.text.sources as light; "
@@ -444,43 +413,3 @@ def test_heavy_libraries_are_imported_only_where_they_are_used():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\nset()\n"
-
-
-# --- revisions ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("key", "changes"),
-    [
-        ("corpora.docs.source", {"kind": "hub", "name": None, "text_column": "text", "rows": "joined"}),
-        ("corpora.docs.source", {"kind": "dolma_stream", "addresses": "urls/v1.txt", "files": None}),
-        ("corpora.docs.tokenizer", {"kind": "hub"}),
-        ("dagformer.base", {"kind": "load"}),
-        ("dagformer.encoder", {"kind": "hub"}),
-    ],
-)
-def test_nothing_starts_before_all_that_the_hub_holds_has_a_revision(tmp_path, key, changes):
-    params = read_yaml(REPOSITORY / "params.yaml")
-    params["corpora"]["docs"]["tokenizer"] = {"kind": "gpt2"}
-    *path, last = key.split(".")
-    section = params
-    for part in path:
-        section = section[part]
-    section[last] = {**changes, "path": "Somebody/something", "revision": None}
-
-    def run() -> subprocess.CompletedProcess:
-        YAML(typ="safe").dump(params, tmp_path / "params.yaml")
-        command = [sys.executable, str(stage_script("locate")), "docs"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
-    done = run()
-    kind = "datasets/" if "source" in key else ""
-    assert done.stderr == (
-        f"locate: {key}.revision = None: 'Somebody/something' is no folder here, and of the hub a commit must be "
-        f"named: `git ls-remote https://huggingface.co/{kind}Somebody/something HEAD` prints the newest\n"
-    )
-    section[last]["revision"] = "abc"
-    assert run().returncode == 0
-    section[last] |= {"revision": None, "path": "somebody"}
-    (tmp_path / "somebody").mkdir()
-    assert run().returncode == 0

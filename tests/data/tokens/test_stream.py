@@ -601,7 +601,7 @@ def test_the_stages_stream_a_corpus(tmp_path, server, address, tokenizer, undist
     }
     YAML(typ="safe").dump(params, tmp_path / "params.yaml")
     environment = {key: value for key, value in os.environ.items() if key != "DVC_ROOT"}
-    for stage in ("locate", "collect", "tokenize_corpus"):
+    for stage in ("collect", "tokenize_corpus"):
         command = [sys.executable, str(stage_script(stage)), "mine"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

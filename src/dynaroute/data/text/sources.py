@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from dynaroute.config import Dolma, DolmaStream, Files, Hub, InstalledDocs, Source
+from dynaroute.config import Dolma, Files, Hub, InstalledDocs, Source
 from dynaroute.data.text import installed_docs
 from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.scratch import hint_of_copy
 
 PART_CHARACTERS = 2**18  # of a document that are held at once
 MAX_LINE_BYTES = 2**28  # of a Dolma file; a line is held whole, and a longer one is most often a file without line ends
@@ -98,28 +99,6 @@ def _valid_name(name: str) -> str:
     return f"{valid}#{hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}"
 
 
-def locate(source: Source) -> dict[str, Any]:
-    """What a source consists of right now, without reading it: package versions, or files with sizes and times.
-
-    Two results that are equal mean the same text, so this is what `collect` depends on.
-
-    Raises:
-        DynarouteError: a package is not installed, or a pattern matches no file.
-    """
-    match source:
-        case InstalledDocs():
-            return {"packages": {name: installed_docs.version(name) for name in source.packages}}
-        case Hub():
-            place = Path(source.path)
-            files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else []
-            return {"path": source.path, "name": source.name, "revision": source.revision, **_file_states(files)}
-        case DolmaStream():
-            found = [listed] if (listed := Path(source.path) / source.addresses).is_file() else []
-            return {"path": source.path, "revision": source.revision, **_file_states(found)}
-        case Dolma() | Files():
-            return _file_states(list(matched_files(source.paths)))
-
-
 def matched_files(patterns: list[str]) -> dict[Path, str]:
     """The files that glob patterns match, each once, with names by which they are sorted.
 
@@ -140,7 +119,8 @@ def matched_files(patterns: list[str]) -> dict[Path, str]:
         except (OSError, RuntimeError, ValueError) as error:
             raise DynarouteError(f"paths: {pattern!r} is not a usable pattern: {error}") from error
         if not found:
-            raise DynarouteError(f"paths: {pattern!r} matches no file (seen from {Path.cwd()})")
+            hint = hint_of_copy(pattern)
+            raise DynarouteError(f"paths: {pattern!r} matches no file (seen from {Path.cwd()}){hint}")
         start = _last_fixed_folder(path).parent if path.is_absolute() else Path()
         for file in found:
             names.setdefault(file, file.relative_to(start).as_posix())
@@ -149,11 +129,6 @@ def matched_files(patterns: list[str]) -> dict[Path, str]:
 
 def _last_fixed_folder(pattern: Path) -> Path:
     return next(folder for folder in pattern.parents if not set("*?[") & set(str(folder)))
-
-
-def _file_states(files: list[Path]) -> dict[str, Any]:
-    states = {_valid_name(path.as_posix()): path.stat() for path in files}
-    return {"files": {name: {"bytes": state.st_size, "mtime_ns": state.st_mtime_ns} for name, state in states.items()}}
 
 
 def _installed_documents(source: InstalledDocs) -> Iterator[Document]:

@@ -84,7 +84,7 @@ def read_corpus(run: Record) -> Corpus:
     tokens = read_record(path)
     if sha256(path) != run["identity"]["tokens"]:
         raise DynarouteError(f"{path}: not the tokens that run {run['run']} was trained on: run dvc repro")
-    return Corpus(name, read_record(Path("data/raw") / f"{name}.source.json"), tokens)
+    return Corpus(name, read_record(Path("data/inputs") / f"corpora.{name}.source.json"), tokens)
 
 
 def read_cached() -> Cached:
