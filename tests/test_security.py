@@ -15,7 +15,7 @@ from small_tokens import write_tokens
 from dynaroute.analysis.traces import Trace, load_trace, save_trace
 from dynaroute.config import load_settings, read_yaml
 from dynaroute.dagformer.decoder import load_base
-from dynaroute.dagformer.encoders import load_embeddings
+from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.data.tokens.tokenizers import load_tokenizer
 from dynaroute.dwr.experts import ExpertStore, Usage, export_store

@@ -28,7 +28,7 @@ from dynaroute.analysis.nll import wire
 from dynaroute.analysis.statistics import paired_difference
 from dynaroute.analysis.topology import jaccard_distances, same_text_test, variation
 from dynaroute.config import MODES, Settings
-from dynaroute.dagformer.encoders import load_embeddings
+from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.variants import load_graph, load_predictor
 from dynaroute.data.tokens.documents import domain_windows

@@ -10,7 +10,7 @@ Writes  data/dagformer/embeddings/   training/train.npy, validation.npy; evaluat
                                      (float32 [windows, E]); metadata.json beside them. domains/domains.npy, of
                                      windows of each source alone; without that file if there is but one source
 
-A run that was stopped goes on from where it was, in .scratch/encode_windows/.
+A stopped run resumes from its progress in .scratch/encode_windows/.
 """
 
 from pathlib import Path
@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from dynaroute.config import BaseEncoder, Settings
-from dynaroute.dagformer.encoders import load_encoder, write_embeddings
+from dynaroute.dagformer.embeddings import write_embeddings
+from dynaroute.dagformer.encoders import load_encoder
 from dynaroute.data.tokens.documents import domain_windows
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.data.tokens.windows import KEYS, Selection, dagformer_windows

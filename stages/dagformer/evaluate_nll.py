@@ -32,7 +32,7 @@ from dynaroute.analysis.nll import BATCH, window_nll, wire
 from dynaroute.analysis.topology import measure
 from dynaroute.config import Settings
 from dynaroute.dagformer.decoder import load_base
-from dynaroute.dagformer.encoders import load_embeddings
+from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.variants import load_graph, load_predictor

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from small_tokens import write_tokens
 
 from dynaroute.config import BaseEncoder, ByteBPE, HubEncoder, Settings, load_settings
-from dynaroute.dagformer import encoders
-from dynaroute.dagformer.encoders import load_embeddings, load_encoder, write_embeddings
+from dynaroute.dagformer import embeddings
+from dynaroute.dagformer.embeddings import load_embeddings, write_embeddings
+from dynaroute.dagformer.encoders import load_encoder
 from dynaroute.data.tokens.documents import domain_windows
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.tokenizers import load_tokenizer, save_tokenizer
@@ -270,7 +271,7 @@ def test_a_text_that_is_too_long_for_the_encoder_is_an_error_and_not_cut(text_en
     folder = changed_copy(text_encoder, tmp_path / "copy", file, **{change: 6})
     encoder = load_hub(folder, tokens)
     encoder.encode_texts(["cat"])
-    with pytest.raises(DynarouteError, match=r"reads at most 6 tokens, but a window has \d+ of them: lower"):
+    with pytest.raises(DynarouteError, match=r"reads at most 6 tokens, but a window has \d+: lower"):
         encoder.encode_texts(["cat", TEXTS[0]])
 
 
@@ -318,7 +319,7 @@ def test_two_runs_write_the_same_bytes_and_small_batches_the_same_vectors(base, 
         write(encoder, BASE, windows, tmp_path / name)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
-    monkeypatch.setattr(encoders, "BATCH_TOKENS", 2 * SEQ_LEN)
+    monkeypatch.setattr(embeddings, "BATCH_TOKENS", 2 * SEQ_LEN)
     write(encoder, BASE, windows, tmp_path / "small")
     one, small = load_embeddings(tmp_path / "one"), load_embeddings(tmp_path / "small")
     for name in one:
@@ -328,7 +329,7 @@ def test_two_runs_write_the_same_bytes_and_small_batches_the_same_vectors(base, 
 def test_numbers_that_are_not_finite_stop_the_stage_and_leave_nothing(base, windows, tmp_path):
     encoder = load_encoder(BASE, base, None, "cpu")
     encoder.model.model.norm.weight.fill_(torch.inf)
-    with pytest.raises(DynarouteError, match="not finite for windows 0 to 6"):
+    with pytest.raises(DynarouteError, match="non-finite numbers for windows 0 to 6"):
         write(encoder, BASE, windows, tmp_path / "embeddings")
     assert not (tmp_path / "embeddings").exists()
 
@@ -337,8 +338,8 @@ def test_numbers_that_are_not_finite_stop_the_stage_and_leave_nothing(base, wind
 def test_a_run_that_died_anywhere_ends_as_one_that_did_not_and_does_little_twice(
     base, windows, tmp_path, monkeypatch, crash_at
 ):
-    monkeypatch.setattr(encoders, "BATCH_TOKENS", 2 * SEQ_LEN)
-    monkeypatch.setattr(encoders, "NOTE_WINDOWS", 4)
+    monkeypatch.setattr(embeddings, "BATCH_TOKENS", 2 * SEQ_LEN)
+    monkeypatch.setattr(embeddings, "NOTE_WINDOWS", 4)
     encoder, encoded, batches = load_encoder(BASE, base, None, "cpu"), 0, []
     encode = encoder.encode
     encoder.encode = lambda tokens: batches.append(tokens) or encode(tokens)
