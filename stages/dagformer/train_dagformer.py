@@ -3,15 +3,18 @@
     python stages/dagformer/train_dagformer.py P1
 
 Reads   data/dagformer/variants/<id>.yaml, data/dagformer/train/base, data/dagformer/embeddings,
-        data/tokens/<dagformer.corpus>; where the variant continues another, data/dagformer/train/<from>, and the files
-        of variants back to the one that started from the base
-Writes  data/dagformer/train/<id>/      predictor.safetensors (final weights), last.safetensors (all that a run goes on
-                                        from), run.json; base/, a transformers directory, if it was trained jointly:
-                                        in fp32 on any device, and saved in the dtype of the base that it began as
-                                        training.csv (a row for each validation), training.json (summary, checks)
-        data/dagformer/measured/<id>.json  time and memory
+        data/tokens/<dagformer.corpus>; for a variant that continues another: data/dagformer/train/<from>, and the
+        settings of all variants it descends from
+Writes  data/dagformer/train/<id>/
+            predictor.safetensors     final weights
+            last.safetensors          the full resume state
+            run.json                  settings, sizes and the identity of the run
+            base/                     only if trained jointly (in fp32): a transformers folder in the base's dtype
+            training.csv              a row for each validation
+            training.json             summary and checks
+        data/dagformer/measured/<id>.json   time and memory
 
-A run that was stopped goes on from its last checkpoint in .scratch/train_dagformer/.
+A stopped run resumes from its last checkpoint in .scratch/train_dagformer/.
 """
 
 import math
@@ -21,19 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from dynaroute.config import Settings, Variant
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.joint import JointModel
-from dynaroute.dagformer.objective import DagObjective, verdict
+from dynaroute.dagformer.objective import DagObjective, health
 from dynaroute.dagformer.predictor import StructurePredictor
+from dynaroute.dagformer.variants import read_variant, seed_of
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.windows import Subset
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import output_directory, read_record, sha256, write_csv, write_json
+from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.pipeline.machine import describe_machine, peak_memory
 from dynaroute.pipeline.scratch import run_id, scratch_folder
 from dynaroute.pipeline.stage import run
@@ -51,7 +54,7 @@ def main(settings: Settings, name: str) -> None:
     started = time.perf_counter()
     torch.set_num_threads(settings.num_threads)
     dagformer = settings.dagformer
-    start, variant = read_variant(name)
+    start, variant = read_variant(DATA / "variants", name)
     accelerator = make_accelerator(settings.device, "fp32")  # first: it gives each process its own GPU
     tokens = Path("data/tokens") / dagformer.corpus
     shards = {split: TokenShards(tokens, split) for split in ("train", "validation")}
@@ -89,7 +92,7 @@ def main(settings: Settings, name: str) -> None:
     torch.manual_seed(variant.seed)
     predictor = StructurePredictor(variant, graph.num_layers, graph.num_heads, embeddings["train"].shape[1])
     predictor.fit_normalisation(embeddings["train"])
-    seed = seed_of(start, variant)
+    seed = seed_of(DATA / "variants", start, variant)
     objective = DagObjective(
         graph,
         variant,
@@ -119,7 +122,7 @@ def main(settings: Settings, name: str) -> None:
         state = trainer.run()
         if not accelerator.is_main_process:
             return
-        health, reason = verdict(state.history, variant.alarm_steps)
+        found, reason = health(state.history, variant.alarm_steps)
         first, last = state.history[0], state.history[-1]
         checks = {
             "base_is_unchanged_to_the_bit": fingerprint(frozen) == base_before,
@@ -157,8 +160,8 @@ def main(settings: Settings, name: str) -> None:
                     "tokens": last["tokens"],
                     "predictor_parameters": sum(p.numel() for p in predictor.parameters()),
                     **metrics,
-                    "verdict": health,
-                    "verdict_reason": reason,
+                    "health": found,
+                    "health_reason": reason,
                     "checks": checks,
                 },
             )
@@ -174,34 +177,6 @@ def main(settings: Settings, name: str) -> None:
             },
         )
         trainer.discard_scratch()
-
-
-def read_variant(name: str) -> tuple[str, Variant]:
-    """What a variant starts from, and its knobs, as resolve_variants wrote them.
-
-    Raises:
-        DynarouteError: the file is missing or damaged.
-    """
-    path = DATA / "variants" / f"{name}.yaml"
-    knobs = read_record(path)
-    try:
-        start = knobs.pop("from")
-        return start, Variant.model_validate(knobs)
-    except (AttributeError, KeyError, TypeError, ValidationError) as error:
-        raise DynarouteError(f"{path}: not the knobs of a variant: run resolve_variants again") from error
-
-
-def seed_of(start: str, variant: Variant) -> int:
-    """The seed of data order and noise: its own for each variant of a chain that one after the other continues.
-
-    Raises:
-        DynarouteError: the file of a variant before this one is missing or damaged.
-    """
-    seed = variant.seed
-    while start != "base":
-        start, _ = read_variant(start)
-        seed += 1_000_003
-    return seed
 
 
 def checks_before_training(variant: Variant, row: dict[str, Any]) -> dict[str, bool]:
@@ -222,9 +197,9 @@ def checks_before_training(variant: Variant, row: dict[str, Any]) -> dict[str, b
 
 
 def alarm(history: list[dict[str, Any]], alarm_steps: int) -> str:
-    """What is wrong with a run so far; empty if nothing is."""
-    health, reason = verdict(history, alarm_steps)
-    return f"alarm: {health}: {reason}" if health in ("collapsed", "saturated") else ""
+    """The alarm that a run raises, or an empty string."""
+    found, reason = health(history, alarm_steps)
+    return f"alarm: {found}: {reason}" if found in ("collapsed", "saturated") else ""
 
 
 def fingerprint(model: torch.nn.Module) -> list[int]:

@@ -11,7 +11,7 @@ from small_base import EMBEDDING, HEADS, LAYERS, SEQ_LEN, VOCABULARY, make_base
 from dynaroute.config import load_settings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.dagformer.objective import DagObjective, lambda_at, tau_at, verdict
+from dynaroute.dagformer.objective import DagObjective, health, lambda_at, tau_at
 from dynaroute.dagformer.predictor import StructurePredictor, sequence_noise
 from dynaroute.training.loop import Batch, Trainer, make_accelerator
 
@@ -162,7 +162,7 @@ def test_the_extremes_of_the_settings_end_finite_and_are_named(tmp_path, knobs):
     predictor, objective = make(**knobs)
     history = train(tmp_path, objective, predictor).state.history
     assert all(math.isfinite(value) for row in history for value in row.values())
-    assert verdict(history, 5)[0] in ("collapsed", "saturated")
+    assert health(history, 5)[0] in ("collapsed", "saturated")
     assert all(value.isfinite().all() for value in predictor.state_dict().values())
 
 
@@ -230,20 +230,20 @@ def row(step, density=0.9, slope=0.01):
     ],
 )
 def test_an_alarm_needs_100_steps_in_a_row(rows, expected):
-    assert verdict(rows, 100)[0] == expected
+    assert health(rows, 100)[0] == expected
 
 
 def test_the_reason_says_what_was_seen():
     rows = [row(0), row(50, slope=1e-5), row(100), row(150)]
     assert (
-        verdict(rows, 100)[1] == "the mean slope dA/dZ of the gates was below 0.001 for 50 steps in a row, and an "
+        health(rows, 100)[1] == "the mean slope dA/dZ of the gates was below 0.001 for 50 steps in a row, and an "
         "alarm takes 100 steps"
     )
-    assert verdict([row(0), row(1000), row(2000, density=0.0)], 100)[1] == (
+    assert health([row(0), row(1000), row(2000, density=0.0)], 100)[1] == (
         "hard density was below 0.01 at single validations only, and an alarm takes 100 steps"
     )
-    assert verdict([row(0), row(50, density=0.0), row(150, density=0.0)], 100)[1] == (
+    assert health([row(0), row(50, density=0.0), row(150, density=0.0)], 100)[1] == (
         "hard density was below 0.01 from step 50 to 150 or longer"
     )
-    assert "stayed above" in verdict([row(0), row(150)], 100)[1]
-    assert verdict(rows, 50)[0] == "saturated"
+    assert "stayed above" in health([row(0), row(150)], 100)[1]
+    assert health(rows, 50)[0] == "saturated"

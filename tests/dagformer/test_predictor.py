@@ -14,7 +14,6 @@ from dynaroute.dagformer.gates import cascade, dag_mask, gumbel_sigmoid
 from dynaroute.dagformer.predictor import (
     INITIAL_SPREAD,
     StructurePredictor,
-    num_predictor_params,
     sequence_noise,
 )
 
@@ -53,19 +52,6 @@ def trained(**changes) -> StructurePredictor:
 
 def texts(count=3, seed=1, dtype=torch.float64) -> torch.Tensor:
     return torch.randn(count, E, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    layers=st.integers(1, 4), heads=st.integers(1, 3), size=st.integers(1, 20), hidden=st.integers(1, 20),
-    rank=st.integers(1, 9), source=st.sampled_from(["text", "none"]),
-    gate=st.sampled_from(["off", "fixed", "learnable"]),
-)  # fmt: skip
-def test_the_formula_counts_the_parameters_of_the_built_predictor(layers, heads, size, hidden, rank, source, gate):
-    changes = {"predictor_hidden": hidden, "rank": rank, "predictor_input": source, "cascade": gate}
-    predictor = make(layers, heads, size, **changes)
-    expected = sum(parameter.numel() for parameter in predictor.parameters())
-    assert num_predictor_params(predictor.variant, layers * heads, size) == expected
 
 
 @pytest.mark.parametrize("source", ["text", "none"])

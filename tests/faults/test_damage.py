@@ -11,7 +11,6 @@ import pytest
 import report_dagformer
 import report_dwr
 import torch
-import train_dagformer
 import train_dwr_run
 from finished_run import contents
 from tiny_pipeline import LOCATE, MEASURED, Workspace
@@ -20,7 +19,7 @@ from dynaroute.analysis.traces import load_trace
 from dynaroute.config import load_settings
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.embeddings import load_embeddings
-from dynaroute.dagformer.variants import load_predictor
+from dynaroute.dagformer.variants import load_predictor, read_variant
 from dynaroute.data.tokens.encode import tokenize
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.dwr.experts import ExpertStore
@@ -130,7 +129,7 @@ READERS: dict[str, tuple[Callable[[], Any], tuple[Callable, ...]]] = {
     "data/dwr/runs/*": (lambda: train_dwr_run.read_run("reference"), OF_TEXT),
     "data/dagformer/train/base/[cm]*": (lambda: load_base(DAGFORMER / "train/base", "cpu"), ANY),
     "data/dagformer/embeddings/training/*": (lambda: load_embeddings(DAGFORMER / "embeddings/training"), ANY),
-    "data/dagformer/variants/P1.yaml": (lambda: train_dagformer.read_variant("P1"), OF_TEXT),
+    "data/dagformer/variants/P1.yaml": (lambda: read_variant(DAGFORMER / "variants", "P1"), OF_TEXT),
     "data/dagformer/train/P1/[pr]*": (lambda: load_predictor(DAGFORMER / "train/P1", "cpu"), ANY),
     "reports/dwr/[cert]*": (lambda: report_dwr.main(load_settings()), OF_TEXT),
     "data/dagformer/*.json": (lambda: report_dagformer.main(load_settings()), ANY),

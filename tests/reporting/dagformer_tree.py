@@ -65,7 +65,7 @@ def write_variant(root: Path, settings: Settings, name: str, index: int, layers:
     soft, hard = ENDS.get(name, tuple(value + index / 5000 for value in ENDS["P1"]))
     steps = range(0, knobs.steps + 1, knobs.validate_every)
     write_csv(trained / "training.csv", [curve_row(step, step / knobs.steps, soft, hard) for step in steps])
-    health = {"verdict": "healthy", "verdict_reason": "slope and density stayed above their alarm thresholds"}
+    health = {"health": "healthy", "health_reason": "slope and density stayed above their alarm thresholds"}
     summary = {"run": run, "steps": knobs.steps, "tokens": 32_768, "predictor_parameters": 45_678 + index, **health}
     write_json(trained / "training.json", summary | {"checks": {"base_is_unchanged_to_the_bit": True}})
     timing = {"seconds": 40.0 + index, "seconds_per_step": 0.25, "validation_seconds": 2.5, "loading_seconds": 3.5}

@@ -1,4 +1,4 @@
-"""Gates: from logits to the adjacency of a DAG of attention heads, and what is measured on it.
+"""Gates: from logits to the adjacency of a DAG of attention heads, and measures of it.
 
 Node (l, h) of L layers x H heads has index l * H + h, N = L * H. An adjacency A is [..., N, N]; A[i, j] gates what
 source i sends to target j and is valid only where layer(j) > layer(i): everywhere else it is exactly 0.
@@ -43,7 +43,7 @@ def gumbel_sigmoid(logits: Tensor, tau: float | Tensor, mode: Mode, noise: Tenso
             entries outside `dag_mask` with it.
         tau: temperature above 0.
         mode: train, sigmoid((Z + noise) / tau); soft, sigmoid(Z / tau); hard, 1 where Z > 0 (no gradient).
-        noise: for train alone, broadcasts to the shape of logits; see `logistic_noise`.
+        noise: in mode train only; broadcasts to the shape of logits; see `logistic_noise`.
 
     Returns:
         Gates of the shape and dtype of logits.
@@ -98,7 +98,7 @@ def cascade(
 
 
 def density(adjacency: Tensor, entries: Tensor) -> Tensor:
-    """Mean gate over the given entries ([N, N] bool, e.g. `dag_mask`), a float32 number for each adjacency, [...].
+    """Mean gate over the given entries ([N, N] bool, such as `dag_mask`), float32 [...], one per adjacency.
 
     A mean over all N x N entries would count the structural zeros and read 0.42 where this reads 0.89.
     """
@@ -106,7 +106,7 @@ def density(adjacency: Tensor, entries: Tensor) -> Tensor:
 
 
 def gate_fraction(adjacency: Tensor, entries: Tensor) -> Tensor:
-    """Fraction of gates above 0.5 among the given entries, for each adjacency, [...].
+    """Fraction of gates above 0.5 among the given entries, float32 [...], one per adjacency.
 
     `layer_distance(L, H) == 1` gives the report's seq_gate_frac, `> 1` its hyp_gate_frac.
     """

@@ -1,4 +1,4 @@
-"""What a predictor is trained on: the NLL of a frozen base under the wiring that it predicts, and its density.
+"""The training loss of a predictor: the NLL of a frozen base under the predicted wiring, and the wiring's density.
 
 The loss of step t is `NLL + lambda_t * mean_A`. Temperature and lambda follow the schedules below; noise is a function
 of (seed, step, window), so it does not depend on batches or processes.
@@ -19,13 +19,13 @@ from dynaroute.dagformer.predictor import StructurePredictor, sequence_noise
 from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.training.loop import Batch
 
-RAMP = 0.2  # the share of the steps over which lambda rises
-COLLAPSED_DENSITY = 0.01  # hard gates left
+RAMP = 0.2  # of all steps, while lambda rises
+COLLAPSED_DENSITY = 0.01  # of hard gates
 SATURATED_SLOPE = 1e-3  # mean dA/dZ; at Z = 15 it is about 9e-3 at tau 5, 4e-4 at tau 2, 4e-6 at tau 1
 
 
 def tau_at(step: int, total_steps: int, variant: Variant) -> float:
-    """The temperature of step `step`: half a cosine from tau_init to tau_final, which it has at `total_steps`."""
+    """The temperature of step `step`: half a cosine from tau_init at step 0 to tau_final at `total_steps`."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total_steps)))
     return variant.tau_final + (variant.tau_init - variant.tau_final) * cosine
 
@@ -61,10 +61,11 @@ class DagObjective:
         self._baseline: dict[int, Tensor] = {}  # NLL sums at A = 1: the same at every validation
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The training loss; for the record NLL, mean_A, and what reaches the predictor through its gates.
+        """The training loss, and for the record NLL, mean_A and two measures of the gradient through the gates.
 
-        gate_slope is the mean of dA/dZ, before the cascade. gate_gradient, filled in by the backward pass, is the norm
-        of the gradient of a window's loss at its A, a root mean square over windows: no matter how many are a batch.
+        gate_slope is the mean of dA/dZ, before the cascade. gate_gradient is the norm of the gradient of a window's
+        loss with respect to its A, as a root mean square over windows, so that it does not depend on the batch size;
+        the backward pass fills it in.
         """
         tau, weight = tau_at(step, self.variant.steps, self.variant), lambda_at(step, self.variant.steps, self.variant)
         device = batch.tokens.device
@@ -92,7 +93,7 @@ class DagObjective:
         }
 
     def validation_sums(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
-        """NLL in the three modes, summed over tokens; measures of the topology, summed over windows."""
+        """NLL in the three modes, summed over tokens, and measures of the topology, summed over windows."""
         tau = tau_at(step, self.variant.steps, self.variant)
         embeddings = self.validation_embeddings[batch.windows.cpu()].to(batch.tokens.device)
         soft = model(embeddings, tau, "soft")
@@ -122,7 +123,7 @@ class DagObjective:
         }
 
     def validation_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """NLL of the modes in nats per token, means of the topology's measures; `loss` is the soft NLL."""
+        """NLL by mode in nats per token, and mean measures of the topology; `loss` is the soft NLL."""
         metrics = {name: float(sums[name] / sums["predicted"]) for name in ("nll_soft", "nll_hard", "nll_baseline")}
         names = ("mean_A", "density_hard", "seq_gate_frac", "hyp_gate_frac", "tau", "lambda")
         metrics |= {name: float(sums[name] / sums["windows"]) for name in names}
@@ -136,22 +137,21 @@ class DagObjective:
 
 
 def _bare(model: nn.Module) -> StructurePredictor:
-    """The predictor, without what several processes or a trained base wrap around it."""
+    """The predictor without the wrappers of several processes or joint training."""
     model = getattr(model, "module", model)
     return getattr(model, "predictor", model)
 
 
-def verdict(history: list[dict[str, Any]], alarm_steps: int) -> tuple[str, str]:
-    """Whether a run stayed healthy, from the rows of its validations, and the reason in one sentence.
+def health(history: list[dict[str, Any]], alarm_steps: int) -> tuple[str, str]:
+    """Whether a run is healthy, saturated, collapsed or too short to tell, and the reason in one sentence.
 
-    saturated: the mean gate slope stayed below SATURATED_SLOPE for at least `alarm_steps` steps. A row holds the mean
-    over the steps since the row before, all of which it stands for: where validations are that far apart, one suffices.
-    collapsed: so did hard density, below COLLAPSED_DENSITY. A row holds its value at that step, so a stretch reaches
-    from the first row below to the last, and takes two at least, however far apart: what it was between two validations
-    nobody knows, and it counts as below only if both are.
-    Of a run shorter than `alarm_steps` it is "too short to tell".
+    saturated: the mean gate slope stayed below SATURATED_SLOPE for `alarm_steps` steps. A validation's row holds the
+        mean since the previous row, so one row is enough if it covers that many steps.
+    collapsed: hard density stayed below COLLAPSED_DENSITY for `alarm_steps` steps. A row holds the density at its own
+        step only, so this takes two rows; density counts as low between two consecutive low rows.
+    too short to tell: the run has fewer than `alarm_steps` steps.
     """
-    moments, intervals = zip(history, history, strict=True), itertools.pairwise(history)  # of which a value holds
+    moments, intervals = zip(history, history, strict=True), itertools.pairwise(history)  # what a row's value covers
     rules = (
         ("collapsed", "validation_density_hard", moments, COLLAPSED_DENSITY, "hard density"),
         ("saturated", "train_gate_slope", intervals, SATURATED_SLOPE, "the mean slope dA/dZ of the gates"),

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from dynaroute.config import Variant
 from dynaroute.dagformer.gates import Mode, cascade, dag_mask, gumbel_sigmoid, logistic_noise
 
-# The standard deviation over entries of U V^T at initialisation. Every gate then starts within about 1 of init_logit:
-# 15 leaves them all open, and sigmoid(15 / 5) is the same for all to 1 %.
+# The standard deviation over entries of U V^T at initialisation. Every logit then starts within about 1 of init_logit:
+# at 15 all gates are open, and sigmoid(15 / 5) is the same for all to 1 %.
 INITIAL_SPREAD = 0.1
 GELU_GAIN = 1.5335  # 1 / sqrt(E[gelu(z)^2]) for a standard normal z: keeps the mean square at 1 through a layer
-STATISTICS_ROWS = 2**16  # more texts than this add nothing to a mean and a standard deviation but memory
+STATISTICS_ROWS = 2**16  # enough for a mean and a standard deviation; more would only cost memory
 
 
 class StructurePredictor(nn.Module):
@@ -31,11 +31,11 @@ class StructurePredictor(nn.Module):
         A = cascade(gates of Z)                             by the variant's cascade and exempt_first_layer
 
     An encoder's features differ in scale by orders of magnitude, and averages over many tokens share a large common
-    vector, beside which one text hardly differs from the next. So x is standardised, feature by feature, with the
-    statistics of the training texts (`fit_normalisation`; stored with the weights), and scaled to a mean square of 1:
-    no text has an outlying norm, not even one of few tokens.
+    vector that hides the differences between texts. So x is standardised, feature by feature, with the statistics of
+    the training texts (`fit_normalisation`; stored with the weights), and scaled to a mean square of 1, so that no text
+    has an outlying norm, not even a short one.
 
-    With `predictor_input: none` a learned constant takes the place of the normalised x: one topology for all texts.
+    With `predictor_input: none` a learned constant replaces the normalised x: one topology for all texts.
 
     All work is in the parameters' dtype, without autocast: in bf16, numbers near an init_logit of 15 lie 0.06 apart.
     """
@@ -73,9 +73,9 @@ class StructurePredictor(nn.Module):
 
     @torch.no_grad()
     def fit_normalisation(self, embeddings: Tensor | np.ndarray) -> None:
-        """Takes the statistics of the training texts' embeddings, [n, E]; to be called once, before training.
+        """Sets the normalisation from the training texts' embeddings, [n, E]; call it once, before training.
 
-        A feature that does not vary over them is ignored from then on.
+        A feature that does not vary over them is ignored.
         """
         rows = torch.as_tensor(embeddings[:: math.ceil(len(embeddings) / STATISTICS_ROWS)]).double()
         std, mean = torch.std_mean(rows, dim=0, correction=0)
@@ -117,7 +117,7 @@ class StructurePredictor(nn.Module):
             embeddings: [B, E], see `logits`.
             tau: temperature of the gates.
             mode: train, soft or hard, see `gumbel_sigmoid`; hard gates are 0 or 1 and have no gradient.
-            noise: [B, N, N], for train alone, see `sequence_noise`.
+            noise: [B, N, N], in mode train only, see `sequence_noise`.
 
         Raises:
             DynarouteError: what `gumbel_sigmoid` raises.
@@ -127,16 +127,6 @@ class StructurePredictor(nn.Module):
             return adjacency
         exempt = self.variant.exempt_first_layer
         return cascade(adjacency, self.cascade_k, self.num_heads, mode == "hard", exempt)
-
-
-def num_predictor_params(variant: Variant, num_nodes: int, embedding_size: int) -> int:
-    """The parameters of a `StructurePredictor`, without building one."""
-    hidden, outputs = variant.predictor_hidden, num_nodes * variant.rank
-    linears = [(embedding_size, hidden), (hidden, hidden), (hidden, outputs), (hidden, outputs)]
-    count = sum((inputs + 1) * outputs for inputs, outputs in linears)
-    count += 1  # init_logit
-    count += embedding_size * (variant.predictor_input == "none")  # the constant
-    return count + (variant.cascade == "learnable")  # k
 
 
 def sequence_noise(seed: int, step: int, windows: Tensor, num_nodes: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A trained variant, as `train_dagformer` left it."""
+"""The files of a variant: its settings as `resolve_variants` wrote them, and its training's result, read back."""
 
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,38 @@ from dynaroute.pipeline.artifacts import read_record
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 
 
+def read_variant(folder: Path, name: str) -> tuple[str, Variant]:
+    """What a variant starts from, `base` or another variant, and its settings.
+
+    Raises:
+        DynarouteError: its file in `folder` is missing or damaged.
+    """
+    path = folder / f"{name}.yaml"
+    knobs = read_record(path)
+    try:
+        return knobs.pop("from"), Variant.model_validate(knobs)
+    except (KeyError, ValidationError) as error:
+        raise DynarouteError(f"{path}: not the settings of a variant: run resolve_variants again") from error
+
+
+def seed_of(folder: Path, start: str, variant: Variant) -> int:
+    """The seed of data order and noise: a different one for each variant in a chain of continuations.
+
+    Raises:
+        DynarouteError: the file of a variant before this one is missing or damaged.
+    """
+    seed = variant.seed
+    while start != "base":
+        start, _ = read_variant(folder, start)
+        seed += 1_000_003
+    return seed
+
+
 def load_predictor(folder: Path, device: str) -> tuple[dict[str, Any], StructurePredictor]:
     """The record of a variant's training, and its trained predictor.
 
     Raises:
-        DynarouteError: a file is missing or damaged, or they are not of one run.
+        DynarouteError: a file is missing or damaged, or the files belong to different runs.
     """
     path, weights = folder / "run.json", folder / "predictor.safetensors"
     record = read_record(path)
@@ -42,10 +69,10 @@ def load_graph(trained: Path, name: str, variant: Variant, device: str) -> DagFo
     """The base that a variant wires: its own if it was trained jointly, else the one that all share.
 
     Args:
-        trained: the folder of all that was trained, `base` and a folder for each variant.
-        name: of the variant.
-        variant: its knobs.
-        device: where to.
+        trained: the folder that holds `base` and a folder for each variant.
+        name: the variant's.
+        variant: its settings.
+        device: cpu or cuda.
 
     Raises:
         DynarouteError: the base is missing or damaged.

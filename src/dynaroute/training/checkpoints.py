@@ -95,7 +95,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Puts back what `optimizer_tensors` took out. Learning rates are not part of it: the loop sets them anew."""
+    """Restores what `optimizer_tensors` returned, without learning rates: the loop sets them at each step."""
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         parameter, _, key = name.rpartition(".")

@@ -121,7 +121,7 @@ def steps_per_epoch(num_windows: int, batch_size: int) -> int:
         DynarouteError: there is not one whole batch.
     """
     if num_windows < batch_size:
-        raise DynarouteError(f"the training split has {num_windows} windows, less than batch_size = {batch_size}")
+        raise DynarouteError(f"the training split has {num_windows} windows, fewer than batch_size = {batch_size}")
     return num_windows // batch_size
 
 
@@ -171,13 +171,13 @@ class Trainer:
         early_stopping_patience: int | None = None,
         keep_best: bool = True,
     ) -> None:
-        """Prepares a run in the folder `scratch`, which begins with weights and moments of the checkpoint `start`.
+        """Prepares a run in the folder `scratch`, starting from the weights and moments of the checkpoint `start`.
 
         Parameter groups are those of `decay_groups` unless given; a group's `lr_factor` multiplies its learning rate.
-        `remark` says of the rows of all validations so far what a user should know at once; nothing: an empty string.
-        Of each text in `also_validate_on`, by its name, every validation records the loss, which decides nothing.
+        `remark` turns the rows of all validations so far into a line for the user, or an empty string.
+        Every validation also records the loss on each text in `also_validate_on`, by name; it decides nothing.
         The run stops early after `early_stopping_patience` validations without improvement; None: never.
-        Only with `keep_best` there will be weights at `best_path`.
+        Only with `keep_best` are there weights at `best_path`.
 
         Raises:
             DynarouteError: batches do not divide among the processes, there is not one whole batch, the run would end
@@ -215,7 +215,7 @@ class Trainer:
         self.seconds = self.validation_seconds = 0.0
 
     def __enter__(self) -> "Trainer":
-        """Takes the scratch folder, when no other run trains there, and goes on from the checkpoint in it, if any.
+        """Takes the scratch folder, once no other run trains there, and resumes from the checkpoint in it, if any.
 
         Raises:
             DynarouteError: the checkpoint is damaged.
@@ -232,17 +232,17 @@ class Trainer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Lets go of the scratch folder."""
+        """Releases the scratch folder."""
         self._held.close()
 
     def discard_scratch(self) -> None:
-        """Removes the scratch folder, once its results are where they belong."""
+        """Removes the scratch folder; call it once the results are published."""
         if self.accelerator.is_main_process:
             discard(self.scratch)
 
     @property
     def last_path(self) -> Path:
-        """The checkpoint to go on from: weights, optimizer, state."""
+        """The checkpoint to resume from: weights, optimizer, state."""
         return self.scratch / "last.safetensors"
 
     @property
@@ -317,7 +317,7 @@ class Trainer:
     def _backward(self, windows: np.ndarray, step: int, parts: int) -> float:
         """Adds one of `parts` micro-batches to the gradients and metrics; its loss, divided by `parts`.
 
-        Nothing of its graph is left on return: the next one's would come on top of it.
+        Its graph is freed on return; otherwise the next micro-batch's would add to its memory.
         """
         loss, metrics = self.objective.loss(self.model, self._batch(self.training, windows), step)
         self.accelerator.backward(loss / parts)
@@ -357,9 +357,9 @@ class Trainer:
         return bool(self.accelerator.gather(torch.tensor([int(own)], device=self.accelerator.device)).max())
 
     def _agree(self, stop: StopRequest) -> signal.Signals | None:
-        """The signal that any process has got so far: all must leave after the same step.
+        """The signal that any process has received so far: all must stop after the same step.
 
-        One that comes later, such as while a checkpoint is being written, has to wait for the next time.
+        A later signal, such as one during a checkpoint, waits for the next call.
         """
         if self.accelerator.num_processes == 1:
             return stop.signal
@@ -425,7 +425,7 @@ class Trainer:
         return {name: accelerator.reduce(value, "sum").cpu() for name, value in sums.items()}
 
     def _save(self, stop: signal.Signals | None) -> None:
-        """Writes the checkpoint to go on from; leaves the run if a signal asked for it."""
+        """Writes the checkpoint to resume from; ends the run if a signal asked for it."""
         sums = {name: self.accelerator.gather(value.view(1)) for name, value in sorted(self.sums.items())}
         if self.accelerator.is_main_process:
             model = self.unwrapped
@@ -442,11 +442,11 @@ class Trainer:
         if stop:
             raise DynarouteError(
                 f"stopped by {stop.name} at step {self.state.step} of {self.total_steps}; "
-                f"the same command goes on from there"
+                f"the same command resumes there"
             )
 
     def _restore(self) -> None:
-        """Goes on from the last checkpoint."""
+        """Resumes from the last checkpoint."""
         state, sums = self._load_tensors(self.last_path)
         accelerator = self.accelerator
         for name, value in sums.items():  # of every process

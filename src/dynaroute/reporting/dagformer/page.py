@@ -126,7 +126,7 @@ def card(results: Results, comparisons: Comparisons, variant: Variant) -> dict[s
     changes = {key: value for key, value in variant.changes(results.main).items() if key != "validate_every"}
     cascade = "off" if knobs["cascade"] == "off" else f"k={knobs['cascade_k']:g} {knobs['cascade']}"
     tau, weight = (f"{knobs[f'{name}_init']:g}→{knobs[f'{name}_final']:g}" for name in ("tau", "lambda"))
-    health = variant.training["verdict"]
+    health = variant.training["health"]
     health = health if health == "healthy" else f"**{health}**"
     notes = ["full rank"] if knobs["rank"] >= variant.run["num_layers"] * variant.run["num_heads"] else []
     notes += [count(knobs["steps"], "step")] if "steps" in changes else []
@@ -172,8 +172,8 @@ def alarms(results: Results) -> dict[str, list[str]]:
     """The variants whose training raised an alarm, by what it was."""
     found: dict[str, list[str]] = {}
     for name, variant in results.variants.items():
-        if (verdict := variant.training["verdict"]) != "healthy":
-            found.setdefault(f"{verdict}, {variant.training['verdict_reason']}", []).append(name)
+        if (health := variant.training["health"]) != "healthy":
+            found.setdefault(f"{health}, {variant.training['health_reason']}", []).append(name)
     return found
 
 
