@@ -72,18 +72,6 @@ def changed_since_measured(stage: str) -> list[str] | None:
     return [one["path"] for one in files if not Path(one["path"]).is_file() or digest(one["path"], "md5") != one["md5"]]
 
 
-def code_measured(stage: str) -> str:
-    """At which state of the code a benchmark was run, by what DVC recorded: whether its files have changed since."""
-    changed = changed_since_measured(stage)
-    if changed is None:
-        return "At which state of the code is not recorded."
-    listed = ", ".join(f"`{path}`" for path in changed)
-    return (
-        f"The state of the code is the one in `benchmarks/dvc.lock`. Of the files listed there, changed since: "
-        f"{listed or 'none'}. When: see `git log` of the file of results, which holds no date."
-    )
-
-
 def file_size(path: str | Path) -> int:
     """Bytes of a file.
 

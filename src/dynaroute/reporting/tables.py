@@ -75,11 +75,6 @@ def unwrap(text: str) -> str:
     return re.sub(rf"(^```.*?^```)|{within}", lambda match: match[1] or " ", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def figure(path: str, caption: str) -> str:
-    """An image by its path relative to the report, with its caption below."""
-    return f"![{caption}]({path})\n\n*{caption}*"
-
-
 def size(num_bytes: float) -> str:
     """Bytes in the binary unit that suits them."""
     for unit in ("B", "KiB", "MiB"):
