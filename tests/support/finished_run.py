@@ -25,7 +25,9 @@ def stages() -> list[str]:
     names = [LOCATE]
     for name, stage in read_yaml(REPOSITORY / "dvc.yaml")["stages"].items():
         loop = stage.get("foreach")
-        items = INSTANCES[loop[0] if isinstance(loop, list) else loop] if loop else None
+        items = None
+        if loop:
+            items = loop if isinstance(loop, dict) else INSTANCES[loop[0] if isinstance(loop, list) else loop]
         names += [name] if items is None else [f"{name}@{item}" for item in items]
     return names
 
