@@ -71,7 +71,9 @@ def test_a_variant_is_trained_on_the_base_in_the_dtype_that_is_recorded(tmp_path
     dagformer = settings.dagformer.model_copy(update=sizes)
     train_dagformer.main(settings.model_copy(update={"dagformer": dagformer, "num_threads": 1}), "V")
 
-    assert read_record("data/dagformer/train/V/run.json")["identity"]["base_dtype"] == dtype
+    identity = read_record("data/dagformer/train/V/run.json")["identity"]
+    assert identity["base_dtype"] == dtype
+    assert identity["dagformer"]["train_windows"] == 12  # all there are, and not null
     report = read_record("data/dagformer/train/V/training.json")
     assert report["steps"] == STEPS
     assert all(report["checks"].values())

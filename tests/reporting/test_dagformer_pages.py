@@ -297,6 +297,7 @@ def test_files_that_do_not_belong_together_are_refused(path, change, message):
     [
         ("variants", {"S1": {"from": "base"}}, r"variants = \['S1'\]: must hold P1"),
         ("dagformer.seq_len", 64, r"P1/run\.json: trained with dagformer\.seq_len = 128, not 64: run dvc repro"),
+        ("dagformer.train_windows", 511, r"P1/run\.json: trained with dagformer\.train_windows = 512, not 511: run"),
         ("variants", {"P1": {"from": "base"}, "S1": {"from": "base"}}, r"variants\.csv: not of the variants of params"),
     ],
 )
@@ -306,6 +307,13 @@ def test_settings_that_the_results_are_not_of_are_refused(key, value, message):
     own = getattr(settings, section).model_copy(update={name: value}) if section else value
     with pytest.raises(DynarouteError, match=message):
         read_comparisons(read_results(settings.model_copy(update={section or key: own})))
+
+
+def test_all_windows_may_be_called_null_or_by_their_number():
+    settings = load_settings()
+    shared = settings.dagformer.model_copy(update={"train_windows": None})
+    found = [read_results(one) for one in (settings, settings.model_copy(update={"dagformer": shared}))]
+    assert found[0].variants.keys() == found[1].variants.keys()
 
 
 @pytest.mark.parametrize("name", ["compare_variants", "plot_dagformer", "report_dagformer"])

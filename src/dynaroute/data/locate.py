@@ -43,10 +43,10 @@ def _files_of(section: Hosted) -> dict[str, Path]:
         found = [folder / section.addresses]
     else:  # a model's folder may hold checkpoints of its training, in folders that nothing reads
         found = sorted(folder.rglob("*") if isinstance(section, config.HostedData) else folder.glob("*"))
+        found = [path for path in found if "/." not in f"/{path.relative_to(folder)}"]  # hidden ones are of tools
     if isinstance(section, config.HubTokenizer):
         found = [path for path in found if path.suffix not in WEIGHTS]
-    names = {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
-    return {name: path for name, path in names.items() if not name.startswith(".") and "/." not in name}
+    return {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
 
 
 def sections(settings: Settings, corpus: str) -> dict[str, Section]:

@@ -337,6 +337,13 @@ def test_hub_rows_become_documents_with_their_official_split(hub_folder):
     ]
 
 
+def test_a_local_dataset_edited_in_place_is_read_anew(hub_folder):
+    for text in ("one", "two"):
+        (hub_folder / "train.txt").write_text(text)
+        os.utime(hub_folder / "train.txt", (1, 1))
+        assert [document.text for document in documents(hub(hub_folder))] == [text]
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
 def test_json_lines_and_text_are_datasets_too(hub_folder, kind):
     for split, text in (("train", "One.\nTwo.\n"), ("test", "Three.\n")):

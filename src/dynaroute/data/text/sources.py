@@ -181,7 +181,9 @@ def _load_hub_dataset(source: Hub) -> Any:
     import datasets  # takes a second, which only this kind should pay
 
     try:
-        return datasets.load_dataset(source.path, source.name, revision=source.revision)
+        # Its cache goes by times of local files, which an edit can leave alone.
+        mode = "force_redownload" if Path(source.path).is_dir() else None
+        return datasets.load_dataset(source.path, source.name, revision=source.revision, download_mode=mode)
     except Exception as error:  # of any kind: RuntimeError for a loading script, BadZipFile, YAMLError
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         place = ", ".join(part for part in (source.path, source.name, source.revision) if part)
