@@ -64,6 +64,12 @@ def test_both_parameter_files_validate_and_hold_exactly_the_keys_of_the_settings
     assert sorted(keys_in(read_yaml(path))) == sorted(keys_of(type(settings)))
 
 
+@pytest.mark.parametrize("path", [*REPOSITORY.glob("*.yaml"), *REPOSITORY.glob("*/*.yaml")], ids=lambda path: path.name)
+def test_dvc_reads_what_the_project_reads(path):
+    """DVC's parser is libyaml, which refuses a plain `a?` in a flow mapping, for one."""
+    assert YAML(typ="safe").load(path.read_text()) == read_yaml(path)
+
+
 def test_the_paper_file_is_the_seeds_model():
     dwr = load_settings(PAPER).dwr
     assert (dwr.d_model, dwr.d_ff, dwr.num_layers, dwr.num_heads, dwr.num_experts, dwr.top_k) == (
