@@ -16,6 +16,7 @@ from dynaroute.analysis.traces import Trace, load_trace, save_trace
 from dynaroute.config import load_settings, read_yaml
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.embeddings import load_embeddings
+from dynaroute.dagformer.hub import load_model
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.data.tokens.tokenizers import load_tokenizer
 from dynaroute.dwr.experts import ExpertStore, Usage, export_store
@@ -70,6 +71,12 @@ def base(folder: Path):
     return [folder / "model.safetensors", folder / "config.json"], lambda: load_base(folder, "cpu")
 
 
+def published_base(folder: Path):
+    make_base().save_pretrained(folder)
+    load = lambda: load_model("base", "AutoModelForCausalLM", folder, "cpu", "auto")  # noqa: E731
+    return [folder / "model.safetensors", folder / "config.json"], load
+
+
 def store(folder: Path):
     sizes = {"d_model": 16, "d_ff": 16, "num_layers": 2, "num_heads": 2, "num_experts": 2, "top_k": 1}
     config = DWRConfig(**sizes, max_seq_len=8, dropout=0.0, capacity_factor=None, vocab_size=64)
@@ -102,7 +109,7 @@ def tokenizer(folder: Path):
 
 
 @pytest.mark.parametrize("put", [plain_pickle, torch_file, array_of_objects])
-@pytest.mark.parametrize("make", [checkpoint, base, store, trace, tokens, embeddings, tokenizer])
+@pytest.mark.parametrize("make", [checkpoint, base, published_base, store, trace, tokens, embeddings, tokenizer])
 def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(tmp_path, marker, make, put):
     (tmp_path / "folder").mkdir()
     paths, load = make(tmp_path / "folder")
@@ -116,11 +123,11 @@ def test_a_pickle_in_place_of_a_file_is_refused_and_not_run(tmp_path, marker, ma
 
 
 def test_weights_in_a_pickle_beside_the_configuration_are_not_read(tmp_path, marker):
-    base(tmp_path / "base")
+    _, load = published_base(tmp_path / "base")
     (tmp_path / "base/model.safetensors").unlink()
     torch_file(tmp_path / "base/pytorch_model.bin", marker)
     with pytest.raises(DynarouteError, match="cannot be loaded"):
-        load_base(tmp_path / "base", "cpu")
+        load()
 
 
 def test_yaml_makes_no_objects(tmp_path, marker):

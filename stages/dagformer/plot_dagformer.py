@@ -10,7 +10,7 @@ Writes  reports/dagformer/{wiring,distances,nll_by_step,gate_gradients,variants,
 import textwrap
 
 from dynaroute.config import Settings
-from dynaroute.dagformer.objective import SATURATED_SLOPE
+from dynaroute.dagformer.health import SATURATED_SLOPE
 from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dagformer import figures
 from dynaroute.reporting.dagformer.page import card

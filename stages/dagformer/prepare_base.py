@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dynaroute.analysis.statistics import paired_difference
+from dynaroute.analysis.base import measure_base
 from dynaroute.config import LoadedBase, Settings
 from dynaroute.dagformer.bases import LanguageModelObjective, load_existing, new_base
 from dynaroute.dagformer.decoder import load_base
-from dynaroute.dagformer.graph import DagForward
-from dynaroute.dagformer.hub import load_model
 from dynaroute.data.locate import locate
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.windows import KEYS, Subset, dagformer_windows
@@ -41,14 +39,14 @@ BASE = DATA / "train/base"
 
 
 def main(settings: Settings) -> None:
-    """Makes or loads the base, and measures how much its wiring matters."""
+    """Writes the base, and measures how much its wiring matters."""
     torch.set_num_threads(settings.num_threads)
     dagformer = settings.dagformer
     precision = "fp32" if isinstance(dagformer.base, LoadedBase) else dagformer.base.training.precision
     accelerator = make_accelerator(settings.device, precision)  # first: it gives each process its own GPU
     tokens = Path("data/tokens") / dagformer.corpus
     shards = {split: TokenShards(tokens, split) for split in KEYS}
-    dagformer_windows(shards, dagformer)  # refuses too few for encode_windows now, and not after a pretraining
+    dagformer_windows(shards, dagformer)  # refuses too few windows for later stages before a pretraining
     dtype = compute_dtype(settings.device, dagformer.precision)
     identity = {
         "base": dagformer.base.model_dump() | locate(dagformer.base, "dagformer.base"),
@@ -85,12 +83,11 @@ def main(settings: Settings) -> None:
         "validation_loss": min(losses) if losses else None,
         "unigram_entropy": shards["validation"].unigram_entropy,
     }
-    write_json(DATA / "base.json", report | wiring_matters(settings, shards["validation"]))
-    machine = describe_machine(settings.device)
-    write_json(
-        DATA / "measured/base.json",
-        timing | {"peak_memory_bytes": peak_memory(settings.device), "machine": machine},
-    )
+    windows = Windows(shards["validation"], dagformer.seq_len, keep_tail=False)
+    measures = measure_base(BASE, Subset(windows, dagformer.validation_windows), settings.device)
+    write_json(DATA / "base.json", report | measures)
+    timing |= {"peak_memory_bytes": peak_memory(settings.device), "machine": describe_machine(settings.device)}
+    write_json(DATA / "measured/base.json", timing)
 
 
 def pretrain(
@@ -129,42 +126,6 @@ def pretrain(
             shutil.copytree(shards["train"].directory / "tokenizer", folder, dirs_exist_ok=True)
         trainer.discard_scratch()
     return model, with_all_columns(state.history), {"training_seconds": trainer.seconds}
-
-
-@torch.inference_mode()
-def wiring_matters(settings: Settings, shards: TokenShards) -> dict[str, Any]:
-    """NLL of the saved base by transformers itself, and through the DAG with all gates at one and at zero."""
-    dagformer = settings.dagformer
-    theirs = load_model(str(BASE), "AutoModelForCausalLM", BASE, settings.device, "auto")
-    base = load_base(BASE, settings.device)
-    graph = DagForward(base)
-    windows = Subset(Windows(shards, dagformer.seq_len, keep_tail=False), dagformer.validation_windows)
-    nodes = graph.num_layers * graph.num_heads
-    losses: dict[str, list[float]] = {"transformers": [], "one": [], "zero": []}  # of each window
-    difference = 0.0
-    for index in range(len(windows)):
-        tokens, targets = (part.to(settings.device) for part in windows.batch([index]))
-        logits = {"transformers": theirs(tokens).logits}
-        for name, make in (("one", torch.ones), ("zero", torch.zeros)):
-            logits[name] = graph(tokens, make(1, nodes, nodes, device=settings.device, dtype=base.dtype))
-        for ours in (logits["one"], base(tokens)):
-            difference = max(difference, float((ours - logits["transformers"]).abs().max()))
-        for name, values in logits.items():
-            losses[name].append(float(torch.nn.functional.cross_entropy(values.float()[0], targets[0])))
-    means = {name: sum(values) / len(windows) for name, values in losses.items()}
-    rise = paired_difference(losses["zero"], losses["one"])
-    tolerance = 1e-5 if base.dtype == torch.float32 else 1e-2
-    return {
-        "nll_all_gates_one": means["one"],
-        "nll_all_gates_zero": means["zero"],
-        "zero_minus_one": rise._asdict(),
-        "n": len(windows),
-        "largest_logit_difference_to_transformers": difference,
-        "checks": {
-            "all_gates_at_one_reproduce_the_base": abs(means["one"] - means["transformers"]) < tolerance,
-            "removing_all_head_connections_raises_nll": rise.low > 0,
-        },
-    }
 
 
 if __name__ == "__main__":

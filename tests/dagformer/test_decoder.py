@@ -95,7 +95,9 @@ def folder(tmp_path) -> Path:
         ({"hidden_act": "gelu"}, r"config.json: hidden_act = 'gelu': .*'silu'"),
         ({"attention_bias": True}, "config.json: attention_bias = True: .*False"),
         ({"model_type": "gpt2"}, "config.json: model_type = 'gpt2': .*'olmo2'"),
-        ({"rope_parameters": None}, "config.json: rope_parameters = None"),
+        ({"rope_parameters": None}, "config.json: rope_parameters = None: "),
+        ({"rope_parameters": ...}, "config.json: rope_parameters: Field required"),
+        ({"rope_parameters": {"rope_type": "default"}}, "config.json: rope_parameters.rope_theta: Field required"),
         ({"intermediate_size": 7}, r"mlp.gate_proj.weight has shape \[32, 16\]; the model's is \[7, 16\]"),
         ({"num_hidden_layers": 4}, "layers.3.self_attn.q_proj.weight is missing"),
         ({"num_hidden_layers": 2}, "layers.2.+ is not part of this model"),
@@ -103,7 +105,8 @@ def folder(tmp_path) -> Path:
 )
 def test_a_config_that_is_not_supported_or_not_that_of_the_weights_is_refused_in_one_line(folder, changes, message):
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
     with pytest.raises(DynarouteError, match=message) as error:
         load_base(folder, "cpu")
     assert str(folder) in str(error.value)

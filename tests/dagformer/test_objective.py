@@ -11,7 +11,8 @@ from small_base import EMBEDDING, HEADS, LAYERS, SEQ_LEN, VOCABULARY, make_base
 from dynaroute.config import load_settings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.dagformer.objective import DagObjective, health, lambda_at, tau_at
+from dynaroute.dagformer.health import health
+from dynaroute.dagformer.objective import DagObjective, lambda_at, tau_at
 from dynaroute.dagformer.predictor import StructurePredictor, sequence_noise
 from dynaroute.training.loop import Batch, Trainer, make_accelerator
 
@@ -206,44 +207,3 @@ def test_the_slope_is_that_of_the_gates_before_the_cascade(exempt):
     torch.sigmoid((logits + noise) / tau_at(1, STEPS, objective.variant)).sum().backward()
     expected = logits.grad[:, dag_mask(LAYERS, HEADS)].mean()
     torch.testing.assert_close(objective.loss(predictor, batch, 1)[1]["gate_slope"], expected)
-
-
-def row(step, density=0.9, slope=0.01):
-    return {"step": step, "validation_density_hard": density, "train_gate_slope": slope}
-
-
-@pytest.mark.parametrize(
-    ("rows", "expected"),
-    [
-        ([row(0), row(50), row(100), row(150)], "healthy"),
-        ([row(0), row(50, slope=1e-5), row(100, slope=1e-5)], "saturated"),
-        ([row(0), row(50, slope=1e-5), row(100), row(150, slope=1e-5)], "healthy"),
-        ([row(0), row(50), row(100, density=0.0), row(150, density=0.001)], "healthy"),  # known of 50 steps
-        ([row(0), row(50), row(100, density=0.0), row(150, density=0.001), row(200, density=0.0)], "collapsed"),
-        ([row(0, density=0.0), row(100, density=0.0)], "collapsed"),
-        ([row(0), row(50, density=0.0)], "too short to tell"),
-        # Validations further apart than that: a density is of one step, a slope of all since the row before.
-        ([row(0), row(1000, density=0.0), row(2000)], "healthy"),
-        ([row(0), row(1000), row(2000, density=0.0)], "healthy"),
-        ([row(0), row(1000, density=0.0), row(2000, density=0.0)], "collapsed"),
-        ([row(0), row(1000, slope=1e-5), row(2000)], "saturated"),
-    ],
-)
-def test_an_alarm_needs_100_steps_in_a_row(rows, expected):
-    assert health(rows, 100)[0] == expected
-
-
-def test_the_reason_says_what_was_seen():
-    rows = [row(0), row(50, slope=1e-5), row(100), row(150)]
-    assert (
-        health(rows, 100)[1] == "the mean slope dA/dZ of the gates was below 0.001 for 50 steps in a row, and an "
-        "alarm takes 100 steps"
-    )
-    assert health([row(0), row(1000), row(2000, density=0.0)], 100)[1] == (
-        "hard density was below 0.01 at single validations only, and an alarm takes 100 steps"
-    )
-    assert health([row(0), row(50, density=0.0), row(150, density=0.0)], 100)[1] == (
-        "hard density was below 0.01 from step 50 to 150 or longer"
-    )
-    assert "stayed above" in health([row(0), row(150)], 100)[1]
-    assert health(rows, 50)[0] == "saturated"

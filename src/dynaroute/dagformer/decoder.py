@@ -1,14 +1,14 @@
 """The base as a plain module: the computation of transformers' `Olmo2ForCausalLM`, without importing transformers.
 
-That import takes seconds, which `prepare_base` alone pays: all later stages read the folder that it wrote back into
-this module. Modules, tensors and settings have the names that they have in transformers, so a folder loads into either
-of the two, and `DagForward` runs on both.
+That import takes seconds. Only `prepare_base` needs it; later stages read the folder that it wrote back into this
+module. Modules, tensors and settings have transformers' names, so both load the same folder, and `DagForward` runs on
+both.
 
     B batch   T tokens   D model   H heads   K head size   V vocabulary
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,17 @@ from dynaroute.pipeline.machine import require_device
 from dynaroute.training.checkpoints import load_weights
 
 
+class RopeParameters(BaseModel):
+    """Rotary positions; of other types than the default, the keys are transformers' business."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    rope_type: str
+    rope_theta: float
+
+
 class DecoderConfig(BaseModel):
-    """What config.json says of the architecture. A `Literal` is all that is supported; other keys are kept as they are.
+    """The architecture, from config.json. A `Literal` lists all supported values; other keys are kept unread.
 
     Post-norm: a layer adds norm(attention(x)) and norm(MLP(x)). q_norm and k_norm span all heads of a layer.
     """
@@ -40,7 +49,7 @@ class DecoderConfig(BaseModel):
     num_key_value_heads: PositiveInt
     max_position_embeddings: PositiveInt
     rms_norm_eps: float
-    rope_parameters: dict[str, Any]
+    rope_parameters: RopeParameters
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False
     tie_word_embeddings: bool = False
@@ -52,13 +61,11 @@ class DecoderConfig(BaseModel):
 
 
 def load_base(folder: Path, device: str) -> "Decoder":
-    """A base from a folder of transformers, such as `prepare_base` writes, in the dtype that it was saved in.
-
-    It is for inference: no parameter takes gradients.
+    """A base from a transformers folder, such as `prepare_base` writes, for inference, in the dtype of its files.
 
     Raises:
-        DynarouteError: the device is not there; the folder or a file is missing or damaged, lacks tensors, or holds a
-            model that is not supported.
+        DynarouteError: the device is not there, a file is missing or damaged, tensors do not fit the config, or the
+            architecture is not supported.
     """
     require_device(device)
     path = folder / "config.json"
@@ -69,14 +76,19 @@ def load_base(folder: Path, device: str) -> "Decoder":
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(map(str, problem["loc"]))
-        raise DynarouteError(f"{path}: {key} = {problem['input']!r}: {problem['msg']}") from error
-    index, tensors = folder / "model.safetensors.index.json", {}
-    for name in sorted(set(read_record(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]:
+        found = key if problem["type"] == "missing" else f"{key} = {problem['input']!r}"
+        raise DynarouteError(f"{path}: {found}: {problem['msg']}") from error
+    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file():
+        names = set(read_record(index)["weight_map"].values())
+    tensors: dict[str, Tensor] = {}
+    for shard in (folder / name for name in sorted(names)):
         try:
-            with safe_open(folder / name, framework="pt") as file:  # copies: a view of the file may change with it
+            with safe_open(shard, framework="pt") as file:
+                # Copies, because views would change with the file.
                 tensors |= {key: file.get_tensor(key).to(device, copy=True) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise DynarouteError(f"{folder / name}: cannot be read: {error}: run the stage prepare_base") from error
+            raise DynarouteError(f"{shard}: cannot be read: {error}: run the stage prepare_base") from error
     if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     with torch.device("meta"):
@@ -87,7 +99,7 @@ def load_base(folder: Path, device: str) -> "Decoder":
 
 
 class Decoder(nn.Module):
-    """A causal language model; a stand-in for `Olmo2ForCausalLM` wherever its parts are called one by one."""
+    """A causal language model with the parts of `Olmo2ForCausalLM`."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -97,7 +109,7 @@ class Decoder(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Makes the head's weight the embedding's where the config says so."""
+        """Shares the embedding's weight with the head if the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -226,8 +238,8 @@ class RotaryEmbedding(nn.Module):
 def rotary_embedding(config: DecoderConfig) -> nn.Module:
     """The plain rotary embedding, or transformers' own for a base that scales it, which costs the import."""
     with torch.device("cpu"):  # also where the weights are on the meta device: no file holds the frequencies
-        if config.rope_parameters.get("rope_type") == "default":
-            return RotaryEmbedding(config.head_size, config.rope_parameters["rope_theta"])
+        if config.rope_parameters.rope_type == "default":
+            return RotaryEmbedding(config.head_size, config.rope_parameters.rope_theta)
         from transformers import Olmo2Config
         from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
 

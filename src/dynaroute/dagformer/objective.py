@@ -4,9 +4,7 @@ The loss of step t is `NLL + lambda_t * mean_A`. Temperature and lambda follow t
 of (seed, step, window), so it does not depend on batches or processes.
 """
 
-import itertools
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +18,6 @@ from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.training.loop import Batch
 
 RAMP = 0.2  # of all steps, while lambda rises
-COLLAPSED_DENSITY = 0.01  # of hard gates
-SATURATED_SLOPE = 1e-3  # mean dA/dZ; at Z = 15 it is about 9e-3 at tau 5, 4e-4 at tau 2, 4e-6 at tau 1
 
 
 def tau_at(step: int, total_steps: int, variant: Variant) -> float:
@@ -140,38 +136,3 @@ def _bare(model: nn.Module) -> StructurePredictor:
     """The predictor without the wrappers of several processes or joint training."""
     model = getattr(model, "module", model)
     return getattr(model, "predictor", model)
-
-
-def health(history: list[dict[str, Any]], alarm_steps: int) -> tuple[str, str]:
-    """Whether a run is healthy, saturated, collapsed or too short to tell, and the reason in one sentence.
-
-    saturated: the mean gate slope stayed below SATURATED_SLOPE for `alarm_steps` steps. A validation's row holds the
-        mean since the previous row, so one row is enough if it covers that many steps.
-    collapsed: hard density stayed below COLLAPSED_DENSITY for `alarm_steps` steps. A row holds the density at its own
-        step only, so this takes two rows; density counts as low between two consecutive low rows.
-    too short to tell: the run has fewer than `alarm_steps` steps.
-    """
-    moments, intervals = zip(history, history, strict=True), itertools.pairwise(history)  # what a row's value covers
-    rules = (
-        ("collapsed", "validation_density_hard", moments, COLLAPSED_DENSITY, "hard density"),
-        ("saturated", "train_gate_slope", intervals, SATURATED_SLOPE, "the mean slope dA/dZ of the gates"),
-    )
-    seen = []
-    for name, key, spans, threshold, words in rules:
-        start, longest = None, None
-        for begin, row in spans:
-            if row[key] >= threshold:
-                start = None
-                continue
-            start = begin["step"] if start is None else start
-            longest = max(longest or 0, row["step"] - start)
-            if longest >= alarm_steps:
-                return name, f"{words} was below {threshold:g} from step {start} to {row['step']} or longer"
-        if longest is not None:
-            stretch = f"for {longest} steps in a row" if longest else "at single validations only"
-            seen.append(f"{words} was below {threshold:g} {stretch}")
-    if history[-1]["step"] - history[0]["step"] < alarm_steps:
-        return "too short to tell", f"an alarm takes {alarm_steps} steps"
-    if seen:
-        return "healthy", f"{' and '.join(seen)}, and an alarm takes {alarm_steps} steps"
-    return "healthy", "hard density and the slope of the gates stayed above their alarm thresholds"

@@ -1,0 +1,95 @@
+"""The training of one variant, ready to run: its base, predictor, objective and data."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dynaroute.config import Settings, Variant
+from dynaroute.dagformer.decoder import load_base
+from dynaroute.dagformer.embeddings import load_embeddings
+from dynaroute.dagformer.graph import DagForward
+from dynaroute.dagformer.health import alarm
+from dynaroute.dagformer.joint import JointModel
+from dynaroute.dagformer.objective import DagObjective
+from dynaroute.dagformer.predictor import StructurePredictor
+from dynaroute.dagformer.variants import seed_of
+from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.windows import Subset
+from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import sha256
+from dynaroute.pipeline.scratch import run_id, scratch_folder
+from dynaroute.training.loop import Trainer
+
+
+def make_trainer(
+    settings: Settings, name: str, start: str, variant: Variant, data: Path, accelerator: Accelerator
+) -> tuple[Trainer, StructurePredictor, dict[str, Any]]:
+    """The trainer of a new predictor, the predictor, and everything that its result depends on.
+
+    Args:
+        settings: device, threads, corpus and windows.
+        name: the variant's.
+        start: `base`, or the variant whose final state this one continues.
+        variant: its settings.
+        data: the folder with variants, embeddings and train/base.
+        accelerator: of precision fp32.
+
+    Raises:
+        DynarouteError: an input is missing or damaged, the training does not fit windows and processes, or several
+            processes are to train jointly.
+    """
+    joint = variant.base_lr > 0
+    if joint and accelerator.num_processes > 1:  # the base is outside the wrapped model: its gradients are not shared
+        found = f"{accelerator.num_processes} processes: a joint variant is trained by one: launch it with python"
+        raise DynarouteError(f"variants.{name}.base_lr = {variant.base_lr:g}: {found}")
+    shared = settings.dagformer
+    windows = {}
+    for split, number in (("train", shared.train_windows), ("validation", shared.validation_windows)):
+        shards = TokenShards(Path("data/tokens") / shared.corpus, split)
+        windows[split] = Subset(Windows(shards, shared.seq_len, keep_tail=False), number)
+    embeddings = load_embeddings(data / "embeddings/training")
+    base, trained = data / "train/base", data / "train" / start / "last.safetensors"
+    frozen = load_base(base, settings.device)
+    if joint:  # in fp32 on any device: steps are small beside the resolution of bf16
+        graph = DagForward(load_base(base, settings.device).float(), variant.input_norm, trainable=True)
+    else:
+        graph = DagForward(frozen, variant.input_norm)
+    identity = {
+        "variant": variant.model_dump(),
+        "dagformer": {  # the numbers of windows, because null in params.yaml may mean the same
+            "corpus": shared.corpus,
+            "seq_len": shared.seq_len,
+            "train_windows": len(windows["train"]),
+            "validation_windows": len(windows["validation"]),
+        },
+        "device": settings.device,
+        "num_threads": settings.num_threads,
+        "base": sha256(base / "model.safetensors"),
+        "base_dtype": str(frozen.dtype).removeprefix("torch."),
+        "embeddings": sha256(data / "embeddings/training/metadata.json"),
+        "start": None if start == "base" else sha256(trained),
+    }
+    torch.manual_seed(variant.seed)
+    predictor = StructurePredictor(variant, graph.num_layers, graph.num_heads, embeddings["train"].shape[1])
+    predictor.fit_normalisation(embeddings["train"])
+    vectors = (torch.from_numpy(embeddings[split]) for split in windows)
+    seed = seed_of(data / "variants", start, variant)
+    model = JointModel(predictor, graph.base) if joint else predictor
+    trainer = Trainer(
+        model,
+        DagObjective(graph, variant, *vectors, seed, DagForward(frozen) if joint else None),
+        windows["train"],
+        windows["validation"],
+        variant,
+        total_steps=variant.steps,
+        accelerator=accelerator,
+        seed=seed,
+        scratch=scratch_folder("train_dagformer", run_id(identity)),
+        start=None if start == "base" else trained,
+        parameter_groups=model.parameter_groups(variant) if joint else None,
+        remark=lambda history: alarm(history, variant.alarm_steps),
+        keep_best=False,  # the result is the weights at the final tau and lambda
+    )
+    return trainer, predictor, identity
