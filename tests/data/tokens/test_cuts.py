@@ -39,7 +39,10 @@ NASTY = [
     *("\u1100\u1161\u11a8", "\U0001f469\u200d\U0001f680", "\u0378", "\U0010ffff", "\ufffd", "'ll", "'S", "\r\n"),
     *("<tok>", "word", " word", "   ", "\n\n", "  \n"),
 ]
-TEXTS = st.lists(st.sampled_from(NASTY) | st.characters(exclude_categories=["Cs"]), max_size=12).map("".join)
+FREQUENT = [*"as1 \n./'", " a", "\na", " word"]  # where cuts are, and what is around them
+TEXTS = st.lists(
+    st.sampled_from(FREQUENT) | st.sampled_from(NASTY) | st.characters(exclude_categories=["Cs"]), max_size=20
+).map("".join)
 
 
 def byte_level(*steps: pre_tokenizers.PreTokenizer, normalizer=None, added=()) -> tokenizers.Tokenizer:
