@@ -234,7 +234,7 @@ def test_nothing_runs_when_nothing_changed_and_only_what_depends_on_a_change_doe
     output = finished.run("dvc", "repro").stdout
     assert ran(output) == {LOCATE}
     workspace = finished.copy(tmp_path / "changed")
-    for name in ("dwr/generate.py", "dagformer/trained.py", "training/loop.py", "data/tokens/shards.py"):
+    for name in ("dwr/generate.py", "dagformer/variants.py", "training/loop.py", "data/tokens/shards.py"):
         path = workspace.root / "src/dynaroute" / name
         path.write_text(path.read_text().replace('"""', '"""Another docstring. ', 1) + "# a comment\n")
     path = workspace.root / "params.yaml"

@@ -43,6 +43,7 @@ def main(settings: Settings, part: str) -> None:
         raise DynarouteError(f"{part}: no part of the windows; known: {', '.join(SPLITS)}")
     torch.set_num_threads(settings.num_threads)
     dagformer = settings.dagformer
+    located = locate(dagformer.encoder, "dagformer.encoder")  # first: what is not here is not asked of the hub
     tokens = Path("data/tokens") / dagformer.corpus
     shards = {split: TokenShards(tokens, split) for split in SPLITS[part]}
     if part == "domains":
@@ -59,7 +60,7 @@ def main(settings: Settings, part: str) -> None:
         "windows": {split: len(own) for split, own in windows.items()},
         "seq_len": dagformer.seq_len,
         "prefix_tokens": prefix_tokens,
-        "encoder": dagformer.encoder.model_dump() | locate(dagformer.encoder, "dagformer.encoder"),
+        "encoder": dagformer.encoder.model_dump() | located,
         "device": settings.device,
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "num_threads": settings.num_threads,

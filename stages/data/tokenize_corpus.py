@@ -26,11 +26,10 @@ from dynaroute.pipeline.stage import run
 def main(settings: Settings, name: str) -> None:
     """Writes the tokens and prints their number."""
     corpus, collected, tokens = settings.corpus(name), Path("data/raw") / name, Path("data/tokens") / name
+    # First, since what is not here is not asked of the hub.
+    tokenizer = corpus.tokenizer.model_dump() | locate(corpus.tokenizer, f"corpora.{name}.tokenizer")
     if isinstance(corpus.source, DolmaStream):
-        identity = {
-            "collected": sha256(collected / "metadata.json"),
-            "tokenizer": corpus.tokenizer.model_dump() | locate(corpus.tokenizer, f"corpora.{name}.tokenizer"),
-        }
+        identity = {"collected": sha256(collected / "metadata.json"), "tokenizer": tokenizer}
         scratch = scratch_folder("tokenize_corpus", run_id(identity))
         with exclusive(scratch):
             metadata = tokenize_stream(name, corpus, collected, tokens, scratch)

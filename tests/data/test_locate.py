@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import collect
+import encode_windows
 import locate as locate_stage
 import pytest
+import tokenize_corpus
 from pydantic import TypeAdapter
 from repository import REPOSITORY
 
@@ -136,7 +138,9 @@ def test_what_cannot_be_located_stops_the_corpus_that_needs_it_before_any_work_a
     locate_stage.main(settings)
     refused = json.loads((here / f"data/inputs/{key}.json").read_text())["refused"]
     assert refused.startswith(f"{key}.revision = None: 'Somebody/something' is no folder here")
-    with pytest.raises(DynarouteError, match=re.escape(refused)):
-        collect.main(settings, "docs")
+    used_by = {"tokenizer": (tokenize_corpus, "docs"), "encoder": (encode_windows, "training")}
+    for stage, name in [(collect, "docs"), *filter(None, [used_by.get(last)])]:
+        with pytest.raises(DynarouteError, match=re.escape(refused)):
+            stage.main(settings, name)
     assert not (here / "data/raw").exists()
     assert json.loads((here / "data/inputs/corpora.other.tokenizer.json").read_text()) == {"files": {}}
