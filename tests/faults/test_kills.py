@@ -29,6 +29,7 @@ def kill(workspace: Workspace, command: tuple[str, ...], stage: str, seconds: fl
     with suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
     if process.poll() is not None:
+        assert process.returncode == 0, said.read_text()
         return False
     if everything:
         os.killpg(process.pid, signal.SIGKILL)

@@ -136,7 +136,8 @@ class Workspace:
 
     def commit(self, message: str) -> None:
         self.run("git", "add", "-A")
-        self.run("git", "-c", "user.name=test", "-c", "user.email=test@example.org", "commit", "-qm", message)
+        identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+        self.run("git", *identity, "commit", "--allow-empty", "-qm", message)
 
     def lock(self) -> dict:
         files = (self.root / folder / "dvc.lock" for folder in ("", "stages/data"))
