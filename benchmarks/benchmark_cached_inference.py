@@ -29,11 +29,12 @@ from tqdm import tqdm
 
 from dynaroute.analysis.cache_benchmark import run_passes, store_forgetter
 from dynaroute.config import Settings
-from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, Usage, export_store, make_policy
+from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
-from dynaroute.dwr.experts.policies import LRU
+from dynaroute.dwr.experts.policies import LRU, make_policy
 from dynaroute.dwr.experts.prefetch import make_prefetcher
-from dynaroute.dwr.experts.residency import Residency, nearest_a_third
+from dynaroute.dwr.experts.residency import CacheStatistics, Residency, nearest_a_third
+from dynaroute.dwr.experts.store import ExpertStore, Usage, export_store
 from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, load_resident, routers
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights, expert_ffn
 from dynaroute.errors import DynarouteError

@@ -19,8 +19,8 @@ import torch
 
 from dynaroute.analysis.cache_benchmark import Cell, Pass, held_out_texts, make_cells, sweep
 from dynaroute.config import Settings
-from dynaroute.dwr.experts import ExpertStore
 from dynaroute.dwr.experts.residency import nearest_a_third
+from dynaroute.dwr.experts.store import ExpertStore
 from dynaroute.pipeline.artifacts import write_json
 from dynaroute.pipeline.machine import describe_machine, require_device
 from dynaroute.pipeline.stage import run

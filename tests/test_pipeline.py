@@ -46,7 +46,7 @@ def test_the_pipeline_writes_every_output_and_its_checks_hold(finished):
     names += [f"data/dagformer/{name}" for own in VARIANTS for name in (f"train/{own}/training", f"eval/{own}/nll")]
     for name in names:
         checks = json.loads((finished.root / f"{name}.json").read_text())["checks"]
-        assert {check for check, holds in checks.items() if not holds} <= learned, name
+        assert {check for check, holds in checks.items() if holds is False} <= learned, name  # null: not measured
     assert not (finished.root / "gpu/data").exists()  # a pipeline of its own
     for name in ("dwr", "dagformer"):
         assert "| " in (finished.root / f"reports/{name}.md").read_text()

@@ -19,7 +19,7 @@ from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.dagformer.hub import load_model
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.data.tokens.tokenizers import load_tokenizer
-from dynaroute.dwr.experts import ExpertStore, Usage, export_store
+from dynaroute.dwr.experts.store import ExpertStore, Usage, export_store
 from dynaroute.dwr.inference import load_resident
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 from dynaroute.errors import DynarouteError

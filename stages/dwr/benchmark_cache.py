@@ -28,9 +28,10 @@ from dynaroute.analysis.cache_benchmark import (
     sweep,
 )
 from dynaroute.config import Settings
-from dynaroute.dwr.experts import ExpertCache, ExpertStore
+from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.prefetch import GatePrefetcher
 from dynaroute.dwr.experts.residency import nearest_a_third
+from dynaroute.dwr.experts.store import ExpertStore
 from dynaroute.dwr.inference import bind_experts, load_backbone, read_text, routers
 from dynaroute.pipeline.artifacts import output_directory, write_csv, write_json
 from dynaroute.pipeline.machine import describe_machine

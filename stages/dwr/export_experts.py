@@ -20,8 +20,9 @@ from pydantic import ValidationError
 from dynaroute.analysis.traces import count_transitions, record_routing
 from dynaroute.config import Precision, Settings
 from dynaroute.data.tokens.shards import IGNORED_TARGET, TokenShards, Windows
-from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store
+from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.precision import round_experts, stored_tensors
+from dynaroute.dwr.experts.store import ExpertStore, Usage, export_store
 from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 from dynaroute.errors import DynarouteError

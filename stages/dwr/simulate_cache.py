@@ -20,9 +20,10 @@ from tqdm import tqdm
 from dynaroute.analysis.replay import Call, Seconds, predict, ratio_to_resident, replay
 from dynaroute.analysis.traces import Trace, load_trace, uniform_trace
 from dynaroute.config import PrefetchName, Settings
-from dynaroute.dwr.experts import CacheStatistics, ExpertStore, make_policy, make_prefetcher
-from dynaroute.dwr.experts.policies import Belady
-from dynaroute.dwr.experts.residency import Residency, nearest_a_third
+from dynaroute.dwr.experts.policies import Belady, make_policy
+from dynaroute.dwr.experts.prefetch import make_prefetcher
+from dynaroute.dwr.experts.residency import CacheStatistics, Residency, nearest_a_third
+from dynaroute.dwr.experts.store import ExpertStore
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import output_directory, write_csv, write_json
 from dynaroute.pipeline.stage import run

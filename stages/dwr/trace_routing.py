@@ -13,7 +13,7 @@ import torch
 from dynaroute.analysis.traces import record_routing, save_trace
 from dynaroute.config import Settings
 from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.dwr.experts import ExpertStore
+from dynaroute.dwr.experts.store import ExpertStore
 from dynaroute.dwr.inference import load_resident
 from dynaroute.pipeline.stage import run
 

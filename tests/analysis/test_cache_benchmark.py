@@ -18,7 +18,7 @@ from dynaroute.analysis.traces import load_trace, uniform_trace
 from dynaroute.config import Settings, load_settings
 from dynaroute.data.tokens.encode import tokenize
 from dynaroute.data.tokens.shards import TokenShards
-from dynaroute.dwr.experts import CacheStatistics
+from dynaroute.dwr.experts.residency import CacheStatistics
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.training.checkpoints import save_checkpoint

@@ -12,10 +12,11 @@ from torch import nn
 from dynaroute.analysis.replay import Seconds, predict, ratio_to_resident, replay
 from dynaroute.analysis.traces import Trace, count_transitions, load_trace, record_routing, save_trace, uniform_trace
 from dynaroute.config import PolicyName, SimulatedMachine, SimulatedModel
-from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store, make_policy, make_prefetcher
-from dynaroute.dwr.experts.policies import LRU
-from dynaroute.dwr.experts.prefetch import FrequencyPrefetcher, GatePrefetcher
+from dynaroute.dwr.experts.cache import ExpertCache
+from dynaroute.dwr.experts.policies import LRU, make_policy
+from dynaroute.dwr.experts.prefetch import FrequencyPrefetcher, GatePrefetcher, make_prefetcher
 from dynaroute.dwr.experts.residency import Residency
+from dynaroute.dwr.experts.store import ExpertStore, Usage, export_store
 from dynaroute.dwr.inference import bind_experts, load_backbone, routers
 from dynaroute.dwr.model import KVCache
 from dynaroute.errors import DynarouteError

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_store import export, make_model, mapped_files
 
-from dynaroute.dwr.experts import CachedExperts, CacheStatistics, ExpertCache, make_policy
+from dynaroute.dwr.experts.cache import CachedExperts, ExpertCache
+from dynaroute.dwr.experts.policies import make_policy
 from dynaroute.dwr.experts.prefetch import Prediction
+from dynaroute.dwr.experts.residency import CacheStatistics
 from dynaroute.dwr.experts.store import expert_file
 from dynaroute.errors import DynarouteError
 
@@ -256,7 +258,8 @@ def test_ctrl_c_ends_a_process_whose_threads_are_reading(tmp_path):
     store = export(tmp_path / "store")
     script = f"""
 import signal, os, time, threading
-from dynaroute.dwr.experts import ExpertCache, ExpertStore
+from dynaroute.dwr.experts.cache import ExpertCache
+from dynaroute.dwr.experts.store import ExpertStore
 store = ExpertStore({str(store.path)!r})
 read = store.map
 def slow(*key):

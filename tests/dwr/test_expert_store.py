@@ -14,9 +14,16 @@ import torch
 from safetensors import safe_open
 from small_store import RUN, export, make_model, mapped_files, uniform_usage
 
-from dynaroute.dwr.experts import ExpertCache, ExpertStore, export_store
+from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
-from dynaroute.dwr.experts.store import expert_file, file_contents, model_without_weights, safetensors_header
+from dynaroute.dwr.experts.store import (
+    ExpertStore,
+    expert_file,
+    export_store,
+    file_contents,
+    model_without_weights,
+    safetensors_header,
+)
 from dynaroute.dwr.model import DWRConfig
 from dynaroute.errors import DynarouteError
 from dynaroute.training.checkpoints import read_safetensors

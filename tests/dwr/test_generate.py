@@ -13,7 +13,7 @@ from small_store import make_model, uniform_usage
 from dynaroute.config import ByteBPE
 from dynaroute.data.tokens.tokenizers import save_tokenizer
 from dynaroute.dwr import generate
-from dynaroute.dwr.experts import export_store
+from dynaroute.dwr.experts.store import export_store
 
 PROMPT = "the cat sat"
 

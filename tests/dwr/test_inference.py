@@ -7,7 +7,10 @@ import pytest
 import torch
 from small_store import export, make_model, mapped_files
 
-from dynaroute.dwr.experts import ExpertCache, ExpertStore, Usage, export_store, make_policy, make_prefetcher
+from dynaroute.dwr.experts.cache import ExpertCache
+from dynaroute.dwr.experts.policies import make_policy
+from dynaroute.dwr.experts.prefetch import make_prefetcher
+from dynaroute.dwr.experts.store import ExpertStore, Usage, export_store
 from dynaroute.dwr.inference import (
     bind_experts,
     greedy_decode,

@@ -4,8 +4,9 @@ import pytest
 import torch
 from small_store import export, make_model, uniform_usage
 
-from dynaroute.dwr.experts import ExpertCache, ExpertStore, export_store, make_prefetcher
-from dynaroute.dwr.experts.prefetch import FrequencyPrefetcher, GatePrefetcher, TransitionPrefetcher
+from dynaroute.dwr.experts.cache import ExpertCache
+from dynaroute.dwr.experts.prefetch import FrequencyPrefetcher, GatePrefetcher, TransitionPrefetcher, make_prefetcher
+from dynaroute.dwr.experts.store import ExpertStore, export_store
 from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, routers
 
 NOTHING = torch.empty(0)

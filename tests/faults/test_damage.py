@@ -22,7 +22,7 @@ from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.dagformer.variants import load_predictor, read_variant
 from dynaroute.data.tokens.encode import tokenize
 from dynaroute.data.tokens.shards import TokenShards
-from dynaroute.dwr.experts import ExpertStore
+from dynaroute.dwr.experts.store import ExpertStore
 from dynaroute.errors import DynarouteError
 from dynaroute.training.checkpoints import load_checkpoint
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynaroute.dwr.experts import ExpertStore, Usage, export_store
+from dynaroute.dwr.experts.store import ExpertStore, Usage, export_store
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 
 RUN = "0123456789abcdef"

@@ -24,9 +24,12 @@ from tqdm import tqdm
 from dynaroute.config import BenchmarkCache, PolicyName, PrefetchName
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.data.tokens.windows import cache_benchmark_windows
-from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, make_policy, make_prefetcher
+from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
-from dynaroute.dwr.experts.residency import nearest_a_third
+from dynaroute.dwr.experts.policies import make_policy
+from dynaroute.dwr.experts.prefetch import make_prefetcher
+from dynaroute.dwr.experts.residency import CacheStatistics, nearest_a_third
+from dynaroute.dwr.experts.store import ExpertStore
 from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, read_text, routers
 from dynaroute.errors import DynarouteError
 

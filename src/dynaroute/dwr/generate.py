@@ -22,8 +22,11 @@ import torch
 
 from dynaroute.config import MAX_SEED, MAX_THREADS, TEMPERATURES, PolicyName, PrefetchName
 from dynaroute.data.tokens.tokenizers import Tokenizer, load_tokenizer
-from dynaroute.dwr.experts import CacheStatistics, ExpertCache, ExpertStore, make_policy, make_prefetcher
-from dynaroute.dwr.experts.store import TOKENIZER
+from dynaroute.dwr.experts.cache import ExpertCache
+from dynaroute.dwr.experts.policies import make_policy
+from dynaroute.dwr.experts.prefetch import make_prefetcher
+from dynaroute.dwr.experts.residency import CacheStatistics
+from dynaroute.dwr.experts.store import TOKENIZER, ExpertStore
 from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, routers, sample
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.terminal import program

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dynaroute.dwr.experts import CachedExperts, ExpertCache, ExpertStore
-from dynaroute.dwr.experts.store import model_without_weights
+from dynaroute.dwr.experts.cache import CachedExperts, ExpertCache
+from dynaroute.dwr.experts.store import ExpertStore, model_without_weights
 from dynaroute.dwr.model import DWRTransformer, KVCache
 
 
