@@ -275,7 +275,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
 
 
 def test_batches_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(DynarouteError, match="3 windows, less than batch_size = 4"):
+    with pytest.raises(DynarouteError, match="3 windows, fewer than batch_size = 4"):
         make_trainer(tmp_path, training=Tokens(3))
 
 
