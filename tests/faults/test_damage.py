@@ -131,7 +131,7 @@ READERS: dict[str, tuple[Callable[[], Any], tuple[Callable, ...]]] = {
     "data/dagformer/embeddings/training/*": (lambda: load_embeddings(DAGFORMER / "embeddings/training"), ANY),
     "data/dagformer/variants/P1.yaml": (lambda: read_variant(DAGFORMER / "variants", "P1"), OF_TEXT),
     "data/dagformer/train/P1/[pr]*": (lambda: load_predictor(DAGFORMER / "train/P1", "cpu"), ANY),
-    "reports/dwr/[cert]*": (lambda: report_dwr.main(load_settings()), OF_TEXT),
+    "reports/dwr/*.csv": (lambda: report_dwr.main(load_settings()), OF_TEXT),
     "data/dagformer/*.json": (lambda: report_dagformer.main(load_settings()), ANY),
     "data/dagformer/[et]*/P1/[nt]*": (lambda: report_dagformer.main(load_settings()), OF_TEXT),
 }  # fmt: skip
