@@ -77,6 +77,15 @@ def test_a_dataset_may_have_folders_and_the_weights_of_a_model_do_not_concern_it
     assert found["tokenizer"] == {"tokenizer.json"}
 
 
+def test_the_shards_of_a_base_are_located_wherever_its_index_says_that_they_are(here):
+    (here / "local/weights").mkdir(parents=True)
+    (here / "local/weights/a.safetensors").write_text("one")
+    (here / "local/model.safetensors.index.json").write_text('{"weight_map": {"w": "weights/a.safetensors"}}')
+    before = locate(section("base", **local("base", "local")), "base")
+    (here / "local/weights/a.safetensors").write_text("two")
+    assert locate(section("base", **local("base", "local")), "base") != before
+
+
 def test_packages_are_located_by_their_versions_and_what_the_hub_holds_by_its_revision():
     found = locate(InstalledDocs(kind="installed_docs", packages=["python", "numpy"]), "")
     assert found["packages"]["python"] == ".".join(map(str, sys.version_info[:3]))

@@ -84,6 +84,13 @@ def test_every_stage_refuses_what_would_change_results(stage, monkeypatch):
         stage(launched=False)
 
 
+@pytest.mark.parametrize("name", ["RANK", "PMIX_RANK"])
+def test_a_process_with_a_rank_alone_is_refused(stage, monkeypatch, name):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(SystemExit, match=r"^some_stage: this is process 1 of several, but LOCAL_RANK"):
+        stage(launched=True)
+
+
 @pytest.mark.parametrize("name", NUM_PROCESSES)
 def test_one_of_several_processes_that_do_not_know_of_one_another_is_refused(stage, monkeypatch, name):
     monkeypatch.setenv(name, "4")

@@ -56,3 +56,7 @@ def test_a_paragraph_becomes_one_line_and_what_is_no_paragraph_keeps_its_lines()
         *("# T", "", "One `two` 3 of four.", "- a b", "- c", "1. d", "| e |", "| f |", "> g", "> h", "![i](j)"),
         *("```", "k", "l", "```", "", "m"),
     ]
+
+
+def test_no_cell_breaks_a_table():
+    assert tables.table(["a|b"], [["c\n| d"]]).splitlines()[-1] == "| c \\| d |"

@@ -67,7 +67,11 @@ class TextEncoder:
         self.embedding_size: int = model.config.hidden_size
         self.dtype = model.dtype
         self.tokenizer, self.corpus, self.name = tokenizer, corpus, name
-        positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+        positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+        # RoBERTa and its kin count positions from after the padding token's.
+        table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+        if (padding := getattr(table, "padding_idx", None)) is not None:
+            positions -= padding + 1
         self.max_tokens = min(positions, tokenizer.model_max_length)
 
     def encode(self, tokens: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Stages depend on it by files that `stages/data/locate.py` writes on every run.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,18 @@ def _files_of(section: Hosted) -> dict[str, Path]:
     else:  # a model's folder may hold checkpoints of its training, in folders that nothing reads
         found = sorted(folder.rglob("*") if isinstance(section, config.HostedData) else folder.glob("*"))
         found = [path for path in found if "/." not in f"/{path.relative_to(folder)}"]  # hidden ones are of tools
+        found += [folder / name for index in folder.glob("*.index.json") for name in _shards(index)]
     if isinstance(section, config.HubTokenizer):
         found = [path for path in found if path.suffix not in WEIGHTS]
     return {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that the index of a checkpoint names, which may lie in folders below; none if it cannot be read."""
+    try:
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):  # whoever loads the model says so
+        return []
 
 
 def sections(settings: Settings, corpus: str) -> dict[str, Section]:

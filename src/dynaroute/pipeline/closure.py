@@ -22,7 +22,13 @@ EXEMPT = {
     "dynaroute.config": "hands stages what params.yaml says, and their `params` in dvc.yaml list what they use of it",
     "dynaroute.data.locate": "finds out what stages depend on, not what they compute",
     "dynaroute.errors": "the type of the errors that end a stage with one line",
-    "dynaroute.pipeline": "runs a stage: locks, resuming, whole files, the description of the machine",
+    "dynaroute.pipeline.closure": "finds out what stages depend on",
+    "dynaroute.pipeline.environment": "refuses to run",
+    "dynaroute.pipeline.hashes": "finds out what stages depend on",
+    "dynaroute.pipeline.launcher": "starts processes",
+    "dynaroute.pipeline.scratch": "locks and resuming",
+    "dynaroute.pipeline.stage": "the command line, and errors in one line",
+    "dynaroute.pipeline.terminal": "how a program ends",
 }
 
 

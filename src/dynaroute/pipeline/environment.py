@@ -17,7 +17,10 @@ CHANGES_RESULTS = {
     # threads and devices other than those of params.yaml
     "OMP_DYNAMIC", "OMP_THREAD_LIMIT", "ACCELERATE_TORCH_DEVICE",
 }  # fmt: skip
-NUM_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+NUM_PROCESSES = (
+    "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS",
+    "JSM_NAMESPACE_SIZE", "FLUX_JOB_SIZE", "PALS_NRANKS", "MPI_LOCALNRANKS",
+)  # fmt: skip
 OWN_RANK = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
 
 
@@ -58,3 +61,6 @@ def check_processes(may_be_several: bool) -> None:
                 f"{name}={number}, but {', '.join(sorted(OWN_RANK))} are not all set: processes would not know of one "
                 "another: start them with torchrun or accelerate launch"
             )
+    rank = os.environ.get("RANK", os.environ.get("PMIX_RANK", "0"))
+    if rank != "0" and not os.environ.keys() >= OWN_RANK:
+        raise DynarouteError(f"this is process {rank} of several, but {', '.join(sorted(OWN_RANK))} are not all set")

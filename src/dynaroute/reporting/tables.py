@@ -52,7 +52,7 @@ def shared_text(split: Mapping[str, Any]) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; columns that hold numbers are aligned to the right."""
-    rows = [list(row) for row in rows]
+    rows = [[" ".join(cell.splitlines()).replace("|", "\\|") for cell in row] for row in rows]
     numeric = [all(_is_numeric(row[column]) for row in rows) for column in range(len(header))]
     rule = ["---:" if right else ":---" for right in numeric]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))

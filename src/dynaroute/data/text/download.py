@@ -19,7 +19,12 @@ FIRST_DELAY, LONGEST_DELAY = 1.0, 120.0  # seconds between failures, doubling
 # In a row, each with less than LEAST_BYTES that were not there before. The delays alone are 22 minutes, and failures
 # that take as long as they may, 23 more.
 FAILURES = 17
-FINAL_STATUSES = {400, 401, 403, 404, 405, 406, 410, 451}  # what asking again does not change
+# What asking again does not change: most answers that blame the request, and two that refuse it for good. 416 is the
+# answer to a range, and begins the file anew.
+FINAL_STATUSES = {*range(400, 500), 501, 505} - {408, 416, 425, 429}
+FINAL_ERRORS = (
+    requests.TooManyRedirects, requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL,
+)  # fmt: skip
 CHUNK_BYTES = 2**20
 
 
@@ -60,6 +65,8 @@ def fetch_compressed(address: str, path: Path, stop: threading.Event) -> None:
             download.resume(stop)
             _refuse_other_kinds(address, part)
             _check(part)
+        except FINAL_ERRORS as error:
+            raise DynarouteError(f"{address}: {error}") from error
         except (_FailureError, requests.RequestException, urllib3.exceptions.HTTPError) as error:
             size = part.stat().st_size if part.exists() else 0
             failures = 0 if size >= furthest + LEAST_BYTES else failures + 1

@@ -89,7 +89,12 @@ def encoded(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tup
     """
 
     def encode(batch: list[Document]) -> list[tuple[Document, np.ndarray]]:
-        ids = tokenizer.encode_batch([piece.text for piece in batch])
+        try:
+            ids = tokenizer.encode_batch([piece.text for piece in batch])
+        except Exception as error:  # the libraries raise nothing more precise
+            raise DynarouteError(
+                f"document {_first_failing(batch, tokenizer).id!r}: cannot be encoded: {error}"
+            ) from error
         return [
             (piece, own if piece.continues else np.append(own, tokenizer.eot_id))
             for piece, own in zip(batch, ids, strict=True)
@@ -119,6 +124,15 @@ def pieces(documents: Iterable[Document], cuts: re.Pattern[str] | None) -> Itera
             )
         if text:
             yield document._replace(text=text)
+
+
+def _first_failing(batch: list[Document], tokenizer: Tokenizer) -> Document:
+    for piece in batch:
+        try:
+            tokenizer.encode_batch([piece.text])
+        except Exception:
+            return piece
+    return batch[0]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

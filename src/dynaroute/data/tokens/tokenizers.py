@@ -214,8 +214,8 @@ def _save_hub_tokenizer(settings: HubTokenizer, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(
             settings.path, revision=settings.revision or "main", trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # a folder with other content raises whatever comes first
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise DynarouteError(f"tokenizer.path: {name} cannot be loaded: {reason}") from error
     if not tokenizer.is_fast:
         raise DynarouteError(f"tokenizer.path: {name} has no fast tokenizer (tokenizer.json), which is needed")

@@ -82,7 +82,7 @@ def page(results: Results, comparisons: Comparisons, analyses: Analyses, tokens:
             "columns": {  # that depend on the results
                 "seeds": [(name, f"{name} (seed {seed})", "+.4f") for name, seed in seeds.items()],
                 "fractions": [(f"{fraction:g}", f"{fraction:.0%}") for fraction in fractions],
-                "sources": [(source, source, ".3f") for source in domains["sources"]] if domains else [],
+                "sources": [(("of", source), source, ".3f") for source in domains["sources"]] if domains else [],
             },
             "domains": domains,
             "rows": {
@@ -257,21 +257,23 @@ def source_distances(found: Record | None) -> list[dict[str, Any]]:
     """X2: mean distance from each source to each."""
     if found is None:
         return []
-    means = (dict(zip(found["sources"], row, strict=True)) for row in found["soft"]["mean_distances"])
+    means = (_by_source(found, row) for row in found["soft"]["mean_distances"])
     return [
         {"source": source, "documents": number, **row}
         for source, number, row in zip(found["sources"], found["documents"], means, strict=True)
     ]
 
 
+def _by_source(found: Record, values: list[float]) -> dict[tuple[str, str], float]:
+    """Values with keys of their own: a source may be called like a column."""
+    return {("of", source): value for source, value in zip(found["sources"], values, strict=True)}
+
+
 def domain_pairs(found: Record | None) -> list[dict[str, Any]]:
     """X2: the layer pairs that depend most on the source."""
     pairs = sorted(found["layer_pairs"] if found else [], key=lambda pair: -pair["explained"])[:SHOWN]
     return [
-        pair
-        | {"pair": f"{pair['source']} → {pair['target']}"}
-        | dict(zip(found["sources"], pair["means"], strict=True))
-        for pair in pairs
+        pair | {"pair": f"{pair['source']} → {pair['target']}"} | _by_source(found, pair["means"]) for pair in pairs
     ]
 
 
