@@ -28,12 +28,11 @@ def disk(pristine, tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize("stage", stages())
 def test_a_full_disk_is_named_and_with_room_the_bytes_are_the_same(pristine, disk, stage):
     workspace, filler = pristine.copy(disk / "repository"), disk / "filler"
-    before = os.statvfs(disk).f_bavail
+    needed = sum(out["size"] for out in workspace.lock()[stage.rpartition(":")[2]]["outs"])
     forget(workspace, stage)
-    state = os.statvfs(disk)
-    room = random.Random(stage).randrange(max(1, state.f_bavail - before)) * state.f_frsize  # a part of what it needs
+    free = os.statvfs(disk)
     with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, state.f_bavail * state.f_frsize - room)
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - random.Random(stage).randrange(needed))
     ended = workspace.run("dvc", "repro", "--single-item", stage, check=False)
     said = (ended.stdout + ended.stderr).splitlines()
     assert ended.returncode
