@@ -30,16 +30,17 @@ from dynaroute.pipeline.scratch import hint_of_copy
 MAX_SEED = 2**63 - 1
 MAX_THREADS = 1024
 TEMPERATURES = (1e-6, 1e6)  # float32 holds these, their inverses, and products with logits and gradients
+SMALLEST = 1e-12  # but for 0: float32 holds its square, and a mistyped exponent is noticed
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Size = Annotated[int, Field(gt=0, le=2**20)]  # of a tensor; no model has a larger width, or more layers or experts
 NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
 TwoOrMore = Annotated[int, Field(ge=2, lt=2**31)]  # for what needs a spread
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # becomes a folder's name
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
-Temperature = Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]
-Moderate = Annotated[float, Field(ge=1e-6, le=1e6)]  # for what is divided by
+Moderate = Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]  # for what is divided by
 LossWeight = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -64,7 +65,7 @@ def _shown(value: object) -> str:
 
 
 class Section(BaseModel):
-    """Base of all settings: typed strictly, immutable, and closed to unknown keys."""
+    """Base of all settings: typed strictly, immutable, closed to unknown keys and to tiny numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -80,6 +81,9 @@ class Section(BaseModel):
                 near = difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(cls.model_fields)}"
                 raise invalid(str(key), data[key], f"unknown key; {hint}")
+            for value in data[key] if isinstance(data[key], list) else [data[key]]:
+                if isinstance(value, float) and 0 < abs(value) < SMALLEST:
+                    raise invalid(key, value, f"must be at least {SMALLEST}, or 0 where that is allowed")
         return data
 
 
@@ -235,7 +239,7 @@ class ByteBPE(Section):
     """A byte-level BPE trained on the corpus's own training split."""
 
     kind: Literal["bpe"]
-    vocab_size: Annotated[int, Field(ge=257, lt=2**31)]  # 256 bytes and the end-of-text token
+    vocab_size: Annotated[int, Field(ge=257, le=2**20)]  # 256 bytes and the end-of-text token
 
 
 class GPT2(Section):
@@ -280,14 +284,14 @@ class Corpus(Section):
 class Training(Section):
     """What the one training loop needs to know, whatever it trains, but for how long."""
 
-    batch_size: Positive  # sequences per optimizer step, over all processes
-    micro_batch_size: Positive  # sequences per forward pass of one process; the rest is gradient accumulation
+    batch_size: Size  # sequences per optimizer step, over all processes
+    micro_batch_size: Size  # sequences per forward pass of one process; the rest is gradient accumulation
     lr: PositiveFloat
     min_lr: NonNegativeFloat  # where the cosine ends
     warmup_steps: NonNegative
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     weight_decay: NonNegativeFloat  # on matrices only: no biases, norms or embeddings
-    clip_norm: PositiveFloat
+    clip_norm: Moderate
     validate_every: Literal["epoch"] | Positive  # steps
     checkpoint_every: Positive  # steps between checkpoints; one is also written at every validation
 
@@ -304,7 +308,7 @@ class Training(Section):
 class EpochTraining(Training):
     """Training for a number of passes over the training windows."""
 
-    epochs: PositiveFloat  # may be a part of one
+    epochs: Moderate  # may be a part of one
     precision: Literal["fp32", "bf16"]  # bf16: autocast where the device has it, else fp32
     early_stopping_patience: Positive | None  # validations without improvement before stopping; null: never
 
@@ -315,20 +319,22 @@ class EpochTraining(Training):
 class DWRArchitecture(Section):
     """The sizes of a DWR model but for its vocabulary, which comes from the tokens."""
 
-    d_model: Positive
-    d_ff: Positive  # hidden width of one expert
-    num_layers: Positive
-    num_heads: Positive
-    num_experts: Positive  # per layer
-    top_k: Positive  # experts per token
-    max_seq_len: Positive  # learned positions, and the training window
+    d_model: Size
+    d_ff: Size  # hidden width of one expert
+    num_layers: Size
+    num_heads: Size
+    num_experts: Size  # per layer
+    top_k: Size  # experts per token
+    max_seq_len: Size  # learned positions, and the training window
     dropout: Fraction
-    capacity_factor: PositiveFloat | None  # in training, an expert takes at most factor * fair share; null: all
+    capacity_factor: Moderate | None  # in training, an expert takes at most factor * fair share; null: all
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
         if self.d_model % self.num_heads:
             raise invalid("d_model", self.d_model, f"must be divisible by num_heads = {self.num_heads}")
+        if self.num_experts == 1:
+            raise invalid("num_experts", 1, "must be at least 2: with one expert, a router has nothing to choose")
         if self.top_k > self.num_experts:
             raise invalid("top_k", self.top_k, f"must be at most num_experts = {self.num_experts}")
         for key in ("d_model", "d_ff"):
@@ -427,10 +433,10 @@ class PretrainedBase(Section):
     """A small OLMo-2 pretrained here on the training split, with the corpus's tokenizer."""
 
     kind: Literal["pretrain"]
-    hidden_size: Positive
-    intermediate_size: Positive
-    num_layers: Annotated[int, Field(ge=3, lt=2**31)]  # with fewer, no connection skips a layer
-    num_heads: Positive
+    hidden_size: Size
+    intermediate_size: Size
+    num_layers: Annotated[int, Field(ge=3, le=2**20)]  # with fewer, no connection skips a layer
+    num_heads: Size
     training: EpochTraining
 
     @model_validator(mode="after")
@@ -463,7 +469,7 @@ class DAGFormer(Section):
     """What all DAGFormer variants share: the base, the text, and what is evaluated."""
 
     corpus: str
-    seq_len: TwoOrMore  # tokens of a window
+    seq_len: Annotated[int, Field(ge=2, le=2**20)]  # tokens of a window
     train_windows: Positive | None  # evenly spaced over the training split; null: all
     validation_windows: TwoOrMore  # scored during training; an interval needs two
     eval_windows: TwoOrMore  # of the test split, scored once
@@ -491,15 +497,15 @@ class Variant(Training):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]  # of initialisation, data order and noise
     steps: Positive
     predictor_input: Literal["text", "none"]  # none: one learned topology for all texts, as a control
-    predictor_hidden: Positive
-    rank: Positive  # of U V^T
+    predictor_hidden: Size
+    rank: Size  # of U V^T
     init_logit: Annotated[float, Field(ge=-1e6, le=1e6)]
-    tau_init: Temperature
-    tau_final: Temperature
+    tau_init: Moderate
+    tau_final: Moderate
     lambda_init: LossWeight  # weight of mean_A in the loss
     lambda_final: LossWeight  # reached over the first fifth of the steps
     cascade: Literal["off", "fixed", "learnable"]
-    cascade_k: PositiveFloat
+    cascade_k: Moderate
     exempt_first_layer: bool  # false only to show what the cascade does to layer 0 without it
     input_norm: Literal["none", "gate_mean", "rms_post", "ln_post", "rms_pre"]
     base_lr: NonNegativeFloat  # of the base, trained jointly with the predictor; 0: it is frozen
