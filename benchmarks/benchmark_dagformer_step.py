@@ -18,7 +18,8 @@ import torch
 from timing import interleaved, quartiles
 from torch import nn
 
-from dynaroute.config import PretrainedBase, Settings, Variant
+from dynaroute.config import Settings
+from dynaroute.config.dagformer import PretrainedBase, Variant
 from dynaroute.dagformer.bases import new_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.objective import DagObjective

@@ -32,7 +32,8 @@ from accelerate import Accelerator
 from timing import failure, interleaved, quartiles, ratio
 from torch import Tensor, nn
 
-from dynaroute.config import Settings, Training
+from dynaroute.config import Settings
+from dynaroute.config.training import Training
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, MoE, RouterStatistics, expert_ffn
 from dynaroute.dwr.objective import DWRObjective

@@ -38,7 +38,8 @@ from timing import quartiles
 from timing import ratio as ratio_of
 from tqdm import tqdm
 
-from dynaroute.config import GPT2, Settings
+from dynaroute.config import Settings
+from dynaroute.config.data import GPT2
 from dynaroute.data.text.collect import read_documents
 from dynaroute.data.tokens.encode import encoded
 from dynaroute.data.tokens.shard_writer import ShardWriter

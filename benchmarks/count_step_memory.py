@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from dynaroute.config import Settings, Variant, load_settings
+from dynaroute.config import Settings, load_settings
+from dynaroute.config.dagformer import Variant
 from dynaroute.dagformer.bases import new_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor

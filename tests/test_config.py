@@ -12,7 +12,9 @@ from repository import REPOSITORY
 from ruamel.yaml import YAML
 
 from dynaroute import config
-from dynaroute.config import DWRArchitecture, Section, load_settings, read_yaml
+from dynaroute.config import load_settings, read_yaml
+from dynaroute.config.dwr import DWRArchitecture
+from dynaroute.config.schema import Section
 from dynaroute.errors import DynarouteError
 
 DEFAULT = REPOSITORY / "params.yaml"

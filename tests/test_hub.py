@@ -17,7 +17,7 @@ import torch
 from pyarrow import parquet
 from transformers import Olmo2Config, Olmo2ForCausalLM, Qwen3Config, Qwen3Model
 
-from dynaroute.config import ByteBPE
+from dynaroute.config.data import ByteBPE
 from dynaroute.data.tokens.tokenizers import save_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -133,7 +133,8 @@ def test_models_tokenizers_and_datasets_come_from_the_hub_at_their_revisions(hub
     code = f"""
 import torch
 from pathlib import Path
-from dynaroute.config import Corpus, Hub, HubEncoder, HubTokenizer
+from dynaroute.config.dagformer import HubEncoder
+from dynaroute.config.data import Corpus, Hub, HubTokenizer
 from dynaroute.dagformer.encoders import load_encoder
 from dynaroute.dagformer.hub import load_model
 from dynaroute.data.text.sources import documents
@@ -174,7 +175,8 @@ def test_without_a_network_nothing_is_asked_for_what_was_fetched_before(hub, tmp
     """By the commands of docs/paper-scale.md: `hf download`; and for datasets, `collect`."""
     endpoint, server = hub
     texts = f"""
-from dynaroute.config import Corpus, Hub, HubEncoder
+from dynaroute.config.dagformer import HubEncoder
+from dynaroute.config.data import Corpus, Hub
 from dynaroute.data.locate import locate
 from dynaroute.data.text.sources import documents
 at = dict(revision="{COMMIT}")
@@ -223,8 +225,9 @@ LOAD = "from dynaroute.dagformer.hub import load_model; load_model('{0}', 'AutoM
         (LOAD.format("somebody/olmo"), "somebody/olmo"),
         (LOAD.format("somebody/none"), "somebody/none"),
         (
-            "from dynaroute.config import Hub; from dynaroute.data.text.sources import documents; list(documents(Hub("
-            "kind='hub', path='somebody/wiki', name='wiki-2', text_column='text', rows='documents', revision='feed')))",
+            "from dynaroute.config.data import Hub; from dynaroute.data.text.sources import documents; "
+            "list(documents(Hub(kind='hub', path='somebody/wiki', "
+            "name='wiki-2', text_column='text', rows='documents', revision='feed')))",
             "dataset somebody/wiki, wiki-2, feed cannot be loaded",
         ),
     ],

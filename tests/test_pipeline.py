@@ -251,7 +251,7 @@ def test_a_mended_rule_of_overrides_changes_the_knobs_on_which_training_depends(
     workspace = Workspace.create(tmp_path)
     workspace.run("dvc", "repro", "resolve_variants")
     before = {variant: read_yaml(tmp_path / f"data/dagformer/variants/{variant}.yaml") for variant in VARIANTS}
-    config = tmp_path / "src/dynaroute/config.py"
+    config = tmp_path / "src/dynaroute/config/__init__.py"
     rule = """{"tau_init": knobs["tau_final"], "lambda_init": knobs["lambda_final"]}"""
     assert rule in config.read_text()
     config.write_text(config.read_text().replace(rule, """{"tau_init": knobs["tau_final"]}"""))

@@ -27,7 +27,8 @@ from dynaroute.analysis.domains import describe_domains
 from dynaroute.analysis.nll import wire
 from dynaroute.analysis.statistics import paired_difference
 from dynaroute.analysis.topology import jaccard_distances, same_text_test, variation
-from dynaroute.config import MODES, Settings
+from dynaroute.config import Settings
+from dynaroute.config.dagformer import MODES
 from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.variants import load_graph, load_predictor

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from dynaroute.config import BaseEncoder, Settings
+from dynaroute.config import Settings
+from dynaroute.config.dagformer import BaseEncoder
 from dynaroute.dagformer.embeddings import write_embeddings
 from dynaroute.dagformer.encoders import load_encoder
 from dynaroute.data.locate import locate

@@ -21,7 +21,8 @@ import torch
 from accelerate import Accelerator
 
 from dynaroute.analysis.base import measure_base
-from dynaroute.config import LoadedBase, Settings
+from dynaroute.config import Settings
+from dynaroute.config.dagformer import LoadedBase
 from dynaroute.dagformer.bases import LanguageModelObjective, load_existing, new_base
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.data.locate import locate

@@ -12,7 +12,8 @@ Writes  data/raw/NAME/{train,validation,test}.jsonl, metadata.json; or metadata.
 
 from pathlib import Path
 
-from dynaroute.config import DolmaStream, Settings
+from dynaroute.config import Settings
+from dynaroute.config.data import DolmaStream
 from dynaroute.data.locate import locate, sections
 from dynaroute.data.text.collect import collect
 from dynaroute.data.tokens.stream import list_addresses

@@ -14,7 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dynaroute.config import Section, Settings
+from dynaroute.config import Settings
+from dynaroute.config.schema import Section
 from dynaroute.data.locate import locate, sections
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.closure import SOURCES, closures

@@ -14,7 +14,8 @@ Writes  data/tokens/NAME/{train,validation,test}-*.npy, metadata.json, tokenizer
 
 from pathlib import Path
 
-from dynaroute.config import DolmaStream, Settings
+from dynaroute.config import Settings
+from dynaroute.config.data import DolmaStream
 from dynaroute.data.locate import locate
 from dynaroute.data.tokens.encode import tokenize
 from dynaroute.data.tokens.stream import tokenize_stream

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from dynaroute.analysis.traces import count_transitions, record_routing
-from dynaroute.config import Precision, Settings
+from dynaroute.config import Settings
+from dynaroute.config.dwr import Precision
 from dynaroute.data.tokens.shards import IGNORED_TARGET, TokenShards, Windows
 from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.precision import round_experts, stored_tensors

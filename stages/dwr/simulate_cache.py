@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from dynaroute.analysis.replay import Call, Seconds, predict, ratio_to_resident, replay
 from dynaroute.analysis.traces import Trace, load_trace, uniform_trace
-from dynaroute.config import PrefetchName, Settings
+from dynaroute.config import Settings
+from dynaroute.config.dwr import PrefetchName
 from dynaroute.dwr.experts.policies import Belady, make_policy
 from dynaroute.dwr.experts.prefetch import make_prefetcher
 from dynaroute.dwr.experts.residency import CacheStatistics, Residency, nearest_a_third

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from dynaroute.analysis.replay import replay
 from dynaroute.analysis.traces import Trace, record_routing, uniform_trace
-from dynaroute.config import DWRRun, Settings
+from dynaroute.config import Settings
+from dynaroute.config.dwr import DWRRun
 from dynaroute.data.tokens.shards import Windows
 from dynaroute.data.tokens.windows import Selection, Subset, evenly_spaced
 from dynaroute.dwr.experts.policies import LRU, Belady, NextUse

@@ -5,7 +5,7 @@ import pytest
 
 from dynaroute.analysis.comparisons import differences, primary_answers, seed_spread
 from dynaroute.analysis.statistics import detectable_difference, holm, paired_difference, sign_flip_p
-from dynaroute.config import Question
+from dynaroute.config.dagformer import Question
 
 DOCUMENTS = np.arange(40) // 2
 SHIFTS = {"good": -0.5, "bad": 0.5, "same": 0.0, "also_good": -0.4}

@@ -11,7 +11,7 @@ from torch import nn
 
 from dynaroute.analysis.replay import Seconds, predict, ratio_to_resident, replay
 from dynaroute.analysis.traces import Trace, count_transitions, load_trace, record_routing, save_trace, uniform_trace
-from dynaroute.config import PolicyName, SimulatedMachine, SimulatedModel
+from dynaroute.config.dwr import PolicyName, SimulatedMachine, SimulatedModel
 from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.policies import LRU, make_policy
 from dynaroute.dwr.experts.prefetch import FrequencyPrefetcher, GatePrefetcher, make_prefetcher

@@ -8,7 +8,8 @@ import pytest
 import torch
 from repository import REPOSITORY
 
-from dynaroute.config import LoadedBase, Settings, load_settings
+from dynaroute.config import Settings, load_settings
+from dynaroute.config.dagformer import LoadedBase
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.errors import DynarouteError

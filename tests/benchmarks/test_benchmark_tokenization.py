@@ -8,7 +8,8 @@ import pytest
 import timing
 from repository import REPOSITORY
 
-from dynaroute.config import GPT2, ByteBPE, load_settings
+from dynaroute.config import load_settings
+from dynaroute.config.data import GPT2, ByteBPE
 from dynaroute.data.text.collect import read_documents
 from dynaroute.data.tokens.encode import describe
 from dynaroute.data.tokens.shards import TokenShards

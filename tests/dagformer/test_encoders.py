@@ -15,7 +15,9 @@ from repository import REPOSITORY
 from safetensors.torch import load_file, save_file
 from small_tokens import write_tokens
 
-from dynaroute.config import BaseEncoder, ByteBPE, HubEncoder, Settings, load_settings, read_yaml
+from dynaroute.config import Settings, load_settings, read_yaml
+from dynaroute.config.dagformer import BaseEncoder, HubEncoder
+from dynaroute.config.data import ByteBPE
 from dynaroute.dagformer import embeddings
 from dynaroute.dagformer.embeddings import load_embeddings, write_embeddings
 from dynaroute.dagformer.encoders import load_encoder

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynaroute.config import Variant
+from dynaroute.config.dagformer import Variant
 from dynaroute.dagformer.gates import cascade, dag_mask, gumbel_sigmoid
 from dynaroute.dagformer.predictor import (
     INITIAL_SPREAD,

@@ -14,7 +14,9 @@ from scipy.stats import ttest_rel
 from small_tokens import write_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, Olmo2ForCausalLM
 
-from dynaroute.config import ByteBPE, LoadedBase, load_settings
+from dynaroute.config import load_settings
+from dynaroute.config.dagformer import LoadedBase
+from dynaroute.config.data import ByteBPE
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import TokenShards, Windows

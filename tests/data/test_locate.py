@@ -16,19 +16,21 @@ import tokenize_corpus
 from pydantic import TypeAdapter
 from repository import REPOSITORY
 
-from dynaroute import config
-from dynaroute.config import InstalledDocs, Section, Settings, load_settings, read_yaml
+from dynaroute.config import Settings, load_settings, read_yaml
+from dynaroute.config.dagformer import DAGFormer
+from dynaroute.config.data import InstalledDocs, Source, Tokenizer
+from dynaroute.config.schema import Section
 from dynaroute.data.locate import locate, sections
 from dynaroute.errors import DynarouteError
 
 KINDS = {
-    "hub": (config.Source, {"kind": "hub", "name": None, "text_column": "text", "rows": "joined"}),
-    "dolma_stream": (config.Source, {"kind": "dolma_stream", "addresses": "file.json", "files": None}),
-    "dolma": (config.Source, {"kind": "dolma"}),
-    "files": (config.Source, {"kind": "files"}),
-    "tokenizer": (config.Tokenizer, {"kind": "hub"}),
-    "base": (config.DAGFormer.model_fields["base"].annotation, {"kind": "load"}),
-    "encoder": (config.DAGFormer.model_fields["encoder"].annotation, {"kind": "hub"}),
+    "hub": (Source, {"kind": "hub", "name": None, "text_column": "text", "rows": "joined"}),
+    "dolma_stream": (Source, {"kind": "dolma_stream", "addresses": "file.json", "files": None}),
+    "dolma": (Source, {"kind": "dolma"}),
+    "files": (Source, {"kind": "files"}),
+    "tokenizer": (Tokenizer, {"kind": "hub"}),
+    "base": (DAGFormer.model_fields["base"].annotation, {"kind": "load"}),
+    "encoder": (DAGFormer.model_fields["encoder"].annotation, {"kind": "hub"}),
 }  # fmt: skip
 
 

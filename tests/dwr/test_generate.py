@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_store import make_model, uniform_usage
 
-from dynaroute.config import ByteBPE
+from dynaroute.config.data import ByteBPE
 from dynaroute.data.tokens.tokenizers import save_tokenizer
 from dynaroute.dwr import generate
 from dynaroute.dwr.experts.store import export_store

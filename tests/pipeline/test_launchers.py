@@ -19,7 +19,8 @@ from ruamel.yaml import YAML
 from small_base import EMBEDDING, SEQ_LEN, make_base
 from small_tokens import write_tokens
 
-from dynaroute.config import ByteBPE, read_yaml
+from dynaroute.config import read_yaml
+from dynaroute.config.data import ByteBPE
 from dynaroute.data.tokens.tokenizers import save_tokenizer
 from dynaroute.pipeline.artifacts import sha256, write_json
 

@@ -9,7 +9,8 @@ import torch
 from repository import REPOSITORY
 
 from dynaroute.analysis.comparisons import differences, primary_answers, seed_spread
-from dynaroute.config import MODES, PROTOCOLS, Settings, load_settings
+from dynaroute.config import Settings, load_settings
+from dynaroute.config.dagformer import MODES, PROTOCOLS
 from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.reporting.dagformer.results import read_results
 from dynaroute.training.checkpoints import save_checkpoint

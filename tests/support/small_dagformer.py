@@ -8,7 +8,8 @@ import torch
 from repository import REPOSITORY
 from small_base import EMBEDDING, HEADS, LAYERS, SEQ_LEN, VOCABULARY, make_base
 
-from dynaroute.config import Settings, Variant, load_settings
+from dynaroute.config import Settings, load_settings
+from dynaroute.config.dagformer import Variant
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.windows import Subset

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dynaroute.config import Training
+from dynaroute.config.training import Training
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 from dynaroute.dwr.objective import DWRObjective
 from dynaroute.training.checkpoints import load_checkpoint

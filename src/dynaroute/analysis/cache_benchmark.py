@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dynaroute.config import BenchmarkCache, PolicyName, PrefetchName
+from dynaroute.config.dwr import BenchmarkCache, PolicyName, PrefetchName
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.data.tokens.windows import cache_benchmark_windows
 from dynaroute.dwr.experts.cache import ExpertCache

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dynaroute.analysis.statistics import answer, detectable_difference, holm, paired_difference, sign_flip_p
-from dynaroute.config import BASELINE, MODES, PROTOCOLS, Question
+from dynaroute.config.dagformer import BASELINE, MODES, PROTOCOLS, Question
 
 NLL = Callable[[str, str, str], np.ndarray]  # [n] of a variant in a mode (or the baseline) by a protocol
 UNANSWERABLE = "cannot be answered at this scale"

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dynaroute.analysis.nll import WindowSet, Wiring, window_nll
 from dynaroute.analysis.statistics import paired_difference
-from dynaroute.config import MODES
+from dynaroute.config.dagformer import MODES
 from dynaroute.dagformer.graph import DagForward
 
 NLL = Mapping[str, Mapping[str, np.ndarray]]  # by protocol and mode (also baseline), [n] each

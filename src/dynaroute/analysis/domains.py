@@ -16,7 +16,7 @@ import numpy as np
 from dynaroute.analysis.nll import Wiring
 from dynaroute.analysis.statistics import PermutationTest, permutation_test
 from dynaroute.analysis.topology import by_layer_pair, jaccard_distances
-from dynaroute.config import MODES
+from dynaroute.config.dagformer import MODES
 from dynaroute.data.tokens.documents import DomainWindows
 
 RIDGE = 0.1  # of the linear probe, relative to the mean square of a window's centred features

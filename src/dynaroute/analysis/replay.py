@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dynaroute.analysis.traces import Trace
-from dynaroute.config import SimulatedMachine, SimulatedModel
+from dynaroute.config.dwr import SimulatedMachine, SimulatedModel
 from dynaroute.dwr.experts.policies import Key
 from dynaroute.dwr.experts.residency import Residency
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dynaroute.analysis.nll import WindowSet, batches, token_nll, window_nll
 from dynaroute.analysis.statistics import Interval, document_means, mean_vector_test, paired_difference
-from dynaroute.config import Analysis
+from dynaroute.config.dagformer import Analysis
 from dynaroute.dagformer.gates import dag_mask, layer_distance
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import Windows

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaroute.config import LoadedBase, PretrainedBase
+from dynaroute.config.dagformer import LoadedBase, PretrainedBase
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.hub import load_model, load_tokenizer
 from dynaroute.data.tokens.shards import IGNORED_TARGET, TokenShards

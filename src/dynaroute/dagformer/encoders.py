@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from dynaroute.config import BaseEncoder, HubEncoder
+from dynaroute.config.dagformer import BaseEncoder, HubEncoder
 from dynaroute.dagformer.decoder import Decoder, load_base
 from dynaroute.dagformer.hub import load_model, load_tokenizer
 from dynaroute.data.tokens.tokenizers import Tokenizer

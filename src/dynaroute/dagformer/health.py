@@ -4,7 +4,7 @@ import itertools
 import math
 from typing import Any
 
-from dynaroute.config import Variant
+from dynaroute.config.dagformer import Variant
 
 COLLAPSED_DENSITY = 0.01  # of hard gates
 SATURATED_SLOPE = 1e-3  # mean dA/dZ; at Z = 15 it is about 9e-3 at tau 5, 4e-4 at tau 2, 4e-6 at tau 1

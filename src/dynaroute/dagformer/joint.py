@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dynaroute.config import Variant
+from dynaroute.config.dagformer import Variant
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.errors import DynarouteError
 from dynaroute.training.schedules import decay_groups

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaroute.config import Variant
+from dynaroute.config.dagformer import Variant
 from dynaroute.dagformer.gates import dag_mask, density, gate_fraction, layer_distance
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor, sequence_noise

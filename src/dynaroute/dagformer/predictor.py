@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaroute.config import Variant
+from dynaroute.config.dagformer import Variant
 from dynaroute.dagformer.gates import Mode, cascade, dag_mask, gumbel_sigmoid, logistic_noise
 
 # The standard deviation over entries of U V^T at initialisation. Every logit then starts within about 1 of init_logit:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dynaroute.config import Settings, Variant
+from dynaroute.config import Settings
+from dynaroute.config.dagformer import Variant
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.dagformer.graph import DagForward

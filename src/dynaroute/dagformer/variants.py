@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dynaroute.config import Variant
+from dynaroute.config.dagformer import Variant
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dynaroute import config
-from dynaroute.config import Hosted, Section, Settings
+from dynaroute.config import Settings
+from dynaroute.config.data import Dolma, DolmaStream, Files, Hosted, HostedData, HubTokenizer, InstalledDocs
+from dynaroute.config.schema import Section
 from dynaroute.data.text import installed_docs
 from dynaroute.data.text.sources import matched_files
 from dynaroute.pipeline.hashes import hash_files
@@ -26,9 +27,9 @@ def locate(section: Section, key: str) -> dict[str, Any]:
             revision. `key` is the section's place in params.yaml.
     """
     match section:
-        case config.InstalledDocs():
+        case InstalledDocs():
             return {"packages": {name: installed_docs.version(name) for name in section.packages}}
-        case config.Dolma() | config.Files():
+        case Dolma() | Files():
             return {"files": hash_files({name: path for path, name in matched_files(section.paths).items()})}
         case Hosted():
             section.refuse_unpinned(key)
@@ -40,13 +41,13 @@ def locate(section: Section, key: str) -> dict[str, Any]:
 def _files_of(section: Hosted) -> dict[str, Path]:
     """The files of a local folder that are read of it, by their place in it; none of what the hub holds."""
     folder = Path(section.path)
-    if isinstance(section, config.DolmaStream):
+    if isinstance(section, DolmaStream):
         found = [folder / section.addresses]
     else:  # a model's folder may hold checkpoints of its training, in folders that nothing reads
-        found = sorted(folder.rglob("*") if isinstance(section, config.HostedData) else folder.glob("*"))
+        found = sorted(folder.rglob("*") if isinstance(section, HostedData) else folder.glob("*"))
         found = [path for path in found if "/." not in f"/{path.relative_to(folder)}"]  # hidden ones are of tools
         found += [folder / name for index in folder.glob("*.index.json") for name in _shards(index)]
-    if isinstance(section, config.HubTokenizer):
+    if isinstance(section, HubTokenizer):
         found = [path for path in found if path.suffix not in WEIGHTS]
     return {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
 

@@ -20,7 +20,8 @@ from typing import get_args
 
 import torch
 
-from dynaroute.config import MAX_SEED, MAX_THREADS, TEMPERATURES, PolicyName, PrefetchName
+from dynaroute.config.dwr import PolicyName, PrefetchName
+from dynaroute.config.schema import MAX_SEED, MAX_THREADS, TEMPERATURES
 from dynaroute.data.tokens.tokenizers import Tokenizer, load_tokenizer
 from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.policies import make_policy

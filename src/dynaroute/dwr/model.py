@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaroute.config import DWRArchitecture, Positive
+from dynaroute.config.dwr import DWRArchitecture
+from dynaroute.config.schema import Positive
 
 
 class DWRConfig(DWRArchitecture):

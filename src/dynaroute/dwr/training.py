@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dynaroute.config import DWR, Settings
+from dynaroute.config import Settings
+from dynaroute.config.dwr import DWR
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.windows import Selection
 from dynaroute.dwr.model import DWRConfig, DWRTransformer

@@ -22,7 +22,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dynaroute.config import EpochTraining, Training
+from dynaroute.config.training import EpochTraining, Training
 from dynaroute.data.tokens.shards import Windows
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_record, write_json

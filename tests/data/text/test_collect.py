@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from dynaroute.config import Corpus, Split
+from dynaroute.config.data import Corpus, Split
 from dynaroute.data.text.collect import SPLITS, collect, read_documents, split_of, stable_hash
 from dynaroute.errors import DynarouteError
 

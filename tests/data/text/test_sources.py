@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from dynaroute.config import Dolma, Files, Hub
+from dynaroute.config.data import Dolma, Files, Hub
 from dynaroute.data.locate import locate
 from dynaroute.data.text import sources as corpora
 from dynaroute.data.text.sources import Document, documents, matched_files, parts

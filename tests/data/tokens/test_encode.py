@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from repository import REPOSITORY, stage_script
 
-from dynaroute.config import ByteBPE, Corpus
+from dynaroute.config.data import ByteBPE, Corpus
 from dynaroute.data.text import sources as corpora
 from dynaroute.data.text.collect import collect
 from dynaroute.data.tokens import encode

@@ -22,7 +22,8 @@ from faulty_server import FaultyServer, first_member
 from repository import REPOSITORY, stage_script
 from ruamel.yaml import YAML
 
-from dynaroute.config import ByteBPE, Corpus, read_yaml
+from dynaroute.config import read_yaml
+from dynaroute.config.data import ByteBPE, Corpus
 from dynaroute.data.text import download
 from dynaroute.data.text import sources as corpora
 from dynaroute.data.text.collect import collect

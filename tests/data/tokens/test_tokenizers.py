@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from dynaroute.config import GPT2, ByteBPE, Hub, HubTokenizer
+from dynaroute.config.data import GPT2, ByteBPE, Hub, HubTokenizer
 from dynaroute.data.text.sources import documents
 from dynaroute.data.tokens.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
@@ -59,7 +59,8 @@ def test_special_tokens_inside_a_text_are_ordinary_text(bpe_folder):
 
 def test_training_gives_the_same_bytes_on_every_run_and_any_number_of_threads(tmp_path, bpe_folder):
     code = (
-        "import sys; from dynaroute.data.tokens.tokenizers import save_tokenizer; from dynaroute.config import ByteBPE;"
+        "import sys; from dynaroute.config.data import ByteBPE\n"
+        "from dynaroute.data.tokens.tokenizers import save_tokenizer\n"
         f"save_tokenizer(ByteBPE(kind='bpe', vocab_size=280), {TEXTS!r}, sys.argv[1])"
     )
     for threads in ("1", "3"):

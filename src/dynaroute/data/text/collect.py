@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dynaroute.config import Corpus, HeldOut, Region, Split
+from dynaroute.config.data import Corpus, HeldOut, Region, Split
 from dynaroute.data.text.sources import Document, documents, parse_document
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import output_directory, write_json

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from dynaroute.config import Dolma, Files, Hub, InstalledDocs, Source
+from dynaroute.config.data import Dolma, Files, Hub, InstalledDocs, Source
 from dynaroute.data.text import installed_docs
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.scratch import hint_of_copy

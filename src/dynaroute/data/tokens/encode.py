@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dynaroute.config import GPT2, ByteBPE, HubTokenizer
+from dynaroute.config.data import GPT2, ByteBPE, HubTokenizer
 from dynaroute.data.text.collect import SPLITS, read_documents
 from dynaroute.data.text.sources import Document
 from dynaroute.data.tokens.cuts import GPT2_CUTS, last_cut

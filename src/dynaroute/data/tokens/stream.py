@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import requests
 from tqdm import tqdm
 
-from dynaroute.config import Corpus, DolmaStream
+from dynaroute.config.data import Corpus, DolmaStream
 from dynaroute.data.text.collect import SPLITS, refuse_unfilled_splits, split_of, stable_hash
 from dynaroute.data.text.download import fetch_compressed
 from dynaroute.data.text.sources import read_dolma

@@ -22,7 +22,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from dynaroute.config import GPT2, ByteBPE, HubTokenizer
+from dynaroute.config.data import GPT2, ByteBPE, HubTokenizer
 from dynaroute.data.tokens.cuts import GPT2_CUTS, cuts_of
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_record, write_json, write_text

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dynaroute.config import BenchmarkCache, DAGFormer
+from dynaroute.config.dagformer import DAGFormer
+from dynaroute.config.dwr import BenchmarkCache
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.errors import DynarouteError
 

@@ -8,7 +8,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from dynaroute.config import PolicyName
+from dynaroute.config.dwr import PolicyName
 
 Key = tuple[int, int]  # (layer, expert)
 

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dynaroute.config import Positive, Precision, Section
+from dynaroute.config.dwr import Precision
+from dynaroute.config.schema import Positive, Section
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8}  # as safetensors names them

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from dynaroute.config import PrefetchName
+from dynaroute.config.dwr import PrefetchName
 from dynaroute.dwr.experts.store import ExpertStore
 
 

@@ -24,7 +24,8 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dynaroute.config import Precision, Section, invalid
+from dynaroute.config.dwr import Precision
+from dynaroute.config.schema import Section, invalid
 from dynaroute.dwr.experts.mapping import PAGE, Version, drop_from_page_cache, map_file
 from dynaroute.dwr.experts.precision import DTYPES, TensorEntry, dequantize, quantize, stored_tensors
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights

@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynaroute.config import PROTOCOLS
+from dynaroute.config.dagformer import PROTOCOLS
 from dynaroute.reporting.dagformer.page import ORDERS
 from dynaroute.reporting.dagformer.results import CONTROL, DATA, MAIN, Comparisons, Variant
 from dynaroute.reporting.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, saved_figure

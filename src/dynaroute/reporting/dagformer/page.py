@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dynaroute.analysis.statistics import SIGNIFICANT
-from dynaroute.config import MODES, PROTOCOLS
+from dynaroute.config.dagformer import MODES, PROTOCOLS
 from dynaroute.reporting.dagformer.results import CONTROL, JOINT, MAIN, Analyses, Comparisons, Results, Variant
 from dynaroute.reporting.inputs import Record
 from dynaroute.reporting.pages import render

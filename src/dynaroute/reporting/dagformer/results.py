@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynaroute.config import MODES, Settings
+from dynaroute.config import Settings
+from dynaroute.config.dagformer import MODES
 from dynaroute.errors import DynarouteError
 from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_csv, read_record
 

@@ -1,0 +1,129 @@
+"""Settings of DWR: the model, the runs beside it, the store of experts, and caches."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dynaroute.config.schema import (
+    Distinct,
+    Fraction,
+    LossWeight,
+    Moderate,
+    Name,
+    NonNegativeFloat,
+    Positive,
+    Section,
+    Size,
+    invalid,
+)
+from dynaroute.config.training import EpochTraining
+
+
+class DWRArchitecture(Section):
+    """The sizes of a DWR model but for its vocabulary, which comes from the tokens."""
+
+    d_model: Size
+    d_ff: Size  # hidden width of one expert
+    num_layers: Size
+    num_heads: Size
+    num_experts: Size  # per layer
+    top_k: Size  # experts per token
+    max_seq_len: Size  # learned positions, and the training window
+    dropout: Fraction
+    capacity_factor: Moderate | None  # in training, an expert takes at most factor * fair share; null: all
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.d_model % self.num_heads:
+            raise invalid("d_model", self.d_model, f"must be divisible by num_heads = {self.num_heads}")
+        if self.num_experts == 1:
+            raise invalid("num_experts", 1, "must be at least 2: with one expert, a router has nothing to choose")
+        if self.top_k > self.num_experts:
+            raise invalid("top_k", self.top_k, f"must be at most num_experts = {self.num_experts}")
+        for key in ("d_model", "d_ff"):
+            if getattr(self, key) % 16:
+                allowed = "must be a multiple of 16, so that every exported tensor starts 64-byte aligned"
+                raise invalid(key, getattr(self, key), allowed)
+        return self
+
+
+class DWR(DWRArchitecture):
+    """The DWR model and its training."""
+
+    corpus: str
+    # Corpora on all of whose training split the loss is recorded too; they are not trained on.
+    also_validate_on: Annotated[list[str], Distinct]
+    balance_coefficient: LossWeight
+    training: EpochTraining
+
+
+class DWRRun(DWR):
+    """A DWR model that is trained for comparison with others like it: on some of the text, scored on some of it."""
+
+    train_windows: Positive | None  # evenly spaced over the training split; null: all
+    validation_windows: Positive | None  # likewise; also of the training text, for its loss
+    eval_windows: Positive | None  # of the test split
+
+    @model_validator(mode="after")
+    def _reads_one_corpus(self) -> Self:
+        if self.also_validate_on:
+            allowed = "must be empty: a run says nothing of other corpora, and its stage depends on its own alone"
+            raise invalid("also_validate_on", self.also_validate_on, allowed)
+        return self
+
+
+Precision = Literal["fp32", "bf16", "int8"]  # of stored experts
+PolicyName = Literal["lru", "lfu", "weighted_lru", "pinned", "next_use"]
+PrefetchName = Literal["none", "frequency", "transition", "gate"]
+
+
+class ExportExperts(Section):
+    """How experts are stored, and what is found out about them meanwhile."""
+
+    precision: Precision  # of the experts' weights on disk; only fp32 is exact
+    calibration_windows: Positive  # of the validation split: for transitions, and the loss that precisions cost
+
+
+class TraceRouting(Section):
+    """The recording of routing."""
+
+    windows: Positive  # of the test split
+
+
+Capacities = Annotated[list[Positive], Field(min_length=1), Distinct]  # experts
+
+
+class BenchmarkCache(Section):
+    """Decoding with caches: every capacity with every policy and prefetcher."""
+
+    capacities: Capacities
+    policies: Annotated[list[PolicyName], Field(min_length=1), Distinct]
+    prefetchers: Annotated[list[PrefetchName], Field(min_length=1), Distinct]
+    lookahead: Positive  # experts that a prefetcher predicts
+    num_prompts: Positive
+    prompt_tokens: Positive
+    new_tokens: Positive
+    repeats: Positive  # timed repetitions of every cell, interleaved
+
+
+class SimulatedMachine(Section):
+    """Where experts come from, and what computes with them; decoding is bound by bytes."""
+
+    read_gb_per_second: Moderate
+    read_latency_us: NonNegativeFloat  # of each expert
+    compute_gb_per_second: Moderate  # at which weights in memory are read
+
+
+class SimulatedModel(Section):
+    """The sizes of a model whose routing is that of the trace."""
+
+    expert_mib: Moderate
+    dense_mib: Moderate  # of a layer besides its experts, and its part of embedding and output
+
+
+class SimulateCache(Section):
+    """The replay of the trace."""
+
+    capacities: Capacities
+    machines: Annotated[dict[Name, SimulatedMachine], Field(min_length=1)]
+    models: Annotated[dict[Name, SimulatedModel], Field(min_length=1)]
