@@ -109,7 +109,7 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"dwr.topk": 3}, "dwr.topk = 3: unknown key; did you mean top_k?"),
         ({"sed": 3}, "sed = 3: unknown key; did you mean seed?"),
         ({"dwr.d_ff": ...}, "dwr.d_ff is missing"),
-        ({"dwr.corpus": "wiki"}, "dwr.corpus = 'wiki': must be one of corpora: docs"),
+        ({"dwr.corpus": "wiki"}, "dwr.corpus = 'wiki': must be among corpora: docs"),
         ({"corpora.docs.source.kind": "ftp"}, "corpora.docs.source.kind = 'ftp': must be one of"),
         (
             {"corpora.docs.source.kind": ...},
@@ -123,7 +123,7 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"dwr": 3}, "dwr = 3: must be a mapping with the keys d_model, d_ff"),
         ({"dwr.training": []}, "dwr.training = []: must be a mapping with the keys batch_size"),
         ({"dagformer.encoder": {}}, "dagformer.encoder.kind = None: must be one of base, hub"),
-        ({"dwr.also_validate_on": ["dosc"]}, "dwr.also_validate_on = 'dosc': must be one of corpora: docs"),
+        ({"dwr.also_validate_on": ["dosc"]}, "dwr.also_validate_on = 'dosc': must be among corpora: docs"),
         ({"dwr.also_validate_on": ["docs"]}, "dwr.also_validate_on = 'docs': must not name dwr.corpus"),
         ({"launcher": " "}, "launcher = ' ': must be a command"),
         ({"launcher": "torchrun 'x"}, """launcher = "torchrun 'x": must be a command"""),
@@ -164,7 +164,7 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"variants.P2": {"from": "P1", "rank": 16}}, "variants.P2.rank = 16: must be 8, as in P1"),
         (
             {"variants.P2": {"from": "P1", "cascade": "learnable"}},
-            "variants.P2.cascade = 'learnable': must be off or fixed, as in P1, whose weights it goes on from",
+            "variants.P2.cascade = 'learnable': must be off or fixed, as in P1, whose weights it resumes",
         ),
         ({"variants.P2": {"from": "A11", "cascade": "off"}}, "variants.P2.cascade = 'off': must be learnable, as in"),
         ({"variants.P2": {"from": "A11", "cascade_k": 1.0}}, "variants.P2.cascade_k = 1.0: must be 5.0, as in A11"),
@@ -179,8 +179,8 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"variants.a/b": {"from": "base"}}, "a/b"),
         ({"dwr_runs": {}}, "dwr_runs = []: must have a reference, which the others override"),
         ({"dwr_runs.reference": 3}, "dwr_runs.reference = 3: must be a mapping"),
-        ({"dwr_runs.smaller_d_ff": {"d_ff": 32}}, "dwr_runs.smaller_d_ff.corpus = None: must be one of corpora: docs"),
-        ({"dwr_runs.reference.corpus": []}, "dwr_runs.reference.corpus = []: must be one of corpora: docs"),
+        ({"dwr_runs.smaller_d_ff": {"d_ff": 32}}, "dwr_runs.smaller_d_ff.corpus = None: must be among corpora: docs"),
+        ({"dwr_runs.reference.corpus": []}, "dwr_runs.reference.corpus = []: must be among corpora: docs"),
         ({"dwr_runs.reference.train_windows": ...}, "dwr_runs.reference.train_windows is missing"),
         ({"dwr_runs.reference.d_ff": 30}, "dwr_runs.reference.d_ff = 30: must be a multiple of 16"),
         ({"dwr_runs.fewer_experts.num_experts": 1}, "dwr_runs.fewer_experts.num_experts = 1: must be at least 2: with"),
@@ -308,7 +308,7 @@ def test_what_continues_a_variant_may_change_what_makes_no_difference_to_its_wei
 
 
 def test_an_unknown_variant_is_named(tmp_path):
-    with pytest.raises(DynarouteError, match=r"variants\.B7: no such variant; known: A1"):
+    with pytest.raises(DynarouteError, match=r"variants\.B7: no such name; known: A1"):
         load_with(tmp_path, {}).variant("B7")
 
 
@@ -326,7 +326,7 @@ def test_a_dwr_run_is_the_reference_with_its_overrides_and_that_is_dwr_with_its_
     assert (other.d_ff, other.dropout, other.train_windows) == (64, 0.3, 8)
     assert (reference.training.lr, other.training.lr) == (0.5, 0.25)
     assert (other.training.epochs, other.training.clip_norm) == (3.0, 7.0)
-    with pytest.raises(DynarouteError, match=r"dwr_runs\.more: no such run; known: other, reference"):
+    with pytest.raises(DynarouteError, match=r"dwr_runs\.more: no such name; known: other, reference"):
         settings.dwr_run("more")
 
 

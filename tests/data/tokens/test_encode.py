@@ -153,4 +153,4 @@ def test_the_three_stages_turn_files_into_tokens(tmp_path):
 def test_a_corpus_that_params_yaml_does_not_name_is_an_error_of_one_line():
     command = [sys.executable, str(stage_script("collect")), "dcos"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (1, "collect: corpora.dcos: no such corpus; known: docs\n")
+    assert (result.returncode, result.stderr) == (1, "collect: corpora.dcos: no such name; known: docs\n")
