@@ -36,9 +36,10 @@ from dynaroute.analysis.statistics import document_means
 from dynaroute.config import Settings
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.graph import DagForward
+from dynaroute.dagformer.windows import variant_windows
 from dynaroute.data.tokens.documents import followed_windows, halves, main_documents, windows_of_documents
 from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.data.tokens.windows import Selection, Subset
+from dynaroute.data.tokens.windows import Subset
 from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.pipeline.stage import run
 
@@ -53,16 +54,16 @@ def main(settings: Settings) -> None:
     windows = Windows(shards, settings.dagformer.seq_len, keep_tail=False)
     documents = windows_of_documents(shards, windows.seq_len)
     sizes = analysis.gradient_windows, analysis.removal_windows
-    ranked, scored = (Selection(windows, half) for half in halves(documents, sizes))
+    ranked, scored = (Subset(windows, half) for half in halves(documents, sizes))
     followed = followed_windows(documents, analysis.oracle_windows)
-    evaluated = Subset(windows, settings.dagformer.eval_windows)
+    evaluated = variant_windows(shards, settings.dagformer)
     graph = DagForward(load_base(BASE, settings.device))
 
     gradients = gate_gradients(graph, ranked).numpy().astype(np.float64)  # [n, E]
     ranked_by, scored_by = documents[ranked.indices], documents[scored.indices]
     mean_gradient = document_means(gradients, ranked_by).mean(0)
     removed = removals(graph, scored, scored_by, mean_gradient, analysis, settings.seed)
-    gates = optimise_gates(graph, Selection(windows, followed), analysis.oracle_steps, analysis.oracle_lr)
+    gates = optimise_gates(graph, Subset(windows, followed), analysis.oracle_steps, analysis.oracle_lr)
     oracle = score_oracle(graph, windows, followed, documents, gates)
     with output_directory("data/dagformer/sensitivity") as folder:
         write_csv(folder / "gate_gradients.csv", gradients_by_layer_pair(graph, gradients, ranked_by))

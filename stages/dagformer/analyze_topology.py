@@ -32,9 +32,9 @@ from dynaroute.config.dagformer import MODES
 from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.variants import load_graph, load_predictor
+from dynaroute.dagformer.windows import variant_windows
 from dynaroute.data.tokens.documents import domain_windows
-from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.data.tokens.windows import Subset
+from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import output_directory, write_csv, write_json
 from dynaroute.pipeline.stage import run
@@ -53,7 +53,7 @@ def main(settings: Settings, name: str) -> None:
     graph = load_graph(DATA / "train", name, predictor.variant, settings.device)
     tau, first = predictor.variant.tau_final, {"window": 0, "prefix": dagformer.prefix_tokens - 1}
     shards = TokenShards(Path("data/tokens") / dagformer.corpus, "test")
-    windows = Subset(Windows(shards, dagformer.seq_len, keep_tail=False), dagformer.eval_windows)
+    windows = variant_windows(shards, dagformer)
     embeddings = load_embeddings(DATA / "embeddings/evaluation")
     texts = {protocol: torch.from_numpy(embeddings[split]) for protocol, split in SPLITS.items()}
     wirings = {protocol: wire(predictor, vectors, tau) for protocol, vectors in texts.items()}

@@ -23,10 +23,11 @@ from dynaroute.config import Settings
 from dynaroute.config.dagformer import BaseEncoder
 from dynaroute.dagformer.embeddings import write_embeddings
 from dynaroute.dagformer.encoders import load_encoder
+from dynaroute.dagformer.windows import variant_windows
 from dynaroute.data.locate import locate
 from dynaroute.data.tokens.documents import domain_windows
 from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.data.tokens.windows import Selection, dagformer_windows
+from dynaroute.data.tokens.windows import Subset
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import sha256
 from dynaroute.pipeline.machine import compute_dtype
@@ -50,9 +51,9 @@ def main(settings: Settings, part: str) -> None:
     if part == "domains":
         whole = Windows(shards["test"], dagformer.seq_len, keep_tail=False)
         drawn = domain_windows(shards["test"], dagformer.seq_len, settings.analysis.domain_windows)
-        windows = {} if drawn is None else {"domains": Selection(whole, drawn.windows)}
+        windows = {} if drawn is None else {"domains": Subset(whole, drawn.windows)}
     else:
-        windows = dagformer_windows(shards, dagformer)
+        windows = {split: variant_windows(own, dagformer) for split, own in shards.items()}
     prefix_tokens = dagformer.prefix_tokens if part == "evaluation" else None
     dtype = compute_dtype(settings.device, dagformer.precision)
     corpus = next(iter(shards.values())).tokenizer()

@@ -36,9 +36,10 @@ from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.variants import load_graph, load_predictor
+from dynaroute.dagformer.windows import variant_windows
 from dynaroute.data.tokens.documents import main_documents
-from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.data.tokens.windows import Selection, Subset
+from dynaroute.data.tokens.shards import TokenShards
+from dynaroute.data.tokens.windows import Subset
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.pipeline.stage import run
@@ -53,7 +54,7 @@ def main(settings: Settings, name: str) -> None:
     record, predictor = load_predictor(TRAINED / name, settings.device)
     variant = predictor.variant
     shards = TokenShards(Path("data/tokens") / settings.dagformer.corpus, "test")
-    windows = Subset(Windows(shards, settings.dagformer.seq_len, keep_tail=False), settings.dagformer.eval_windows)
+    windows = variant_windows(shards, settings.dagformer)
     documents = main_documents(shards, windows.seq_len, list(windows.indices))
     embeddings = load_embeddings(EMBEDDINGS)
     graph = load_graph(TRAINED, name, variant, settings.device)
@@ -64,7 +65,7 @@ def main(settings: Settings, name: str) -> None:
 
     # Position prefix_tokens - 1, the last one of the prefix, predicts the first token that the encoder has not read.
     protocols = {"window": ("test", 0), "prefix": ("test_prefix", settings.dagformer.prefix_tokens - 1)}
-    start = Selection(windows.windows, windows.indices[:BATCH])
+    start = Subset(windows.windows, windows.indices[:BATCH])
     rows, metrics, gates, repeats = [], {}, {}, []
     for protocol, (split, first) in protocols.items():
         if len(embeddings[split]) != len(windows):

@@ -25,9 +25,9 @@ from dynaroute.config import Settings
 from dynaroute.config.dagformer import LoadedBase
 from dynaroute.dagformer.bases import LanguageModelObjective, load_existing, new_base
 from dynaroute.dagformer.decoder import load_base
+from dynaroute.dagformer.windows import variant_windows
 from dynaroute.data.locate import locate
-from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.data.tokens.windows import KEYS, Subset, dagformer_windows
+from dynaroute.data.tokens.shards import TokenShards, Windows, open_splits
 from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.pipeline.machine import compute_dtype, describe_machine, peak_memory
 from dynaroute.pipeline.scratch import run_id, scratch_folder
@@ -46,8 +46,9 @@ def main(settings: Settings) -> None:
     precision = "fp32" if isinstance(dagformer.base, LoadedBase) else dagformer.base.training.precision
     accelerator = make_accelerator(settings.device, precision)  # first: it gives each process its own GPU
     tokens = Path("data/tokens") / dagformer.corpus
-    shards = {split: TokenShards(tokens, split) for split in KEYS}
-    dagformer_windows(shards, dagformer)  # refuses too few windows for later stages before a pretraining
+    shards = open_splits(tokens)
+    # Refuses too few windows, for later stages too, before a pretraining.
+    windows = {split: variant_windows(own, dagformer) for split, own in shards.items()}
     dtype = compute_dtype(settings.device, dagformer.precision)
     identity = {
         "base": dagformer.base.model_dump() | locate(dagformer.base, "dagformer.base"),
@@ -84,8 +85,7 @@ def main(settings: Settings) -> None:
         "validation_loss": min(losses) if losses else None,
         "unigram_entropy": shards["validation"].unigram_entropy,
     }
-    windows = Windows(shards["validation"], dagformer.seq_len, keep_tail=False)
-    measures = measure_base(BASE, Subset(windows, dagformer.validation_windows), settings.device)
+    measures = measure_base(BASE, windows["validation"], settings.device)
     write_json(DATA / "base.json", report | measures)
     timing |= {"peak_memory_bytes": peak_memory(settings.device), "machine": describe_machine(settings.device)}
     write_json(DATA / "measured/base.json", timing)

@@ -21,6 +21,7 @@ from dynaroute.analysis.traces import count_transitions, record_routing
 from dynaroute.config import Settings
 from dynaroute.config.dwr import Precision
 from dynaroute.data.tokens.shards import IGNORED_TARGET, TokenShards, Windows
+from dynaroute.data.tokens.windows import evenly_spaced
 from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.precision import round_experts, stored_tensors
 from dynaroute.dwr.experts.store import ExpertStore, Usage, export_store
@@ -43,7 +44,9 @@ def main(settings: Settings) -> None:
     tokens_folder = Path("data/tokens") / settings.dwr.corpus
     windows = Windows(TokenShards(tokens_folder, "validation"), trained.config.max_seq_len, keep_tail=True)
     num_windows = min(export.calibration_windows, len(windows))
-    experts = record_routing(trained, windows, identifier, num_windows).experts
+    experts = record_routing(
+        trained, evenly_spaced(windows, num_windows, "export_experts.calibration_windows"), identifier
+    ).experts
     usage = Usage(
         load=read_expert_load(ROUTER, trained.config),
         transitions=count_transitions(experts, trained.config.num_experts),

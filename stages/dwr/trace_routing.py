@@ -12,9 +12,10 @@ import torch
 
 from dynaroute.analysis.traces import record_routing, save_trace
 from dynaroute.config import Settings
-from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.dwr.experts.store import ExpertStore
 from dynaroute.dwr.inference import load_resident
+from dynaroute.dwr.windows import traced_windows
 from dynaroute.pipeline.stage import run
 
 STORE = Path("data/dwr/expert_store")
@@ -26,8 +27,8 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(settings.num_threads)
     store = ExpertStore(STORE)
     shards = TokenShards(Path("data/tokens") / settings.dwr.corpus, "test")
-    windows = Windows(shards, store.config.max_seq_len, keep_tail=False)
-    save_trace(record_routing(load_resident(store), windows, store.run, settings.trace_routing.windows), TRACE)
+    windows = traced_windows(shards, store.config.max_seq_len, settings.trace_routing)
+    save_trace(record_routing(load_resident(store), windows, store.run), TRACE)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from dynaroute.config import Settings
-from dynaroute.data.tokens.shards import Windows
-from dynaroute.data.tokens.windows import cache_benchmark_windows, evenly_spaced
+from dynaroute.data.tokens.shards import Windows, open_splits
 from dynaroute.dwr.model import DWRTransformer
-from dynaroute.dwr.training import make_trainer, open_tokens
+from dynaroute.dwr.training import make_trainer
+from dynaroute.dwr.windows import benchmark_windows, traced_windows
 from dynaroute.pipeline.artifacts import output_directory, write_csv, write_json
 from dynaroute.pipeline.machine import describe_machine, peak_memory
 from dynaroute.pipeline.scratch import run_id
@@ -38,7 +38,7 @@ def main(settings: Settings) -> None:
     dwr = settings.dwr
     torch.set_num_threads(settings.num_threads)
     accelerator = make_accelerator(settings.device, dwr.training.precision)
-    shards = open_tokens(dwr.corpus)
+    shards = open_splits(Path("data/tokens") / dwr.corpus)
     training = Windows(shards["train"], dwr.max_seq_len, keep_tail=False)
     validation, test = (Windows(shards[split], dwr.max_seq_len, keep_tail=True) for split in ("validation", "test"))
     trainer, identity = make_trainer(settings, dwr, accelerator, shards["train"], training, validation, "train_dwr")
@@ -46,9 +46,8 @@ def main(settings: Settings) -> None:
     model, config = trainer.unwrapped, objective.config
     # What is refused when there is too little text is refused now, and not after the training; also for later stages.
     own_share(test, accelerator)
-    routed = Windows(shards["test"], dwr.max_seq_len, keep_tail=False)
-    evenly_spaced(routed, settings.trace_routing.windows, "trace_routing.windows")
-    cache_benchmark_windows(shards["test"], settings.benchmark_cache)
+    traced_windows(shards["test"], dwr.max_seq_len, settings.trace_routing)
+    benchmark_windows(shards["test"], settings.benchmark_cache)
     with trainer:
         state = trainer.run()
         gradients = router_gradients(trainer, training)

@@ -17,11 +17,12 @@ from dynaroute.analysis.replay import replay
 from dynaroute.analysis.traces import Trace, record_routing, uniform_trace
 from dynaroute.config import Settings
 from dynaroute.config.dwr import DWRRun
-from dynaroute.data.tokens.shards import Windows
-from dynaroute.data.tokens.windows import Selection, Subset, evenly_spaced
+from dynaroute.data.tokens.shards import Windows, open_splits
+from dynaroute.data.tokens.windows import Subset, evenly_spaced
 from dynaroute.dwr.experts.policies import LRU, Belady, NextUse
 from dynaroute.dwr.experts.residency import Residency, nearest_a_third
-from dynaroute.dwr.training import make_trainer, open_tokens
+from dynaroute.dwr.training import make_trainer
+from dynaroute.dwr.windows import traced_windows
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_record, write_json
 from dynaroute.pipeline.scratch import run_id
@@ -37,22 +38,22 @@ def main(settings: Settings, name: str) -> None:
     torch.set_num_threads(settings.num_threads)
     dwr, section = read_run(name), f"dwr_runs.{name}"
     accelerator = make_accelerator(settings.device, dwr.training.precision)
-    shards = open_tokens(dwr.corpus)
-    training = Subset(Windows(shards["train"], dwr.max_seq_len, keep_tail=False), dwr.train_windows, section)
+    shards = open_splits(Path("data/tokens") / dwr.corpus)
+    training = Windows(shards["train"], dwr.max_seq_len, keep_tail=False)
+    training = evenly_spaced(training, dwr.train_windows, f"{section}.train_windows")
     held_out = {split: Windows(shards[split], dwr.max_seq_len, keep_tail=True) for split in ("validation", "test")}
-    validation = Subset(held_out["validation"], dwr.validation_windows, section)
-    test = Subset(held_out["test"], dwr.eval_windows, section)
+    validation = evenly_spaced(held_out["validation"], dwr.validation_windows, f"{section}.validation_windows")
+    test = evenly_spaced(held_out["test"], dwr.eval_windows, f"{section}.eval_windows")
     trainer, identity = make_trainer(settings, dwr, accelerator, shards["train"], training, validation, "train_dwr_run")
     # As many windows of the training text as of the validation text: the same loss, without dropout.
     scored = min(len(validation), len(training))
-    seen = Selection(training, [index * len(training) // scored for index in range(scored)])
+    seen = Subset(training, [index * len(training) // scored for index in range(scored)])
 
-    def loss(windows: Selection) -> float:
+    def loss(windows: Subset) -> float:
         return trainer.objective.validation_metrics(trainer.validation_sums(windows))["loss"]
 
     own_share(test, accelerator)  # refuses too few now, and not after the training
-    routed = Windows(shards["test"], dwr.max_seq_len, keep_tail=False)
-    evenly_spaced(routed, settings.trace_routing.windows, "trace_routing.windows")
+    routed = traced_windows(shards["test"], dwr.max_seq_len, settings.trace_routing)
     with trainer:
         state = trainer.run()
         final_train_loss = loss(seen)
@@ -65,7 +66,7 @@ def main(settings: Settings, name: str) -> None:
             return
         identifier, config = run_id(identity), trainer.objective.config
         load = sums["assigned"] / sums["assigned"].mean(1, keepdim=True)  # [L, E], 1 is uniform
-        trace = record_routing(model.cpu(), routed, identifier, settings.trace_routing.windows)
+        trace = record_routing(model.cpu(), routed, identifier)
         experts = config.num_layers * config.num_experts
         capacity = nearest_a_third(experts)
         write_json(

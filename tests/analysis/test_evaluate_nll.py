@@ -180,9 +180,7 @@ def test_a_joint_variant_is_scored_on_its_own_base_but_for_the_baseline(tree):
     for name in ("A1", "J1"):
         stage.main(tiny_settings(), name)
     assert baseline_of("A1") == baseline_of("J1")
-    windows = stage.Subset(
-        stage.Windows(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN, keep_tail=False), WINDOWS
-    )
+    windows = stage.variant_windows(TokenShards(Path("data/tokens/docs"), "test"), tiny_settings().dagformer)
     tokens, targets = windows.batch(range(WINDOWS))
     with torch.no_grad():
         logits = own(tokens).logits

@@ -42,7 +42,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def trace(model) -> Trace:
-    return record_routing(model, Text(), "run", 2)
+    return record_routing(model, Text(), "run")
 
 
 @pytest.mark.parametrize("prefetch", ["none", "frequency", "transition", "gate"])
@@ -52,7 +52,7 @@ def trace(model) -> Trace:
 )
 def test_a_replay_does_what_the_cache_does(tmp_path, layers, policy, capacity, per_layer, prefetch):
     model = make_model(num_layers=layers)
-    trace = record_routing(model, Text(), "run", 2)
+    trace = record_routing(model, Text(), "run")
     generator = torch.Generator().manual_seed(4)
     load = torch.rand(layers, 5, generator=generator, dtype=torch.float64).tolist()  # no two alike: ties may go any way
     transitions = torch.randint(1, 1000, (layers - 1, 5, 5), generator=generator).tolist()
@@ -84,7 +84,7 @@ def test_a_trace_holds_what_routers_chose(model, trace):
 
 
 def test_a_layer_alone_is_followed_by_none():
-    trace = record_routing(make_model(num_layers=1), Text(), "run", 2)
+    trace = record_routing(make_model(num_layers=1), Text(), "run")
     assert (trace.experts.shape, trace.lookahead.shape) == ((32, 1, 2), (32, 0, 5))
     assert count_transitions(trace.experts, 5) == []
 

@@ -21,7 +21,7 @@ from dynaroute.analysis.sensitivity import (
 )
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.data.tokens.windows import Selection
+from dynaroute.data.tokens.windows import Subset
 
 VALID = dag_mask(LAYERS, HEADS)
 EDGES = [(i, j) for i, j in itertools.product(range(LAYERS * HEADS), repeat=2) if i // HEADS < j // HEADS]
@@ -88,7 +88,7 @@ def test_gates_optimised_on_a_window_lower_its_nll_and_stay_gates(graph, tmp_pat
 def test_each_window_is_optimised_by_itself(graph, tmp_path):
     windows = make_windows(tmp_path, 5)
     together = optimise_gates(graph, windows, 4, 0.1)
-    alone = torch.cat([optimise_gates(graph, Selection(windows, [index]), 4, 0.1) for index in range(5)])
+    alone = torch.cat([optimise_gates(graph, Subset(windows, [index]), 4, 0.1) for index in range(5)])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
 

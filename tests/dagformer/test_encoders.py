@@ -21,10 +21,11 @@ from dynaroute.config.data import ByteBPE
 from dynaroute.dagformer import embeddings
 from dynaroute.dagformer.embeddings import load_embeddings, write_embeddings
 from dynaroute.dagformer.encoders import load_encoder
+from dynaroute.dagformer.windows import variant_windows
 from dynaroute.data.tokens.documents import domain_windows
-from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.shards import TokenShards, Windows, open_splits
 from dynaroute.data.tokens.tokenizers import load_tokenizer, save_tokenizer
-from dynaroute.data.tokens.windows import KEYS, Subset
+from dynaroute.data.tokens.windows import Subset, evenly_spaced
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline import artifacts
 
@@ -57,7 +58,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = save_tokenizer(ByteBPE(kind="bpe", vocab_size=VOCABULARY), TEXTS, folder / "tokenizer")
     splits = {
         split: [[*ids, tokenizer.eot_id] for ids in tokenizer.encode_batch([split + text for text in TEXTS])]
-        for split in KEYS
+        for split in ("train", "validation", "test")
     }
     return write_tokens(folder, VOCABULARY, tokenizer.eot_id, **splits)
 
@@ -77,8 +78,8 @@ def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def windows(tokens: Path) -> dict[str, Subset]:
     numbers = {"train": 7, "validation": 2, "test": 5}
-    splits = {split: Windows(TokenShards(tokens, split), SEQ_LEN, keep_tail=False) for split in KEYS}
-    return {split: Subset(own, numbers[split]) for split, own in splits.items()}
+    splits = {split: Windows(own, SEQ_LEN, keep_tail=False) for split, own in open_splits(tokens).items()}
+    return {split: evenly_spaced(own, numbers[split], split) for split, own in splits.items()}
 
 
 def write(encoder, settings, windows: dict[str, Subset], directory: Path) -> None:
@@ -104,6 +105,13 @@ def changed_copy(source: Path, target: Path, file: str, **changes) -> Path:
     values = json.loads((target / file).read_text()) | changes
     (target / file).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
     return target
+
+
+@pytest.mark.parametrize(("split", "key"), [("train", "train_windows"), ("test", "eval_windows")])
+def test_too_few_windows_for_a_variant_name_the_setting(tokens, split, key):
+    settings = load_settings(REPOSITORY / "params.yaml").dagformer.model_copy(update={"seq_len": SEQ_LEN, key: 999})
+    with pytest.raises(DynarouteError, match=rf"^params.yaml: dagformer.{key} = 999: must be at most .* {split} split"):
+        variant_windows(TokenShards(tokens, split), settings)
 
 
 def test_the_base_encoder_is_the_mean_of_the_last_hidden_states(base):
@@ -514,6 +522,6 @@ def test_the_stage_encodes_the_windows_that_the_settings_ask_for(stage_settings,
     assert {name: len(vectors) for name, vectors in domains.items()} == (
         {} if drawn is None else {"domains": len(drawn.windows)}
     )
-    train = Subset(Windows(TokenShards(tokens, "train"), SEQ_LEN, keep_tail=False), 4)
+    train = evenly_spaced(Windows(TokenShards(tokens, "train"), SEQ_LEN, keep_tail=False), 4, "train")
     expected = load_encoder(BASE, base, None, "cpu").encode(train.batch(range(4))[0])
     assert torch.equal(torch.from_numpy(found["train"]), expected)

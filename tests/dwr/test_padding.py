@@ -52,7 +52,7 @@ def test_router_statistics_of_a_validation_are_of_real_tokens(split):
 def test_a_trace_is_of_real_tokens(split):
     windows, stream = split
     model = make_model(max_seq_len=T)
-    trace = record_routing(model, windows, "run", len(windows))
+    trace = record_routing(model, windows, "run")
     chosen, _ = routing_of(model, stream)
     assert torch.equal(torch.tensor(trace.experts.astype(int)).transpose(0, 1), chosen)
     assert len(trace.lookahead) == len(stream) - 1

@@ -12,7 +12,7 @@ from dynaroute.config import Settings, load_settings
 from dynaroute.config.dagformer import Variant
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.data.tokens.windows import Subset
+from dynaroute.data.tokens.windows import Subset, evenly_spaced
 from dynaroute.pipeline.artifacts import sha256, write_json
 from dynaroute.training.checkpoints import save_checkpoint
 
@@ -46,7 +46,8 @@ def write_tokens(folder: Path, lengths: list[int], seed: int = 0) -> TokenShards
 
 
 def make_windows(folder: Path, number: int = WINDOWS) -> Subset:
-    return Subset(Windows(write_tokens(folder, [40, 9, 23, 70, 5, 60, 61, 40]), SEQ_LEN, keep_tail=False), number)
+    windows = Windows(write_tokens(folder, [40, 9, 23, 70, 5, 60, 61, 40]), SEQ_LEN, keep_tail=False)
+    return evenly_spaced(windows, number, "number")
 
 
 def write_embeddings(folder: Path, windows: int = WINDOWS) -> None:

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from dynaroute.config.dwr import BenchmarkCache, PolicyName, PrefetchName
 from dynaroute.data.tokens.shards import TokenShards
-from dynaroute.data.tokens.windows import cache_benchmark_windows
 from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
 from dynaroute.dwr.experts.policies import make_policy
@@ -31,6 +30,7 @@ from dynaroute.dwr.experts.prefetch import make_prefetcher
 from dynaroute.dwr.experts.residency import CacheStatistics, nearest_a_third
 from dynaroute.dwr.experts.store import ExpertStore
 from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, read_text, routers
+from dynaroute.dwr.windows import benchmark_windows
 from dynaroute.errors import DynarouteError
 
 
@@ -92,7 +92,7 @@ def held_out_texts(store: ExpertStore, directory: Path, settings: BenchmarkCache
         raise DynarouteError(
             f"{directory}: has a vocabulary of {shards.padded_vocab_size}, {model}: train and export again"
         )
-    tokens, _ = cache_benchmark_windows(shards, settings).batch(range(settings.num_prompts))
+    tokens, _ = benchmark_windows(shards, settings).batch(range(settings.num_prompts))
     return tokens
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dynaroute.analysis.nll import WindowSet, Wiring, window_nll
+from dynaroute.analysis.nll import Wiring, window_nll
 from dynaroute.analysis.statistics import paired_difference
 from dynaroute.config.dagformer import MODES
 from dynaroute.dagformer.graph import DagForward
+from dynaroute.data.tokens.windows import WindowSet
 
 NLL = Mapping[str, Mapping[str, np.ndarray]]  # by protocol and mode (also baseline), [n] each
 

@@ -6,7 +6,7 @@ Windows are whole: each has T targets. Nothing here draws noise: the same weight
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,21 +15,12 @@ from torch import Tensor
 
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import IGNORED_TARGET
+from dynaroute.data.tokens.windows import WindowSet
 
 if TYPE_CHECKING:
     from dynaroute.dagformer.predictor import StructurePredictor
 
 BATCH = 8  # windows. A constant: float sums depend on it, and the baseline must not differ between variants
-
-
-class WindowSet(Protocol):
-    """`Windows`, or some of them."""
-
-    def __len__(self) -> int:
-        """The number of windows."""
-
-    def batch(self, indices: range) -> tuple[Tensor, Tensor]:
-        """Tokens and targets, both int64 [B, T]."""
 
 
 class Wiring(NamedTuple):

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dynaroute.analysis.nll import WindowSet, batches, token_nll, window_nll
+from dynaroute.analysis.nll import batches, token_nll, window_nll
 from dynaroute.analysis.statistics import Interval, document_means, mean_vector_test, paired_difference
 from dynaroute.config.dagformer import Analysis
 from dynaroute.dagformer.gates import dag_mask, layer_distance
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import Windows
-from dynaroute.data.tokens.windows import Selection
+from dynaroute.data.tokens.windows import Subset, WindowSet
 
 
 def gate_gradients(graph: DagForward, windows: WindowSet) -> Tensor:
@@ -261,7 +261,7 @@ def score_oracle(
     others = [own[index] for index in other_texts(documents[own])]
     texts, rows = {"same": own, "next": [window + 1 for window in own], "other": others}, []
     for text, indices in texts.items():
-        scored = Selection(windows, indices)
+        scored = Subset(windows, indices)
         oracle = window_nll(graph, scored, gates)
         baseline = window_nll(graph, scored, dag_mask(graph.num_layers, graph.num_heads).float())
         for index, window in enumerate(own):

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynaroute.data.tokens.shards import IGNORED_TARGET, Windows
-from dynaroute.data.tokens.windows import evenly_spaced
+from dynaroute.data.tokens.shards import IGNORED_TARGET
+from dynaroute.data.tokens.windows import WindowSet
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import output_directory, read_record, write_json
@@ -32,21 +32,16 @@ class Trace(NamedTuple):
 
 
 @torch.inference_mode()
-def record_routing(model: DWRTransformer, windows: Windows, run: str, num_windows: int) -> Trace:
-    """Records `num_windows` evenly spaced windows, each as a text by itself, without its padding.
-
-    Raises:
-        DynarouteError: there are fewer.
-    """
-    indices = evenly_spaced(windows, num_windows, "trace_routing.windows")
+def record_routing(model: DWRTransformer, windows: WindowSet, run: str) -> Trace:
+    """Records windows, each as a text by itself, without its padding."""
     routers, states = [layer.moe.router for layer in model.layers], {}
     hooks = [
         router.register_forward_pre_hook(lambda _, inputs, layer=layer: states.__setitem__(layer, inputs[0]))
         for layer, router in enumerate(routers)
     ]
     chosen, predicted = [], []
-    for start in range(0, num_windows, BATCH):
-        tokens, targets = windows.batch(indices[start : start + BATCH])
+    for start in range(0, len(windows), BATCH):
+        tokens, targets = windows.batch(range(start, min(start + BATCH, len(windows))))
         kept = (targets != IGNORED_TARGET).flatten()  # [B*T]
         statistics = model(tokens).router
         chosen.append(torch.stack([layer.chosen for layer in statistics], 2).flatten(0, 1)[kept])  # [tokens, L, K]

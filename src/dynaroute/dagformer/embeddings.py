@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from dynaroute.data.tokens.windows import Selection
+from dynaroute.data.tokens.windows import WindowSet
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import move_directory, read_record, sha256, write_json
 from dynaroute.pipeline.scratch import discard
@@ -29,7 +29,7 @@ NOTE_WINDOWS = 2**14  # between two notes of how far a run is: what a kill can c
 def write_embeddings(
     encoder: "Encoder",
     identity: dict[str, Any],
-    windows: dict[str, Selection],
+    windows: dict[str, WindowSet],
     prefix_tokens: int | None,
     directory: str | Path,
     scratch: str | Path,
@@ -77,7 +77,7 @@ def write_embeddings(
 
 
 def _write_vectors(
-    path: Path, encoder: "Encoder", windows: Selection, tokens_read: int, done: int, progress: tqdm
+    path: Path, encoder: "Encoder", windows: WindowSet, tokens_read: int, done: int, progress: tqdm
 ) -> Iterator[int]:
     """Writes the vectors of the windows from number `done` on; yields now and then how many are on disk."""
     shape = len(windows), encoder.embedding_size

@@ -16,8 +16,8 @@ from dynaroute.dagformer.joint import JointModel
 from dynaroute.dagformer.objective import DagObjective
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.dagformer.variants import seed_of
-from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.data.tokens.windows import Subset
+from dynaroute.dagformer.windows import variant_windows
+from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import sha256
 from dynaroute.pipeline.scratch import run_id, scratch_folder
@@ -46,10 +46,8 @@ def make_trainer(
         found = f"{accelerator.num_processes} processes: a joint variant is trained by one: launch it with python"
         raise DynarouteError(f"variants.{name}.base_lr = {variant.base_lr:g}: {found}")
     shared = settings.dagformer
-    windows = {}
-    for split, number in (("train", shared.train_windows), ("validation", shared.validation_windows)):
-        shards = TokenShards(Path("data/tokens") / shared.corpus, split)
-        windows[split] = Subset(Windows(shards, shared.seq_len, keep_tail=False), number)
+    tokens = Path("data/tokens") / shared.corpus
+    windows = {split: variant_windows(TokenShards(tokens, split), shared) for split in ("train", "validation")}
     embeddings = load_embeddings(data / "embeddings/training")
     base, trained = data / "train/base", data / "train" / start / "last.safetensors"
     frozen = load_base(base, settings.device)

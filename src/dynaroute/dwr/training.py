@@ -9,22 +9,13 @@ from accelerate import Accelerator
 from dynaroute.config import Settings
 from dynaroute.config.dwr import DWR
 from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.data.tokens.windows import Selection
+from dynaroute.data.tokens.windows import WindowSet
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 from dynaroute.dwr.objective import DWRObjective
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import sha256
 from dynaroute.pipeline.scratch import run_id, scratch_folder
 from dynaroute.training.loop import Trainer, steps_in_epochs
-
-
-def open_tokens(corpus: str) -> dict[str, TokenShards]:
-    """The splits train, validation and test of a tokenized corpus, by name.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
-    return {split: TokenShards(Path("data/tokens") / corpus, split) for split in ("train", "validation", "test")}
 
 
 def other_windows(corpus: str, trained: TokenShards, seq_len: int) -> Windows:
@@ -48,8 +39,8 @@ def make_trainer(
     dwr: DWR,
     accelerator: Accelerator,
     shards: TokenShards,
-    training: Windows | Selection,
-    validation: Windows | Selection,
+    training: WindowSet,
+    validation: WindowSet,
     stage: str,
 ) -> tuple[Trainer, dict[str, Any]]:
     """The trainer of a new model, and all that its result depends on.

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynaroute.config.training import EpochTraining, Training
-from dynaroute.data.tokens.shards import Windows
+from dynaroute.data.tokens.windows import WindowSet
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_record, write_json
 from dynaroute.pipeline.environment import check_environment
@@ -125,7 +125,7 @@ def steps_per_epoch(num_windows: int, batch_size: int) -> int:
     return num_windows // batch_size
 
 
-def own_share(windows: Windows, accelerator: Accelerator) -> range:
+def own_share(windows: WindowSet, accelerator: Accelerator) -> range:
     """The windows that this process scores when all share them out.
 
     Raises:
@@ -156,8 +156,8 @@ class Trainer:
         self,
         model: nn.Module,
         objective: Objective,
-        training: Windows,
-        validation: Windows,
+        training: WindowSet,
+        validation: WindowSet,
         settings: Training,
         *,
         total_steps: int,
@@ -167,7 +167,7 @@ class Trainer:
         start: Path | None = None,
         parameter_groups: list[dict[str, Any]] | None = None,
         remark: Callable[[list[dict[str, Any]]], str] | None = None,
-        also_validate_on: Mapping[str, Windows] | None = None,
+        also_validate_on: Mapping[str, WindowSet] | None = None,
         early_stopping_patience: int | None = None,
         keep_best: bool = True,
     ) -> None:
@@ -343,7 +343,7 @@ class Trainer:
             self._epoch_order = (epoch, order)
         return self._epoch_order[1]
 
-    def _batch(self, windows: Windows, indices: Iterable[int]) -> Batch:
+    def _batch(self, windows: WindowSet, indices: Iterable[int]) -> Batch:
         tokens, targets = windows.batch(indices)
         device = self.accelerator.device
         return Batch(tokens.to(device), targets.to(device), torch.as_tensor(indices, device=device))
@@ -407,7 +407,7 @@ class Trainer:
         self._save(self._agree(stop))
 
     @torch.no_grad()
-    def validation_sums(self, windows: Windows, stop: StopRequest | None = None) -> dict[str, Tensor]:
+    def validation_sums(self, windows: WindowSet, stop: StopRequest | None = None) -> dict[str, Tensor]:
         """The objective's sums over all windows, shared out among the processes and added up exactly once each."""
         accelerator = self.accelerator
         self.model.eval()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from small_tokens import write_tokens
 
 from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.data.tokens.windows import KEYS, Subset
+from dynaroute.data.tokens.windows import evenly_spaced
 from dynaroute.errors import DynarouteError
 
 SEQ_LEN, TOTAL = 4, 23
@@ -16,19 +16,19 @@ SEQ_LEN, TOTAL = 4, 23
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All three splits: token t of the stream is t, and TOTAL windows can be cut from it."""
+    """Token t of the stream is t, and TOTAL windows can be cut from it."""
     documents = [list(range(SEQ_LEN * TOTAL + 3))]
-    return write_tokens(tmp_path_factory.mktemp("tokens"), 300, **dict.fromkeys(KEYS, documents))
+    return write_tokens(tmp_path_factory.mktemp("tokens"), 300, train=documents)
 
 
-def make_windows(folder: Path, split: str = "train") -> Windows:
-    return Windows(TokenShards(folder, split), SEQ_LEN, keep_tail=False)
+def make_windows(folder: Path) -> Windows:
+    return Windows(TokenShards(folder, "train"), SEQ_LEN, keep_tail=False)
 
 
 @given(number=st.integers(1, TOTAL))
 def test_a_subset_is_windows_spread_evenly_over_all(tokens, number):
     windows = make_windows(tokens)
-    subset = Subset(windows, number)
+    subset = evenly_spaced(windows, number, "it")
     indices = list(subset.indices)
     assert len(subset) == len(indices) == number
     assert indices[0] == 0
@@ -45,25 +45,19 @@ def test_a_subset_is_windows_spread_evenly_over_all(tokens, number):
 @pytest.mark.parametrize("number", [None, TOTAL])
 def test_all_windows_are_the_whole(tokens, number):
     windows = make_windows(tokens)
-    subset = Subset(windows, number)
+    subset = evenly_spaced(windows, number, "it")
     assert len(subset) == TOTAL
     found, targets = subset.batch(np.arange(TOTAL))  # as the training loop asks
     assert torch.equal(found, windows.batch(range(TOTAL))[0])
     assert torch.equal(targets, found + 1)
 
 
-@pytest.mark.parametrize(
-    ("split", "key"),
-    [("train", "train_windows"), ("validation", "validation_windows"), ("test", "eval_windows")],
-)
-def test_asking_for_more_windows_than_there_are_names_the_setting_and_both_numbers(tokens, split, key):
-    with pytest.raises(DynarouteError, match=rf"^params.yaml: dagformer.{key} = 24: must be at most 23, .* {split} s"):
-        Subset(make_windows(tokens, split), TOTAL + 1)
-    with pytest.raises(DynarouteError, match=rf"^params.yaml: dwr_runs.short.{key} = 24: must be at most 23"):
-        Subset(make_windows(tokens, split), TOTAL + 1, "dwr_runs.short")
+def test_asking_for_more_windows_than_there_are_names_the_setting_and_both_numbers(tokens):
+    with pytest.raises(DynarouteError, match=r"^params.yaml: a.b = 24: must be at most 23, .* 4 tokens in the train"):
+        evenly_spaced(make_windows(tokens), TOTAL + 1, "a.b")
 
 
 @pytest.mark.parametrize("index", [-1, 5])
 def test_a_window_outside_the_subset_is_an_error_though_the_whole_may_have_it(tokens, index):
     with pytest.raises(IndexError, match=f"window {index} of 5"):
-        Subset(make_windows(tokens), 5).batch([0, index])
+        evenly_spaced(make_windows(tokens), 5, "it").batch([0, index])

@@ -100,6 +100,15 @@ class TokenShards:
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, self.metadata["dtype"])])
 
 
+def open_splits(directory: str | Path) -> dict[str, TokenShards]:
+    """The splits train, validation and test of a tokenized corpus, by name.
+
+    Raises:
+        DynarouteError: a file is missing or damaged.
+    """
+    return {split: TokenShards(directory, split) for split in ("train", "validation", "test")}
+
+
 class Windows:
     """Non-overlapping windows of T tokens: window i reads tokens [i*T, i*T+T) and predicts [i*T+1, i*T+T+1).
 
