@@ -44,6 +44,7 @@ from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_json
 from dynaroute.pipeline.machine import describe_machine, require_device
 from dynaroute.pipeline.stage import run
+from dynaroute.training.nll import nll
 
 ROUNDS, WARM_UP = 9, 2
 MIB = 2**20
@@ -138,7 +139,7 @@ def candidates(size: Size, device: str, compiled: bool = False) -> dict[str, Cal
             with torch.set_grad_enabled(backward):
                 logits = forward(source.detach().requires_grad_(backward))
                 if backward:
-                    F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()).backward()
+                    nll(logits[:, :-1], tokens[:, 1:]).backward()
             return logits.detach()
 
         return call

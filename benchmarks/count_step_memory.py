@@ -16,7 +16,6 @@ import weakref
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from benchmark_dagformer_step import ENCODER, VOCABULARY
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -31,6 +30,7 @@ from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.pipeline.artifacts import write_json
 from dynaroute.pipeline.stage import run
+from dynaroute.training.nll import nll
 
 EMBEDDING = ENCODER["hidden_size"]
 STEPS = 2  # AdamW makes its moments at the first
@@ -110,7 +110,7 @@ def count(settings: Settings, variant: Variant, joint: bool, windows: int) -> di
             before = memory.now
             noise = torch.randn(windows, nodes, nodes)
             adjacency = predictor(torch.randn(windows, EMBEDDING), variant.tau_init, "train", noise)
-            loss = F.cross_entropy(graph(tokens[:, :-1], adjacency).float().flatten(0, 1), tokens[:, 1:].flatten())
+            loss = nll(graph(tokens[:, :-1], adjacency), tokens[:, 1:])
             kept = max(kept, memory.now - before)  # the second step has the buffer of the first
             loss.backward()
             del loss, adjacency

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-import torch.nn.functional as F
 from pydantic import ValidationError
 
 from dynaroute.analysis.traces import count_transitions, record_routing
@@ -31,6 +30,7 @@ from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_record, write_json
 from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
+from dynaroute.training.nll import nll
 
 TRAINED = Path("data/dwr/train")
 STORE = Path("data/dwr/expert_store")
@@ -107,8 +107,7 @@ def mean_nll(model: DWRTransformer, windows: Windows, indices: Sequence[int]) ->
     total, count = 0.0, 0
     for start in range(0, len(indices), 16):
         tokens, targets = windows.batch(indices[start : start + 16])
-        logits = model(tokens).logits.flatten(0, 1)
-        total += float(F.cross_entropy(logits, targets.flatten(), reduction="sum"))
+        total += float(nll(model(tokens).logits, targets, "sum"))
         count += int((targets != IGNORED_TARGET).sum())
     return total / count
 

@@ -29,6 +29,7 @@ from dynaroute.pipeline.scratch import run_id
 from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 from dynaroute.training.loop import Trainer, make_accelerator, own_share, with_all_columns
+from dynaroute.training.nll import nll
 
 REPORTS = Path("reports/dwr")
 
@@ -115,8 +116,7 @@ def router_gradients(trainer: Trainer, windows: Windows) -> list[tuple[float, fl
     """By layer, the norm of the NLL's gradient at the router and at all its experts together, over one window."""
     model = trainer.unwrapped.eval()
     tokens, targets = (part.to(trainer.accelerator.device) for part in windows.batch([0]))
-    loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
-    loss.backward()
+    nll(model(tokens).logits, targets).backward()
     norms = [
         (
             float(layer.moe.router.weight.grad.norm()),

@@ -6,9 +6,10 @@ import torch
 from small_base import EMBEDDING, HEADS, LAYERS, make_base
 from small_dagformer import make_predictor, make_windows
 
-from dynaroute.analysis.nll import mean_nll, token_nll, window_nll, wire
+from dynaroute.analysis.nll import mean_nll, window_nll, wire
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
+from dynaroute.training.nll import token_nll
 
 VALID = dag_mask(LAYERS, HEADS)
 

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-from dynaroute.analysis.nll import batches, mean_nll, token_nll, window_nll
+from dynaroute.analysis.nll import batches, mean_nll, window_nll
 from dynaroute.analysis.statistics import paired_difference
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.hub import load_model
 from dynaroute.data.tokens.windows import WindowSet
+from dynaroute.training.nll import token_nll
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of NLL against transformers, by the base's dtype
 

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.data.tokens.windows import WindowSet
+from dynaroute.training.nll import token_nll
 
 if TYPE_CHECKING:
     from dynaroute.dagformer.predictor import StructurePredictor
@@ -33,17 +32,6 @@ class Wiring(NamedTuple):
     def gates(self, mode: str) -> Tensor:
         """The valid entries of a mode's A, [n, E]."""
         return getattr(self, mode)[:, self.logits[0] > -torch.inf]
-
-
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """NLL of every target in nats, float32 [B, T], from logits [B, T, V] of any float dtype; 0 where it is ignored."""
-    # One sequence at a time: fp32 logits of a whole batch can be larger than all else together.
-    return torch.stack(
-        [
-            F.cross_entropy(row.float(), target, ignore_index=IGNORED_TARGET, reduction="none")
-            for row, target in zip(logits, targets, strict=True)
-        ]
-    )
 
 
 def mean_nll(nll: Tensor, first: int = 0) -> np.ndarray:

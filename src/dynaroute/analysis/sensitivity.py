@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dynaroute.analysis.nll import batches, token_nll, window_nll
+from dynaroute.analysis.nll import batches, window_nll
 from dynaroute.analysis.statistics import Interval, document_means, mean_vector_test, paired_difference
 from dynaroute.config.dagformer import Analysis
 from dynaroute.dagformer.gates import dag_mask, layer_distance
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import Windows
 from dynaroute.data.tokens.windows import Subset, WindowSet
+from dynaroute.training.nll import token_nll
 
 
 def gate_gradients(graph: DagForward, windows: WindowSet) -> Tensor:

@@ -7,7 +7,6 @@ read them back with `dynaroute.dagformer.decoder`.
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaroute.config.dagformer import LoadedBase, PretrainedBase
@@ -15,6 +14,7 @@ from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.hub import load_model, load_tokenizer
 from dynaroute.data.tokens.shards import IGNORED_TARGET, TokenShards
 from dynaroute.errors import DynarouteError
+from dynaroute.training.nll import nll
 
 if TYPE_CHECKING:
     from transformers import Olmo2ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase  # slow to import
@@ -87,14 +87,13 @@ class LanguageModelObjective:
 
     def loss(self, model: nn.Module, batch: "Batch", step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean NLL of a batch."""
-        nll = F.cross_entropy(model(batch.tokens).logits.flatten(0, 1), batch.targets.flatten())
-        return nll, {"loss": nll}
+        loss = nll(model(batch.tokens).logits, batch.targets)
+        return loss, {"loss": loss}
 
     def validation_sums(self, model: nn.Module, batch: "Batch", step: int) -> dict[str, Tensor]:
         """NLL and predicted tokens, summed."""
-        logits = model(batch.tokens).logits
-        nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
-        return {"nll": nll.double().sum(), "predicted": (batch.targets != IGNORED_TARGET).sum()}
+        losses = nll(model(batch.tokens).logits, batch.targets, "none")
+        return {"nll": losses.double().sum(), "predicted": (batch.targets != IGNORED_TARGET).sum()}
 
     def validation_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Mean NLL."""

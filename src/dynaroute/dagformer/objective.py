@@ -7,7 +7,6 @@ of (seed, step, window), so it does not depend on batches or processes.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaroute.config.dagformer import Variant
@@ -16,6 +15,7 @@ from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor, sequence_noise
 from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.training.loop import Batch
+from dynaroute.training.nll import nll, token_nll
 
 RAMP = 0.2  # of all steps, while lambda rises
 
@@ -68,7 +68,7 @@ class DagObjective:
         embeddings = self.training_embeddings[batch.windows.cpu()].to(device)
         noise = sequence_noise(self.noise_seed, step, batch.windows, len(self.valid)).to(device)
         adjacency = model(embeddings, tau, "train", noise)  # [B, N, N]
-        nll = F.cross_entropy(self.graph(batch.tokens, adjacency).float().flatten(0, 1), batch.targets.flatten())
+        loss = nll(self.graph(batch.tokens, adjacency), batch.targets)
         mean_a = density(adjacency, self.valid).mean()
         gradient = torch.zeros((), device=device)
         processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -81,8 +81,8 @@ class DagObjective:
         with torch.no_grad():
             gates = _bare(model).gates(embeddings, tau, "train", noise)
             slope = density(gates * (1 - gates) / tau, self.valid).mean()
-        return nll + weight * mean_a, {
-            "loss": nll,
+        return loss + weight * mean_a, {
+            "loss": loss,
             "mean_A": mean_a,
             "gate_slope": slope,
             "gate_gradient": gradient,
@@ -96,8 +96,8 @@ class DagObjective:
         hard = model(embeddings, tau, "hard")
         unknown = [index for index in batch.windows.tolist() if index not in self._baseline]
         if unknown:
-            nll = self._nll(self.dense, batch, torch.ones_like(soft))
-            self._baseline |= dict(zip(batch.windows.tolist(), nll, strict=True))
+            sums = self._nll(self.dense, batch, torch.ones_like(soft))
+            self._baseline |= dict(zip(batch.windows.tolist(), sums, strict=True))
         baseline = torch.stack([self._baseline[index] for index in batch.windows.tolist()])
         adjacent, skip = self.distance == 1, self.distance > 1
         return {
@@ -127,9 +127,7 @@ class DagObjective:
 
     def _nll(self, graph: DagForward, batch: Batch, adjacency: Tensor) -> Tensor:
         """NLL of each window, summed over its tokens, float64 [B]."""
-        logits = graph(batch.tokens, adjacency).float()  # [B, T, V]
-        nll = F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")  # [B, T]
-        return nll.double().sum(1)
+        return token_nll(graph(batch.tokens, adjacency), batch.targets).double().sum(1)
 
 
 def _bare(model: nn.Module) -> StructurePredictor:

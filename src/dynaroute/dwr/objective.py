@@ -1,12 +1,12 @@
 """What DWR is trained on: next-token NLL and the balance loss of its routers."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.dwr.model import DWRConfig
 from dynaroute.training.loop import Batch
+from dynaroute.training.nll import nll
 
 
 class DWRObjective:
@@ -26,13 +26,13 @@ class DWRObjective:
         """The training loss of a batch, and NLL (nats per token), balance loss by layer and the share of
         assignments dropped for the record."""
         logits, router = model(batch.tokens)
-        nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        loss = nll(logits, batch.targets)
         balance = torch.stack([layer.balance_loss for layer in router])  # [L]
         dropped = torch.stack([layer.dropped for layer in router]).sum()
         assignments = batch.tokens.numel() * self.config.top_k * self.config.num_layers
-        metrics = {"loss": nll, "dropped_share": dropped / assignments}
+        metrics = {"loss": loss, "dropped_share": dropped / assignments}
         metrics |= {f"balance_loss_layer{index}": value for index, value in enumerate(balance)}
-        return nll + self.balance_coefficient * balance.sum(), metrics
+        return loss + self.balance_coefficient * balance.sum(), metrics
 
     def validation_sums(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """Sums over the tokens that have one to predict: NLL and their number; by layer and expert, [L, E], assignments
@@ -41,9 +41,8 @@ class DWRObjective:
         logits, router = model(batch.tokens)
         predicts = batch.targets != IGNORED_TARGET  # [B, T]
         counts = [layer.chosen[predicts].flatten().bincount(minlength=self.config.num_experts) for layer in router]
-        nll = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
         return {
-            "nll": nll.double().sum(),
+            "nll": nll(logits, batch.targets, "none").double().sum(),
             "predicted": predicts.sum(),
             "assigned": torch.stack(counts).double(),
             "probability": torch.stack([layer.probability[predicts].double().sum(0) for layer in router]),
