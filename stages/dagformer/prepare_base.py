@@ -23,17 +23,17 @@ from accelerate import Accelerator
 from dynaroute.analysis.base import measure_base
 from dynaroute.config import Settings
 from dynaroute.config.dagformer import LoadedBase
-from dynaroute.dagformer.bases import LanguageModelObjective, load_existing, new_base
+from dynaroute.dagformer.bases import load_existing, make_trainer
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.windows import variant_windows
 from dynaroute.data.locate import locate
-from dynaroute.data.tokens.shards import TokenShards, Windows, open_splits
+from dynaroute.data.tokens.shards import TokenShards, open_splits
 from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.pipeline.machine import compute_dtype, describe_machine, peak_memory
 from dynaroute.pipeline.scratch import run_id, scratch_folder
 from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
-from dynaroute.training.loop import Trainer, make_accelerator, steps_in_epochs, with_all_columns
+from dynaroute.training.loop import make_accelerator, with_all_columns
 
 DATA = Path("data/dagformer")
 BASE = DATA / "train/base"
@@ -99,22 +99,7 @@ def pretrain(
     dtype: torch.dtype,
 ) -> tuple[torch.nn.Module | None, list[dict[str, Any]], dict[str, float]]:
     """Trains a small base and writes it in `dtype` with the corpus's tokenizer; model, history and timing."""
-    dagformer, wanted = settings.dagformer, settings.dagformer.base
-    training = Windows(shards["train"], dagformer.seq_len, keep_tail=False)
-    torch.manual_seed(settings.seed)
-    model = new_base(wanted, shards["train"].padded_vocab_size, dagformer.seq_len, shards["train"].eot_id)
-    trainer = Trainer(
-        model,
-        LanguageModelObjective(),
-        training,
-        Windows(shards["validation"], dagformer.seq_len, keep_tail=True),
-        wanted.training,
-        total_steps=steps_in_epochs(wanted.training, len(training)),
-        accelerator=accelerator,
-        seed=settings.seed,
-        scratch=scratch_folder("prepare_base", identifier),
-        early_stopping_patience=wanted.training.early_stopping_patience,
-    )
+    trainer = make_trainer(settings, accelerator, shards, scratch_folder("prepare_base", identifier))
     with trainer:
         state = trainer.run()
         if not accelerator.is_main_process:

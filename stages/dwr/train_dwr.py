@@ -12,15 +12,14 @@ Writes  data/dwr/train/            best.safetensors (weights), last.safetensors 
 A run that was stopped goes on from its last checkpoint in .scratch/train_dwr/.
 """
 
-import math
 import shutil
 from pathlib import Path
 
 import torch
 
+from dynaroute.analysis.routers import router_gradients, router_rows
 from dynaroute.config import Settings
 from dynaroute.data.tokens.shards import Windows, open_splits
-from dynaroute.dwr.model import DWRTransformer
 from dynaroute.dwr.training import make_trainer
 from dynaroute.dwr.windows import benchmark_windows, traced_windows
 from dynaroute.pipeline.artifacts import output_directory, write_csv, write_json
@@ -29,7 +28,6 @@ from dynaroute.pipeline.scratch import run_id
 from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 from dynaroute.training.loop import Trainer, make_accelerator, own_share, with_all_columns
-from dynaroute.training.nll import nll
 
 REPORTS = Path("reports/dwr")
 
@@ -51,7 +49,7 @@ def main(settings: Settings) -> None:
     benchmark_windows(shards["test"], settings.benchmark_cache)
     with trainer:
         state = trainer.run()
-        gradients = router_gradients(trainer, training)
+        gradients = router_gradients(model, training)
         weights, best = load_checkpoint(trainer.best_path)
         load_weights(model, weights, trainer.best_path)
         sums = trainer.validation_sums(validation)
@@ -110,39 +108,6 @@ def decayed_parameters(trainer: Trainer) -> set[str]:
     model = trainer.unwrapped
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {names[id(p)] for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-
-
-def router_gradients(trainer: Trainer, windows: Windows) -> list[tuple[float, float]]:
-    """By layer, the norm of the NLL's gradient at the router and at all its experts together, over one window."""
-    model = trainer.unwrapped.eval()
-    tokens, targets = (part.to(trainer.accelerator.device) for part in windows.batch([0]))
-    nll(model(tokens).logits, targets).backward()
-    norms = [
-        (
-            float(layer.moe.router.weight.grad.norm()),
-            math.hypot(*(float(p.grad.norm()) for p in layer.moe.experts.parameters() if p.grad is not None)),
-        )
-        for layer in model.layers
-    ]
-    model.zero_grad(set_to_none=True)
-    return norms
-
-
-def router_rows(model: DWRTransformer, sums: dict[str, torch.Tensor]) -> list[dict[str, float]]:
-    """A row for each expert: the L2 norm of its router row, its share of assignments, its mean probability."""
-    load = sums["assigned"] / sums["assigned"].sum(1, keepdim=True)  # [L, E]
-    probability = sums["probability"] / sums["predicted"]  # [L, E]
-    return [
-        {
-            "layer": index,
-            "expert": expert,
-            "gate_norm": float(norm),
-            "load": float(load[index, expert]),
-            "mean_probability": float(probability[index, expert]),
-        }
-        for index, layer in enumerate(model.layers)
-        for expert, norm in enumerate(layer.moe.router.weight.detach().norm(dim=1))
-    ]
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
 from dynaroute.dwr.experts.policies import make_policy
-from dynaroute.dwr.experts.prefetch import make_prefetcher
+from dynaroute.dwr.experts.prefetch import GatePrefetcher, make_prefetcher
 from dynaroute.dwr.experts.residency import CacheStatistics, nearest_a_third
 from dynaroute.dwr.experts.store import ExpertStore
 from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, read_text, routers
@@ -140,6 +140,16 @@ def sweep(
             passes[cell].append(total[cell])
     progress.close()
     return passes
+
+
+def control_accuracy(store: ExpertStore, text: Tensor, prompt_tokens: int) -> float:
+    """The accuracy of a prefetcher that predicts the router's own choice: it shows that accuracy is counted rightly."""
+    model = load_backbone(store)
+    control = GatePrefetcher(routers(model), store.config.top_k, ahead=0)
+    with ExpertCache(store, store.num_experts, prefetcher=control) as cache:
+        bind_experts(model, cache)
+        result, _ = run_passes(read_text(model, text, prompt_tokens), cache)
+    return result.decode.accuracy
 
 
 def is_exact(logits: Tensor, reference: Tensor, device: str, what: str) -> bool:

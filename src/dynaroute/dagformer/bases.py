@@ -4,22 +4,24 @@ Both are transformers' models. `prepare_base` saves them as an ordinary transfor
 read them back with `dynaroute.dagformer.decoder`.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dynaroute.config import Settings
 from dynaroute.config.dagformer import LoadedBase, PretrainedBase
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.hub import load_model, load_tokenizer
-from dynaroute.data.tokens.shards import IGNORED_TARGET, TokenShards
+from dynaroute.data.tokens.shards import IGNORED_TARGET, TokenShards, Windows
 from dynaroute.errors import DynarouteError
+from dynaroute.training.loop import Batch, Trainer, steps_in_epochs
 from dynaroute.training.nll import nll
 
 if TYPE_CHECKING:
     from transformers import Olmo2ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase  # slow to import
-
-    from dynaroute.training.loop import Batch
 
 SAMPLE = "The function returns 3.14159, or raises:\n\tdef naïve(x): return x ** 2  # Ω"  # two tokenizers differ on it
 
@@ -85,12 +87,12 @@ def load_existing(
 class LanguageModelObjective:
     """Next-token NLL of a transformers language model, in nats per token."""
 
-    def loss(self, model: nn.Module, batch: "Batch", step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean NLL of a batch."""
         loss = nll(model(batch.tokens).logits, batch.targets)
         return loss, {"loss": loss}
 
-    def validation_sums(self, model: nn.Module, batch: "Batch", step: int) -> dict[str, Tensor]:
+    def validation_sums(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """NLL and predicted tokens, summed."""
         losses = nll(model(batch.tokens).logits, batch.targets, "none")
         return {"nll": losses.double().sum(), "predicted": (batch.targets != IGNORED_TARGET).sum()}
@@ -98,3 +100,28 @@ class LanguageModelObjective:
     def validation_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Mean NLL."""
         return {"loss": float(sums["nll"] / sums["predicted"])}
+
+
+def make_trainer(
+    settings: Settings, accelerator: Accelerator, shards: dict[str, TokenShards], scratch: Path
+) -> Trainer:
+    """The trainer of a new base on the training split; all of the validation split decides which weights are best.
+
+    Raises:
+        DynarouteError: the training does not fit the windows and processes.
+    """
+    wanted, seq_len, train = settings.dagformer.base, settings.dagformer.seq_len, shards["train"]
+    training = Windows(train, seq_len, keep_tail=False)
+    torch.manual_seed(settings.seed)
+    return Trainer(
+        new_base(wanted, train.padded_vocab_size, seq_len, train.eot_id),
+        LanguageModelObjective(),
+        training,
+        Windows(shards["validation"], seq_len, keep_tail=True),
+        wanted.training,
+        total_steps=steps_in_epochs(wanted.training, len(training)),
+        accelerator=accelerator,
+        seed=settings.seed,
+        scratch=scratch,
+        early_stopping_patience=wanted.training.early_stopping_patience,
+    )
