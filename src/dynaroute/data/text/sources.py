@@ -1,6 +1,6 @@
 """Where text comes from: every kind of source of params.yaml as one stream of documents.
 
-What becomes of the stream, splits and files, is `collection.py`'s part.
+`collect.py` splits the stream and writes it.
 """
 
 import codecs
