@@ -20,6 +20,7 @@ test: env
 lint: env
 	ruff check .
 	ruff format --check .
+	lint-imports --no-cache
 
 benchmarks: env  ## layers, peers and tokenization at the paper's sizes, and the pages that show them
 	dvc repro benchmarks/dvc.yaml
