@@ -24,13 +24,12 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from timing import ratios, show, turns
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from dynaroute.analysis.cache_benchmark import run_passes, store_forgetter
+from dynaroute.analysis.cache_benchmark import forgetter, run_passes
 from dynaroute.config import Settings
 from dynaroute.dwr.experts.cache import ExpertCache
-from dynaroute.dwr.experts.mapping import drop_from_page_cache
 from dynaroute.dwr.experts.policies import LRU, make_policy
 from dynaroute.dwr.experts.prefetch import make_prefetcher
 from dynaroute.dwr.experts.residency import CacheStatistics, Residency, nearest_a_third
@@ -53,6 +52,7 @@ SETTINGS = [("lru", "none"), ("next_use", "none"), ("lru", "gate"), ("next_use",
 # What goals are judged by, whatever the others turn out to be: what the simulation of the default run recommends for
 # experts of this size at a third of them, on disk as in the page cache.
 GOAL_SETTING = ("next_use", "gate")
+RESIDENT = ("ours, all resident", "warm")
 SCRATCH = Path(".scratch/benchmark_cached_inference")
 
 
@@ -64,12 +64,7 @@ class Run(NamedTuple):
     late_rate: float | None = None  # of ours: the share of requests that were hits, but not there yet
 
 
-class Candidate(NamedTuple):
-    """Something that decodes."""
-
-    name: str
-    page_cache: str  # warm or cold
-    run: Callable[[], Run]
+Candidate = tuple[tuple[str, str], Callable[[], Run]]  # its name and page cache, warm or cold; and its decoding
 
 
 def main(settings: Settings) -> None:
@@ -93,30 +88,19 @@ def measure() -> dict[str, Any]:
     capacity = nearest_a_third(store.num_experts)
     mixtral, disk = make_mixtral(), SCRATCH / "mixtral"
     trace = record_mixtral(mixtral)
-    candidates = [
-        *ours(store, capacity),
-        Candidate("Mixtral, all resident", "warm", lambda: again(lambda: decode_mixtral(mixtral))),
-        *with_cold("Mixtral, experts on disk", load_mixtral_from_disk(disk), decode_mixtral, SCRATCH),
-        *with_cold("ours under accelerate's disk_offload", offloaded(store), decode_plainly, SCRATCH / "offload"),
-    ]
-    runs: list[list[Run]] = [[] for _ in candidates]
-    for _ in tqdm(range(1 + REPEATS), desc="benchmark", unit="round", disable=None):
-        for found, candidate in zip(runs, candidates, strict=True):
-            found.append(candidate.run())
-    runs = [found[1:] for found in runs]  # without the first round, in which everything is slow
-    resident = [one.seconds for one in runs[0]]
-    rows = [row(candidate, found, resident) for candidate, found in zip(candidates, runs, strict=True)]
-    for one in rows:
-        print(
-            f"{one['name']:42} {one['page_cache']:5} {one['tokens_per_second']:7.2f}/s {one['ratio_to_resident']:.3f} "
-            f"({one['ratio_lowest']:.3f}-{one['ratio_highest']:.3f})"
-        )
-    goals = compare(candidates, runs)
-    for goal in goals:
-        print(
-            f"{goal['page_cache']} page cache, {goal['candidate']}, to {goal['against']}: {goal['value']:.2f} "
-            f"({goal['lowest']:.2f}-{goal['highest']:.2f}; goal {goal['goal']:g})"
-        )
+    candidates = dict(
+        [
+            *ours(store, capacity),
+            (("Mixtral, all resident", "warm"), lambda: again(lambda: decode(mixtral_passes(mixtral)))),
+            *with_cold("Mixtral, experts on disk", load_mixtral_from_disk(disk), mixtral_passes, SCRATCH),
+            *with_cold("ours under accelerate's disk_offload", offloaded(store), our_passes, SCRATCH / "offload"),
+        ]
+    )
+    runs = turns(candidates, REPEATS, 1, "benchmark")  # in the first round everything is slow
+    rows = [row(*name, found, runs[RESIDENT]) for name, found in runs.items()]
+    show(rows, "name", "page_cache", "tokens_per_second", "ratio_to_resident", "ratio_lowest", "ratio_highest")
+    goals = compare(runs)
+    show(goals, "page_cache", "candidate", "against", "value", "lowest", "highest", "goal")
     return {
         "experts": store.num_experts,
         "expert_bytes": store.expert_bytes,
@@ -148,20 +132,20 @@ def ours(store: ExpertStore, capacity: int) -> Iterator[Candidate]:
         prefetcher = make_prefetcher(prefetch, store, routers(cached), CONFIG.top_k)
         with ExpertCache(store, size, make_policy(policy, store.usage.load), prefetcher=prefetcher) as cache:
             bind_experts(cached, cache)
-            forget = store_forgetter(store.path) if cold else None
+            forget = forgetter(store.path) if cold else None
             result, logits = run_passes(greedy_decode(cached, prompt, NEW_TOKENS), cache, forget)
         if not torch.equal(logits, expected[0]):
             raise DynarouteError(f"{size} experts, {policy}, {prefetch}: logits are not those of the resident model")
         found = result.decode
         return Run(result.decode_seconds[0], found.hit_rate, found.late / found.requests)
 
-    yield Candidate("ours, all resident", "warm", functools.partial(again, run_resident))
+    yield RESIDENT, functools.partial(again, run_resident)
     cells = [(capacity, policy, prefetch, cold) for cold in (False, True) for policy, prefetch in SETTINGS]
     cells += [(size, "next_use", "none", False) for size in (capacity // 2, 2 * capacity)]
     for cell in sorted(cells, key=lambda cell: cell[3]):
         size, policy, prefetch, cold = cell
         name, run_cell = cached_name(size, policy, prefetch), functools.partial(run_cached, *cell)
-        yield Candidate(name, "cold", run_cell) if cold else Candidate(name, "warm", functools.partial(again, run_cell))
+        yield ((name, "cold"), run_cell) if cold else ((name, "warm"), functools.partial(again, run_cell))
 
 
 def cached_name(size: int, policy: str, prefetch: str) -> str:
@@ -215,35 +199,32 @@ def offloaded(store: ExpertStore) -> nn.Module:
 
 
 @torch.inference_mode()
-def decode_mixtral(model: nn.Module, before_pass: Callable[[], None] | None = None) -> Run:
-    """Greedy decoding, as `dynaroute.analysis.cache_benchmark.run_passes` does it."""
-    token, keys, seconds = torch.zeros(1, 1, dtype=torch.int64), None, []
+def mixtral_passes(model: nn.Module) -> Iterator[Tensor]:
+    """Greedy decoding like `dynaroute.dwr.inference.greedy_decode`: yields the logits of each pass, [1, 1, V]."""
+    token, keys = torch.zeros(1, 1, dtype=torch.int64), None
     for _ in range(NEW_TOKENS + 1):
-        if before_pass:
-            before_pass()
-        started = time.perf_counter()
         output = model(token, past_key_values=keys, use_cache=True)
         token, keys = output.logits[:, -1:].argmax(-1), output.past_key_values
-        seconds.append(time.perf_counter() - started)
-    return Run(sum(seconds[1:]))
+        yield output.logits
 
 
-def decode_plainly(model: nn.Module, before_pass: Callable[[], None] | None = None) -> Run:
+def our_passes(model: nn.Module) -> Iterator[Tensor]:
     """Greedy decoding of our module without a cache of ours."""
-    result, _ = run_passes(greedy_decode(model, torch.zeros(1, 1, dtype=torch.int64), NEW_TOKENS), None, before_pass)
-    return Run(result.decode_seconds[0])
+    return greedy_decode(model, torch.zeros(1, 1, dtype=torch.int64), NEW_TOKENS)
 
 
-def with_cold(name: str, model: nn.Module, run: Callable[..., Run], folder: Path) -> Iterator[Candidate]:
+def decode(passes: Iterator[Tensor], before_pass: Callable[[], None] | None = None) -> Run:
+    """Times a peer's decoding."""
+    return Run(run_passes(passes, None, before_pass)[0].decode_seconds[0])
+
+
+def with_cold(
+    name: str, model: nn.Module, passes: Callable[[nn.Module], Iterator[Tensor]], folder: Path
+) -> Iterator[Candidate]:
     """A peer with a warm and with a cold page cache."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-
-    def forget() -> None:
-        for path in files:
-            drop_from_page_cache(path)
-
-    yield Candidate(name, "warm", lambda: again(lambda: run(model)))
-    yield Candidate(name, "cold", lambda: run(model, forget))
+    forget = forgetter(folder)
+    yield (name, "warm"), lambda: again(lambda: decode(passes(model)))
+    yield (name, "cold"), lambda: decode(passes(model), forget)
 
 
 def record_mixtral(model: nn.Module) -> list[tuple[int, list[int]]]:
@@ -255,7 +236,7 @@ def record_mixtral(model: nn.Module) -> list[tuple[int, list[int]]]:
         )
         for index, layer in enumerate(model.model.layers)
     ]
-    decode_mixtral(model)
+    decode(mixtral_passes(model))
     for hook in hooks:
         hook.remove()
     return calls
@@ -295,46 +276,46 @@ def cost_of_a_miss(store: ExpertStore) -> dict[str, float]:
         return {
             "held": timed(lambda key: expert_ffn(x, held[key])),
             "in the page cache": timed(use_mapped),
-            "on disk": timed(use_mapped, store_forgetter(store.path)),
+            "on disk": timed(use_mapped, forgetter(store.path)),
         }
 
 
-def row(candidate: Candidate, runs: list[Run], resident: list[float]) -> dict[str, Any]:
+def row(name: str, page_cache: str, runs: list[Run], resident: list[Run]) -> dict[str, Any]:
     """Speed, and the ratio to the resident model's of the same round; which hits are late depends on the round."""
-    ratios = [theirs / one.seconds for one, theirs in zip(runs, resident, strict=True)]
+    found = to_ours(resident, runs)
     return {
-        "name": candidate.name,
-        "page_cache": candidate.page_cache,
+        "name": name,
+        "page_cache": page_cache,
         "tokens_per_second": NEW_TOKENS / median(one.seconds for one in runs),
-        "ratio_to_resident": median(ratios),
-        "ratio_lowest": min(ratios),
-        "ratio_highest": max(ratios),
+        "ratio_to_resident": median(found),
+        "ratio_lowest": min(found),
+        "ratio_highest": max(found),
         "hit_rate": runs[0].hit_rate,
         "late_rate": None if runs[0].late_rate is None else median(one.late_rate for one in runs),
     }
 
 
-def compare(candidates: list[Candidate], runs: list[list[Run]]) -> list[dict[str, Any]]:
+def to_ours(theirs: list[Run], ours: list[Run]) -> list[float]:
+    """A peer's seconds over ours, of every round."""
+    return ratios(*([run.seconds for run in runs] for runs in (theirs, ours)))
+
+
+def compare(runs: dict[tuple[str, str], list[Run]]) -> list[dict[str, Any]]:
     """The goals: our setting at a third of the experts, by page cache, against residency and peers.
 
     A value is the median over rounds of the peer's seconds over ours of the same round, beside its range; and so is
     what all experts resident reach, which is more than a cache can be expected to.
     """
-    seconds = {one[:2]: [run.seconds for run in found] for one, found in zip(candidates, runs, strict=True)}
-    resident = "ours, all resident"
     own = cached_name(nearest_a_third(CONFIG.num_layers * CONFIG.num_experts), *GOAL_SETTING)
     goals = []
     for state, to_resident, to_mixtral, to_accelerate in (("warm", 0.95, 1.5, 15.0), ("cold", 0.35, 6.0, 15.0)):
         for against, goal in (
-            (resident, to_resident),
+            (RESIDENT[0], to_resident),
             ("Mixtral, experts on disk", to_mixtral),
             ("ours under accelerate's disk_offload", to_accelerate),
         ):
-            peer = seconds[against, "warm" if against == resident else state]  # nothing of it is read
-            values, bounds = (
-                [theirs / mine for mine, theirs in zip(seconds[name], peer, strict=True)]
-                for name in ((own, state), (resident, "warm"))
-            )
+            peer = runs[RESIDENT if against == RESIDENT[0] else (against, state)]  # nothing of it is read
+            values, bounds = (to_ours(peer, runs[name]) for name in ((own, state), RESIDENT))
             goals.append(
                 {
                     "candidate": own,

@@ -32,7 +32,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from timing import failure, interleaved, quartiles, ratio
+from timing import columns, failure, interleaved, milliseconds, quartiles, ratio, ratios, show
 from torch import Tensor, nn
 from transformers import Olmo2Config, Olmo2ForCausalLM
 from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb
@@ -47,6 +47,7 @@ from dynaroute.pipeline.stage import run
 from dynaroute.training.nll import nll
 
 ROUNDS, WARM_UP = 9, 2
+SHOWN = ("milliseconds", "ratio_to_dense")
 MIB = 2**20
 
 
@@ -241,16 +242,9 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.nbytes / quartiles(times)[0]
 
 
-def summary(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
-    """Median and quartiles of one candidate's milliseconds and of its ratio to dense."""
-    median, (low, high) = quartiles(seconds[name])
-    to_dense, to_dense_quartiles = ratio(seconds[name], seconds["dense"])
-    return {
-        "milliseconds": 1e3 * median,
-        "milliseconds_quartiles": [1e3 * low, 1e3 * high],
-        "ratio_to_dense": to_dense,
-        "ratio_to_dense_quartiles": to_dense_quartiles,
-    }
+def speed(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
+    """One candidate's milliseconds, and its ratio to dense."""
+    return milliseconds(seconds[name]) | columns("ratio_to_dense", ratios(seconds[name], seconds["dense"]))
 
 
 def peaks(size: Size, names: list[str], device: str) -> dict[str, dict[str, float]]:
@@ -295,8 +289,8 @@ def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
         "size": sizes,
         "candidates": {
             name: {
-                "forward": summary(forward, name),
-                "forward_backward": summary(both, name),
+                "forward": speed(forward, name),
+                "forward_backward": speed(both, name),
                 **memory.get(name, {}),
             }
             for name in timed
@@ -308,24 +302,6 @@ def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
     }
 
 
-def print_table(result: dict[str, Any]) -> None:
-    """One size, for the eye."""
-    print("  ".join(f"{key} {value}" for key, value in result["size"].items()))
-    for name, reason in result["failed"].items():
-        print(f"  {name} failed: {reason}")
-    if not result["candidates"]:
-        return
-    print(f"  {'':18}{'forward':>24}{'forward + backward':>24}{'peak':>12}")
-    for name, row in result["candidates"].items():
-        times = (row["forward"], row["forward_backward"])
-        cells = [f"{x['milliseconds']:.1f} ms = {x['ratio_to_dense']:.2f}" for x in times]
-        peak = f"{row['forward_backward_peak_mib']:.0f} MiB" if "forward_backward_peak_mib" in row else ""
-        print(f"  {name:18}{cells[0]:>24}{cells[1]:>24}{peak:>12}")
-    limits = result["bounds"]
-    by_bytes = f"{limits['squares_byte_bound']:.2f} ({limits['layer_by_layer_byte_bound']:.2f} layer by layer)"
-    print(f"  bound by FLOPs {limits['flop_bound']:.2f}, by bytes {by_bytes}: {result['fraction_of_byte_bound']:.0%}")
-
-
 def main(settings: Settings) -> None:
     """Measures, prints a table and writes the report."""
     device = settings.device
@@ -335,7 +311,9 @@ def main(settings: Settings) -> None:
     results = []
     for size in SIZES[device]:
         results.append(measure(size, device, bytes_per_second))
-        print_table(results[-1])
+        print(results[-1]["size"], results[-1]["failed"], results[-1].get("bounds"))
+        measured = results[-1]["candidates"].items()
+        show([{"candidate": name} | row["forward_backward"] for name, row in measured], "candidate", *SHOWN)
         gc.collect()  # what failed leaves cycles, and the next size wants the memory
     if not any(result["candidates"] for result in results):
         raise DynarouteError(f"no size could be measured: {results[0]['size']}: {results[0]['failed']}")

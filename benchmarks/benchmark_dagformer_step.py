@@ -12,10 +12,9 @@ Writes  reports/benchmarks/dagformer_step.json
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from timing import interleaved, quartiles
+from timing import interleaved, milliseconds
 from torch import nn
 
 from dynaroute.config import Settings
@@ -68,7 +67,7 @@ def main(settings: Settings) -> None:
         "seq_len": seq_len,
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
-        **{name: summary(values) for name, values in times.items()},
+        **{name: milliseconds(values) for name, values in times.items()},
         "peak_memory_bytes": peak_memory(device),
         "machine": describe_machine(device),
     }
@@ -109,12 +108,6 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def summary(seconds: list[float]) -> dict[str, Any]:
-    """Median and quartiles, in milliseconds."""
-    median, (low, high) = quartiles(seconds)
-    return {"milliseconds": 1e3 * median, "milliseconds_quartiles": [1e3 * low, 1e3 * high]}
 
 
 if __name__ == "__main__":

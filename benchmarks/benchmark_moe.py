@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from timing import failure, interleaved, quartiles, ratio
+from timing import failure, interleaved, milliseconds, quartiles, ratio, show
 from torch import Tensor, nn
 
 from dynaroute.config import Settings
@@ -159,7 +159,7 @@ def layer_rows(device: str) -> list[dict[str, Any]]:
                     "ratio_to_dense": medians[name] / own_dense,
                 }
             )
-            print(f"T {tokens:5}  {name:24} {1e3 * medians[name]:8.1f} ms  {medians[name] / own_dense:5.2f} of dense")
+    show(rows, "tokens", "layer", "milliseconds", "ratio_to_dense")
     return rows
 
 
@@ -253,16 +253,13 @@ def training_comparison(settings: Settings, accelerator: Accelerator) -> dict[st
     tokens = settings.dwr.training.micro_batch_size * config.max_seq_len
     times = interleaved(steps, ROUNDS, WARM_UP, settings.device, "training")
     for name, values in times.items():
-        median, (low, high) = quartiles(values)
-        models[name]["milliseconds"] = 1e3 * median
-        models[name]["milliseconds_quartiles"] = [1e3 * low, 1e3 * high]
-        models[name]["tokens_per_second"] = tokens / median
-    ratios = {}
-    for ours, other in RATIOS:
-        if ours in times and other in times:
-            median, (low, high) = ratio(times[other], times[ours])
-            ratios[f"{ours}_to_{other}"] = {"ratio": median, "quartiles": [low, high]}
-            print(f"training tokens/s of {ours} to {other}: {median:.2f} (quartiles {low:.2f} to {high:.2f})")
+        models[name] |= milliseconds(values) | {"tokens_per_second": tokens / quartiles(values)[0]}
+    ratios = {
+        f"{ours}_to_{other}": dict(zip(("ratio", "quartiles"), ratio(times[other], times[ours]), strict=True))
+        for ours, other in RATIOS
+        if ours in times and other in times
+    }
+    print("training tokens/s:", ratios)
     return {
         "tokens_per_step": tokens,
         "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",

@@ -34,9 +34,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from timing import quartiles
-from timing import ratio as ratio_of
-from tqdm import tqdm
+from timing import columns, quartiles, ratio, ratios, show, turns
 
 from dynaroute.config import Settings
 from dynaroute.config.data import GPT2
@@ -126,19 +124,19 @@ def measure(tokenizers: dict[str, Path], pieces: Path, core_counts: list[int]) -
     pools = {count: ProcessPoolExecutor(1, spawn, keep_to, (cores[:count],)) for count in core_counts}
     alone = [ProcessPoolExecutor(1, spawn, keep_to, ([core],)) for core in cores[: max(core_counts)]]
     cells = list(itertools.product(tokenizers, core_counts))
-    times: dict[tuple[str, int], list[dict[str, Times]]] = {cell: [] for cell in cells}
+
+    def all_users(name: str, count: int) -> dict[str, Times]:
+        work = tokenizers[name], pieces
+        found = {user: pools[count].submit(seconds, user, *work).result() for user in ("library", "dynaroute")}
+        together = [pool.submit(seconds, "dynaroute", *work) for pool in alone[:count]]
+        clocks, cpus, mains = zip(*(future.result() for future in together), strict=True)
+        # as if one after the other had done as much in this time as all did in theirs
+        independent = Times(1 / sum(1 / clock for clock in clocks), sum(cpus) / count, sum(mains) / count)
+        return found | {"independent": independent}
+
     try:
-        for _ in tqdm(range(WARM_UP + ROUNDS), desc="benchmark_tokenization", unit="round", disable=None):
-            for name, count in cells:
-                work = tokenizers[name], pieces
-                found = {user: pools[count].submit(seconds, user, *work).result() for user in ("library", "dynaroute")}
-                together = [pool.submit(seconds, "dynaroute", *work) for pool in alone[:count]]
-                clocks, cpus, mains = zip(*(future.result() for future in together), strict=True)
-                # as if one after the other had done as much in this time as all did in theirs
-                found["independent"] = Times(
-                    1 / sum(1 / clock for clock in clocks), sum(cpus) / count, sum(mains) / count
-                )
-                times[name, count].append(found)
+        candidates = {cell: functools.partial(all_users, *cell) for cell in cells}
+        times = turns(candidates, ROUNDS, WARM_UP, "benchmark_tokenization")
     finally:
         for pool in (*pools.values(), *alone):
             pool.shutdown()
@@ -146,14 +144,11 @@ def measure(tokenizers: dict[str, Path], pieces: Path, core_counts: list[int]) -
 
     def of(who: str, name: str, count: int) -> Times:
         """Times of every round."""
-        return Times(*zip(*(found[who] for found in times[name, count][WARM_UP:]), strict=True))
+        return Times(*zip(*(found[who] for found in times[name, count]), strict=True))
 
     rows = []
     for name, count in cells:
         ours, library, independent = (of(who, name, count) for who in ("dynaroute", "library", "independent"))
-        ratio, ratio_quartiles = ratio_of(library.clock, ours.clock)
-        speedup, speedup_quartiles = ratio_of(of("dynaroute", name, 1).clock, ours.clock)
-        scaling, scaling_quartiles = ratio_of(independent.clock, ours.clock)
         package = "tiktoken" if isinstance(load_tokenizer(tokenizers[name]), TiktokenTokenizer) else "tokenizers"
         rows.append(
             {
@@ -162,18 +157,15 @@ def measure(tokenizers: dict[str, Path], pieces: Path, core_counts: list[int]) -
                 "cores": count,
                 "megabytes_per_second": megabytes / quartiles(ours.clock)[0],
                 "library_megabytes_per_second": megabytes / quartiles(library.clock)[0],
-                "throughput_against_library": ratio,
-                "throughput_against_library_quartiles": ratio_quartiles,
-                "throughput_against_library_by_cpu_time": ratio_of(library.cpu, ours.cpu)[0],
-                "throughput_against_independent_processes": scaling,
-                "throughput_against_independent_processes_quartiles": scaling_quartiles,
-                "throughput_against_independent_processes_by_cpu_time": ratio_of(independent.cpu, ours.cpu)[0],
-                "main_thread_share_of_cpu_time": ratio_of(ours.main, ours.cpu)[0],
+                **columns("throughput_against_library", ratios(library.clock, ours.clock)),
+                "throughput_against_library_by_cpu_time": ratio(library.cpu, ours.cpu)[0],
+                **columns("throughput_against_independent_processes", ratios(independent.clock, ours.clock)),
+                "throughput_against_independent_processes_by_cpu_time": ratio(independent.cpu, ours.cpu)[0],
+                "main_thread_share_of_cpu_time": ratio(ours.main, ours.cpu)[0],
                 "megabytes_per_cpu_second": megabytes / quartiles(ours.cpu)[0],
-                "speedup_over_one_core": speedup,
-                "speedup_over_one_core_quartiles": speedup_quartiles,
-                "library_speedup_over_one_core": ratio_of(of("library", name, 1).clock, library.clock)[0],
-                "independent_speedup_over_one_core": ratio_of(of("independent", name, 1).clock, independent.clock)[0],
+                **columns("speedup_over_one_core", ratios(of("dynaroute", name, 1).clock, ours.clock)),
+                "library_speedup_over_one_core": ratio(of("library", name, 1).clock, library.clock)[0],
+                "independent_speedup_over_one_core": ratio(of("independent", name, 1).clock, independent.clock)[0],
             }
         )
     return rows
@@ -203,14 +195,7 @@ def main(settings: Settings) -> None:
                 print(f"gpt2 is not measured: {error}")
         rows = measure(tokenizers, pieces, core_counts)
         size = {"characters": sum(len(document.text) for document in read_documents(pieces))}
-    for row in rows:
-        print(
-            f"{row['tokenizer']}, {row['cores']} cores: {row['megabytes_per_second']:.1f} MB/s, "
-            f"{row['throughput_against_library']:.2f} times {row['library']} "
-            f"(by CPU time {row['throughput_against_library_by_cpu_time']:.2f}); "
-            f"{row['speedup_over_one_core']:.2f} times one core ({row['library_speedup_over_one_core']:.2f} there, "
-            f"{row['independent_speedup_over_one_core']:.2f} by independent processes)"
-        )
+    show(rows, "tokenizer", "cores", "megabytes_per_second", "throughput_against_library", "speedup_over_one_core")
     report = size | {"rounds": ROUNDS, "results": rows, "not_measured": skipped}
     write_json("reports/benchmarks/tokenization.json", report | {"machine": describe_machine("cpu")})
 

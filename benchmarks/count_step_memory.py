@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from benchmark_dagformer_step import ENCODER, VOCABULARY
+from timing import show
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,12 +74,7 @@ def main(_: Settings) -> None:
     for joint, windows in tqdm(cells, desc="count_step_memory", unit="setting", disable=None):
         row = {"base_is_trained": joint, "micro_batch_size": windows, "seq_len": seq_len}
         rows.append(row | count(settings, variant, joint, windows))
-        print(
-            ", ".join(
-                f"{name} {value / 1e9:.1f} GB" if "bytes" in name else f"{name} {value}"
-                for name, value in rows[-1].items()
-            )
-        )
+    show(rows, *rows[0])
     write_json("reports/benchmarks/step_memory.json", {"results": rows, "torch": torch.__version__})
 
 

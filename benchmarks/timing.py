@@ -1,25 +1,35 @@
 """Times candidates that take turns, so that whatever else the machine does slows all of them alike."""
 
+import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 from tqdm import tqdm
+
+Key, Result = TypeVar("Key", bound=Hashable), TypeVar("Result")
+
+
+def turns(
+    candidates: Mapping[Key, Callable[[], Result]], rounds: int, warm_up: int, what: str
+) -> dict[Key, list[Result]]:
+    """What every candidate returns in every round after the warm-up. `what` names the work in the progress bar."""
+    found: dict[Key, list[Result]] = {name: [] for name in candidates}
+    for _ in tqdm(range(warm_up + rounds), desc=what, unit="round", disable=None):
+        for name, candidate in candidates.items():
+            found[name].append(candidate())
+    return {name: results[warm_up:] for name, results in found.items()}
 
 
 def interleaved(
     steps: Mapping[str, Callable[[], object]], rounds: int, warm_up: int, device: str, what: str
 ) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round after the warm-up.
-
-    `what` names the work in the progress bar.
-    """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in tqdm(range(warm_up + rounds), desc=what, unit="round", disable=None):
-        for name, step in steps.items():
-            times[name].append(seconds(step, device))
-    return {name: values[warm_up:] for name, values in times.items()}
+    """Seconds of every step in every round after the warm-up."""
+    timed = {name: functools.partial(seconds, step, device) for name, step in steps.items()}
+    return turns(timed, rounds, warm_up, what)
 
 
 def seconds(step: Callable[[], object], device: str) -> float:
@@ -39,7 +49,28 @@ def quartiles(values: Sequence[float]) -> tuple[float, list[float]]:
 
 def ratio(ones: Sequence[float], others: Sequence[float]) -> tuple[float, list[float]]:
     """Median and quartiles of the ratio of two times of the same round."""
-    return quartiles([one / other for one, other in zip(ones, others, strict=True)])
+    return quartiles(ratios(ones, others))
+
+
+def columns(name: str, values: Sequence[float]) -> dict[str, Any]:
+    """The median as a column of that name, and a column of the quartiles."""
+    median, found = quartiles(values)
+    return {name: median, f"{name}_quartiles": found}
+
+
+def milliseconds(values: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles of seconds, in milliseconds."""
+    return columns("milliseconds", [1e3 * value for value in values])
+
+
+def ratios(ones: Sequence[float], others: Sequence[float]) -> list[float]:
+    """The ratios of two times of the same round."""
+    return [one / other for one, other in zip(ones, others, strict=True)]
+
+
+def show(rows: Sequence[Mapping[str, Any]], *names: str) -> None:
+    """Prints some columns of a table."""
+    print(pd.DataFrame(rows, columns=list(names)).to_string(index=False, float_format="{:.4g}".format))
 
 
 def failure(step: Callable[[], object]) -> str | None:

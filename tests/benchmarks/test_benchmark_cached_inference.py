@@ -57,10 +57,9 @@ def test_goals_compare_one_setting_round_by_round(module):
         ("Mixtral, experts on disk", "cold"): [16.0, 40.0, 32.0],
         ("ours under accelerate's disk_offload", "cold"): [80.0, 80.0, 80.0],
     }
-    candidates = [module.Candidate(*name, lambda: None) for name in seconds]
-    runs = [[module.Run(one) for one in times] for times in seconds.values()]
+    runs = {name: [module.Run(one) for one in times] for name, times in seconds.items()}
     keys = ("value", "lowest", "highest", "resident_value", "goal")
-    assert [tuple(goal[key] for key in keys) for goal in module.compare(candidates, runs)] == [
+    assert [tuple(goal[key] for key in keys) for goal in module.compare(runs)] == [
         (0.8, 0.5, 1.0, 1.0, 0.95),
         (2.0, 1.6, 4.0, 2.0, 1.5),
         (10.0, 10.0, 20.0, 12.5, 15.0),

@@ -130,7 +130,7 @@ def sweep(
                     policy = make_policy(cell.policy, store.usage.load)
                     with ExpertCache(store, cell.capacity, policy, False, prefetcher, device) as cache:
                         bind_experts(cached, cache)
-                        forget = store_forgetter(store.path) if cell.cold else None
+                        forget = forgetter(store.path) if cell.cold else None
                         result, logits = run_passes(read_text(cached, text, prompt_tokens), cache, forget)
                     if not is_exact(logits, reference, device, f"{cell}: logits of text {index}"):
                         result = result._replace(inexact=1)
@@ -193,9 +193,9 @@ def run_passes(
     return Pass(statistics[0], decoding, (seconds[0],), (sum(seconds[1:]),)), torch.cat(logits, dim=1)
 
 
-def store_forgetter(folder: Path) -> Callable[[], None]:
+def forgetter(folder: Path) -> Callable[[], None]:
     """A function that drops the unmapped pages of a folder's files from the page cache."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
     def forget() -> None:
         for path in files:
