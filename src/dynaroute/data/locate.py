@@ -9,7 +9,7 @@ from typing import Any
 
 from dynaroute import config
 from dynaroute.config import Hosted, Section, Settings
-from dynaroute.data.text import installed_docs
+from dynaroute.data.text import installed
 from dynaroute.data.text.sources import matched_files
 from dynaroute.pipeline.hashes import hash_files
 
@@ -26,8 +26,8 @@ def locate(section: Section, key: str) -> dict[str, Any]:
             revision. `key` is the section's place in params.yaml.
     """
     match section:
-        case config.InstalledDocs():
-            return {"packages": {name: installed_docs.version(name) for name in section.packages}}
+        case config.InstalledText():
+            return {"packages": {name: installed.version(name) for name in section.packages}}
         case config.Dolma() | config.Files():
             return {"files": hash_files({name: path for path, name in matched_files(section.paths).items()})}
         case Hosted():
