@@ -74,12 +74,15 @@ def _matched_files(patterns: list[str]) -> dict[str, Path]:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None  # "a.b" would import a
         if spec is None or not spec.submodule_search_locations:
             raise DynarouteError(f"paths: {pattern!r} starts with {package!r}, which is not an installed package")
-        files = [
-            (f"{package}/{path.relative_to(root).as_posix()}", path)
-            for root in spec.submodule_search_locations
-            for path in Path(root).glob(rest)
-            if path.is_file()
-        ]
+        try:
+            files = [
+                (f"{package}/{path.relative_to(root).as_posix()}", path)
+                for root in spec.submodule_search_locations
+                for path in Path(root).glob(rest)
+                if path.is_file()
+            ]
+        except (OSError, ValueError, NotImplementedError) as error:  # above the package, absolute, or **.py
+            raise DynarouteError(f"paths: {pattern!r} is not a usable pattern: {error}") from error
         if not files:
             raise DynarouteError(f"paths: {pattern!r} matches no file of {package}")
         found.update(files)
