@@ -113,9 +113,9 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"corpora.docs.source.kind": "ftp"}, "corpora.docs.source.kind = 'ftp': must be one of"),
         (
             {"corpora.docs.source.kind": ...},
-            "corpora.docs.source.kind = None: must be one of installed_docs, hub, dolma",
+            "corpora.docs.source.kind = None: must be one of installed_text, hub, dolma",
         ),
-        ({"corpora.docs.source": "hub"}, "corpora.docs.source = 'hub': must be a mapping with a kind: installed_docs,"),
+        ({"corpora.docs.source": "hub"}, "corpora.docs.source = 'hub': must be a mapping with a kind: installed_text,"),
         ({"corpora.docs.tokenizer": None}, "corpora.docs.tokenizer = None: must be a mapping with a kind: bpe, gpt2"),
         ({"corpora.docs.split": 3}, "corpora.docs.split = 3: must be official, or a mapping with the keys validation,"),
         ({"corpora.docs.split": "offical"}, "corpora.docs.split = 'offical': must be official, or a mapping"),
@@ -131,7 +131,7 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"steps": 5, "warmup_steps": 6}, "warmup_steps = 6: must be at most steps = 5"),
         ({"variants.A5.steps": 1, "warmup_steps": 2}, "variants.A5.warmup_steps = 2: must be at most steps = 1"),
         ({"variants.A5.from": []}, "variants.A5.from = []: must be one of base, A1"),
-        ({"corpora.docs.split": "official"}, "corpora.docs.split = 'official': installed_docs has no official splits"),
+        ({"corpora.docs.split": "official"}, "corpora.docs.split = 'official': installed_text has no official splits"),
         ({"corpora.docs.split": {"skip": 3, "test": 1}}, "corpora.docs.split.validation is missing"),
         (
             {"corpora.docs.split": {"skip": -1, "validation": 1, "test": 1}},
@@ -227,7 +227,8 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"analysis.removal_fractions": [1, 1.0]}, "removal_fractions = [1, 1.0]: must not hold an entry twice"),
         ({"analysis.variants": ["P1", "P1"]}, "analysis.variants = ['P1', 'P1']: must not hold an entry twice"),
         ({"dwr.also_validate_on": ["x", "x"]}, "dwr.also_validate_on = ['x', 'x']: must not hold an entry twice"),
-        ({"corpora.docs.source.packages": ["a", "a"]}, "packages = ['a', 'a']: must not hold an entry twice"),
+        ({"corpora.docs.source.domains": {}}, "corpora.docs.source.domains = {}: must have at least 1"),
+        ({"corpora.docs.source.domains.code.read": "lines"}, "code.read = 'lines': input should be 'text' or"),
         (
             {"corpora.docs.source": {"kind": "files", "paths": ["*", "*"]}},
             "corpora.docs.source.paths = ['*', '*']: must not hold an entry twice",

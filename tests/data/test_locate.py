@@ -1,10 +1,10 @@
 """What the settings name outside of the repository: every edit of it is noticed, and what is missing is named."""
 
 import functools
+import importlib.metadata
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from repository import REPOSITORY
 
 from dynaroute.config import Settings, load_settings, read_yaml
 from dynaroute.config.dagformer import DAGFormer
-from dynaroute.config.data import InstalledDocs, Source, Tokenizer
+from dynaroute.config.data import InstalledText, Source, Tokenizer
 from dynaroute.config.schema import Section
 from dynaroute.data.locate import locate, sections
 from dynaroute.errors import DynarouteError
@@ -89,9 +89,10 @@ def test_the_shards_of_a_base_are_located_wherever_its_index_says_that_they_are(
 
 
 def test_packages_are_located_by_their_versions_and_what_the_hub_holds_by_its_revision():
-    found = locate(InstalledDocs(kind="installed_docs", packages=["python", "numpy"]), "")
-    assert found["packages"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert found["packages"]["numpy"] == __import__("numpy").__version__
+    domains = {"code": {"read": "text", "paths": ["pandas/*.py", "numpy/*.py", "numpy/*/*.py"]}}
+    source = {"kind": "installed_text", "characters": 1, "domains": domains}
+    found = locate(InstalledText.model_validate(source), "")
+    assert found == {"packages": {name: importlib.metadata.version(name) for name in ("numpy", "pandas")}}
     found = locate(section("hub", path="Someone/dataset", revision="abc"), "")
     assert found == {"path": "Someone/dataset", "name": None, "revision": "abc", "files": {}}
     assert locate(section("base", path="Someone/model", revision="abc"), "")["files"] == {}

@@ -39,7 +39,7 @@ def write_tree(root: Path) -> None:
 
 
 def write_corpus(root: Path) -> None:
-    split = {"num_characters": 400_123, "tokens_by_source": {"numpy": 60_001, "python": 40_002}}
+    split = {"num_characters": 400_123, "tokens_by_source": {"code": 60_001, "prose": 40_002}}
     sizes = {"train": (100_003, 57, 6.25), "validation": (5_113, 7, 6.125), "test": (5_227, 8, 6.0625)}
     splits = {
         name: {"num_tokens": tokens, "num_documents": documents, "unigram_entropy": entropy, **split}
@@ -47,8 +47,8 @@ def write_corpus(root: Path) -> None:
     }
     tokenizer = {"kind": "bpe", "vocab_size": 300}
     metadata = {"corpus": "docs", "tokenizer": tokenizer, "vocab_size": 300, "padded_vocab_size": 320}
-    write_json(root / "data/tokens/docs/metadata.json", {**metadata, "sources": ["numpy", "python"], "splits": splits})
-    write_json(root / "data/inputs/corpora.docs.source.json", {"packages": {"python": "3.11.77", "numpy": "2.4.66"}})
+    write_json(root / "data/tokens/docs/metadata.json", {**metadata, "sources": ["code", "prose"], "splits": splits})
+    write_json(root / "data/inputs/corpora.docs.source.json", {"packages": {"numpy": "2.4.66", "pandas": "3.1.77"}})
 
 
 def write_training(root: Path) -> None:

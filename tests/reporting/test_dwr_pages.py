@@ -99,7 +99,7 @@ LINES = {
 | ✓ | reassembled logits are equal | `export_experts` |
 | 4 | 0.308 | 0.318 |
 | train | 57 | 400,123 | 100,003 | 6.2500 |
-| numpy | 2.4.66 | 60,001 | 60,001 | 60,001 |
+| code | 60,001 | 60,001 | 60,001 |
 2.09 below the unigram entropy of the validation text
 Not within this run. The last validation loss is the lowest.
 correlates with depth at +1.00 (Spearman, over 3 layers). It is largest in layer 2.

@@ -16,8 +16,15 @@ TINY = {
     "num_threads": 1,
     "corpora": {
         "docs": {
-            "source": {"kind": "installed_docs", "packages": ["pydantic", "fsspec"]},
-            "split": {"validation": 0.05, "test": 0.05},
+            "source": {
+                "kind": "installed_text",
+                "characters": 200_000,
+                "domains": {
+                    "prose": {"read": "docstrings", "paths": ["fsspec/**/*.py", "pydantic/**/*.py"]},
+                    "code": {"read": "text", "paths": ["pydantic/**/*.py"]},
+                },
+            },
+            "split": {"validation": 0.05, "test": 0.1},
             "tokenizer": {"kind": "bpe", "vocab_size": 512},
         }
     },

@@ -41,11 +41,24 @@ class HostedData(Hosted):
     """A dataset among what is hosted; the rest are models and their tokenizers."""
 
 
-class InstalledDocs(Section):
-    """English documentation of installed Python packages, read by static parsing: real text without a network."""
+class Domain(Section):
+    """Files of installed packages with text of one kind."""
 
-    kind: Literal["installed_docs"]
-    packages: Annotated[list[str], Field(min_length=1), Distinct]  # importable names; "python" is the standard library
+    read: Literal["text", "docstrings"]  # files whole, or the docstrings of Python files without their examples
+    paths: Annotated[list[str], Field(min_length=1), Distinct]  # patterns that start with a package: numpy/**/*.csv
+
+
+class InstalledText(Section):
+    """Text of several kinds that installed packages bring: a corpus without a network. `source` is the domain."""
+
+    kind: Literal["installed_text"]
+    characters: Positive  # of each domain, or all there are
+    domains: Annotated[dict[str, Domain], Field(min_length=1)]
+
+    @property
+    def packages(self) -> list[str]:
+        """The importable names of the packages that it is read from, sorted."""
+        return sorted({path.partition("/")[0] for domain in self.domains.values() for path in domain.paths})
 
 
 class Hub(HostedData):
@@ -90,7 +103,7 @@ class Files(Section):
     paths: Annotated[list[str], Field(min_length=1), Distinct]
 
 
-Source = chosen_by_kind(InstalledDocs | Hub | Dolma | DolmaStream | Files)
+Source = chosen_by_kind(InstalledText | Hub | Dolma | DolmaStream | Files)
 
 
 class Split(Section):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dynaroute.config import Settings
-from dynaroute.config.data import Dolma, DolmaStream, Files, Hosted, HostedData, HubTokenizer, InstalledDocs
+from dynaroute.config.data import Dolma, DolmaStream, Files, Hosted, HostedData, HubTokenizer, InstalledText
 from dynaroute.config.schema import Section
-from dynaroute.data.text import installed_docs
+from dynaroute.data.text import installed
 from dynaroute.data.text.sources import matched_files
 from dynaroute.pipeline.hashes import hash_files
 
@@ -27,8 +27,8 @@ def locate(section: Section, key: str) -> dict[str, Any]:
             revision. `key` is the section's place in params.yaml.
     """
     match section:
-        case InstalledDocs():
-            return {"packages": {name: installed_docs.version(name) for name in section.packages}}
+        case InstalledText():
+            return {"packages": {name: installed.version(name) for name in section.packages}}
         case Dolma() | Files():
             return {"files": hash_files({name: path for path, name in matched_files(section.paths).items()})}
         case Hosted():

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from dynaroute.config.data import Dolma, Files, Hub, InstalledDocs, Source
-from dynaroute.data.text import installed_docs
+from dynaroute.config.data import Dolma, Files, Hub, InstalledText, Source
+from dynaroute.data.text import installed
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.scratch import hint_of_copy
 
@@ -44,7 +44,7 @@ def documents(source: Source) -> Iterator[Document]:
         DynarouteError: with the file and line, the column or the package that is missing or damaged.
     """
     match source:
-        case InstalledDocs():
+        case InstalledText():
             return _installed_documents(source)
         case Hub():
             return _hub_documents(source)
@@ -131,9 +131,9 @@ def _last_fixed_folder(pattern: Path) -> Path:
     return next(folder for folder in pattern.parents if not set("*?[") & set(str(folder)))
 
 
-def _installed_documents(source: InstalledDocs) -> Iterator[Document]:
-    for package, module_id, text in installed_docs.modules(source.packages):
-        yield from parts(module_id, package, [text].__iter__)
+def _installed_documents(source: InstalledText) -> Iterator[Document]:
+    for domain, page_id, text in installed.pages(source):
+        yield from parts(page_id, domain, [text].__iter__)
 
 
 def _hub_documents(source: Hub) -> Iterator[Document]:

@@ -192,7 +192,7 @@ def _corpus_name(corpus: Corpus) -> str:
     """A name that means something without params.yaml; a hub's dataset as its configuration is called."""
     place = corpus.place
     if "packages" in place:
-        return f"documentation of {count(len(place['packages']), 'installed package')}"
+        return f"text of {count(len(place['packages']), 'installed package')}"
     if "path" in place:
         return place["name"] or place["path"]
     return f"{corpus.name} ({count(len(place['files']), 'file')})"
@@ -205,11 +205,10 @@ def _tokenizer_name(corpus: Corpus) -> str:
 
 
 def _sources(corpus: Corpus) -> list[dict[str, Any]]:
-    """Tokens by source and split, and the version of a source that is a package."""
-    versions, splits = corpus.place.get("packages", {}), corpus.tokens["splits"]
+    """Tokens by source and split."""
     return [
-        {"source": source, "version": versions.get(source)}
-        | {name: split["tokens_by_source"][source] for name, split in splits.items()}
+        {"source": source}
+        | {name: split["tokens_by_source"][source] for name, split in corpus.tokens["splits"].items()}
         for source in corpus.tokens["sources"]
     ]
 
