@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from small_dagformer import HEADS, LAYERS, SEQ_LEN, make_base, tiny_settings, write_all
+from small_settings import changed
 
 from dynaroute.analysis.sensitivity import other_texts
 from dynaroute.analysis.statistics import paired_difference
@@ -29,8 +30,7 @@ SIZES = ANALYSIS["gradient_windows"], ANALYSIS["removal_windows"]
 
 
 def settings() -> Settings:
-    tiny = tiny_settings()
-    return tiny.model_copy(update={"analysis": tiny.analysis.model_copy(update=ANALYSIS)})
+    return changed(tiny_settings(), analysis=ANALYSIS)
 
 
 @pytest.fixture

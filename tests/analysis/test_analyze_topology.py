@@ -23,6 +23,7 @@ from small_dagformer import (
     write_all,
     write_variant,
 )
+from small_settings import changed
 
 from dynaroute.analysis.controls import shifts
 from dynaroute.analysis.statistics import paired_difference
@@ -39,9 +40,7 @@ FILES = [f"data/dagformer/analysis/P1/{name}" for name in ("topology.json", "swa
 
 
 def settings() -> Settings:
-    tiny = tiny_settings()
-    changed = tiny.analysis.model_copy(update={"permutations": 99, "swaps": 2, "domain_windows": 6})
-    return tiny.model_copy(update={"analysis": changed})
+    return changed(tiny_settings(), analysis={"permutations": 99, "swaps": 2, "domain_windows": 6})
 
 
 def write_domains() -> None:

@@ -7,29 +7,18 @@ import benchmark_moe
 import pytest
 import timing
 import torch
-from repository import REPOSITORY
+from small_settings import default_settings
 from small_store import make_model
 from small_tokens import write_tokens
 
-from dynaroute.config import Settings, load_settings
+from dynaroute.config import Settings
 from dynaroute.dwr.model import DWRConfig, MoE
 from dynaroute.errors import DynarouteError
 
 
 def tiny_settings(**changes) -> Settings:
-    settings = load_settings(REPOSITORY / "params.yaml")
-    training = settings.dwr.training.model_copy(update={"micro_batch_size": 3})
-    sizes = {
-        "d_model": 32,
-        "d_ff": 32,
-        "num_layers": 2,
-        "num_heads": 2,
-        "num_experts": 4,
-        "max_seq_len": 8,
-        "dropout": 0.0,
-    }
-    dwr = settings.dwr.model_copy(update={**sizes, "training": training})
-    return settings.model_copy(update={"dwr": dwr, "num_threads": 1, **changes})
+    sizes = {"d_model": 32, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "max_seq_len": 8}
+    return default_settings(dwr={**sizes, "dropout": 0.0, "training": {"micro_batch_size": 3}}, **changes)
 
 
 @pytest.fixture

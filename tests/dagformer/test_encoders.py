@@ -13,9 +13,11 @@ import pytest
 import torch
 from repository import REPOSITORY
 from safetensors.torch import load_file, save_file
+from small_settings import changed as changed_settings
+from small_settings import default_settings
 from small_tokens import write_tokens
 
-from dynaroute.config import Settings, load_settings, read_yaml
+from dynaroute.config import Settings, read_yaml
 from dynaroute.config.dagformer import BaseEncoder, HubEncoder
 from dynaroute.config.data import ByteBPE
 from dynaroute.dagformer import embeddings
@@ -109,7 +111,7 @@ def changed_copy(source: Path, target: Path, file: str, **changes) -> Path:
 
 @pytest.mark.parametrize(("split", "key"), [("train", "train_windows"), ("test", "eval_windows")])
 def test_too_few_windows_for_a_variant_name_the_setting(tokens, split, key):
-    settings = load_settings(REPOSITORY / "params.yaml").dagformer.model_copy(update={"seq_len": SEQ_LEN, key: 999})
+    settings = default_settings(dagformer={"seq_len": SEQ_LEN, key: 999}).dagformer
     with pytest.raises(DynarouteError, match=rf"^params.yaml: dagformer.{key} = 999: must be at most .* {split} split"):
         variant_windows(TokenShards(tokens, split), settings)
 
@@ -454,14 +456,12 @@ def test_loaded_embeddings_can_be_written_to_without_changing_the_file(written):
 def stage_settings(base, tokens, tmp_path, monkeypatch) -> Settings:
     """Of the stage, in a working directory with what it reads."""
     monkeypatch.chdir(tmp_path)
-    settings = load_settings(REPOSITORY / "params.yaml")
-    changes = {"seq_len": SEQ_LEN, "prefix_tokens": PREFIX, "train_windows": 4, "validation_windows": 1}
-    dagformer = settings.dagformer.model_copy(update={**changes, "eval_windows": 2, "encoder": BASE})
     Path("data/tokens").mkdir(parents=True)
     Path("data/dagformer/train").mkdir(parents=True)
-    Path("data/tokens", dagformer.corpus).symlink_to(tokens)
+    Path("data/tokens/docs").symlink_to(tokens)
     Path("data/dagformer/train/base").symlink_to(base)
-    return settings.model_copy(update={"dagformer": dagformer, "num_threads": torch.get_num_threads()})
+    windows = {"train_windows": 4, "validation_windows": 1, "eval_windows": 2}
+    return default_settings(dagformer={"seq_len": SEQ_LEN, "prefix_tokens": PREFIX, **windows, "encoder": BASE})
 
 
 PARTS = read_yaml(REPOSITORY / "dvc.yaml")["stages"]["encode_windows"]
@@ -487,8 +487,7 @@ def scratch(monkeypatch) -> list[Path]:
 )
 def test_a_part_of_the_windows_depends_on_its_own_settings_alone(stage_settings, scratch, key, value, changed):
     """In dvc.yaml, and in the name of the folder that a stopped run resumes from."""
-    other = stage_settings.dagformer.model_copy(update={key: value})
-    for settings in (stage_settings, stage_settings.model_copy(update={"dagformer": other})):
+    for settings in (stage_settings, changed_settings(stage_settings, dagformer={key: value})):
         for part in PARTS["foreach"]:
             encode_windows.main(settings, part)
     differ = [one != two for one, two in zip(scratch[:3], scratch[3:], strict=True)]
@@ -499,8 +498,7 @@ def test_a_part_of_the_windows_depends_on_its_own_settings_alone(stage_settings,
 
 def test_an_encoder_edited_in_place_does_not_resume_with_vectors_of_the_old_one(stage_settings, scratch, text_encoder):
     shutil.copytree(text_encoder, "encoder")
-    dagformer = stage_settings.dagformer.model_copy(update={"encoder": hub(Path("encoder"))})
-    settings = stage_settings.model_copy(update={"dagformer": dagformer})
+    settings = changed_settings(stage_settings, dagformer={"encoder": hub(Path("encoder"))})
     encode_windows.main(settings, "training")
     encode_windows.main(settings, "training")
     path = Path("encoder/tokenizer_config.json")

@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from repository import REPOSITORY
 from small_base import EMBEDDING, HEADS, LAYERS, SEQ_LEN, VOCABULARY, make_base
+from small_settings import changed, default_settings
 
-from dynaroute.config import load_settings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.health import health
@@ -36,7 +35,7 @@ class RandomWindows:
 def make_variant(**knobs):
     small = {"predictor_hidden": 8, "rank": 2, "steps": STEPS, "batch_size": 4, "micro_batch_size": 4}
     small |= {"validate_every": 5, "checkpoint_every": 3}
-    return load_settings(REPOSITORY / "params.yaml").variant("P1").model_copy(update={**small, **knobs})
+    return changed(default_settings().variant("P1"), **{**small, **knobs})
 
 
 def make(base=None, seed=0, **knobs):

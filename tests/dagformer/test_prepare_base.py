@@ -8,13 +8,12 @@ import prepare_base
 import pytest
 import torch
 import torch.nn.functional as F
-from repository import REPOSITORY
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
+from small_settings import default_settings
 from small_tokens import write_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, Olmo2ForCausalLM
 
-from dynaroute.config import load_settings
 from dynaroute.config.dagformer import LoadedBase
 from dynaroute.config.data import ByteBPE
 from dynaroute.dagformer.decoder import load_base
@@ -53,10 +52,9 @@ def tree(tmp_path, monkeypatch) -> Path:
 
 
 def prepare(path: Path, **sizes: int) -> None:
-    settings = load_settings(REPOSITORY / "params.yaml")
     base = LoadedBase(kind="load", path=str(path), revision=None)
-    update = {"base": base, "seq_len": SEQ_LEN, "train_windows": 8, "validation_windows": 5, "eval_windows": 3} | sizes
-    prepare_base.main(settings.model_copy(update={"dagformer": settings.dagformer.model_copy(update=update)}))
+    windows = {"train_windows": 8, "validation_windows": 5, "eval_windows": 3}
+    prepare_base.main(default_settings(dagformer={"base": base, "seq_len": SEQ_LEN, **windows, **sizes}))
 
 
 @torch.no_grad()
