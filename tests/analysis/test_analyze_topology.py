@@ -73,14 +73,6 @@ def analyze(tmp_path, monkeypatch):
     return analyze
 
 
-def test_two_runs_write_the_same_bytes(analyze):
-    analyze()
-    first = [Path(name).read_bytes() for name in FILES]
-    torch.manual_seed(5)
-    analyze(again=True)
-    assert [Path(name).read_bytes() for name in FILES] == first
-
-
 def test_one_topology_for_all_texts_is_shown_as_such(analyze):
     found = analyze(predictor_input="none")
     for protocol in ("window", "prefix"):

@@ -102,12 +102,3 @@ def test_compiled_candidates_compute_what_the_others_do(monkeypatch):
     assert len(steps) == 6
     for name in ("dense", "ours", "reference"):
         torch.testing.assert_close(steps[f"{name}_compiled"](False), steps[name](False))
-
-
-def test_it_runs_on_the_device_of_the_settings(tmp_path, monkeypatch):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DynarouteError, match="device = 'cuda'"):
-        benchmark.main(default_settings(device="cuda"))
-    assert not Path("reports").exists()

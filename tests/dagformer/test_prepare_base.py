@@ -148,19 +148,3 @@ def test_a_base_with_another_tokenizer_than_the_corpus_is_refused(tree):
     with pytest.raises(DynarouteError, match="has another tokenizer than corpus docs: tokenize the corpus with"):
         prepare(existing)
     assert not Path("data/dagformer/train/base").exists()
-
-
-def test_a_base_that_lacks_weights_is_refused(tree):
-    from safetensors.torch import save_file
-
-    existing = save_existing(tree / "published")
-    tensors = load_file(existing / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, existing / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DynarouteError, match=r"lack 1 of the model's tensors, such as model\.layers\.1\.mlp\.up_proj"):
-        prepare(existing)
-
-
-def test_a_folder_without_a_model_is_named(tree):
-    with pytest.raises(DynarouteError, match="nowhere': no such folder"):
-        prepare(tree / "nowhere")

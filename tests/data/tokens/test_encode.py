@@ -101,16 +101,6 @@ def test_a_document_in_parts_gives_the_bytes_that_it_gives_whole(tmp_path, monke
     assert files["parts"] == files["whole"]
 
 
-def test_tokenizing_twice_gives_the_same_bytes(tmp_path, collected):
-    files = {}
-    for name in ("one", "two"):
-        tokenize("c", BPE, collected, tmp_path / name)
-        paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
-        files[name] = {path.relative_to(tmp_path / name): path.read_bytes() for path in paths}
-    assert files["one"] == files["two"]
-    assert len(files["one"]) == 11  # shards of two splits, offsets and sources of three, metadata, tokenizer
-
-
 def test_a_collected_file_that_lost_lines_is_named(tmp_path, collected):
     lines = (collected / "test.jsonl").read_text("utf-8").splitlines(keepends=True)
     (collected / "test.jsonl").write_text(lines[0], "utf-8")

@@ -74,7 +74,6 @@ DELAYS = {name: getattr(download, name) for name in ("FIRST_DELAY", "LONGEST_DEL
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # what only a power cut needs takes most of the time here
-    monkeypatch.setattr(download, "READ_SECONDS", 0.2)
     monkeypatch.setattr(download, "LEAST_BYTES", 64)  # of files of some thousand
     monkeypatch.setattr(download, "FIRST_DELAY", 0.001)
     monkeypatch.setattr(download, "LONGEST_DELAY", 0.01)
@@ -180,7 +179,9 @@ FAULTS = ["drop", "stall", "trickle", "truncate", "garble", "empty", "reset", "l
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, fault):
+def test_a_fault_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, fault, monkeypatch):
+    if fault in ("stall", "trickle"):
+        monkeypatch.setattr(download, "READ_SECONDS", 0.2)
     server.faults = {"0.json.gz": [fault], "2.json.gz": [fault, fault]}
     stream = Stream(tmp_path / "faulty", address, server, tokenizer)
     stream.run()
@@ -462,6 +463,7 @@ def test_a_server_that_never_recovers_is_given_up_and_the_run_goes_on_when_it_ha
 
 def test_a_server_that_trickles_is_given_up(tmp_path, server, address, monkeypatch):
     monkeypatch.setattr(download, "FAILURES", 3)
+    monkeypatch.setattr(download, "READ_SECONDS", 0.2)
     server.faults = {"2.json.gz": ["trickle"] * 30}
     with pytest.raises(DynarouteError, match=r"2\.json\.gz: 3 failures without progress, .*: stalled: \d+ bytes"):
         fetch_compressed(f"{address}/2.json.gz", tmp_path / "2.gz", threading.Event())
