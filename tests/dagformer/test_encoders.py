@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from repository import REPOSITORY
+from resuming import contents, killed_at
 from safetensors.torch import load_file, save_file
 from small_settings import changed as changed_settings
 from small_settings import default_settings
@@ -330,8 +331,7 @@ def test_two_runs_write_the_same_bytes_and_small_batches_the_same_vectors(base, 
     for name in ("one", "two"):
         encoder = load_encoder(BASE, base, None, "cpu")
         write(encoder, BASE, windows, tmp_path / name)
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
     monkeypatch.setattr(embeddings, "BATCH_TOKENS", 2 * SEQ_LEN)
     write(encoder, BASE, windows, tmp_path / "small")
     one, small = load_embeddings(tmp_path / "one"), load_embeddings(tmp_path / "small")
@@ -353,65 +353,40 @@ def test_a_run_that_died_anywhere_ends_as_one_that_did_not_and_does_little_twice
 ):
     monkeypatch.setattr(embeddings, "BATCH_TOKENS", 2 * SEQ_LEN)
     monkeypatch.setattr(embeddings, "NOTE_WINDOWS", 4)
-    encoder, encoded, batches = load_encoder(BASE, base, None, "cpu"), 0, []
+    encoder, encoded = load_encoder(BASE, base, None, "cpu"), []
     encode = encoder.encode
-    encoder.encode = lambda tokens: batches.append(tokens) or encode(tokens)
+    encoder.encode = lambda tokens: encoded.append(tokens) or encode(tokens)
     write(encoder, BASE, windows, tmp_path / "whole")
-
-    def crash(tokens):
-        nonlocal encoded
-        if encoded == crash_at:
-            raise KeyboardInterrupt
-        encoded += 1
-        return encode(tokens)
-
-    encoder.encode = crash
-    with pytest.raises(KeyboardInterrupt):
+    batches = len(encoded)
+    encoded.clear()
+    with killed_at(encoder, "encode", crash_at):
         write(encoder, BASE, windows, tmp_path / "resumed")
     assert not (tmp_path / "resumed").exists()
-    crash_at = -1
     write(encoder, BASE, windows, tmp_path / "resumed")
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes(), path.name
-    assert encoded <= len(batches) + 1  # of what was not noted yet
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+    assert len(encoded) <= batches + 1  # of what was not noted yet
     assert not (tmp_path / "scratch").exists()
 
 
-def test_a_run_killed_while_it_publishes_encodes_nothing_again(base, windows, tmp_path, monkeypatch):
+def test_a_run_killed_while_it_publishes_encodes_nothing_again(base, windows, tmp_path):
     encoder = load_encoder(BASE, base, None, "cpu")
     write(encoder, BASE, windows, tmp_path / "whole")
-
-    def kill(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "_replace", kill)
-        with pytest.raises(KeyboardInterrupt):
-            write(encoder, BASE, windows, tmp_path / "resumed")
+    with killed_at(artifacts, "_replace"):
+        write(encoder, BASE, windows, tmp_path / "resumed")
     encoder.encode = lambda _: pytest.fail("a window is encoded once more")
     write(encoder, BASE, windows, tmp_path / "resumed")
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes(), path.name
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
 
 
-def test_two_kills_that_leave_a_note_without_its_vectors_do_not_stop_the_third_run(
-    base, windows, tmp_path, monkeypatch
-):
+def test_two_kills_that_leave_a_note_without_its_vectors_do_not_stop_the_third_run(base, windows, tmp_path):
     encoder = load_encoder(BASE, base, None, "cpu")
     write(encoder, BASE, windows, tmp_path / "whole")
-
-    def kill(*_: object) -> None:
-        raise KeyboardInterrupt
-
     for step in ("discard", "_write_vectors"):  # once it has published, and then at the start
-        with monkeypatch.context() as patch:
-            patch.setattr(embeddings, step, kill)
-            with pytest.raises(KeyboardInterrupt):
-                write(encoder, BASE, windows, tmp_path / "resumed")
+        with killed_at(embeddings, step):
+            write(encoder, BASE, windows, tmp_path / "resumed")
         shutil.rmtree(tmp_path / "resumed", ignore_errors=True)  # as DVC does before it runs the stage again
     write(encoder, BASE, windows, tmp_path / "resumed")
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes(), path.name
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
 
 
 @pytest.fixture

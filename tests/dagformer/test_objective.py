@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from resuming import killed_at
 from small_base import EMBEDDING, HEADS, LAYERS, SEQ_LEN, VOCABULARY, make_base
 from small_settings import changed, default_settings
 
@@ -162,17 +163,8 @@ def test_the_extremes_of_the_settings_end_finite_and_are_named(tmp_path, knobs):
 def test_a_run_resumed_after_a_crash_ends_bit_for_bit_as_one_that_never_crashed(tmp_path, crash_at):
     predictor, objective = make()
     whole = train(tmp_path / "whole", objective, predictor)
-
     predictor, objective = make()
-    loss = objective.loss
-
-    def crash(model, batch, step):
-        if step == crash_at:
-            raise KeyboardInterrupt
-        return loss(model, batch, step)
-
-    objective.loss = crash
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(objective, "loss", crash_at):
         train(tmp_path / "resumed", objective, predictor)
     predictor, objective = make(seed=9)  # whatever a new process would draw, the checkpoint replaces
     resumed = train(tmp_path / "resumed", objective, predictor)

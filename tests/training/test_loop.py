@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from resuming import killed_at
 from small_training import Model, Objective, Tokens, assert_same_checkpoint, make_trainer, train
 
 from dynaroute.errors import DynarouteError
@@ -59,13 +60,9 @@ def test_training_imports_no_compiler(tmp_path):
 
 @pytest.mark.parametrize("crash_at", [0, 1, 2, 3, 4, 7, 8, 13, 20])
 def test_a_run_resumed_after_a_crash_ends_bit_for_bit_as_one_that_never_crashed(tmp_path, crash_at):
-    def crash(step):
-        if step == crash_at:
-            raise KeyboardInterrupt
-
     whole = train(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "resumed", Objective(crash))
+    with killed_at(Objective, "loss", crash_at):
+        train(tmp_path / "resumed")
     resumed = train(tmp_path / "resumed")
     assert_same_checkpoint(whole.last_path, resumed.last_path)
     assert_same_checkpoint(whole.best_path, resumed.best_path)

@@ -6,6 +6,7 @@ import collect as collect_stage
 import pytest
 import tokenize_corpus
 from repository import REPOSITORY
+from resuming import contents
 from small_settings import default_settings
 
 from dynaroute.config.data import ByteBPE, Corpus
@@ -95,8 +96,7 @@ def test_a_document_in_parts_gives_the_bytes_that_it_gives_whole(tmp_path, monke
         monkeypatch.setattr(corpora, "PART_CHARACTERS", size)
         collect("c", corpus, tmp_path / f"{name}.raw")
         tokenize("c", corpus.tokenizer, tmp_path / f"{name}.raw", tmp_path / name, shard_tokens=500)
-        paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
-        files[name] = {path.relative_to(tmp_path / name): path.read_bytes() for path in paths}
+        files[name] = contents(tmp_path / name)
         assert (max(lengths) < 200) == (name == "parts")
     assert files["parts"] == files["whole"]
 

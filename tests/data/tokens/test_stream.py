@@ -4,7 +4,6 @@ import contextlib
 import errno
 import gzip
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ import pytest
 import tokenize_corpus
 from faulty_server import FaultyServer, first_member
 from repository import REPOSITORY
+from resuming import killed_at
 
 from dynaroute.config import Settings, read_yaml
 from dynaroute.config.data import ByteBPE, Corpus
@@ -259,20 +259,6 @@ def test_a_download_goes_on_after_the_first_of_several_gzips(tmp_path, server, a
     assert server.requests[-1] == ("1.json.gz", first_member(files["1.json.gz"]))
 
 
-def die_at_write(stream: Stream, number: int) -> None:
-    """Runs until so many documents, or parts of them, have been written."""
-    write, written = ShardWriter.write, itertools.count()
-
-    def crash(*args: object) -> None:
-        if next(written) == number:
-            raise KeyboardInterrupt
-        write(*args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ShardWriter, "write", crash)
-        stream.run()
-
-
 @pytest.mark.parametrize("crash_at", [0, 1, 12, 19, 20, 37, 57, 75, 130, 170])
 def test_a_run_that_died_anywhere_ends_as_one_that_did_not(
     tmp_path, server, address, tokenizer, undisturbed, monkeypatch, crash_at
@@ -283,7 +269,8 @@ def test_a_run_that_died_anywhere_ends_as_one_that_did_not(
     """
     monkeypatch.setattr(corpora, "PART_CHARACTERS", 100)
     stream = Stream(tmp_path / "killed", address, server, tokenizer)
-    die_at_write(stream, crash_at)
+    with killed_at(ShardWriter, "write", crash_at):
+        stream.run()
     assert not stream.tokens.exists()
     stream.run()
     assert stream.content() == undisturbed
@@ -533,7 +520,8 @@ def test_a_damaged_line_is_named_by_address(tmp_path, server, address, tokenizer
 
 def test_a_file_that_changed_after_a_part_of_it_was_taken_is_refused(tmp_path, server, address, tokenizer):
     stream = Stream(tmp_path / "stream", address, server, tokenizer)
-    die_at_write(stream, 30)
+    with killed_at(ShardWriter, "write", 30):
+        stream.run()
     for path in (stream.scratch / "downloads").iterdir():
         path.unlink()
     server.files["1.json.gz"] = gzip.compress(gzip.decompress(server.files["1.json.gz"]), compresslevel=1)
