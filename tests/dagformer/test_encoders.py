@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import encode_windows
@@ -205,34 +206,10 @@ def test_a_text_encoder_has_the_dtype_that_is_asked_for(text_encoder, tokens, dt
     assert encoder.encode_texts(TEXTS[:1]).dtype == torch.float32
 
 
-def remove_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def pickle_weights(folder: Path) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    remove_weights(folder)
-
-
-def truncate_weights(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def drop_a_tensor(folder: Path) -> None:
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     weights = load_file(folder / "model.safetensors")
-    weights.pop("layers.1.mlp.up_proj.weight")
+    change(weights)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def change_a_shape(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["norm.weight"] = torch.ones(WIDTH + 1)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def break_the_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("{")
 
 
 def need_foreign_code(folder: Path) -> None:
@@ -243,12 +220,21 @@ def need_foreign_code(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [remove_weights, pickle_weights, truncate_weights, drop_a_tensor, change_a_shape, break_the_tokenizer,
-     need_foreign_code],
-)  # fmt: skip
+    ("damage", "problem"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), ""),
+        (lambda folder: (path := folder / "model.safetensors").write_bytes(path.read_bytes()[:-100]), ""),
+        (
+            lambda folder: edit_weights(folder, lambda weights: weights.pop("layers.1.mlp.up_proj.weight")),
+            "its files lack 1 of the model's tensors, such as layers.1.mlp.up_proj.weight",
+        ),
+        (lambda folder: edit_weights(folder, lambda weights: weights.update({"norm.weight": torch.ones(1)})), ""),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), ""),
+        (need_foreign_code, ""),
+    ],
+)
 def test_an_encoder_that_cannot_be_loaded_whole_and_safely_is_refused_in_one_line(
-    damage, text_encoder, tokens, tmp_path
+    damage, problem, text_encoder, tokens, tmp_path
 ):
     folder = changed_copy(text_encoder, tmp_path / "copy", "config.json")
     damage(folder)
@@ -256,9 +242,8 @@ def test_an_encoder_that_cannot_be_loaded_whole_and_safely_is_refused_in_one_lin
         load_hub(folder, tokens)
     message = str(caught.value)
     assert message.startswith(f"dagformer.encoder.path: {folder}: ")
+    assert problem in message
     assert "\n" not in message
-    if damage is drop_a_tensor:
-        assert "its files lack 1 of the model's tensors, such as layers.1.mlp.up_proj.weight" in message
 
 
 def test_a_missing_base_says_which_stage_makes_it(tmp_path):
@@ -395,15 +380,10 @@ def written(base, windows, tmp_path) -> Path:
     return tmp_path / "embeddings"
 
 
-def save_a_pickle(folder: Path) -> None:
-    np.save(folder / "test.npy", np.array([{}], dtype=object), allow_pickle=True)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: os.truncate(folder / "test.npy", 200), "test.npy: missing or damaged"),
-        (save_a_pickle, "test.npy: missing or damaged"),
         (lambda folder: (folder / "test.npy").unlink(), "test.npy: missing or damaged"),
         (lambda folder: np.save(folder / "test.npy", np.zeros((5, WIDTH))), "test.npy: float64"),
         (lambda folder: np.save(folder / "test.npy", np.zeros((4, WIDTH), "f4")), "says float32 (5, 16)"),
