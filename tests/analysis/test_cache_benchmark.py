@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from plain_lru import lru_hit_rate
-from repository import REPOSITORY
+from small_settings import default_settings
 from small_store import RUN, export, make_model, uniform_usage
 
 from dynaroute.analysis import cache_benchmark as benchmark
 from dynaroute.analysis.cache_benchmark import Cell, peak_memory, sweep
 from dynaroute.analysis.traces import load_trace, uniform_trace
-from dynaroute.config import Settings, load_settings
+from dynaroute.config import Settings
 from dynaroute.data.tokens.encode import tokenize
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.dwr.experts.residency import CacheStatistics
@@ -35,16 +35,13 @@ CELLS = [
 
 
 def tiny_settings(**benchmark_cache) -> Settings:
-    settings = load_settings(REPOSITORY / "params.yaml")
     sizes = {"capacities": [1, 3, 10], "num_prompts": 2, "prompt_tokens": 6, "new_tokens": 5, "repeats": 2}
     names = {"policies": ["lru", "lfu"], "prefetchers": ["none", "gate"], "lookahead": 2}
-    changes = {
-        "benchmark_cache": settings.benchmark_cache.model_copy(update={**sizes, **names, **benchmark_cache}),
-        "simulate_cache": settings.simulate_cache.model_copy(update={"capacities": [2, 3, 10]}),
-        "trace_routing": settings.trace_routing.model_copy(update={"windows": 2}),
-        "num_threads": torch.get_num_threads(),
-    }
-    return settings.model_copy(update=changes)
+    return default_settings(
+        benchmark_cache={**sizes, **names, **benchmark_cache},
+        simulate_cache={"capacities": [2, 3, 10]},
+        trace_routing={"windows": 2},
+    )
 
 
 @pytest.fixture

@@ -2,16 +2,12 @@
 
 import csv
 import json
-import runpy
-import shutil
-import sys
 from pathlib import Path
 
 import evaluate_nll as stage
 import numpy as np
 import pytest
 import torch
-from repository import REPOSITORY
 from safetensors.torch import load_file
 from small_base import SEQ_LEN, make_base
 from small_dagformer import PREFIX, RUN, WINDOWS, make_predictor, tiny_settings, write_all, write_variant
@@ -221,11 +217,3 @@ def test_input_that_does_not_fit_is_an_error_in_one_line(tree):
     with pytest.raises(DynarouteError, match=r"data/dagformer/train/P9/run\.json: cannot be read"):
         stage.main(tiny_settings(), "P9")
     assert not Path(OUTPUTS[0].format("P1")).exists()
-
-
-def test_the_command_takes_the_name_of_a_variant(tree, monkeypatch):
-    shutil.copy(REPOSITORY / "params.yaml", tree)
-    script = str(REPOSITORY / "stages/dagformer/evaluate_nll.py")
-    monkeypatch.setattr(sys, "argv", [script, "P9"])
-    with pytest.raises(SystemExit, match=r"evaluate_nll: data/dagformer/train/P9/run\.json: cannot be read"):
-        runpy.run_path(script, run_name="__main__")

@@ -3,26 +3,25 @@
 import json
 from pathlib import Path
 
+import benchmark_cached_inference as benchmark
 import pytest
-from test_cache_benchmark import stage, tiny_settings
+from small_settings import default_settings
 
 from dynaroute.errors import DynarouteError
 
 
-@pytest.fixture
-def module(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    module = stage("benchmark_cached_inference")
     sizes = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 6, "vocab_size": 64}
-    monkeypatch.setattr(module, "CONFIG", module.CONFIG.model_copy(update=sizes))
-    monkeypatch.setattr(module, "GATED_WIDTH", 32)
-    monkeypatch.setattr(module, "NEW_TOKENS", 4)
-    monkeypatch.setattr(module, "REPEATS", 2)
-    return module
+    monkeypatch.setattr(benchmark, "CONFIG", benchmark.CONFIG.model_copy(update=sizes))
+    monkeypatch.setattr(benchmark, "GATED_WIDTH", 32)
+    monkeypatch.setattr(benchmark, "NEW_TOKENS", 4)
+    monkeypatch.setattr(benchmark, "REPEATS", 2)
 
 
-def test_all_candidates_take_their_turns(module):
-    module.main(tiny_settings())
+def test_all_candidates_take_their_turns():
+    benchmark.main(default_settings())
     report = json.loads(Path("reports/benchmarks/cached_inference.json").read_text())
     states = {}
     for row in report["rows"]:
@@ -43,10 +42,10 @@ def test_all_candidates_take_their_turns(module):
     assert {goal["candidate"] for goal in report["goals"]} == {"ours, 4 experts, next_use, gate"}
     assert all(0 < goal["lowest"] <= goal["value"] <= goal["highest"] for goal in report["goals"])
     assert 0 <= report["mixtral_lru_hit_rate"] <= 1
-    assert not module.SCRATCH.exists()
+    assert not benchmark.SCRATCH.exists()
 
 
-def test_goals_compare_one_setting_round_by_round(module):
+def test_goals_compare_one_setting_round_by_round():
     seconds = {
         ("ours, all resident", "warm"): [1.0, 2.0, 1.0],
         ("ours, 4 experts, lru, none", "warm"): [0.5, 0.5, 0.5],  # faster, and not what was chosen beforehand
@@ -57,9 +56,9 @@ def test_goals_compare_one_setting_round_by_round(module):
         ("Mixtral, experts on disk", "cold"): [16.0, 40.0, 32.0],
         ("ours under accelerate's disk_offload", "cold"): [80.0, 80.0, 80.0],
     }
-    runs = {name: [module.Run(one) for one in times] for name, times in seconds.items()}
+    runs = {name: [benchmark.Run(one) for one in times] for name, times in seconds.items()}
     keys = ("value", "lowest", "highest", "resident_value", "goal")
-    assert [tuple(goal[key] for key in keys) for goal in module.compare(runs)] == [
+    assert [tuple(goal[key] for key in keys) for goal in benchmark.compare(runs)] == [
         (0.8, 0.5, 1.0, 1.0, 0.95),
         (2.0, 1.6, 4.0, 2.0, 1.5),
         (10.0, 10.0, 20.0, 12.5, 15.0),
@@ -69,16 +68,16 @@ def test_goals_compare_one_setting_round_by_round(module):
     ]
 
 
-def test_logits_that_differ_stop_it_and_leave_nothing(module, monkeypatch):
-    load_resident = module.load_resident
+def test_logits_that_differ_stop_it_and_leave_nothing(monkeypatch):
+    load_resident = benchmark.load_resident
 
     def another(store):
         model = load_resident(store)
         model.output.weight[7] *= 1.0001
         return model
 
-    monkeypatch.setattr(module, "load_resident", another)
+    monkeypatch.setattr(benchmark, "load_resident", another)
     with pytest.raises(DynarouteError, match="logits are not those of the resident model"):
-        module.main(tiny_settings())
+        benchmark.main(default_settings())
     assert not Path("reports/benchmarks").exists()
-    assert not module.SCRATCH.exists()
+    assert not benchmark.SCRATCH.exists()

@@ -7,10 +7,9 @@ from pathlib import Path
 import benchmark_dag as benchmark
 import pytest
 import torch
-from repository import REPOSITORY
+from small_settings import default_settings
 from transformers import Olmo2Config
 
-from dynaroute.config import load_settings
 from dynaroute.errors import DynarouteError
 
 TINY = benchmark.Size(L=3, H=2, D=32, B=2, T=9, V=64)
@@ -48,7 +47,9 @@ def test_the_largest_gpu_size_is_the_published_1b_model():
     assert sum(parameter.numel() for parameter in base.parameters()) == 1_484_916_736
 
 
-def test_every_size_is_recorded_with_what_failed(tmp_path, monkeypatch):
+@pytest.fixture
+def quick(tmp_path, monkeypatch) -> None:
+    """A benchmark of a tiny size in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(benchmark.SIZES, "cpu", (TINY,))
     monkeypatch.setattr(benchmark, "ROUNDS", 2)
@@ -56,11 +57,13 @@ def test_every_size_is_recorded_with_what_failed(tmp_path, monkeypatch):
     # Memory is measured in fresh processes, which take seconds to start.
     monkeypatch.setattr(benchmark, "peaks", lambda _, names, __: {name: {"forward_peak_mib": 1.0} for name in names})
 
+
+def test_every_size_is_recorded_with_what_failed(quick, monkeypatch):
     def too_large(self, tokens, adjacency):
         raise torch.OutOfMemoryError("CUDA out of memory.\nOf 139 GiB, none is free.")
 
     monkeypatch.setattr(benchmark.ConcatenatingDag, "forward", too_large)
-    benchmark.main(load_settings(REPOSITORY / "params.yaml"))
+    benchmark.main(default_settings())
     (result,) = json.loads(Path("reports/benchmarks/dag.json").read_text())["results"]
     assert result["size"] == {"L": 3, "H": 2, "D": 32, "B": 2, "T": 9, "intermediate_size": 128, "vocabulary": 64}
     assert result["failed"] == {"reference": "OutOfMemoryError: CUDA out of memory."}
@@ -70,12 +73,8 @@ def test_every_size_is_recorded_with_what_failed(tmp_path, monkeypatch):
     assert result["fraction_of_byte_bound"] == pytest.approx(result["bounds"]["squares_byte_bound"] / ours)
 
 
-def test_a_size_that_the_memory_cannot_hold_is_named_and_the_others_are_measured(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_size_that_the_memory_cannot_hold_is_named_and_the_others_are_measured(quick, monkeypatch):
     monkeypatch.setitem(benchmark.SIZES, "cpu", (TINY, replace(TINY, B=4)))
-    monkeypatch.setattr(benchmark, "ROUNDS", 2)
-    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(benchmark, "peaks", lambda _, names, __: {name: {"forward_peak_mib": 1.0} for name in names})
     forward = benchmark.DagForward.forward
 
     def limited(self, tokens, adjacency):
@@ -84,16 +83,15 @@ def test_a_size_that_the_memory_cannot_hold_is_named_and_the_others_are_measured
         return forward(self, tokens, adjacency)
 
     monkeypatch.setattr(benchmark.DagForward, "forward", limited)
-    settings = load_settings(REPOSITORY / "params.yaml")
     limit = TINY.B
-    benchmark.main(settings)
+    benchmark.main(default_settings())
     small, large = json.loads(Path("reports/benchmarks/dag.json").read_text())["results"]
     assert small["candidates"] and not small["failed"]
     assert large["size"] == small["size"] | {"B": 4}
     assert large["candidates"] == {} and large["failed"] == {"ours": "OutOfMemoryError: CUDA out of memory."}
     limit = 0
     with pytest.raises(DynarouteError, match=r"no size could be measured: .*'B': 2.*out of memory"):
-        benchmark.main(settings)
+        benchmark.main(default_settings())
 
 
 def test_compiled_candidates_compute_what_the_others_do(monkeypatch):
@@ -104,12 +102,3 @@ def test_compiled_candidates_compute_what_the_others_do(monkeypatch):
     assert len(steps) == 6
     for name in ("dense", "ours", "reference"):
         torch.testing.assert_close(steps[f"{name}_compiled"](False), steps[name](False))
-
-
-def test_it_runs_on_the_device_of_the_settings(tmp_path, monkeypatch):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DynarouteError, match="device = 'cuda'"):
-        benchmark.main(load_settings(REPOSITORY / "params.yaml").model_copy(update={"device": "cuda"}))
-    assert not Path("reports").exists()

@@ -6,9 +6,9 @@ from pathlib import Path
 import benchmark_dagformer_step as benchmark
 import pytest
 import torch
-from repository import REPOSITORY
+from small_settings import changed, default_settings
 
-from dynaroute.config import Settings, load_settings
+from dynaroute.config import Settings
 from dynaroute.config.dagformer import LoadedBase
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor
@@ -16,12 +16,9 @@ from dynaroute.errors import DynarouteError
 
 
 def tiny_settings() -> Settings:
-    settings = load_settings(REPOSITORY / "params.yaml")
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 3, "num_heads": 2}
-    base = settings.dagformer.base.model_copy(update=sizes)
-    dagformer = settings.dagformer.model_copy(update={"base": base, "seq_len": 8})
+    base = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 3, "num_heads": 2}
     own = {"predictor_hidden": 8, "rank": 2, "batch_size": 4, "micro_batch_size": 2}
-    return settings.model_copy(update={"dagformer": dagformer, "num_threads": 1, **own})
+    return default_settings(dagformer={"base": base, "seq_len": 8}, **own)
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +63,6 @@ def test_the_encoder_has_the_published_number_of_parameters(monkeypatch):
 
 
 def test_a_base_that_is_loaded_is_refused():
-    settings = tiny_settings()
     loaded = LoadedBase(kind="load", path="somewhere", revision=None)
-    dagformer = settings.dagformer.model_copy(update={"base": loaded})
     with pytest.raises(DynarouteError, match=r"dagformer\.base\.kind = 'load': must be pretrain"):
-        benchmark.main(settings.model_copy(update={"dagformer": dagformer}))
+        benchmark.main(changed(tiny_settings(), dagformer={"base": loaded}))

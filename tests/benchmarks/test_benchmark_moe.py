@@ -7,29 +7,17 @@ import benchmark_moe
 import pytest
 import timing
 import torch
-from repository import REPOSITORY
+from small_settings import default_settings
 from small_store import make_model
 from small_tokens import write_tokens
 
-from dynaroute.config import Settings, load_settings
+from dynaroute.config import Settings
 from dynaroute.dwr.model import DWRConfig, MoE
-from dynaroute.errors import DynarouteError
 
 
 def tiny_settings(**changes) -> Settings:
-    settings = load_settings(REPOSITORY / "params.yaml")
-    training = settings.dwr.training.model_copy(update={"micro_batch_size": 3})
-    sizes = {
-        "d_model": 32,
-        "d_ff": 32,
-        "num_layers": 2,
-        "num_heads": 2,
-        "num_experts": 4,
-        "max_seq_len": 8,
-        "dropout": 0.0,
-    }
-    dwr = settings.dwr.model_copy(update={**sizes, "training": training})
-    return settings.model_copy(update={"dwr": dwr, "num_threads": 1, **changes})
+    sizes = {"d_model": 32, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "max_seq_len": 8}
+    return default_settings(dwr={**sizes, "dropout": 0.0, "training": {"micro_batch_size": 3}}, **changes)
 
 
 @pytest.fixture
@@ -157,11 +145,3 @@ def test_the_flops_of_the_published_model_are_six_for_every_active_parameter_and
     config = DWRConfig(**sizes, max_seq_len=512, dropout=0.1, capacity_factor=None, vocab_size=50304)
     # 57,580,640 without the token embedding, as the seed counts; 6 layers of 512 x 512 scores and as many sums.
     assert benchmark_moe.flops_per_token(config) == 6 * 57_580_640 + 12 * 6 * 512 * 512
-
-
-def test_it_runs_on_the_device_of_the_settings(tree):
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
-    with pytest.raises(DynarouteError, match="device = 'cuda'"):
-        benchmark_moe.main(tiny_settings(device="cuda"))
-    assert not Path("reports").exists()

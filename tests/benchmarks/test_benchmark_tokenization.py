@@ -6,9 +6,8 @@ from pathlib import Path
 import benchmark_tokenization as benchmark
 import pytest
 import timing
-from repository import REPOSITORY
+from small_settings import default_settings
 
-from dynaroute.config import load_settings
 from dynaroute.config.data import GPT2, ByteBPE
 from dynaroute.data.text.collect import read_documents
 from dynaroute.data.tokens.encode import describe
@@ -25,7 +24,7 @@ TEXTS = ["the cat sat on the mat, Zwölf <|endoftext|>\n" * 20, "def cat(the):\n
 def tree(tmp_path, monkeypatch) -> Path:
     """A working directory with a collected corpus and its tokenizer, and a benchmark that takes no time."""
     monkeypatch.chdir(tmp_path)
-    corpus = load_settings(REPOSITORY / "params.yaml").dwr.corpus
+    corpus = default_settings().dwr.corpus
     collected = tmp_path / "data/raw" / corpus / "train.jsonl"
     collected.parent.mkdir(parents=True)
     rows = [{"id": str(number), "text": text, "source": "s"} for number, text in enumerate(TEXTS)]
@@ -71,7 +70,7 @@ def test_it_writes_a_row_for_every_tokenizer_and_says_which_it_could_not_have(tr
 
     monkeypatch.setattr(benchmark, "save_tokenizer", unreachable)
     monkeypatch.setattr(benchmark, "available_cores", lambda: 1)
-    benchmark.main(load_settings(REPOSITORY / "params.yaml"))
+    benchmark.main(default_settings())
     report = json.loads((tmp_path / "reports/benchmarks/tokenization.json").read_text())
     assert [(row["tokenizer"], row["cores"]) for row in report["results"]] == [("docs", 1)]
     assert report["results"][0]["speedup_over_one_core"] == 1

@@ -4,6 +4,7 @@ import count_step_memory
 import pytest
 import torch
 from repository import REPOSITORY
+from small_settings import changed
 
 from dynaroute.config import load_settings
 from dynaroute.dagformer.bases import new_base
@@ -26,11 +27,8 @@ def test_it_counts_what_is_alive_views_once_and_the_most_at_any_time():
 @pytest.fixture
 def settings():
     """Those that are counted, with a base that the test can afford."""
-    settings = load_settings(REPOSITORY / "gpu/params.yaml")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 4, "num_heads": 4}
-    base = settings.dagformer.base.model_copy(update=sizes)
-    dagformer = settings.dagformer.model_copy(update={"base": base, "seq_len": 64})
-    return settings.model_copy(update={"dagformer": dagformer})
+    return changed(load_settings(REPOSITORY / "gpu/params.yaml"), dagformer={"base": sizes, "seq_len": 64})
 
 
 @pytest.mark.parametrize("joint", [False, True])

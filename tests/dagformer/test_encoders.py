@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import encode_windows
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from repository import REPOSITORY
+from resuming import contents, killed_at
 from safetensors.torch import load_file, save_file
+from small_settings import changed as changed_settings
+from small_settings import default_settings
 from small_tokens import write_tokens
 
-from dynaroute.config import Settings, load_settings, read_yaml
+from dynaroute.config import Settings, read_yaml
 from dynaroute.config.dagformer import BaseEncoder, HubEncoder
 from dynaroute.config.data import ByteBPE
 from dynaroute.dagformer import embeddings
@@ -109,7 +113,7 @@ def changed_copy(source: Path, target: Path, file: str, **changes) -> Path:
 
 @pytest.mark.parametrize(("split", "key"), [("train", "train_windows"), ("test", "eval_windows")])
 def test_too_few_windows_for_a_variant_name_the_setting(tokens, split, key):
-    settings = load_settings(REPOSITORY / "params.yaml").dagformer.model_copy(update={"seq_len": SEQ_LEN, key: 999})
+    settings = default_settings(dagformer={"seq_len": SEQ_LEN, key: 999}).dagformer
     with pytest.raises(DynarouteError, match=rf"^params.yaml: dagformer.{key} = 999: must be at most .* {split} split"):
         variant_windows(TokenShards(tokens, split), settings)
 
@@ -202,34 +206,10 @@ def test_a_text_encoder_has_the_dtype_that_is_asked_for(text_encoder, tokens, dt
     assert encoder.encode_texts(TEXTS[:1]).dtype == torch.float32
 
 
-def remove_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def pickle_weights(folder: Path) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    remove_weights(folder)
-
-
-def truncate_weights(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def drop_a_tensor(folder: Path) -> None:
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     weights = load_file(folder / "model.safetensors")
-    weights.pop("layers.1.mlp.up_proj.weight")
+    change(weights)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def change_a_shape(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights["norm.weight"] = torch.ones(WIDTH + 1)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def break_the_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("{")
 
 
 def need_foreign_code(folder: Path) -> None:
@@ -240,12 +220,21 @@ def need_foreign_code(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [remove_weights, pickle_weights, truncate_weights, drop_a_tensor, change_a_shape, break_the_tokenizer,
-     need_foreign_code],
-)  # fmt: skip
+    ("damage", "problem"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), ""),
+        (lambda folder: (path := folder / "model.safetensors").write_bytes(path.read_bytes()[:-100]), ""),
+        (
+            lambda folder: edit_weights(folder, lambda weights: weights.pop("layers.1.mlp.up_proj.weight")),
+            "its files lack 1 of the model's tensors, such as layers.1.mlp.up_proj.weight",
+        ),
+        (lambda folder: edit_weights(folder, lambda weights: weights.update({"norm.weight": torch.ones(1)})), ""),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), ""),
+        (need_foreign_code, ""),
+    ],
+)
 def test_an_encoder_that_cannot_be_loaded_whole_and_safely_is_refused_in_one_line(
-    damage, text_encoder, tokens, tmp_path
+    damage, problem, text_encoder, tokens, tmp_path
 ):
     folder = changed_copy(text_encoder, tmp_path / "copy", "config.json")
     damage(folder)
@@ -253,9 +242,8 @@ def test_an_encoder_that_cannot_be_loaded_whole_and_safely_is_refused_in_one_lin
         load_hub(folder, tokens)
     message = str(caught.value)
     assert message.startswith(f"dagformer.encoder.path: {folder}: ")
+    assert problem in message
     assert "\n" not in message
-    if damage is drop_a_tensor:
-        assert "its files lack 1 of the model's tensors, such as layers.1.mlp.up_proj.weight" in message
 
 
 def test_a_missing_base_says_which_stage_makes_it(tmp_path):
@@ -328,8 +316,7 @@ def test_two_runs_write_the_same_bytes_and_small_batches_the_same_vectors(base, 
     for name in ("one", "two"):
         encoder = load_encoder(BASE, base, None, "cpu")
         write(encoder, BASE, windows, tmp_path / name)
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
     monkeypatch.setattr(embeddings, "BATCH_TOKENS", 2 * SEQ_LEN)
     write(encoder, BASE, windows, tmp_path / "small")
     one, small = load_embeddings(tmp_path / "one"), load_embeddings(tmp_path / "small")
@@ -351,65 +338,40 @@ def test_a_run_that_died_anywhere_ends_as_one_that_did_not_and_does_little_twice
 ):
     monkeypatch.setattr(embeddings, "BATCH_TOKENS", 2 * SEQ_LEN)
     monkeypatch.setattr(embeddings, "NOTE_WINDOWS", 4)
-    encoder, encoded, batches = load_encoder(BASE, base, None, "cpu"), 0, []
+    encoder, encoded = load_encoder(BASE, base, None, "cpu"), []
     encode = encoder.encode
-    encoder.encode = lambda tokens: batches.append(tokens) or encode(tokens)
+    encoder.encode = lambda tokens: encoded.append(tokens) or encode(tokens)
     write(encoder, BASE, windows, tmp_path / "whole")
-
-    def crash(tokens):
-        nonlocal encoded
-        if encoded == crash_at:
-            raise KeyboardInterrupt
-        encoded += 1
-        return encode(tokens)
-
-    encoder.encode = crash
-    with pytest.raises(KeyboardInterrupt):
+    batches = len(encoded)
+    encoded.clear()
+    with killed_at(encoder, "encode", crash_at):
         write(encoder, BASE, windows, tmp_path / "resumed")
     assert not (tmp_path / "resumed").exists()
-    crash_at = -1
     write(encoder, BASE, windows, tmp_path / "resumed")
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes(), path.name
-    assert encoded <= len(batches) + 1  # of what was not noted yet
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
+    assert len(encoded) <= batches + 1  # of what was not noted yet
     assert not (tmp_path / "scratch").exists()
 
 
-def test_a_run_killed_while_it_publishes_encodes_nothing_again(base, windows, tmp_path, monkeypatch):
+def test_a_run_killed_while_it_publishes_encodes_nothing_again(base, windows, tmp_path):
     encoder = load_encoder(BASE, base, None, "cpu")
     write(encoder, BASE, windows, tmp_path / "whole")
-
-    def kill(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "_replace", kill)
-        with pytest.raises(KeyboardInterrupt):
-            write(encoder, BASE, windows, tmp_path / "resumed")
+    with killed_at(artifacts, "_replace"):
+        write(encoder, BASE, windows, tmp_path / "resumed")
     encoder.encode = lambda _: pytest.fail("a window is encoded once more")
     write(encoder, BASE, windows, tmp_path / "resumed")
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes(), path.name
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
 
 
-def test_two_kills_that_leave_a_note_without_its_vectors_do_not_stop_the_third_run(
-    base, windows, tmp_path, monkeypatch
-):
+def test_two_kills_that_leave_a_note_without_its_vectors_do_not_stop_the_third_run(base, windows, tmp_path):
     encoder = load_encoder(BASE, base, None, "cpu")
     write(encoder, BASE, windows, tmp_path / "whole")
-
-    def kill(*_: object) -> None:
-        raise KeyboardInterrupt
-
     for step in ("discard", "_write_vectors"):  # once it has published, and then at the start
-        with monkeypatch.context() as patch:
-            patch.setattr(embeddings, step, kill)
-            with pytest.raises(KeyboardInterrupt):
-                write(encoder, BASE, windows, tmp_path / "resumed")
+        with killed_at(embeddings, step):
+            write(encoder, BASE, windows, tmp_path / "resumed")
         shutil.rmtree(tmp_path / "resumed", ignore_errors=True)  # as DVC does before it runs the stage again
     write(encoder, BASE, windows, tmp_path / "resumed")
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes(), path.name
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
 
 
 @pytest.fixture
@@ -418,15 +380,10 @@ def written(base, windows, tmp_path) -> Path:
     return tmp_path / "embeddings"
 
 
-def save_a_pickle(folder: Path) -> None:
-    np.save(folder / "test.npy", np.array([{}], dtype=object), allow_pickle=True)
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: os.truncate(folder / "test.npy", 200), "test.npy: missing or damaged"),
-        (save_a_pickle, "test.npy: missing or damaged"),
         (lambda folder: (folder / "test.npy").unlink(), "test.npy: missing or damaged"),
         (lambda folder: np.save(folder / "test.npy", np.zeros((5, WIDTH))), "test.npy: float64"),
         (lambda folder: np.save(folder / "test.npy", np.zeros((4, WIDTH), "f4")), "says float32 (5, 16)"),
@@ -454,14 +411,12 @@ def test_loaded_embeddings_can_be_written_to_without_changing_the_file(written):
 def stage_settings(base, tokens, tmp_path, monkeypatch) -> Settings:
     """Of the stage, in a working directory with what it reads."""
     monkeypatch.chdir(tmp_path)
-    settings = load_settings(REPOSITORY / "params.yaml")
-    changes = {"seq_len": SEQ_LEN, "prefix_tokens": PREFIX, "train_windows": 4, "validation_windows": 1}
-    dagformer = settings.dagformer.model_copy(update={**changes, "eval_windows": 2, "encoder": BASE})
     Path("data/tokens").mkdir(parents=True)
     Path("data/dagformer/train").mkdir(parents=True)
-    Path("data/tokens", dagformer.corpus).symlink_to(tokens)
+    Path("data/tokens/docs").symlink_to(tokens)
     Path("data/dagformer/train/base").symlink_to(base)
-    return settings.model_copy(update={"dagformer": dagformer, "num_threads": torch.get_num_threads()})
+    windows = {"train_windows": 4, "validation_windows": 1, "eval_windows": 2}
+    return default_settings(dagformer={"seq_len": SEQ_LEN, "prefix_tokens": PREFIX, **windows, "encoder": BASE})
 
 
 PARTS = read_yaml(REPOSITORY / "dvc.yaml")["stages"]["encode_windows"]
@@ -487,8 +442,7 @@ def scratch(monkeypatch) -> list[Path]:
 )
 def test_a_part_of_the_windows_depends_on_its_own_settings_alone(stage_settings, scratch, key, value, changed):
     """In dvc.yaml, and in the name of the folder that a stopped run resumes from."""
-    other = stage_settings.dagformer.model_copy(update={key: value})
-    for settings in (stage_settings, stage_settings.model_copy(update={"dagformer": other})):
+    for settings in (stage_settings, changed_settings(stage_settings, dagformer={key: value})):
         for part in PARTS["foreach"]:
             encode_windows.main(settings, part)
     differ = [one != two for one, two in zip(scratch[:3], scratch[3:], strict=True)]
@@ -499,8 +453,7 @@ def test_a_part_of_the_windows_depends_on_its_own_settings_alone(stage_settings,
 
 def test_an_encoder_edited_in_place_does_not_resume_with_vectors_of_the_old_one(stage_settings, scratch, text_encoder):
     shutil.copytree(text_encoder, "encoder")
-    dagformer = stage_settings.dagformer.model_copy(update={"encoder": hub(Path("encoder"))})
-    settings = stage_settings.model_copy(update={"dagformer": dagformer})
+    settings = changed_settings(stage_settings, dagformer={"encoder": hub(Path("encoder"))})
     encode_windows.main(settings, "training")
     encode_windows.main(settings, "training")
     path = Path("encoder/tokenizer_config.json")

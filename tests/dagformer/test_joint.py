@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from resuming import killed_at
 from small_base import EMBEDDING, HEADS, LAYERS, make_base
 from test_objective import STEPS, WINDOWS, RandomWindows, make_variant
 
@@ -18,7 +19,7 @@ from dynaroute.training.schedules import decay_groups, warmup_cosine
 OPEN = {"init_logit": 10000.0, "cascade": "off"}  # no gate can leave 1
 
 
-def train(scratch, seed=0, before_step=lambda step: None, **knobs):
+def train(scratch, seed=0, **knobs):
     """Trains jointly; returns the trainer, which has the model, and the objective."""
     variant = make_variant(**{"base_lr": 1e-2, **knobs})
     embeddings = torch.randn(2, WINDOWS, EMBEDDING, generator=torch.Generator().manual_seed(1))
@@ -27,8 +28,6 @@ def train(scratch, seed=0, before_step=lambda step: None, **knobs):
     predictor.fit_normalisation(embeddings[0])
     graph, dense = DagForward(make_base(), variant.input_norm, trainable=True), DagForward(make_base())
     objective = DagObjective(graph, variant, *embeddings, variant.seed, dense)
-    loss = objective.loss
-    objective.loss = lambda model, batch, step: (before_step(step), loss(model, batch, step))[1]
     model = JointModel(predictor, graph.base)
     trainer = Trainer(
         model, objective, RandomWindows(0), RandomWindows(1), variant, total_steps=STEPS,
@@ -97,12 +96,7 @@ def test_a_base_with_tied_embeddings_is_refused_before_training():
 @pytest.mark.parametrize("crash_at", [2, 5])
 def test_a_joint_run_resumed_after_a_crash_ends_bit_for_bit_as_one_that_never_crashed(tmp_path, crash_at):
     whole, _ = train(tmp_path / "whole")
-
-    def crash(step):
-        if step == crash_at:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "resumed", before_step=crash)
+    with killed_at(DagObjective, "loss", crash_at):
+        train(tmp_path / "resumed")
     resumed, _ = train(tmp_path / "resumed", seed=9)
     assert resumed.last_path.read_bytes() == whole.last_path.read_bytes()

@@ -8,13 +8,12 @@ import prepare_base
 import pytest
 import torch
 import torch.nn.functional as F
-from repository import REPOSITORY
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
+from small_settings import default_settings
 from small_tokens import write_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, Olmo2ForCausalLM
 
-from dynaroute.config import load_settings
 from dynaroute.config.dagformer import LoadedBase
 from dynaroute.config.data import ByteBPE
 from dynaroute.dagformer.decoder import load_base
@@ -53,10 +52,9 @@ def tree(tmp_path, monkeypatch) -> Path:
 
 
 def prepare(path: Path, **sizes: int) -> None:
-    settings = load_settings(REPOSITORY / "params.yaml")
     base = LoadedBase(kind="load", path=str(path), revision=None)
-    update = {"base": base, "seq_len": SEQ_LEN, "train_windows": 8, "validation_windows": 5, "eval_windows": 3} | sizes
-    prepare_base.main(settings.model_copy(update={"dagformer": settings.dagformer.model_copy(update=update)}))
+    windows = {"train_windows": 8, "validation_windows": 5, "eval_windows": 3}
+    prepare_base.main(default_settings(dagformer={"base": base, "seq_len": SEQ_LEN, **windows, **sizes}))
 
 
 @torch.no_grad()
@@ -150,19 +148,3 @@ def test_a_base_with_another_tokenizer_than_the_corpus_is_refused(tree):
     with pytest.raises(DynarouteError, match="has another tokenizer than corpus docs: tokenize the corpus with"):
         prepare(existing)
     assert not Path("data/dagformer/train/base").exists()
-
-
-def test_a_base_that_lacks_weights_is_refused(tree):
-    from safetensors.torch import save_file
-
-    existing = save_existing(tree / "published")
-    tensors = load_file(existing / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, existing / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DynarouteError, match=r"lack 1 of the model's tensors, such as model\.layers\.1\.mlp\.up_proj"):
-        prepare(existing)
-
-
-def test_a_folder_without_a_model_is_named(tree):
-    with pytest.raises(DynarouteError, match="nowhere': no such folder"):
-        prepare(tree / "nowhere")

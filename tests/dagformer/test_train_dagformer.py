@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 import train_dagformer
-from repository import REPOSITORY
 from safetensors.torch import load_file
 from small_base import EMBEDDING, SEQ_LEN, VOCABULARY, make_base
+from small_settings import default_settings
 from small_tokens import write_tokens
 from test_objective import STEPS, make_variant
 
-from dynaroute.config import load_settings
 from dynaroute.pipeline.artifacts import read_record, sha256, write_json
 from dynaroute.training.checkpoints import load_checkpoint
 
@@ -37,10 +36,8 @@ def test_a_variant_is_trained_on_the_base_in_the_dtype_that_is_recorded(tmp_path
     write_json(path.parent / "metadata.json", {"embedding_size": EMBEDDING, "files": files})
     variant = make_variant(base_lr=base_lr)
     write_json("data/dagformer/variants/V.yaml", {"from": "base", **variant.model_dump()})
-    settings = load_settings(REPOSITORY / "params.yaml")
     sizes = {"seq_len": SEQ_LEN, "train_windows": None, "validation_windows": 4}
-    dagformer = settings.dagformer.model_copy(update=sizes)
-    train_dagformer.main(settings.model_copy(update={"dagformer": dagformer, "num_threads": 1}), "V")
+    train_dagformer.main(default_settings(dagformer=sizes), "V")
 
     identity = read_record("data/dagformer/train/V/run.json")["identity"]
     assert identity["base_dtype"] == dtype

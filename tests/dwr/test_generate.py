@@ -31,12 +31,8 @@ def store(tmp_path_factory) -> Path:
 
 
 def run(monkeypatch, capsys, store, *arguments, prompt=PROMPT):
-    threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["generate", "--store", str(store), "--prompt", prompt, *arguments])
-    try:
-        generate.main()
-    finally:
-        torch.set_num_threads(threads)
+    generate.main()
     return capsys.readouterr()
 
 

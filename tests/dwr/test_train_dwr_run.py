@@ -11,6 +11,7 @@ import train_dwr
 import train_dwr_run
 from plain_lru import lru_hit_rate
 from repository import REPOSITORY
+from small_settings import changed
 from small_tokens import write_tokens
 
 from dynaroute.analysis.traces import Trace, uniform_trace
@@ -134,6 +135,5 @@ def test_more_text_than_there_is_for_a_later_stage_is_refused_before_training(
     for main in stages.get(section, [train_dwr.main]):
         with pytest.raises(AssertionError, match="it trains"):
             main(settings)
-        changed = getattr(settings, section).model_copy(update={key: number})
         with pytest.raises(DynarouteError, match=rf"^params.yaml: {section}.{key} = {number}: must be at most {most}"):
-            main(settings.model_copy(update={section: changed}))
+            main(changed(settings, **{section: {key: number}}))

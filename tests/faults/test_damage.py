@@ -60,12 +60,12 @@ def put_junk(path: Path, draw: random.Random) -> None:
 
 
 @pytest.fixture(scope="module")
-def workspace(pristine, tmp_path_factory) -> Workspace:
-    return pristine.copy(tmp_path_factory.mktemp("damaged") / "repository")
+def workspace(finished, tmp_path_factory) -> Workspace:
+    return finished.copy(tmp_path_factory.mktemp("damaged") / "repository")
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut, remove])
-def test_dvc_names_every_damaged_output_and_repro_restores_it(workspace, pristine, damage):
+def test_dvc_names_every_damaged_output_and_repro_restores_it(workspace, finished, damage):
     draw, damaged = random.Random(damage.__name__), set()
     for stage, recorded in workspace.lock().items():
         for out in recorded["outs"]:
@@ -78,7 +78,7 @@ def test_dvc_names_every_damaged_output_and_repro_restores_it(workspace, pristin
     problems = [problem for stage in status.values() for problem in stage if isinstance(problem, dict)]
     assert {path for problem in problems for path in problem.get("changed outs", {})} >= damaged
     workspace.run("dvc", "repro")
-    assert contents(workspace) == contents(pristine)
+    assert contents(workspace) == contents(finished)
 
 
 def test_a_bit_flipped_under_the_same_time_is_refused_in_checkpoints_and_experts_though_dvc_sees_nothing(

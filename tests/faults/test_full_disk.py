@@ -13,9 +13,9 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.fixture
-def disk(pristine, tmp_path: Path) -> Iterator[Path]:
+def disk(finished, tmp_path: Path) -> Iterator[Path]:
     """A file system in memory with room for two copies of the run."""
-    size = 2 * sum(path.stat().st_size for path in pristine.root.rglob("*") if path.is_file()) + 2**24
+    size = 2 * sum(path.stat().st_size for path in finished.root.rglob("*") if path.is_file()) + 2**24
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", tmp_path], capture_output=True, text=True
     )
@@ -26,8 +26,8 @@ def disk(pristine, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("stage", stages())
-def test_a_full_disk_is_named_and_with_room_the_bytes_are_the_same(pristine, disk, stage):
-    workspace, filler = pristine.copy(disk / "repository"), disk / "filler"
+def test_a_full_disk_is_named_and_with_room_the_bytes_are_the_same(finished, disk, stage):
+    workspace, filler = finished.copy(disk / "repository"), disk / "filler"
     needed = sum(out["size"] for out in workspace.lock()[stage.rpartition(":")[2]]["outs"])
     forget(workspace, stage)
     free = os.statvfs(disk)
@@ -41,4 +41,4 @@ def test_a_full_disk_is_named_and_with_room_the_bytes_are_the_same(pristine, dis
     filler.unlink()
     workspace.run("make", "recover")
     workspace.run("dvc", "repro")
-    assert contents(workspace) == contents(pristine)
+    assert contents(workspace) == contents(finished)

@@ -40,9 +40,9 @@ def kill(workspace: Workspace, command: tuple[str, ...], stage: str, seconds: fl
 
 
 @pytest.mark.parametrize(("number", "stage"), list(enumerate(stages())))
-def test_a_stage_that_is_killed_twice_ends_with_the_same_bytes(pristine, tmp_path: Path, number: int, stage: str):
+def test_a_stage_that_is_killed_twice_ends_with_the_same_bytes(finished, tmp_path: Path, number: int, stage: str):
     command, longest, draw = COMMANDS[number % 2], LONGEST, random.Random(stage)
-    workspace = pristine.copy(tmp_path / "repository")
+    workspace = finished.copy(tmp_path / "repository")
     forget(workspace, stage)
     for everything in (True, False):
         while not kill(workspace, command, stage, draw.uniform(0, longest), everything):
@@ -50,5 +50,5 @@ def test_a_stage_that_is_killed_twice_ends_with_the_same_bytes(pristine, tmp_pat
             forget(workspace, stage)
         workspace.run("make", "recover")
     workspace.run(*command)
-    assert contents(workspace) == contents(pristine)
-    assert workspace.hashes() == pristine.hashes()
+    assert contents(workspace) == contents(finished)
+    assert workspace.hashes() == finished.hashes()

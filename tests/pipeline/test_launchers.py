@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -14,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import resolve_variants
 from repository import REPOSITORY, stage_script
 from ruamel.yaml import YAML
 from small_base import EMBEDDING, SEQ_LEN, make_base
 from small_tokens import write_tokens
 
-from dynaroute.config import read_yaml
+from dynaroute.config import load_settings, read_yaml
 from dynaroute.config.data import ByteBPE
 from dynaroute.data.tokens.tokenizers import save_tokenizer
 from dynaroute.pipeline.artifacts import sha256, write_json
@@ -107,13 +109,14 @@ def test_a_launcher_takes_the_place_of_the_stage_and_no_shell_reads_it(tmp_path)
     assert not (root / "x").exists()
 
 
-def test_a_launcher_that_is_not_there_is_named(tmp_path):
+def test_a_launcher_that_is_not_there_is_named(tmp_path, monkeypatch):
     root = make_tree(tmp_path / "tree")
     set_launcher(root, ["torchrunn", "--standalone"])
-    done = run(root, PYTHON, "train_dwr", check=False)
-    assert done.returncode == 1
-    expected = "train_dwr: params.yaml: launcher = 'torchrunn --standalone': torchrunn cannot be run: "
-    assert done.stderr == f"{expected}No such file or directory\n"
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "argv", [str(stage_script("train_dwr"))])
+    expected = "^train_dwr: params.yaml: launcher = 'torchrunn --standalone': torchrunn cannot be run: No such file or "
+    with pytest.raises(SystemExit, match=expected):
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_fewer_windows_to_validate_on_than_processes_are_refused_before_training(tmp_path):
@@ -156,11 +159,12 @@ def make_dagformer_tree(root: Path) -> Path:
     return root
 
 
-def test_two_processes_load_a_base_once_and_train_a_predictor_as_one_does(tmp_path):
+def test_two_processes_load_a_base_once_and_train_a_predictor_as_one_does(tmp_path, monkeypatch):
     root = make_dagformer_tree(tmp_path)
+    monkeypatch.chdir(root)
+    resolve_variants.main(load_settings())
     run(root, TORCHRUN, "prepare_base")
     assert json.loads((root / "data/dagformer/base.json").read_text())["checks"]["all_gates_at_one_reproduce_the_base"]
-    run(root, PYTHON, "resolve_variants")
     tables = []
     for launcher in (PYTHON, TORCHRUN):
         run(root, launcher, "train_dagformer", "P1")

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from dynaroute.errors import DynarouteError
-from dynaroute.reporting.inputs import file_size, read_csv, read_record
+from dynaroute.reporting.inputs import file_size, read_csv
 
 
 def message(path: Path, read, *arguments) -> str:
@@ -12,25 +12,6 @@ def message(path: Path, read, *arguments) -> str:
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def test_a_missing_key_names_the_file_at_every_depth(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{"a": {"b": [{"c": 1}]}}')
-    record = read_record(path)
-    assert record["a"]["b"][0]["c"] == 1
-    message(path, lambda _: record["x"])
-    message(path, lambda _: record["a"]["x"])
-    message(path, lambda _: record["a"]["b"][0]["x"])
-
-
-@pytest.mark.parametrize("content", [None, "{", "[1]", "a: [", "- 1"])
-@pytest.mark.parametrize("suffix", ["json", "yaml"])
-def test_a_record_that_is_missing_or_damaged_is_refused(tmp_path, suffix, content):
-    path = tmp_path / f"a.{suffix}"
-    if content is not None:
-        path.write_text(content)
-    message(path, read_record)
 
 
 def test_csv_is_read_to_the_last_digit(tmp_path):

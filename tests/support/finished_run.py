@@ -1,4 +1,4 @@
-"""The tiny pipeline with fewer variants, its stages, and the bytes that its files must have again after a fault."""
+"""The stages of the tiny pipeline that faults befall, and the bytes that its files must have again after a fault."""
 
 import hashlib
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from repository import REPOSITORY
 from ruamel.yaml import YAML
-from tiny_pipeline import LOCATE, MEASURED, RUNS, VARIANTS, Workspace
+from tiny_pipeline import LOCATE, MEASURED, Workspace
 
 from dynaroute.config import read_yaml
 
@@ -21,7 +21,7 @@ INSTANCES = {
 
 
 def stages() -> list[str]:
-    """Every stage of the tiny pipeline, by the name that `dvc repro` takes."""
+    """The stages, by the names that `dvc repro` takes: of several alike, one."""
     names = [LOCATE]
     for name, stage in read_yaml(REPOSITORY / "dvc.yaml")["stages"].items():
         loop = stage.get("foreach")
@@ -30,19 +30,6 @@ def stages() -> list[str]:
             items = loop if isinstance(loop, dict) else INSTANCES[loop[0] if isinstance(loop, list) else loop]
         names += [name] if items is None else [f"{name}@{item}" for item in items]
     return names
-
-
-def finished_run(root: Path) -> Workspace:
-    """Makes the pipeline's first run in a new repository, and commits what it wrote."""
-    workspace = Workspace.create(root)
-    path = root / "params.yaml"
-    params = read_yaml(path)
-    params["variants"] = {name: VARIANTS[name] for name in INSTANCES["${variants}"]}
-    params["dwr_runs"] = {name: RUNS[name] for name in INSTANCES["${dwr_runs}"]}
-    YAML(typ="safe").dump(params, path)
-    workspace.run("dvc", "repro")
-    workspace.commit("results")
-    return workspace
 
 
 def contents(workspace: Workspace) -> dict[str, str]:

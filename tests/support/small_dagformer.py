@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import small_tokens
 import torch
-from repository import REPOSITORY
 from small_base import EMBEDDING, HEADS, LAYERS, SEQ_LEN, VOCABULARY, make_base
+from small_settings import default_settings
 
-from dynaroute.config import Settings, load_settings
+from dynaroute.config import Settings
 from dynaroute.config.dagformer import Variant
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.data.tokens.shards import TokenShards, Windows
@@ -32,10 +32,8 @@ def make_predictor(seed: int = 1, **knobs) -> StructurePredictor:
 
 
 def tiny_settings(**dagformer) -> Settings:
-    settings = load_settings(REPOSITORY / "params.yaml")
     sizes = {"seq_len": SEQ_LEN, "prefix_tokens": PREFIX, "eval_windows": WINDOWS}
-    changed = settings.dagformer.model_copy(update={**sizes, **dagformer})
-    return settings.model_copy(update={"dagformer": changed, "num_threads": torch.get_num_threads()})
+    return default_settings(dagformer={**sizes, **dagformer})
 
 
 def write_tokens(folder: Path, lengths: list[int], seed: int = 0) -> TokenShards:

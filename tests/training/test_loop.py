@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from resuming import killed_at
 from small_training import Model, Objective, Tokens, assert_same_checkpoint, make_trainer, train
 
 from dynaroute.errors import DynarouteError
@@ -59,13 +60,9 @@ def test_training_imports_no_compiler(tmp_path):
 
 @pytest.mark.parametrize("crash_at", [0, 1, 2, 3, 4, 7, 8, 13, 20])
 def test_a_run_resumed_after_a_crash_ends_bit_for_bit_as_one_that_never_crashed(tmp_path, crash_at):
-    def crash(step):
-        if step == crash_at:
-            raise KeyboardInterrupt
-
     whole = train(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "resumed", Objective(crash))
+    with killed_at(Objective, "loss", crash_at):
+        train(tmp_path / "resumed")
     resumed = train(tmp_path / "resumed")
     assert_same_checkpoint(whole.last_path, resumed.last_path)
     assert_same_checkpoint(whole.best_path, resumed.best_path)
@@ -163,29 +160,22 @@ def test_validation_may_come_every_n_steps(tmp_path):
     assert [row["step"] for row in trainer.state.history] == [0, 8, 16, 21]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(tmp_path):
-    class Diverging(Objective):
-        def loss(self, model, batch, step):
-            loss, metrics = super().loss(model, batch, step)
-            return (loss * float("nan") if step == 7 else loss), metrics
-
-    with pytest.raises(DynarouteError, match=r"step 8: loss nan.*last\.safetensors \(step 7\)"):
-        train(tmp_path, Diverging())
-    tensors, state = load_checkpoint(tmp_path / "last.safetensors")
-    assert state["step"] == 7
-    assert all(value.isfinite().all() for value in tensors.values())
-
-
-@pytest.mark.parametrize("step", [1, 7, 12])
-def test_a_run_whose_fault_was_of_the_moment_goes_on_as_if_it_had_not_been(tmp_path, step):
+@pytest.mark.parametrize(("step", "saved", "factor"), [(1, 0, "inf"), (7, 7, "nan"), (12, 12, "inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_which_resumes_from_the_last_good_checkpoint(
+    tmp_path, step, saved, factor
+):
     class Faulty(Objective):
         def loss(self, model, batch, at):
             loss, metrics = super().loss(model, batch, at)
-            return (loss * float("inf") if at == step else loss), metrics
+            return (loss * float(factor) if at == step else loss), metrics
 
     whole = train(tmp_path / "whole")
-    with pytest.raises(DynarouteError, match=f"step {step + 1}: loss inf"):
+    message = rf"step {step + 1}: loss {factor}.*last\.safetensors \(step {saved}\)"
+    with pytest.raises(DynarouteError, match=message):
         train(tmp_path / "faulty", Faulty())
+    tensors, state = load_checkpoint(tmp_path / "faulty/last.safetensors")
+    assert state["step"] == saved
+    assert all(value.isfinite().all() for value in tensors.values())
     resumed = train(tmp_path / "faulty")
     assert_same_checkpoint(whole.last_path, resumed.last_path)
 

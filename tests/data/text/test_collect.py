@@ -73,14 +73,6 @@ def test_splits_are_stable_when_documents_move_and_others_come(tmp_path):
     assert {name: after[name] for name in ids} == before
 
 
-def test_collecting_twice_gives_the_same_bytes(tmp_path):
-    corpus = dolma_corpus(tmp_path / "a.gz", [f"document-{i}" for i in range(60)])
-    for name in ("one", "two"):
-        collect("c", corpus, tmp_path / name)
-    for file in (*(f"{split}.jsonl" for split in SPLITS), "metadata.json"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-
-
 def test_the_hash_of_an_id_never_changes():
     assert stable_hash("numpy/linalg/_linalg.py") == 12_800_766_600_599_749_509
     assert split_of(0, 5, Split(validation=0.1, test=0.1)) == "test"

@@ -1,10 +1,13 @@
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import collect as collect_stage
 import pytest
-from repository import REPOSITORY, stage_script
+import tokenize_corpus
+from repository import REPOSITORY
+from resuming import contents
+from small_settings import default_settings
 
 from dynaroute.config.data import ByteBPE, Corpus
 from dynaroute.data.text import sources as corpora
@@ -93,20 +96,9 @@ def test_a_document_in_parts_gives_the_bytes_that_it_gives_whole(tmp_path, monke
         monkeypatch.setattr(corpora, "PART_CHARACTERS", size)
         collect("c", corpus, tmp_path / f"{name}.raw")
         tokenize("c", corpus.tokenizer, tmp_path / f"{name}.raw", tmp_path / name, shard_tokens=500)
-        paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
-        files[name] = {path.relative_to(tmp_path / name): path.read_bytes() for path in paths}
+        files[name] = contents(tmp_path / name)
         assert (max(lengths) < 200) == (name == "parts")
     assert files["parts"] == files["whole"]
-
-
-def test_tokenizing_twice_gives_the_same_bytes(tmp_path, collected):
-    files = {}
-    for name in ("one", "two"):
-        tokenize("c", BPE, collected, tmp_path / name)
-        paths = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
-        files[name] = {path.relative_to(tmp_path / name): path.read_bytes() for path in paths}
-    assert files["one"] == files["two"]
-    assert len(files["one"]) == 11  # shards of two splits, offsets and sources of three, metadata, tokenizer
 
 
 def test_a_collected_file_that_lost_lines_is_named(tmp_path, collected):
@@ -130,20 +122,17 @@ def test_no_stage_script_hides_a_module_of_the_standard_library():
     assert not {path.stem for path in REPOSITORY.glob("stages/*/*.py")} & sys.stdlib_module_names
 
 
-def test_the_three_stages_turn_files_into_tokens(tmp_path):
+def test_the_three_stages_turn_files_into_tokens(tmp_path, monkeypatch, capsys):
     (tmp_path / "texts").mkdir()
     for index in range(30):
         (tmp_path / "texts" / f"{index}.txt").write_text(f"Text {index} of thirty, about the cat and the mat. " * 5)
-    parameters = (REPOSITORY / "params.yaml").read_text()
-    corpus = (
-        "\n  mine:\n    source: {kind: files, paths: ['texts/*.txt']}\n"
-        "    split: {validation: 0.2, test: 0.2}\n    tokenizer: {kind: bpe, vocab_size: 280}\n"
-    )
-    (tmp_path / "params.yaml").write_text(parameters.replace("corpora:\n", f"corpora:{corpus}", 1))
-    for stage in ("collect", "tokenize_corpus"):
-        command = [sys.executable, str(stage_script(stage)), "mine"]
-        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert result.stderr == ""  # no progress bar where nobody watches
+    source = {"kind": "files", "paths": ["texts/*.txt"]}
+    corpus = {"source": source, "split": {"validation": 0.2, "test": 0.2}, "tokenizer": BPE.model_dump()}
+    settings = default_settings(corpora={"mine": Corpus.model_validate(corpus)})
+    monkeypatch.chdir(tmp_path)
+    for stage in (collect_stage, tokenize_corpus):
+        stage.main(settings, "mine")
+    assert capsys.readouterr().err == ""  # no progress bar where nobody watches
     sizes = [
         TokenShards(tmp_path / "data/tokens/mine", split).num_documents for split in ("train", "validation", "test")
     ]
@@ -151,6 +140,5 @@ def test_the_three_stages_turn_files_into_tokens(tmp_path):
 
 
 def test_a_corpus_that_params_yaml_does_not_name_is_an_error_of_one_line():
-    command = [sys.executable, str(stage_script("collect")), "dcos"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (1, "collect: corpora.dcos: no such name; known: docs\n")
+    with pytest.raises(DynarouteError, match=r"^corpora\.dcos: no such name; known: docs$"):
+        collect_stage.main(default_settings(), "dcos")

@@ -138,30 +138,16 @@ def test_time_is_near_linear_in_the_number_of_sources(tmp_path):
 # --- damage ------------------------------------------------------------------------------------------------------
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2])
+DAMAGES = {
+    "missing": Path.unlink,
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-2]),
+    "of another type": lambda path: np.save(path, np.load(path).astype(np.uint32)),
+    "shorter": lambda path: np.save(path, np.load(path)[:-1]),
+    "an archive": lambda path: np.savez(path.open("wb"), np.arange(3)),
+}
 
 
-def save_other_dtype(path: Path) -> None:
-    np.save(path, np.load(path).astype(np.uint32))
-
-
-def save_fewer(path: Path) -> None:
-    np.save(path, np.load(path)[:-1])
-
-
-def save_pickle(path: Path) -> None:
-    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
-
-
-def save_archive(path: Path) -> None:
-    with path.open("wb") as file:
-        np.savez(file, np.arange(3))
-
-
-@pytest.mark.parametrize(
-    "damage", [Path.unlink, truncate, save_other_dtype, save_fewer, save_pickle, save_archive], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 @pytest.mark.parametrize("file", ["train-00001.npy", "train-offsets.npy", "train-sources.npy"])
 def test_a_damaged_file_is_named_when_it_is_opened(tmp_path, file, damage):
     write(tmp_path, [list(range(20)), [1, 2]])

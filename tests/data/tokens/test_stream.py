@@ -3,26 +3,28 @@
 import contextlib
 import errno
 import gzip
+import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
+import collect as collect_stage
 import pyarrow
 import pytest
+import tokenize_corpus
 from faulty_server import FaultyServer, first_member
-from repository import REPOSITORY, stage_script
-from ruamel.yaml import YAML
+from repository import REPOSITORY
+from resuming import killed_at
 
-from dynaroute.config import read_yaml
+from dynaroute.config import Settings, read_yaml
 from dynaroute.config.data import ByteBPE, Corpus
 from dynaroute.data.text import download
 from dynaroute.data.text import sources as corpora
@@ -72,7 +74,6 @@ DELAYS = {name: getattr(download, name) for name in ("FIRST_DELAY", "LONGEST_DEL
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # what only a power cut needs takes most of the time here
-    monkeypatch.setattr(download, "READ_SECONDS", 0.2)
     monkeypatch.setattr(download, "LEAST_BYTES", 64)  # of files of some thousand
     monkeypatch.setattr(download, "FIRST_DELAY", 0.001)
     monkeypatch.setattr(download, "LONGEST_DELAY", 0.01)
@@ -178,7 +179,9 @@ FAULTS = ["drop", "stall", "trickle", "truncate", "garble", "empty", "reset", "l
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, fault):
+def test_a_fault_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, fault, monkeypatch):
+    if fault in ("stall", "trickle"):
+        monkeypatch.setattr(download, "READ_SECONDS", 0.2)
     server.faults = {"0.json.gz": [fault], "2.json.gz": [fault, fault]}
     stream = Stream(tmp_path / "faulty", address, server, tokenizer)
     stream.run()
@@ -266,19 +269,8 @@ def test_a_run_that_died_anywhere_ends_as_one_that_did_not(
     """
     monkeypatch.setattr(corpora, "PART_CHARACTERS", 100)
     stream = Stream(tmp_path / "killed", address, server, tokenizer)
-    write, written = ShardWriter.write, 0
-
-    def crash(*args: object) -> None:
-        nonlocal written
-        if written == crash_at:
-            raise KeyboardInterrupt
-        written += 1
-        write(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "write", crash)
-        with pytest.raises(KeyboardInterrupt):
-            stream.run()
+    with killed_at(ShardWriter, "write", crash_at):
+        stream.run()
     assert not stream.tokens.exists()
     stream.run()
     assert stream.content() == undisturbed
@@ -286,37 +278,26 @@ def test_a_run_that_died_anywhere_ends_as_one_that_did_not(
 
 def test_a_process_killed_time_and_again_ends_as_one_that_was_not(tmp_path, server, address, tokenizer, undisturbed):
     stream = Stream(tmp_path / "killed", address, server, tokenizer)
-    code = (
-        "import sys, time; sys.path[:0] = sys.argv[1:3]; import test_stream as t; from pathlib import Path;"
-        "from dynaroute.data.tokens import encode, stream as streaming;"
-        "streaming.NOTE_CHARACTERS, encode.BATCH_CHARACTERS = 1500, 400;"
-        "write = t.ShardWriter.write;"
-        "t.ShardWriter.write = lambda *args: (time.sleep(0.01), write(*args));"
-        "stream = t.Stream.__new__(t.Stream); root = Path(sys.argv[3]);"
-        "stream.root, stream.tokens, stream.scratch = root, root / 'tokens', root / 'scratch';"
-        "source = dict(kind='dolma_stream', path=sys.argv[3], revision=None, addresses='list.txt', files=None);"
-        "stream.corpus = t.make_corpus(Path(sys.argv[4]), source); stream.run()"
-    )
-    tests = REPOSITORY / "tests"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        str(tests / "support"),
-        str(tests / "data/tokens"),
-        str(stream.root),
-        str(tokenizer),
-    ]
     for enough in (15, 45):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        process = multiprocessing.get_context("spawn").Process(target=run_slowly, args=(stream,))
+        process.start()
         deadline = time.monotonic() + 60
         while documents_noted(stream) < enough and time.monotonic() < deadline:
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     assert 45 <= documents_noted(stream) < 76
     stream.run()
     assert stream.content() == undisturbed
+
+
+def run_slowly(stream: Stream) -> None:
+    """In a process of its own, for which nothing is patched yet."""
+    streaming.NOTE_CHARACTERS, encode.BATCH_CHARACTERS = 1500, 400
+    write = ShardWriter.write
+    ShardWriter.write = lambda *args: (time.sleep(0.01), write(*args))
+    stream.run()
 
 
 def documents_noted(stream: Stream) -> int:
@@ -408,8 +389,6 @@ def test_few_files_lie_on_disk_at_once(tmp_path, tokenizer, monkeypatch):
 
 
 def test_what_was_read_from_each_address_is_in_the_metadata(tmp_path, server, address, tokenizer, files):
-    import hashlib
-
     found = Stream(tmp_path / "stream", address, server, tokenizer).run()["files"]
     assert found == [
         {"address": f"{address}/{name}", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
@@ -471,6 +450,7 @@ def test_a_server_that_never_recovers_is_given_up_and_the_run_goes_on_when_it_ha
 
 def test_a_server_that_trickles_is_given_up(tmp_path, server, address, monkeypatch):
     monkeypatch.setattr(download, "FAILURES", 3)
+    monkeypatch.setattr(download, "READ_SECONDS", 0.2)
     server.faults = {"2.json.gz": ["trickle"] * 30}
     with pytest.raises(DynarouteError, match=r"2\.json\.gz: 3 failures without progress, .*: stalled: \d+ bytes"):
         fetch_compressed(f"{address}/2.json.gz", tmp_path / "2.gz", threading.Event())
@@ -538,21 +518,10 @@ def test_a_damaged_line_is_named_by_address(tmp_path, server, address, tokenizer
         Stream(tmp_path / "stream", address, server, tokenizer).run()
 
 
-def test_a_file_that_changed_after_a_part_of_it_was_taken_is_refused(tmp_path, server, address, tokenizer, monkeypatch):
+def test_a_file_that_changed_after_a_part_of_it_was_taken_is_refused(tmp_path, server, address, tokenizer):
     stream = Stream(tmp_path / "stream", address, server, tokenizer)
-    write, written = ShardWriter.write, 0
-
-    def crash(*args: object) -> None:
-        nonlocal written
-        written += 1
-        if written > 30:
-            raise KeyboardInterrupt
-        write(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "write", crash)
-        with pytest.raises(KeyboardInterrupt):
-            stream.run()
+    with killed_at(ShardWriter, "write", 30):
+        stream.run()
     for path in (stream.scratch / "downloads").iterdir():
         path.unlink()
     server.files["1.json.gz"] = gzip.compress(gzip.decompress(server.files["1.json.gz"]), compresslevel=1)
@@ -590,7 +559,7 @@ def test_a_list_that_is_none_is_named(tmp_path, tokenizer, text, files, problem)
     assert not (tmp_path / "raw").exists()
 
 
-def test_the_stages_stream_a_corpus(tmp_path, server, address, tokenizer, undisturbed):
+def test_the_stages_stream_a_corpus(tmp_path, server, address, tokenizer, monkeypatch, capsys):
     """As `dvc repro tokenize@mine` runs them; only the first file is asked for."""
     (tmp_path / "urls").mkdir()
     (tmp_path / "urls" / "v1.txt").write_text("".join(f"{address}/{name}\n" for name in server.files))
@@ -600,13 +569,12 @@ def test_the_stages_stream_a_corpus(tmp_path, server, address, tokenizer, undist
         "split": {"skip": 2, "validation": 3, "test": 4},
         "tokenizer": {"kind": "hub", "path": str(tokenizer), "revision": None},
     }
-    YAML(typ="safe").dump(params, tmp_path / "params.yaml")
-    environment = {key: value for key, value in os.environ.items() if key != "DVC_ROOT"}
-    for stage in ("collect", "tokenize_corpus"):
-        command = [sys.executable, str(stage_script(stage)), "mine"]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("mine: 1 of 1 files, 19 documents, ")  # where nobody watches, a line for each file
+    monkeypatch.chdir(tmp_path)
+    for stage in (collect_stage, tokenize_corpus):
+        stage.main(Settings.model_validate(params), "mine")
+    assert capsys.readouterr().err.startswith(
+        "mine: 1 of 1 files, 19 documents, "
+    )  # where nobody watches, a line for each file
     tokens = tmp_path / "data/tokens/mine"
     assert [TokenShards(tokens, split).num_documents for split in ("train", "validation", "test")] == [12, 3, 4]
     assert not list((tmp_path / ".scratch/tokenize_corpus").iterdir())
