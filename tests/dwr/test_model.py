@@ -64,7 +64,7 @@ def test_the_paper_model_has_the_published_number_of_parameters():
 
 @settings(max_examples=20, deadline=None)
 @given(
-    heads=st.integers(1, 3), experts=st.integers(1, 6), top_k=st.integers(1, 3), layers=st.integers(1, 3),
+    heads=st.integers(1, 3), experts=st.integers(2, 6), top_k=st.integers(1, 3), layers=st.integers(1, 3),
     width=st.integers(1, 3), vocab=st.integers(1, 90),
 )  # fmt: skip
 def test_num_params_counts_the_built_model(heads, experts, top_k, layers, width, vocab):
