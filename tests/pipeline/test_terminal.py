@@ -7,6 +7,7 @@ import sys
 import pytest
 
 PROGRAM = """
+import sys
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.terminal import program
 with program("me"):
@@ -36,6 +37,8 @@ def test_a_closed_pipe_ends_a_program_quietly(closed_pipe, python, body):
     done = run(python, body, stdout=closed_pipe)
     assert (done.returncode, done.stderr) == (141, "")
     assert run(python, body, stdout=closed_pipe, stderr=closed_pipe).returncode == 141
+    done = run(python, f"sys.stdout = sys.stderr; {body}", stderr=closed_pipe)
+    assert (done.returncode, done.stdout) == (141, "")
 
 
 def test_a_mistake_is_told_although_nobody_reads_the_output(closed_pipe):
@@ -58,9 +61,11 @@ def test_a_full_disk_is_one_line(body):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_program_runs_without_any_output(tmp_path):
-    command = f"{sys.executable} -c '{PROGRAM.format('print(1)')}' >&-"
-    assert subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60).stderr == ""
+@pytest.mark.parametrize(("stream", "closed"), [("out", ">&-"), ("err", "2>&-"), ("err", ">&- 2>&-")])
+def test_a_program_runs_without_any_output(stream, closed):
+    command = [sys.executable, "-c", PROGRAM.format(f"print(1, file=sys.std{stream})")]
+    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_characters_that_stdout_cannot_encode_are_replaced():

@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -23,8 +24,11 @@ def program(name: str) -> Iterator[None]:
     """Runs a program in its block. Characters that stdout cannot encode are printed as question marks.
 
     Ends the process with status 1 and one line on stderr when the user or the disk is at fault, and with status 141
-    and nothing when the reader of stdout has closed it, as `head` does.
+    and nothing when the reader of stdout or stderr has closed it, as `head` does.
     """
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed before the start: `print(file=None)` would print to the other one
+            setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     status: str | int | None = None
@@ -37,13 +41,13 @@ def program(name: str) -> Iterator[None]:
     except SafetensorError as error:  # of writing; those of reading are caught where it is known what is read
         status = f"{name}: cannot write: {error}"
     except OSError as error:
-        if error.errno == errno.EPIPE and _reader_is_gone():
+        if error.errno == errno.EPIPE and _a_reader_is_gone():
             status = CLOSED_PIPE
         elif error.errno in DISK_ERRORS:
             status = f"{name}: {f'{error.filename}: ' if error.filename else ''}{error.strerror}"
         else:
             raise
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it was closed before the start
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError as error:
@@ -54,7 +58,8 @@ def program(name: str) -> Iterator[None]:
         sys.exit(status)
 
 
-def _reader_is_gone() -> bool:
+def _a_reader_is_gone() -> bool:
     poll = select.poll()
-    poll.register(1, 0)
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
