@@ -234,6 +234,24 @@ def test_the_tokenizer_is_part_of_the_store(tmp_path):
     ExpertStore(tmp_path / "store").verify()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat/template.txt", "gpt2.tiktoken"])
+@pytest.mark.parametrize("content", [b"{ }", None])
+def test_a_store_with_another_tokenizer_is_refused_at_open(tmp_path, name, content):
+    (tmp_path / "tokenizer/chat").mkdir(parents=True)
+    for own in ("tokenizer.json", "chat/template.txt"):
+        (tmp_path / "tokenizer" / own).write_text("{}")
+    model, path = make_model(), tmp_path / "store"
+    export_store(model, RUN, uniform_usage(model), path, tokenizer=tmp_path / "tokenizer")
+    if content is None:
+        shutil.rmtree(path / "tokenizer")
+    else:
+        (path / "tokenizer" / name).write_bytes(content)
+    assert "store/tokenizer/" in (message := refusal(lambda: ExpertStore(path)))
+    assert content is None or name in message
+    edit_manifest(path, lambda data: data.update(format=3, tokenizer=None))
+    ExpertStore(path).verify()  # the format before did not hash it
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -325,10 +343,11 @@ def rename(data, old, new):
     [
         (lambda data: data.pop("run"), "run"),
         (lambda data: data.update(format=1), "format"),
+        (lambda data: data.pop("tokenizer"), "tokenizer"),
         (lambda data: data.update(surprise=1), "surprise"),
         (lambda data: data["config"].update(d_model=33), "config"),
         (lambda data: data["config"].update(num_experts=4), "usage.load"),
-        (lambda data: data["config"].update(num_layers=10**9), "usage.load"),
+        (lambda data: data["config"].update(num_layers=10**6), "usage.load"),
         (lambda data: data["usage"]["load"].pop(), "usage.load"),
         (lambda data: data["usage"]["load"][0].append(0.0), "usage.load"),
         (lambda data: data["usage"]["transitions"].append([]), "usage.transitions"),
@@ -355,9 +374,9 @@ def test_a_manifest_that_describes_no_such_model_is_refused(tmp_path, change, na
 def test_a_store_of_the_format_before_is_read_unless_it_weighed_a_single_expert_by_one(tmp_path):
     for top_k in (2, 1):
         path = export(tmp_path / f"store{top_k}", make_model(top_k=top_k)).path
-        edit_manifest(path, lambda data: data.update(format=2))
+        edit_manifest(path, lambda data: data.update(format=2, tokenizer=None))
     assert ExpertStore(tmp_path / "store2").config.top_k == 2
-    assert "format: must be 3 with top_k = 1" in refusal(lambda: ExpertStore(tmp_path / "store1"))
+    assert "format: must be 3 or 4 with top_k = 1" in refusal(lambda: ExpertStore(tmp_path / "store1"))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe"])

@@ -63,6 +63,13 @@ def test_padding_of_the_vocabulary_never_comes(monkeypatch, capsys, store, tmp_p
     assert max(ids) < 270
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(monkeypatch, capsys, store, tmp_path):
+    model = make_model(vocab_size=269, max_seq_len=48)
+    export_store(model, "run", uniform_usage(model), tmp_path / "store", tokenizer=store / "tokenizer")
+    with pytest.raises(SystemExit, match=r"store/tokenizer: has 270 tokens, but the model has 269$"):
+        run(monkeypatch, capsys, tmp_path / "store")
+
+
 def test_the_summary_says_what_the_cache_did(monkeypatch, capsys, store):
     line = run(monkeypatch, capsys, store, "--tokens", "12", "--cache", "3", "--prefetch", "gate").err
     assert re.fullmatch(

@@ -125,6 +125,10 @@ def generate(arguments: argparse.Namespace) -> None:
     store = ExpertStore(arguments.store)
     check(arguments, store)
     tokenizer = load_tokenizer(store.path / TOKENIZER)
+    if tokenizer.vocab_size > store.config.vocab_size:  # not hashed before format 4
+        raise DynarouteError(
+            f"{store.path / TOKENIZER}: has {tokenizer.vocab_size} tokens, but the model has {store.config.vocab_size}"
+        )
     # Bytes that are not UTF-8 reach us as surrogates, which no tokenizer takes.
     text = arguments.prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     prompt = tokenizer.encode_batch([text])[0].tolist() or [tokenizer.eot_id]

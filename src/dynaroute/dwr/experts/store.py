@@ -1,6 +1,6 @@
 """The expert store: a model on disk, with one file for its backbone and one for each expert.
 
-    manifest.json                        run, config, usage of experts, size and SHA-256 of every file
+    manifest.json                        run, config, usage of experts, SHA-256 of every file
     backbone.safetensors                 everything but the experts
     expert_layer{L}_id{E}.safetensors    w1, w2, b1, b2 of one expert
     tokenizer/                           of the text that the model was trained on
@@ -56,18 +56,24 @@ class Usage(Section):
 class Manifest(Section):
     """Content of manifest.json."""
 
-    format: Literal[2, 3]  # of 3, a top_k of 1 weighs outputs by their probability; of 2, by 1
+    # 2: a top_k of 1 weighs outputs by 1; 3: by their probability; 4: the tokenizer is hashed too.
+    format: Literal[2, 3, 4]
     run: Annotated[str, Field(max_length=64)]  # of the training; short, so that an expert's header fits in one page
     config: DWRConfig
     precision: Precision  # of the experts' weights
     usage: Usage
     files: dict[str, FileEntry]
+    tokenizer: dict[str, str] | None = None  # SHA-256 of its files, by name; None before format 4
 
     @model_validator(mode="after")
     def _describes_its_model(self) -> Self:
         layers, experts, usage = self.config.num_layers, self.config.num_experts, self.usage
         if self.format == 2 and self.config.top_k == 1:
-            raise invalid("format", self.format, "must be 3 with top_k = 1, whose router could not learn before")
+            raise invalid("format", self.format, "must be 3 or 4 with top_k = 1, whose router could not learn before")
+        if (self.tokenizer is None) != (self.format < 4):
+            raise invalid(
+                "tokenizer", self.tokenizer, "must be the hashes of its files from format 4 on, and only then"
+            )
         if not _is_matrix(usage.load, layers, experts):
             raise invalid("usage.load", usage.load, f"must be {layers} layers of {experts} experts")
         if len(usage.transitions) != layers - 1 or not all(_is_matrix(m, experts, experts) for m in usage.transitions):
@@ -136,7 +142,15 @@ def export_store(
             files[name] = FileEntry(bytes=size, sha256=sha256(folder / name), tensors=entries)
         if tokenizer:
             shutil.copytree(tokenizer, folder / TOKENIZER)
-        manifest = Manifest(format=3, run=run, config=model.config, precision=precision, usage=usage, files=files)
+        manifest = Manifest(
+            format=4,
+            run=run,
+            config=model.config,
+            precision=precision,
+            usage=usage,
+            files=files,
+            tokenizer=_hashes(folder / TOKENIZER),
+        )
         write_json(folder / MANIFEST, manifest.model_dump())
     for name in files:  # written in small pages, to be read in huge ones
         drop_from_page_cache(Path(path) / name)
@@ -165,7 +179,7 @@ class ExpertStore:
 
         Raises:
             DynarouteError: the manifest is damaged; or a file is missing, has another size or other tensors than the
-                manifest says, or belongs to another run.
+                manifest says, or belongs to another run; or the tokenizer is another one.
         """
         self.path = Path(path)
         self._manifest = manifest = _read_manifest(self.path / MANIFEST)
@@ -180,6 +194,9 @@ class ExpertStore:
         # File names come from the config, not from the manifest, so nothing outside of the folder is ever opened.
         for name, (entries, state) in file_contents(self.config, self.run, self.precision).items():
             _check_file(self.path / name, manifest.files[name].bytes, entries, state)
+        if manifest.tokenizer is not None:
+            for name, _ in sorted(manifest.tokenizer.items() ^ _hashes(self.path / TOKENIZER).items()):
+                raise DynarouteError(f"{self.path / TOKENIZER / name}: is not as it was exported: {REMEDY}")
 
     def verify(self) -> None:
         """Reads every file and compares its SHA-256.
@@ -338,6 +355,10 @@ def _read_manifest(path: Path) -> Manifest:
         place = [*map(str, first["loc"]), *([first["ctx"]["key"]] if first["type"] == "invalid" else [])]
         where = ".".join(place) or "the whole"
         raise DynarouteError(f"{path}: {where}: {first['msg']}: {REMEDY}") from error
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def _check_file(path: Path, size: int, entries: dict[str, TensorEntry], state: dict[str, Any]) -> None:
