@@ -12,13 +12,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class FaultyServer:
     """Serves `files`, {name: bytes}; `faults[name]` says what befalls the next requests for it, one after the other.
 
-    drop: the connection closes after a third; stall: nothing comes after a third; trickle: a byte comes every hundredth
-    of a second while the client stays; truncate: a third is served as if it were all; garble: a byte is another one;
-    empty: no byte is served as if that were all; page: something else is served; reset: the connection closes at once;
-    ignore_range, wrong_range: the range asked for is not what comes; labelled: the gzip is said to be the encoding of
-    the file, as some servers do; first_member: what comes ends with the first of the file's gzips, but the length of
-    the file is stated; unstated: nothing says how long it is; unstated_first_member: both; other_total: a range is said
-    to be of a file of another length; a number: that status.
+    drop: the connection closes after a third; stall: nothing comes after a third; trickle: a byte comes every
+    hundredth of a second while the client stays; truncate: about a third is served as if it were all; garble: a
+    byte is another one, not always the same; empty: no byte is served as if that were all; page: something else is
+    served; reset: the connection closes at once; ignore_range, wrong_range: the range asked for is not what comes;
+    labelled: the gzip is said to be the encoding of the file, as some servers do; first_member: what comes ends
+    with the first of the file's gzips, but the length of the file is stated; unstated: nothing says how long it is;
+    unstated_first_member: both; other_total: a range is said to be of a file of another length; a number: that
+    status.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -70,9 +71,10 @@ class FaultyServer:
             start = 0
         body = data[start:]
         if fault in ("truncate", "empty"):
-            body = body[: len(body) // 3 if fault == "truncate" else 0]
+            body = body[: len(body) // 3 - len(self.requests) % 9 if fault == "truncate" else 0]
         elif fault == "garble":
-            body = body[:20] + bytes([body[20] ^ 0xFF]) + body[21:] if len(body) > 20 else b"x" * len(body)
+            at = 20 + len(self.requests) % 9
+            body = body[:at] + bytes([body[at] ^ 0xFF]) + body[at + 1 :] if len(body) > at else b"x" * len(body)
         elif fault == "page":
             body = b"<html>Please try again later</html>"
         elif fault in ("first_member", "unstated_first_member"):

@@ -174,7 +174,7 @@ def test_the_region_is_held_out_and_stays_the_same_when_more_files_follow(tmp_pa
     assert held_out[0] == held_out[1]
 
 
-FAULTS = ["drop", "stall", "trickle", "truncate", "garble", "empty", "reset", "labelled", "unstated",
+FAULTS = ["drop", "stall", "trickle", "truncate", "garble", "reset", "labelled", "unstated",
           416, 429, 500, 503]  # fmt: skip
 
 
@@ -229,16 +229,34 @@ def test_zstd_files_give_the_tokens_that_gzips_give(tmp_path, server, address, t
 
 @pytest.mark.parametrize(
     ("content", "what"),
-    [(b"\n<!DOCTYPE html><html>Log in</html>", "a web page"), (b'{"id": "1", "text": "not compressed"}', "a file")],
+    [
+        (b"\n<!DOCTYPE html><html>Log in</html>", "a web page"),
+        (b'{"id": "1", "text": "not compressed"}', "a file"),
+        ("empty", "an empty file"),
+        (204, "an empty file"),
+    ],
 )
 def test_a_file_of_another_kind_is_refused_at_once(tmp_path, server, address, content, what):
-    server.files["1.json.gz"] = content
+    if isinstance(content, bytes):
+        server.files["1.json.gz"] = content
+    else:
+        server.faults["1.json.gz"], content = [content], b""
     address = f"{address}/1.json.gz"
     with pytest.raises(DynarouteError) as caught:
         fetch_compressed(address, tmp_path / "1", threading.Event())
-    expected = f"{address}: the server sends {what} that is neither gzip nor zstd: {content[:32]!r}..."
+    expected = f"{address}: the server sends {what} that is neither gzip nor zstd: {content[:32]!r}"
     assert str(caught.value) == expected
     assert len(server.requests) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: gzip.compress(b""), lambda data: data + b"x"])
+def test_a_file_that_is_damaged_on_the_server_is_asked_for_twice(tmp_path, server, address, damage):
+    server.files["1.json.gz"] = damage(server.files["1.json.gz"])
+    server.faults["1.json.gz"] = ["drop", 503, "garble", 503]
+    with pytest.raises(DynarouteError, match=r"/1\.json\.gz: came twice with the same damage: damaged gzip or zstd: "):
+        fetch_compressed(f"{address}/1.json.gz", tmp_path / "1", threading.Event())
+    assert len(server.requests) == 6
     assert not list(tmp_path.iterdir())
 
 

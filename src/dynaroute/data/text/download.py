@@ -11,7 +11,7 @@ import urllib3
 
 from dynaroute.data.text.sources import decompressed, is_zstd
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import flush
+from dynaroute.pipeline.artifacts import flush, sha256
 
 CONNECT_SECONDS = 20.0
 READ_SECONDS, LEAST_BYTES = 60.0, 2**16  # a read that brings less than that in that time has stalled
@@ -40,8 +40,9 @@ def fetch_compressed(address: str, path: Path, stop: threading.Event) -> None:
     it states none, or a wrong one, nothing does.
 
     Connections that fail, drop, stall or hardly bring anything, server errors, and content that turns out truncated or
-    altered are tried again, with growing delays; a download that broke off goes on where it stopped, also in a later
-    process. One that an earlier process finished is checked again, and fetched again if it is damaged.
+    altered, are tried again, with growing delays; a download that broke off goes on where it stopped, also in a later
+    process. Content that comes twice with the same damage is refused: so it lies on the server. A file that an earlier
+    process finished is checked again, and fetched again if it is damaged.
 
     Args:
         address: http or https.
@@ -49,7 +50,8 @@ def fetch_compressed(address: str, path: Path, stop: threading.Event) -> None:
         stop: set to leave.
 
     Raises:
-        DynarouteError: the server refuses the file, sends one of another kind, or keeps failing; or `stop` was set.
+        DynarouteError: the server refuses the file, sends nothing or one of another kind or a damaged one, or keeps
+            failing; or `stop` was set.
     """
     if path.exists():
         try:
@@ -63,8 +65,7 @@ def fetch_compressed(address: str, path: Path, stop: threading.Event) -> None:
     while True:
         try:
             download.resume(stop)
-            _refuse_other_kinds(address, part)
-            _check(part)
+            download.check()
         except FINAL_ERRORS as error:
             raise DynarouteError(f"{address}: {error}") from error
         except (_FailureError, requests.RequestException, urllib3.exceptions.HTTPError) as error:
@@ -94,6 +95,7 @@ class _Download:
     def __init__(self, address: str, part: Path) -> None:
         self.address, self.part = address, part
         self.total: int | None = None  # bytes; None: not stated yet
+        self.damaged: str | None = None  # SHA-256 of what came whole last, and was damaged
 
     def begin_anew(self) -> None:
         """Drops what is of no use: it is not the file's beginning."""
@@ -148,15 +150,29 @@ class _Download:
         if self.total is not None and size > self.total:
             raise _FailureError(f"{size} bytes came of {self.total}")
 
+    def check(self) -> None:
+        """Checks what came whole.
 
-def _refuse_other_kinds(address: str, path: Path) -> None:
-    """Raises DynarouteError if a response that came whole is no gzip or zstd: asking again would not change that."""
-    with path.open("rb") as file:
-        beginning = file.read(32)
-    if beginning and beginning[:2] != b"\x1f\x8b" and not is_zstd(beginning[:4]):
-        path.unlink()
-        what = "a web page" if beginning.lstrip().startswith(b"<") else "a file"
-        raise DynarouteError(f"{address}: the server sends {what} that is neither gzip nor zstd: {beginning!r}...")
+        Raises:
+            DynarouteError: asking again would not change it: it is empty, of another kind, or damaged as it was before.
+            _FailureError: it is damaged.
+        """
+        with self.part.open("rb") as file:
+            beginning = file.read(32)
+        if beginning[:2] != b"\x1f\x8b" and not is_zstd(beginning[:4]):
+            self.part.unlink()
+            what = "a web page" if beginning.lstrip().startswith(b"<") else "a file" if beginning else "an empty file"
+            raise DynarouteError(
+                f"{self.address}: the server sends {what} that is neither gzip nor zstd: {beginning!r}"
+            )
+        try:
+            _check(self.part)
+        except _FailureError as error:
+            before, self.damaged = self.damaged, sha256(self.part)
+            if self.damaged != before:
+                raise
+            self.part.unlink()
+            raise DynarouteError(f"{self.address}: came twice with the same damage: {error}") from error
 
 
 def _check(path: Path) -> None:
