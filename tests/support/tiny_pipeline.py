@@ -1,5 +1,6 @@
 """The real pipeline at tiny settings, in a copy of the repository."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -148,11 +149,14 @@ class Workspace:
 
     def wait_for_checkpoint(self, step: int) -> None:
         """Returns once the training in this workspace has saved a step of at least `step`."""
+        from dynaroute.errors import DynarouteError
         from dynaroute.training.checkpoints import load_checkpoint  # with torch, which most tests here do without
 
         def saved() -> bool:
-            paths = self.root.glob(".scratch/train_dwr/*/last.safetensors")
-            return any(load_checkpoint(path)[1]["step"] >= step for path in paths)
+            for path in self.root.glob(".scratch/train_dwr/*/last.safetensors"):
+                with contextlib.suppress(DynarouteError):  # it is opened twice, and may be replaced in between
+                    return load_checkpoint(path)[1]["step"] >= step
+            return False
 
         wait_until(saved)
 
