@@ -1,6 +1,7 @@
 """The expert cache: that it hands out the right weights whatever its threads do, and what it keeps in memory."""
 
 import contextlib
+import gc
 import subprocess
 import sys
 import threading
@@ -235,14 +236,45 @@ def test_a_prefetch_whose_layer_comes_before_its_turn_is_no_read(store, monkeypa
     assert (found.reads, found.reads_ahead, found.used_ahead) == (3, 1, 0)  # 0 and 3 on demand, 2 wasted, 4 never
 
 
-def test_an_error_in_the_prefetcher_surfaces_in_the_caller_and_threads_end(tmp_path):
+def test_an_expert_whose_place_was_taken_while_it_was_read_is_unmapped_first(store, monkeypatch):
+    begun, gate, mapped, read = threading.Event(), threading.Event(), {}, store.map
+
+    def waiting(*key):
+        mapped[key] = mapped_files(store.path)
+        content = read(*key)
+        if key == (1, 2):
+            begun.set()
+            assert gate.wait(10)
+        return content
+
+    monkeypatch.setattr(store, "map", waiting)
+    with ExpertCache(store, 2, prefetcher=Says([2])) as cache:
+        fetched(cache, 0, [0])
+        assert begun.wait(10)
+        threading.Timer(0.05, gate.set).start()
+        fetched(cache, 1, [4])
+    assert mapped[1, 4] == {expert_file(0, 0)}
+
+
+def test_after_an_error_in_the_prefetcher_no_thread_is_left_and_no_file_mapped(tmp_path):
     store = export(tmp_path / "store")
     (store.path / expert_file(1, 2)).unlink()
     before = threading.active_count()
-    with pytest.raises(DynarouteError, match=expert_file(1, 2)), ExpertCache(store, 6, prefetcher=Says([2])) as cache:
-        fetched(cache, 0, [0])
-        cache._prefetchers.shutdown()  # it has been tried by now
-        fetched(cache, 1, [3])
+
+    def fail():
+        with ExpertCache(store, 2, prefetcher=Says([2])) as cache:
+            cache.observe(0, torch.empty(0), torch.empty(0))
+            ((_, _held),) = cache.fetch(0, [0])
+            cache._prefetchers.shutdown()  # it has been tried by now
+            fetched(cache, 1, [3])
+
+    gc.disable()  # nothing waits for it
+    try:
+        with pytest.raises(DynarouteError, match=expert_file(1, 2)):
+            fail()
+        assert mapped_files(store.path) == set()
+    finally:
+        gc.enable()
     assert threading.active_count() == before
 
 

@@ -42,5 +42,7 @@ def mapped_files(folder: Path) -> set[str]:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("needs /proc/self/maps")
-    prefix = f"{folder.resolve()}/"
-    return {line.partition(prefix)[2] for line in maps.read_text().splitlines() if prefix in line}
+    prefix, before, found = f"{folder.resolve()}/", None, None
+    while found is None or found != before:  # threads may map files meanwhile, and the list does not come in one piece
+        before, found = found, {text.partition(prefix)[2] for text in maps.read_text().splitlines() if prefix in text}
+    return found

@@ -101,6 +101,8 @@ class ExpertCache:
         for pool in (self._prefetchers, self._readers):
             pool.shutdown(cancel_futures=True)
         self._slots.clear()
+        self._empty.clear()
+        self._failure = None
 
     def __len__(self) -> int:
         """The number of experts held."""
@@ -136,7 +138,10 @@ class ExpertCache:
             DynarouteError: an expert's file cannot be read, also one that was only prefetched.
         """
         if self._failure:
-            raise self._failure
+            try:
+                raise self._failure
+            finally:
+                self._failure = None  # its traceback holds the caller's weights, and would hold itself by this cache
         self._compare_prediction(layer, needed)
         hits, loads = self._residency.call(layer, needed)
         self.statistics.late += sum(not self._slots[key].holds(key) for key in hits)
@@ -228,6 +233,7 @@ class ExpertCache:
                 return
             if slot.holds(key) and (slot.memory or not self.store.is_modified(*key)):
                 return
+            slot.content = None  # one that was still being read when the slot was assigned: a slot maps one file
             with self._counting:
                 self.statistics.reads += 1
                 self.statistics.reads_ahead += ahead
@@ -238,6 +244,7 @@ class ExpertCache:
                 dequantize(self.store.views(file), slot.memory)
             slot.read_ahead = ahead
             slot.content = key, slot.memory or ExpertWeights(**self.store.views(file))
+            del file  # before another thread has the lock, and maps the next one
 
     @torch.inference_mode()  # as pinned memory may have been allocated in that mode
     def _copy_to_gpu(self, file: Tensor, slot: _Slot) -> None:
