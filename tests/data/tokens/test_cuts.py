@@ -1,6 +1,7 @@
 """Pieces of a text, encoded one by one, give the tokens of the whole, for every tokenizer that is cut at all."""
 
 import base64
+import gzip
 import itertools
 import json
 import re
@@ -14,7 +15,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from dynaroute.data.text.sources import Document
 from dynaroute.data.tokens import encode
-from dynaroute.data.tokens.cuts import CUTS, GPT2_CUTS, cuts_of, last_cut
+from dynaroute.data.tokens.cuts import GPT2_CUTS, LINE_CUTS, WORD_CUTS, cuts_of, last_cut
 from dynaroute.data.tokens.encode import pieces
 from dynaroute.data.tokens.tokenizers import GPT2_FILE, HuggingFaceTokenizer, TiktokenTokenizer, Tokenizer
 from dynaroute.errors import DynarouteError
@@ -39,7 +40,7 @@ NASTY = [
     *("\u1100\u1161\u11a8", "\U0001f469\u200d\U0001f680", "\u0378", "\U0010ffff", "\ufffd", "'ll", "'S", "\r\n"),
     *("<tok>", "word", " word", "   ", "\n\n", "  \n"),
 ]
-FREQUENT = [*"as1 \n./'", " a", "\na", " word"]  # where cuts are, and what is around them
+FREQUENT = [*"as1 \n./'\t\u3000", " a", "\na", ".\n", "\n\t", " word"]  # where cuts are, and what is around them
 TEXTS = st.lists(
     st.sampled_from(FREQUENT) | st.sampled_from(NASTY) | st.characters(exclude_categories=["Cs"]), max_size=20
 ).map("".join)
@@ -88,6 +89,9 @@ WHOLE = {
     "words are removed": byte_level(split(LLAMA_PATTERN, "removed"), BYTES),
     "lower case": byte_level(SPLITTING, normalizer=normalizers.Sequence([normalizers.Lowercase()])),
     "a token takes spaces": byte_level(SPLITTING, added=[AddedToken("<tok>", rstrip=True)]),
+    "bytes first": byte_level(BYTES, split(LLAMA_PATTERN)),
+    "line ends last": byte_level(split(LLAMA_PATTERN.replace(r"|\s*[\r\n]+", "") + r"|\s*[\r\n]+"), BYTES),
+    "a token of two lines": byte_level(split(LLAMA_PATTERN), BYTES, added=["\n\t"]),
     "a token of two words": byte_level(SPLITTING, added=["two words"]),
     "a token that is a word": byte_level(SPLITTING, added=[AddedToken("word", single_word=True)]),
 }
@@ -127,8 +131,29 @@ def test_gpt2_can_be_cut_at_every_cut(gpt2, text):
 
 @given(text=TEXTS)
 @example(text="a  <tok> word\nword\n\nword <tok>a a")
+@example(text="1;\n/a;\n\n \t'll\n\t\n\u3000\u3000\u4e2d.\r\n  1\r\ta")
 def test_a_tokenizer_of_the_hub_can_be_cut_at_every_cut(library, text):
     assert_pieces_give_the_whole(library, text)
+
+
+LINES = ["123,456\n", "12 34 56\n", "\u4e2d\u3002\n\u3000\u3000", "\u4e2d\u3002\n\n", "\t\tx=1;\n", "\u4e2d\n", ", "]
+LINES += ["<p>\r\n\r\n", "1\t2\r", "---\n", "{\n    }\n"]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_text_of_lines_is_cut_near_its_end(library, line):
+    assert last_cut(line * 100, library.cuts) > len(line) * 98
+    assert_pieces_give_the_whole(library, line * 100)
+
+
+def test_real_text_is_cut_often_and_gives_the_tokens_of_the_whole(library, shared_data):
+    texts = [(shared_data / "wikitext/wiki.test.raw").read_text()]
+    for path in sorted(shared_data.glob("dolma_sample/*-0000.json.gz")):
+        lines = gzip.decompress(path.read_bytes()).splitlines()
+        texts.append("\n".join(json.loads(line)["text"] for line in lines[:3]))
+    for text in texts:
+        assert len(library.cuts.findall(text[:50_000])) > len(text[:50_000]) / 50
+        assert_pieces_give_the_whole(library, text[:50_000])
 
 
 def test_both_libraries_agree_on_white_space():
@@ -146,10 +171,11 @@ def test_only_a_known_tokenizer_is_cut(name):
     if name == "GPT-2":
         assert cuts_of(CUT[name]) is GPT2_CUTS
     else:
-        assert cuts_of((CUT | WHOLE)[name]) is (CUTS if name in CUT else None)
+        words = ("GPT-NeoX", "SmolLM", "GPT-2's pattern")
+        assert cuts_of((CUT | WHOLE)[name]) is (None if name in WHOLE else WORD_CUTS if name in words else LINE_CUTS)
 
 
-@given(st.lists(TEXTS, min_size=1, max_size=8), st.sampled_from([GPT2_CUTS, CUTS]))
+@given(st.lists(TEXTS, min_size=1, max_size=8), st.sampled_from([GPT2_CUTS, WORD_CUTS, LINE_CUTS]))
 def test_pieces_are_the_text_and_end_at_cuts(texts, cuts):
     parts = [Document("1", text, "s", continues=index + 1 < len(texts)) for index, text in enumerate(texts)]
     found = list(pieces([*parts, Document("2", "next", "s")], cuts))
@@ -161,7 +187,7 @@ def test_pieces_are_the_text_and_end_at_cuts(texts, cuts):
     assert [piece.continues for piece in found] == [True] * (len(found) - 1) + [False] * bool(found)
 
 
-@pytest.mark.parametrize(("text", "cuts"), [("a" * 120, GPT2_CUTS), (" " * 120, CUTS), ("a word " * 20, None)])
+@pytest.mark.parametrize(("text", "cuts"), [("a" * 120, GPT2_CUTS), (" " * 120, LINE_CUTS), ("a word " * 20, None)])
 def test_a_document_that_cannot_be_cut_in_time_is_named(monkeypatch, text, cuts):
     monkeypatch.setattr(encode, "MAX_UNCUT", 100)
     parts = [Document("Chromosome 1", text[start : start + 30], "s", continues=True) for start in range(0, 120, 30)]

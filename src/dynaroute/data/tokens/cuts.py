@@ -7,6 +7,7 @@ the whole text. Which patterns that holds for is known of those below; a tokeniz
 
 import json
 import re
+from typing import Literal
 
 import tokenizers
 
@@ -14,20 +15,29 @@ import tokenizers
 # spaces `\s+(?!\S)` leaves the last one; on the left alone it matches all others, as it does in the whole. Unlike
 # Python's, the \s of both libraries does not match the separators 1C to 1F.
 GPT2_CUTS = re.compile(r"[^\S\x1c-\x1f](?=[\S\x1c-\x1f])")
-# Before a single space between words, and between a single newline and a word: for any pattern of these alternatives.
-# None of them matches a space after another character, or a letter after a newline.
-CUTS = re.compile(r"(?<=\S) (?=[^\W\d_])|(?<=\S\n)(?=[^\W\d_])")
+# Between any character and the white space after it: for GPT-2's pattern beside other steps, which may treat several
+# white spaces in their own way. No alternative matches a white space after another character.
+WORD_CUTS = re.compile(r"(?<=\S)(?=[^\S\x1c-\x1f])")
+# The same but before a line end, which a mark may take in; and after the last line end of several white spaces, if
+# another character follows at all: `\s*[\r\n]+` matches up to there, and on the left alone as well. GPT-4o's marks take
+# in a slash after a line end.
+LINE_CUTS = re.compile(r"(?<=\S)(?=[^\S\r\n\x1c-\x1f])|(?<=[\r\n])(?!/)(?=[^\S\r\n]*+\S)")
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-ALTERNATIVES = [
-    *(CONTRACTIONS, r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}{1,3}"),  # Llama 3, OLMo 2
-    *(r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"),
+GPT2 = ["'s|'t|'re|'ve|'m|'ll|'d", r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+"]
+OTHERS = [
+    *(CONTRACTIONS, r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*"),  # Llama 3, OLMo 2
     *(r"\p{N}", r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"),  # Qwen
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + CONTRACTIONS + "?",  # GPT-4o
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + CONTRACTIONS + "?",
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-    *("'s|'t|'re|'ve|'m|'ll|'d", r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+"),  # GPT-2
 ]
-KNOWN_PATTERN = re.compile("(?:(?:{})\\|)+{}".format("|".join(map(re.escape, ALTERNATIVES)), re.escape(r"\s+")))
+CUTS_OF_PATTERNS = {
+    re.compile("(?:(?:{})\\|)+{}".format("|".join(map(re.escape, alternatives)), re.escape(spaces))): cuts
+    for alternatives, spaces, cuts in (
+        (GPT2, r"\s+(?!\S)|\s+", WORD_CUTS),
+        (GPT2 + OTHERS, r"\s*[\r\n]+|\s+(?!\S)|\s+", LINE_CUTS),
+    )
+}
 
 
 def cuts_of(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
@@ -39,31 +49,33 @@ def cuts_of(tokenizer: tokenizers.Tokenizer) -> re.Pattern[str] | None:
         json.loads(part.__getstate__()) if part else {} for part in (tokenizer.normalizer, tokenizer.pre_tokenizer)
     )
     steps = splitter.get("pretokenizers", [splitter])
-    split_here = [_splits(step) for step in steps]
+    cuts = [_cuts_of_step(step) for step in steps]
     added = [token for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
     if (
-        None in split_here
-        or True not in split_here
+        None in cuts
+        or any(step["type"] == "ByteLevel" for step in steps[:-1])  # after it, there are no white spaces
         or normalizer not in ({}, {"type": "NFC"})
         or any(token.lstrip or token.rstrip or token.single_word for token in added)
-        or not all(re.fullmatch(r"\s+|\S+", token.content) for token in added)
+        or not all(re.fullmatch(r"(\s)\1*|\S+", token.content) for token in added)
     ):
         return None
-    return CUTS if added or normalizer or len(steps) > 1 or steps[0]["type"] != "ByteLevel" else GPT2_CUTS
+    if cuts == [WORD_CUTS] and steps[0]["type"] == "ByteLevel" and not added and not normalizer:
+        return GPT2_CUTS
+    return next(filter(None, cuts), None)  # what the first one splits apart, the others see apart
 
 
-def _splits(step: dict) -> bool | None:
-    """Whether a pre-tokenizer splits at CUTS; None if what it does there may depend on more than their neighbours."""
+def _cuts_of_step(step: dict) -> re.Pattern[str] | Literal[False] | None:
+    """Where a pre-tokenizer splits; False: not at any cut; None: it may depend on more than a cut's neighbours."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": bool(splits)}:
-            return splits
+            return splits and WORD_CUTS
         case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False} | {
             "type": "Split",
             "pattern": {"Regex": pattern},
             "behavior": "Removed",
             "invert": True,
         }:
-            return True if KNOWN_PATTERN.fullmatch(pattern) else None
+            return next((cuts for known, cuts in CUTS_OF_PATTERNS.items() if known.fullmatch(pattern)), None)
         case {"type": "Digits"}:
             return False
     return None
