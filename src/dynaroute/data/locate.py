@@ -11,7 +11,7 @@ from dynaroute.config import Settings
 from dynaroute.config.data import Dolma, DolmaStream, Files, Hosted, HostedData, HubTokenizer, InstalledText
 from dynaroute.config.schema import Section
 from dynaroute.data.text import installed
-from dynaroute.data.text.sources import matched_files
+from dynaroute.data.text.sources import dataset_files, matched_files
 from dynaroute.pipeline.hashes import hash_files
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}  # which no tokenizer reads
@@ -43,9 +43,10 @@ def _files_of(section: Hosted) -> dict[str, Path]:
     folder = Path(section.path)
     if isinstance(section, DolmaStream):
         found = [folder / section.addresses]
+    elif isinstance(section, HostedData):
+        found = dataset_files(folder)
     else:  # a model's folder may hold checkpoints of its training, in folders that nothing reads
-        found = sorted(folder.rglob("*") if isinstance(section, HostedData) else folder.glob("*"))
-        found = [path for path in found if "/." not in f"/{path.relative_to(folder)}"]  # hidden ones are of tools
+        found = [path for path in sorted(folder.glob("*")) if not path.name.startswith(".")]
         found += [folder / name for index in folder.glob("*.index.json") for name in _shards(index)]
     if isinstance(section, HubTokenizer):
         found = [path for path in found if path.suffix not in WEIGHTS]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pyarrow
@@ -342,6 +343,24 @@ def test_a_local_dataset_edited_in_place_is_read_anew(hub_folder):
         (hub_folder / "train.txt").write_text(text)
         os.utime(hub_folder / "train.txt", (1, 1))
         assert [document.text for document in documents(hub(hub_folder))] == [text]
+
+
+@pytest.mark.parametrize("named", ["../a.txt", ".hidden/a.txt", "link/a.txt", "zip://a.txt::{}/.z.zip", "{}/../a.txt"])
+def test_a_dataset_card_names_only_files_whose_edits_are_noticed(hub_folder, named):
+    for name in ("../a.txt", ".hidden/a.txt", "own/a.txt"):
+        (hub_folder / name).parent.mkdir(exist_ok=True)
+        (hub_folder / name).write_text("Text.")
+    with zipfile.ZipFile(hub_folder / ".z.zip", "w") as archive:
+        archive.writestr("a.txt", "Text.")
+    (hub_folder / "link").symlink_to(hub_folder.parent)
+    card = "---\nconfigs: [{{config_name: default, data_files: '{}'}}]\n---\n"
+    (hub_folder / "README.md").write_text(card.format("own/a.txt"))
+    assert [document.text for document in documents(hub(hub_folder))] == ["Text."]
+    (hub_folder / "README.md").write_text(card.format(named.format(hub_folder)))
+    with pytest.raises(
+        DynarouteError, match=r"path: dataset .* cannot be loaded: .*(a\.txt|\.z\.zip) is hidden or not in"
+    ):
+        list(documents(hub(hub_folder)))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])

@@ -8,6 +8,7 @@ import functools
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import re
 import types
@@ -177,13 +178,26 @@ def _decoded(text: memoryview) -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
+def dataset_files(folder: Path) -> list[Path]:
+    """The files of a local dataset, but for hidden ones, which are of tools."""
+    found = (path for path in sorted(folder.rglob("*")) if "/." not in f"/{path.relative_to(folder)}")
+    return [path for path in found if path.is_file()]
+
+
 def _load_hub_dataset(source: Hub) -> Any:
     import datasets  # takes a second, which only this kind should pay
 
     try:
-        # Its cache goes by times of local files, which an edit can leave alone.
-        mode = "force_redownload" if Path(source.path).is_dir() else None
-        return datasets.load_dataset(source.path, source.name, revision=source.revision, download_mode=mode)
+        builder = datasets.load_dataset_builder(source.path, source.name, revision=source.revision)
+        mode = None
+        if (folder := Path(source.path)).is_dir():
+            mode = "force_redownload"  # the cache goes by times of files, which an edit can leave alone
+            own = {path.resolve() for path in dataset_files(folder)}
+            for file in itertools.chain(*builder.config.data_files.values()):
+                if Path(file.rpartition("::")[2]).resolve() not in own:
+                    raise ValueError(f"{file} is hidden or not in the folder, so that nobody would notice its edits")
+        builder.download_and_prepare(download_mode=mode)
+        return builder.as_dataset()
     except Exception as error:  # of any kind: RuntimeError for a loading script, BadZipFile, YAMLError
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         place = ", ".join(part for part in (source.path, source.name, source.revision) if part)
