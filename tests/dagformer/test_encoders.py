@@ -274,6 +274,54 @@ def test_a_text_that_is_too_long_for_the_encoder_is_an_error_and_not_cut(text_en
         encoder.encode_texts(["cat", TEXTS[0]])
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes", "limit"),
+    [
+        # Of 12 positions, two are before the first: RoBERTa counts from after the padding token's.
+        ("Roberta", {"max_position_embeddings": 12, "pad_token_id": 1}, 10),
+        ("Bert", {"max_position_embeddings": 12}, 12),
+        ("XLNet", {"d_head": 8}, 12),  # has -1 positions
+        ("T5", {"d_kv": 8, "decoder_start_token_id": 0}, 12),  # has no such key, and a decoder
+    ],
+)
+def test_an_encoder_of_any_family_reads_as_many_tokens_as_it_has_positions(
+    text_encoder, tokens, tmp_path, kind, sizes, limit
+):
+    import transformers
+
+    torch.manual_seed(3)
+    sizes = {
+        key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    } | sizes
+    length = {"model_max_length": 12 if kind in ("XLNet", "T5") else None}
+    folder = changed_copy(text_encoder, tmp_path / "copy", "tokenizer_config.json", **length)
+    config = getattr(transformers, f"{kind}Config")(intermediate_size=24, **sizes)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
+    encoder = load_hub(folder, tokens)
+    assert encoder.max_tokens == limit
+    assert encoder.model.config._attn_implementation == ("eager" if kind == "XLNet" else "sdpa")
+    assert encoder.encode_texts(["5" * limit]).shape == (1, WIDTH)
+    with pytest.raises(DynarouteError, match=f"reads at most {limit} tokens, but a window has {limit + 1} of them"):
+        encoder.encode_texts(["5" * (limit + 1)])
+
+
+def test_windows_that_are_too_long_are_refused_before_any_is_encoded(text_encoder, tokens, windows, tmp_path):
+    encoder = load_hub(changed_copy(text_encoder, tmp_path / "copy", "config.json", max_position_embeddings=6), tokens)
+    encoder.encode = lambda _: pytest.fail("a window is encoded")
+    with pytest.raises(DynarouteError, match=r"reads at most 6 tokens, but a window has \d+ of them: lower"):
+        write(encoder, hub(text_encoder), windows, tmp_path / "embeddings")
+
+
+def test_a_model_that_encodes_no_text_is_refused_in_one_line(text_encoder, tokens, tmp_path):
+    from transformers import ViTConfig, ViTModel
+
+    folder = changed_copy(text_encoder, tmp_path / "copy", "tokenizer_config.json")
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    ViTModel(ViTConfig(image_size=8, patch_size=4, **sizes)).save_pretrained(folder)
+    with pytest.raises(DynarouteError, match=r"^dagformer\.encoder\.path: .*copy: does not encode text: [^\n]+$"):
+        load_hub(folder, tokens)
+
+
 def test_a_text_without_tokens_is_an_error_and_not_a_nan(text_encoder, tokens):
     with pytest.raises(DynarouteError, match="finds no token in ''"):
         load_hub(text_encoder, tokens).encode_texts(["cat", ""])

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from dynaroute.dagformer.encoders import Encoder
 
 BATCH_TOKENS = 8192
+CHECKED_WINDOWS = (
+    256  # of each split, before the first is encoded: a window that is too long is most often not the only one
+)
 NOTE_WINDOWS = 2**14  # between two notes of how far a run is: what a kill can cost, minutes on a GPU
 
 
@@ -56,6 +59,9 @@ def write_embeddings(
     # By file, how many of its windows are on disk.
     done: dict[str, int] = read_record(note)["windows"] if note.exists() else {}
     folder.mkdir(exist_ok=True)
+    for own in windows.values():
+        for index in range(0, len(own), max(1, len(own) // CHECKED_WINDOWS)):
+            encoder.check(own.batch([index])[0])
     parts = {split: (own, own.seq_len) for split, own in windows.items()}
     if prefix_tokens is not None:
         parts |= {f"{split}_prefix": (own, prefix_tokens) for split, own in windows.items()}

@@ -46,7 +46,6 @@ def load_model(
         path,
         revision=revision or "main",
         dtype=dtype,
-        attn_implementation="sdpa",
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
