@@ -84,7 +84,8 @@ class Dolma(Section):
 class DolmaStream(HostedData):
     """Files in Dolma's format at the addresses that Dolma publishes: downloaded, tokenized and not kept.
 
-    The list of addresses is a file of the dataset: Dolma's are `urls/<version>.txt`.
+    The list of addresses is a file of the dataset: Dolma's are `urls/<version>.txt`. Documents with the same id and
+    source all count: the hashes of billions of ids would fill the memory of every run that resumes.
     """
 
     kind: Literal["dolma_stream"]

@@ -22,6 +22,7 @@ import torch
 
 from dynaroute.config.dwr import PolicyName, PrefetchName
 from dynaroute.config.schema import MAX_SEED, MAX_THREADS, TEMPERATURES
+from dynaroute.data.text.sources import valid_unicode
 from dynaroute.data.tokens.tokenizers import Tokenizer, load_tokenizer
 from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.policies import make_policy
@@ -129,9 +130,7 @@ def generate(arguments: argparse.Namespace) -> None:
         raise DynarouteError(
             f"{store.path / TOKENIZER}: has {tokenizer.vocab_size} tokens, but the model has {store.config.vocab_size}"
         )
-    # Bytes that are not UTF-8 reach us as surrogates, which no tokenizer takes.
-    text = arguments.prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    prompt = tokenizer.encode_batch([text])[0].tolist() or [tokenizer.eot_id]
+    prompt = tokenizer.encode_batch([valid_unicode(arguments.prompt)])[0].tolist() or [tokenizer.eot_id]
     if len(prompt) >= store.config.max_seq_len:
         raise DynarouteError(f"--prompt: {len(prompt)} tokens; the model has {store.config.max_seq_len} positions")
     torch.set_num_threads(arguments.threads)

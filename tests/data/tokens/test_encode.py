@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -107,6 +108,16 @@ def test_a_collected_file_that_lost_lines_is_named(tmp_path, collected):
     with pytest.raises(DynarouteError, match=r"test\.jsonl: 1 documents, but metadata\.json says 2"):
         tokenize("c", BPE, collected, tmp_path / "tokens")
     assert not (tmp_path / "tokens").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_file_that_lacks_documents_is_named(tmp_path, collected, split):
+    path = shutil.copytree(collected, tmp_path / "collected") / f"{split}.jsonl"
+    path.write_text("")
+    with pytest.raises(
+        DynarouteError, match=rf"^{path}: 0 documents, but metadata\.json says \d+: run the stage collect"
+    ):
+        tokenize("c", BPE, tmp_path / "collected", tmp_path / "tokens")
 
 
 def test_the_tokenizer_of_other_tokens_is_refused(tmp_path, collected):

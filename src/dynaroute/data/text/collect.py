@@ -94,19 +94,25 @@ def _write_splits(name: str, corpus: Corpus, folder: Path, repeated: set[int]) -
     return {"corpus": name, "duplicates": duplicates, "splits": summaries}, hashes
 
 
-def read_documents(path: str | Path) -> Iterator[Document]:
+def read_documents(path: str | Path, expected: int | None = None) -> Iterator[Document]:
     """Streams the documents of a .jsonl file that `collect` wrote, long ones in parts.
 
     Raises:
-        DynarouteError: the file is missing, or a line of it is damaged.
+        DynarouteError: the file is missing, a line of it is damaged, or there are not as many documents as expected.
     """
+    found = 0
     try:
         with Path(path).open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 fields = parse_document(line, f"{path}, line {number}")
                 yield Document(fields["id"], fields["text"], fields["source"], continues=fields.get("continues", False))
+                found += not fields.get("continues")
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}: run the stage collect") from error
+    if expected not in (None, found):
+        raise DynarouteError(
+            f"{path}: {found} documents, but metadata.json says {expected}: run the stage collect again"
+        )
 
 
 def stable_hash(document_id: str) -> int:

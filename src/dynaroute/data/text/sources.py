@@ -10,7 +10,6 @@ import hashlib
 import io
 import itertools
 import json
-import re
 import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -74,7 +73,7 @@ def parts(
     held, size = [], 0
     for chunk in read():
         for start in range(0, len(chunk), PART_CHARACTERS):
-            piece = _valid_unicode(chunk[start : start + PART_CHARACTERS])
+            piece = valid_unicode(chunk[start : start + PART_CHARACTERS])
             if size + len(piece) > PART_CHARACTERS:
                 yield first._replace(text="".join(held), continues=True)
                 held, size = [], 0
@@ -83,20 +82,23 @@ def parts(
     yield first._replace(text="".join(held))
 
 
-def _valid_unicode(text: str) -> str:
-    r"""Replaces lone halves of surrogate pairs, which an escape like \ud800 makes and UTF-8 cannot hold, by U+FFFD."""
+def valid_unicode(text: str) -> str:
+    r"""The text without surrogates, which UTF-8 cannot hold: pairs are joined, and lone halves become U+FFFD.
+
+    An escape like \ud800 makes them, or an argument of the command line that is not UTF-8.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
-        return re.sub("[\ud800-\udfff]", "\ufffd", text)
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 
 def _valid_name(name: str) -> str:
-    """The name repaired; if U+FFFD is then in it, with a hash, since other names may look the same."""
-    valid = _valid_unicode(name)
-    if "\ufffd" not in valid:
-        return valid
+    """The name repaired; if it had to be, or U+FFFD is in it, with a hash, since other names may look the same."""
+    valid = valid_unicode(name)
+    if valid == name and "\ufffd" not in name:
+        return name
     return f"{valid}#{hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}"
 
 
