@@ -5,11 +5,11 @@
 
 Writes  reports/benchmarks/cached_inference.json, shown in reports/cached_inference.md
 
-96 experts of 8 MiB with random weights, a third of them held, batch 1, fp32 on the CPU; about 5 GiB of temporary files
-in .scratch and 6 GiB of memory. One thread computes; our reading threads run beside it, on a second core where there is
-one. All candidates decode the same number of tokens after one token, and take turns. Warm, resident models included:
-just after the same decoding, which is not timed. Cold: before every token, outside of what is timed, the system forgets
-all pages of the candidate's files that are not in use.
+96 experts of 8 MiB with random weights, a third of them held, batch 1, fp32 on the CPU. It needs about 5 GiB of
+temporary files in .scratch and 6 GiB of memory. One thread computes; our reading threads run beside it, on a second
+core where there is one. All candidates decode the same number of tokens after one token, and take turns. Warm: right
+after the same decoding, which is not timed. Cold: before every token, untimed, the system drops all pages of the
+candidate's files that are not in use.
 
 Peers: transformers' Mixtral of equal expert bytes, resident and with its experts mapped to disk by a device map; and
 our own module under accelerate's `disk_offload`, which loads all experts of a layer where a module holds them.
@@ -17,14 +17,13 @@ our own module under accelerate's `disk_offload`, which loads all experts of a l
 
 import functools
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from timing import ratios, show, turns
+from timing import ratios, seconds, show, turns
 from torch import Tensor, nn
 
 from dynaroute.analysis.cache_benchmark import forgetter, run_passes
@@ -46,14 +45,20 @@ CONFIG = DWRConfig(
     capacity_factor=None, vocab_size=50304,
 )  # fmt: skip
 GATED_WIDTH = 1366  # of Mixtral's experts, whose three matrices then hold as much as our two
-THREADS = 1  # that compute: the other core of a small machine reads
+THREADS = 1  # that compute; the other core of a small machine reads
 NEW_TOKENS, REPEATS = 24, 5
 SETTINGS = [("lru", "none"), ("next_use", "none"), ("lru", "gate"), ("next_use", "gate")]
-# What goals are judged by, whatever the others turn out to be: what the simulation of the default run recommends for
-# experts of this size at a third of them, on disk as in the page cache.
+# The setting that the goals judge, chosen beforehand: what the default run's simulation recommends for experts of this
+# size at a third of them, on disk as in the page cache.
 GOAL_SETTING = ("next_use", "gate")
 RESIDENT = ("ours, all resident", "warm")
+MIXTRAL, OFFLOADED = "Mixtral, experts on disk", "ours under accelerate's disk_offload"
+GOALS = (
+    ("warm", RESIDENT[0], 0.95), ("warm", MIXTRAL, 1.5), ("warm", OFFLOADED, 15.0),
+    ("cold", RESIDENT[0], 0.35), ("cold", MIXTRAL, 6.0), ("cold", OFFLOADED, 15.0),
+)  # fmt: skip
 SCRATCH = Path(".scratch/benchmark_cached_inference")
+PROMPT = torch.zeros(1, 1, dtype=torch.int64)
 
 
 class Run(NamedTuple):
@@ -61,14 +66,14 @@ class Run(NamedTuple):
 
     seconds: float
     hit_rate: float | None = None  # of ours
-    late_rate: float | None = None  # of ours: the share of requests that were hits, but not there yet
+    late_rate: float | None = None  # of ours: the share of requests whose expert was still being read
 
 
-Candidate = tuple[tuple[str, str], Callable[[], Run]]  # its name and page cache, warm or cold; and its decoding
+Candidates = dict[tuple[str, str], Callable[[], Run]]  # decodings by name and page cache, warm or cold
 
 
 def main(settings: Settings) -> None:
-    """Makes the models, lets them take turns, prints a table and writes the report."""
+    """Measures, prints tables and writes the report."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(settings.seed)
     shutil.rmtree(SCRATCH, ignore_errors=True)
@@ -86,16 +91,15 @@ def measure() -> dict[str, Any]:
     store = ExpertStore(SCRATCH / "store")
     store.verify()  # now, since the first reading of a file checks it
     capacity = nearest_a_third(store.num_experts)
-    mixtral, disk = make_mixtral(), SCRATCH / "mixtral"
+    mixtral, mixtral_on_disk = make_mixtral(), load_mixtral_from_disk()
     trace = record_mixtral(mixtral)
-    candidates = dict(
-        [
-            *ours(store, capacity),
-            (("Mixtral, all resident", "warm"), lambda: again(lambda: decode(mixtral_passes(mixtral)))),
-            *with_cold("Mixtral, experts on disk", load_mixtral_from_disk(disk), mixtral_passes, SCRATCH),
-            *with_cold("ours under accelerate's disk_offload", offloaded(store), our_passes, SCRATCH / "offload"),
-        ]
-    )
+    model = offloaded(store)
+    candidates = {
+        **ours(store, capacity),
+        ("Mixtral, all resident", "warm"): lambda: again(lambda: decode(mixtral_passes(mixtral))),
+        **warm_and_cold(MIXTRAL, lambda: mixtral_passes(mixtral_on_disk), SCRATCH),
+        **warm_and_cold(OFFLOADED, lambda: greedy_decode(model, PROMPT, NEW_TOKENS), SCRATCH / "offload"),
+    }
     runs = turns(candidates, REPEATS, 1, "benchmark")  # in the first round everything is slow
     rows = [row(*name, found, runs[RESIDENT]) for name, found in runs.items()]
     show(rows, "name", "page_cache", "tokens_per_second", "ratio_to_resident", "ratio_lowest", "ratio_highest")
@@ -117,39 +121,36 @@ def measure() -> dict[str, Any]:
     }
 
 
-def ours(store: ExpertStore, capacity: int) -> Iterator[Candidate]:
-    """The resident model first, then cached ones, whose logits must be the resident model's."""
+def ours(store: ExpertStore, capacity: int) -> Candidates:
+    """The resident model, and cached ones, whose logits must equal the resident model's; it must run first."""
     resident, cached = load_resident(store), load_backbone(store)
-    prompt = torch.zeros(1, 1, dtype=torch.int64)
     expected: list[Tensor] = []
 
     def run_resident() -> Run:
-        result, logits = run_passes(greedy_decode(resident, prompt, NEW_TOKENS))
+        result, logits = run_passes(greedy_decode(resident, PROMPT, NEW_TOKENS))
         expected[:] = [logits]
         return Run(result.decode_seconds[0])
 
-    def run_cached(size: int, policy: str, prefetch: str, cold: bool) -> Run:
+    def run_cached(size: int, policy: str, prefetch: str, forget: Callable[[], None] | None = None) -> Run:
         prefetcher = make_prefetcher(prefetch, store, routers(cached), CONFIG.top_k)
         with ExpertCache(store, size, make_policy(policy, store.usage.load), prefetcher=prefetcher) as cache:
             bind_experts(cached, cache)
-            forget = forgetter(store.path) if cold else None
-            result, logits = run_passes(greedy_decode(cached, prompt, NEW_TOKENS), cache, forget)
+            result, logits = run_passes(greedy_decode(cached, PROMPT, NEW_TOKENS), cache, forget)
         if not torch.equal(logits, expected[0]):
             raise DynarouteError(f"{size} experts, {policy}, {prefetch}: logits are not those of the resident model")
         found = result.decode
         return Run(result.decode_seconds[0], found.hit_rate, found.late / found.requests)
 
-    yield RESIDENT, functools.partial(again, run_resident)
-    cells = [(capacity, policy, prefetch, cold) for cold in (False, True) for policy, prefetch in SETTINGS]
-    cells += [(size, "next_use", "none", False) for size in (capacity // 2, 2 * capacity)]
-    for cell in sorted(cells, key=lambda cell: cell[3]):
-        size, policy, prefetch, cold = cell
-        name, run_cell = cached_name(size, policy, prefetch), functools.partial(run_cached, *cell)
-        yield ((name, "cold"), run_cell) if cold else ((name, "warm"), functools.partial(again, run_cell))
+    cells = [(capacity, *setting) for setting in SETTINGS]
+    sizes = [(size, "next_use", "none") for size in (capacity // 2, 2 * capacity)]
+    warm = {(cached_name(*cell), "warm"): functools.partial(run_cached, *cell) for cell in cells + sizes}
+    cold = {(cached_name(*cell), "cold"): functools.partial(run_cached, *cell, forgetter(store.path)) for cell in cells}
+    warm = {RESIDENT: run_resident} | warm
+    return {name: functools.partial(again, run) for name, run in warm.items()} | cold
 
 
 def cached_name(size: int, policy: str, prefetch: str) -> str:
-    """What our model with a cache is called."""
+    """The name of our model with a cache."""
     return f"ours, {size} experts, {policy}, {prefetch}"
 
 
@@ -174,8 +175,8 @@ def make_mixtral() -> nn.Module:
     return model
 
 
-def load_mixtral_from_disk(folder: Path) -> nn.Module:
-    """The saved Mixtral with experts that stay on disk."""
+def load_mixtral_from_disk() -> nn.Module:
+    """The saved Mixtral with its experts on disk."""
     from transformers import MixtralForCausalLM
 
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
@@ -184,7 +185,8 @@ def load_mixtral_from_disk(folder: Path) -> nn.Module:
         parts = ("self_attn", "input_layernorm", "post_attention_layernorm", "mlp.gate")
         places |= {f"{prefix}.{part}": "cpu" for part in parts}
         places[f"{prefix}.mlp.experts"] = "disk"
-    model = MixtralForCausalLM.from_pretrained(folder, device_map=places, offload_folder=SCRATCH / "mixtral_offload")
+    offload = SCRATCH / "mixtral_offload"
+    model = MixtralForCausalLM.from_pretrained(SCRATCH / "mixtral", device_map=places, offload_folder=offload)
     model.set_experts_implementation("eager")
     return model.eval()
 
@@ -194,23 +196,18 @@ def offloaded(store: ExpertStore) -> nn.Module:
     from accelerate import disk_offload
 
     model = load_resident(store)
-    # Its experts are no modules that are called: accelerate then wants the class whose call needs them all.
+    # Experts are not modules that are called, so accelerate needs the class whose call uses all of them.
     return disk_offload(model, SCRATCH / "offload", torch.device("cpu"), preload_module_classes=["MoE"])
 
 
 @torch.inference_mode()
 def mixtral_passes(model: nn.Module) -> Iterator[Tensor]:
     """Greedy decoding like `dynaroute.dwr.inference.greedy_decode`: yields the logits of each pass, [1, 1, V]."""
-    token, keys = torch.zeros(1, 1, dtype=torch.int64), None
+    token, keys = PROMPT, None
     for _ in range(NEW_TOKENS + 1):
         output = model(token, past_key_values=keys, use_cache=True)
         token, keys = output.logits[:, -1:].argmax(-1), output.past_key_values
         yield output.logits
-
-
-def our_passes(model: nn.Module) -> Iterator[Tensor]:
-    """Greedy decoding of our module without a cache of ours."""
-    return greedy_decode(model, torch.zeros(1, 1, dtype=torch.int64), NEW_TOKENS)
 
 
 def decode(passes: Iterator[Tensor], before_pass: Callable[[], None] | None = None) -> Run:
@@ -218,13 +215,10 @@ def decode(passes: Iterator[Tensor], before_pass: Callable[[], None] | None = No
     return Run(run_passes(passes, None, before_pass)[0].decode_seconds[0])
 
 
-def with_cold(
-    name: str, model: nn.Module, passes: Callable[[nn.Module], Iterator[Tensor]], folder: Path
-) -> Iterator[Candidate]:
-    """A peer with a warm and with a cold page cache."""
+def warm_and_cold(name: str, start: Callable[[], Iterator[Tensor]], folder: Path) -> Candidates:
+    """A peer, whose decoding `start` begins, with a warm and with a cold page cache of the folder's files."""
     forget = forgetter(folder)
-    yield (name, "warm"), lambda: again(lambda: decode(passes(model)))
-    yield (name, "cold"), lambda: decode(passes(model), forget)
+    return {(name, "warm"): lambda: again(lambda: decode(start())), (name, "cold"): lambda: decode(start(), forget)}
 
 
 def record_mixtral(model: nn.Module) -> list[tuple[int, list[int]]]:
@@ -243,12 +237,12 @@ def record_mixtral(model: nn.Module) -> list[tuple[int, list[int]]]:
 
 
 def lru_hit_rate(calls: list[tuple[int, list[int]]], capacity: int) -> float:
-    """What LRU would hit on a trace, the first token left out."""
+    """The hit rate of LRU on a trace, without its first token."""
     residency = Residency(capacity, LRU(), CONFIG.num_layers, CONFIG.top_k)
     for number, (layer, needed) in enumerate(calls):
-        residency.call(layer, needed)
-        if number + 1 == CONFIG.num_layers:
+        if number == CONFIG.num_layers:
             residency.statistics = CacheStatistics()
+        residency.call(layer, needed)
     return residency.statistics.hit_rate
 
 
@@ -265,9 +259,7 @@ def cost_of_a_miss(store: ExpertStore) -> dict[str, float]:
         times = []
         for key in keys:
             before()
-            started = time.perf_counter()
-            use(key)
-            times.append(1e3 * (time.perf_counter() - started))
+            times.append(1e3 * seconds(lambda key=key: use(key), "cpu"))
         return median(times)
 
     for key in keys:
@@ -281,8 +273,8 @@ def cost_of_a_miss(store: ExpertStore) -> dict[str, float]:
 
 
 def row(name: str, page_cache: str, runs: list[Run], resident: list[Run]) -> dict[str, Any]:
-    """Speed, and the ratio to the resident model's of the same round; which hits are late depends on the round."""
-    found = to_ours(resident, runs)
+    """Speed, and the ratio to the resident model's in the same round; the late rate differs between rounds."""
+    found = speed_ratios(resident, runs)
     return {
         "name": name,
         "page_cache": page_cache,
@@ -295,39 +287,34 @@ def row(name: str, page_cache: str, runs: list[Run], resident: list[Run]) -> dic
     }
 
 
-def to_ours(theirs: list[Run], ours: list[Run]) -> list[float]:
-    """A peer's seconds over ours, of every round."""
+def speed_ratios(theirs: list[Run], ours: list[Run]) -> list[float]:
+    """A peer's seconds over ours, in every round."""
     return ratios(*([run.seconds for run in runs] for runs in (theirs, ours)))
 
 
 def compare(runs: dict[tuple[str, str], list[Run]]) -> list[dict[str, Any]]:
-    """The goals: our setting at a third of the experts, by page cache, against residency and peers.
+    """The goals: our setting at a third of the experts against residency and peers.
 
-    A value is the median over rounds of the peer's seconds over ours of the same round, beside its range; and so is
-    what all experts resident reach, which is more than a cache can be expected to.
+    A value is the median of the peer's seconds over ours in the same round, with its range. `resident_value` is the
+    same for our resident model, whose speed bounds that of a cache.
     """
     own = cached_name(nearest_a_third(CONFIG.num_layers * CONFIG.num_experts), *GOAL_SETTING)
     goals = []
-    for state, to_resident, to_mixtral, to_accelerate in (("warm", 0.95, 1.5, 15.0), ("cold", 0.35, 6.0, 15.0)):
-        for against, goal in (
-            (RESIDENT[0], to_resident),
-            ("Mixtral, experts on disk", to_mixtral),
-            ("ours under accelerate's disk_offload", to_accelerate),
-        ):
-            peer = runs[RESIDENT if against == RESIDENT[0] else (against, state)]  # nothing of it is read
-            values, bounds = (to_ours(peer, runs[name]) for name in ((own, state), RESIDENT))
-            goals.append(
-                {
-                    "candidate": own,
-                    "page_cache": state,
-                    "against": against,
-                    "value": median(values),
-                    "lowest": min(values),
-                    "highest": max(values),
-                    "resident_value": median(bounds),
-                    "goal": goal,
-                }
-            )
+    for state, against, goal in GOALS:
+        peer = runs[RESIDENT if against == RESIDENT[0] else (against, state)]  # a resident model reads no files
+        values, bounds = (speed_ratios(peer, runs[name]) for name in ((own, state), RESIDENT))
+        goals.append(
+            {
+                "candidate": own,
+                "page_cache": state,
+                "against": against,
+                "value": median(values),
+                "lowest": min(values),
+                "highest": max(values),
+                "resident_value": median(bounds),
+                "goal": goal,
+            }
+        )
     return goals
 
 

@@ -4,20 +4,19 @@
 
 Writes  reports/benchmarks/dag.json
 
-Random OLMo-2 bases with an MLP of width 4 * D, of sizes that depend on `device`, fp32 on a CPU and bf16 on CUDA:
+Random OLMo-2 bases with an MLP of width 4 * D; sizes depend on `device`; fp32 on a CPU, bf16 on CUDA:
     dense      transformers' own forward; backward to its embeddings, weights frozen
     ours       dynaroute.dagformer.graph on the same weights; backward to the adjacency
     reference  every layer concatenates the outputs of all earlier heads and mixes them by einsum in the adjacency's
-               fp32; backward to the adjacency. Attention is fused as in the other two, so that only mixing differs.
-At the largest of the CUDA sizes also `_compiled` ones: torch.compile on all of dense and of the reference; on norms and
-MLPs of ours, whose mixing it cannot take. One that fails, or for which the memory is too small, is left out, and it is
-recorded why; if it is dense or ours, so is the whole size.
+               fp32; backward to the adjacency. Attention is fused as in the other two: only mixing differs.
+The largest CUDA batches add `_compiled` candidates: torch.compile on all of dense and of the reference, and on norms
+and MLPs of ours, since it cannot compile our mixing. A candidate that fails or runs out of memory is left out, with the
+reason recorded. If dense or ours fails, the whole size is left out.
 
-Candidates take turns, so that what else the machine does falls on all of them alike. A ratio is the median over
-rounds of a candidate's time to dense's time in the same round.
+Candidates take turns. A ratio is the median over rounds of a candidate's time to dense's time in the same round.
 
 The bounds are ratios to dense too. By FLOPs: dense has two units of work, mixing three (forward, heads, gates). By
-bytes: dense's time, and the head outputs, inputs and gradients that mixing has to move at the bandwidth of a copy.
+bytes: dense's time, plus the head outputs, inputs and gradients that mixing has to move, at the bandwidth of a copy.
 """
 
 import copy
@@ -32,7 +31,7 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from timing import columns, failure, interleaved, milliseconds, quartiles, ratio, ratios, show
+from timing import columns, failure, interleaved, milliseconds, quartiles, ratios, show
 from torch import Tensor, nn
 from transformers import Olmo2Config, Olmo2ForCausalLM
 from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb
@@ -47,13 +46,12 @@ from dynaroute.pipeline.stage import run
 from dynaroute.training.nll import nll
 
 ROUNDS, WARM_UP = 9, 2
-SHOWN = ("milliseconds", "ratio_to_dense")
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Size:
-    """Layers, heads, model width, batch, tokens and vocabulary; whether to compile as well."""
+    """Layers, heads, model width, batch, tokens and vocabulary; whether to time compiled candidates too."""
 
     L: int
     H: int
@@ -76,7 +74,7 @@ SIZES = {
 
 
 class ConcatenatingDag(nn.Module):
-    """The DAG forward as it is usually written: everything sent so far, concatenated anew at every layer."""
+    """The DAG forward as it is usually written: every layer concatenates all earlier head outputs."""
 
     def __init__(self, base: Olmo2ForCausalLM) -> None:
         super().__init__()
@@ -128,7 +126,7 @@ def make_base(size: Size, device: str) -> Olmo2ForCausalLM:
 
 
 def candidates(size: Size, device: str, compiled: bool = False) -> dict[str, Callable[[bool], Tensor]]:
-    """Of each candidate, a step: forward, and on demand backward to embeddings or adjacency. It returns logits."""
+    """A step of each candidate: forward, and on demand backward to embeddings or adjacency. It returns logits."""
     base = make_base(size, device)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(size.V, (size.B, size.T), generator=generator).to(device)
@@ -169,44 +167,37 @@ def with_compiled_modules(base: Olmo2ForCausalLM) -> Olmo2ForCausalLM:
     return base
 
 
-def step_memory(size: Size, name: str, backward: bool, device: str) -> float:
-    """MiB that a step of one candidate takes beside the weights; on a CPU to be run in a fresh process."""
-    gc.collect()  # what earlier candidates held
+def step_memory(size: Size, name: str, device: str) -> float:
+    """Peak MiB of one candidate's forward and backward above its weights; on a CPU, call it in a fresh process."""
+    gc.collect()  # frees what earlier candidates held
     step = candidates(size, device)[name]
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(backward)
+        step(True)
         return (torch.cuda.max_memory_allocated() - before) / MIB
     process, samples = psutil.Process(), []
     samples.append(process.memory_info().rss)
     done = threading.Event()
 
-    def watch() -> None:  # the kernel's own peak would still be that of building the models
+    def watch() -> None:  # the kernel's own peak includes building the models
         while not done.wait(1e-3):
             samples.append(process.memory_info().rss)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    step(backward)
+    step(True)
     done.set()
     watcher.join()
     return (max(samples) - samples[0]) / MIB
 
 
-def mixing_traffic(layers: int, squares: bool) -> int:
-    """How often mixing reads or writes one layer's head outputs, inputs or their gradients, forward and backward.
+def mixing_traffic(layers: int) -> int:
+    """How often mixing in squares reads or writes one layer's head outputs, inputs or their gradients.
 
-    Layer by layer, or in the squares of `dynaroute.dagformer.graph`. Temporaries and norms are not counted.
+    Forward and backward as `dynaroute.dagformer.graph` does them. Temporaries and norms are not counted.
     """
-    once = (layers - 1) + (layers - 1) + (layers - 1) + (layers - 2)  # heads, inputs, gradients of both: outside mixing
-    total = once
-    if not squares:
-        for n in range(1, layers):
-            total += n + 1  # forward: reads all sources, writes inputs
-            total += n + 1  # gates: reads all sources and gradients of inputs
-            total += (layers - 1 - n) + (n < layers - 1)  # heads of layer n: reads all later gradients, writes one
-        return total
+    total = 3 * (layers - 1) + (layers - 2)  # outside mixing: heads, inputs, and the gradients of both
     for n in range(1, layers):
         size = n & -n
         sources, targets = size, min(n + size, layers) - n
@@ -219,25 +210,23 @@ def mixing_traffic(layers: int, squares: bool) -> int:
 
 
 def bounds(size: Size, dense_seconds: float, bytes_per_second: float, item_size: int) -> dict[str, float]:
-    """What limits forward + backward, as ratios to dense."""
+    """Lower bounds on forward + backward, as ratios to dense."""
     block = 4 * size.D**2 + 3 * size.D * 4 * size.D + size.D * size.T  # multiply-adds of a token; attention is causal
     dense = 2 * (size.L * block + size.D * size.V)
     mixing = 3 * size.H**2 * size.D * size.L * (size.L - 1) // 2
-    one_layer = size.B * size.T * size.H * size.D * item_size  # bytes of its head outputs
-    moved = {name: mixing_traffic(size.L, name == "squares") * one_layer for name in ("layer_by_layer", "squares")}
+    moved = mixing_traffic(size.L) * size.B * size.T * size.H * size.D * item_size  # bytes
     return {
         "flop_bound": (dense + mixing) / dense,
-        **{f"{name}_mib": moved[name] / MIB for name in moved},
-        **{f"{name}_byte_bound": 1 + moved[name] / bytes_per_second / dense_seconds for name in moved},
+        "squares_mib": moved / MIB,
+        "squares_byte_bound": 1 + moved / bytes_per_second / dense_seconds,
     }
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second, read and written, of a copy that no cache holds."""
-    # On a GPU so long that the start and the end of a copy, some 20 us, do not count.
+    """Bytes per second, read and written, of a copy larger than any cache."""
+    # Large enough on a GPU that the 20 us around a copy do not count.
     source = torch.ones((2048 if device == "cuda" else 256) * MIB // 4, device=device)
     target = torch.empty_like(source)
-
     times = interleaved({"copy": lambda: target.copy_(source)}, ROUNDS, WARM_UP, device, "copy")["copy"]
     return 2 * source.nbytes / quartiles(times)[0]
 
@@ -247,21 +236,17 @@ def speed(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
     return milliseconds(seconds[name]) | columns("ratio_to_dense", ratios(seconds[name], seconds["dense"]))
 
 
-def peaks(size: Size, names: list[str], device: str) -> dict[str, dict[str, float]]:
-    """Of every candidate, the memory that forward, and forward and backward, take beside the weights."""
-    parts = {"forward_peak_mib": False, "forward_backward_peak_mib": True}
+def peaks(size: Size, names: list[str], device: str) -> dict[str, float]:
+    """The `step_memory` of every candidate."""
     if device == "cuda":
-        return {name: {part: step_memory(size, name, parts[part], device) for part in parts} for name in names}
+        return {name: step_memory(size, name, device) for name in names}
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return {
-            name: {part: pool.apply(step_memory, (size, name, parts[part], device)) for part in parts} for name in names
-        }
+        return {name: pool.apply(step_memory, (size, name, device)) for name in names}
 
 
 def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
-    """Everything about one size; where dense or ours cannot run, only why."""
+    """All results of one size; where dense or ours cannot run, only the reasons."""
     steps = candidates(size, device, size.compiled)
-    names = [name for name in steps if not name.endswith("_compiled")]
     failed = {
         name: reason
         for name, step in steps.items()
@@ -273,31 +258,27 @@ def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
         return {"size": sizes, "candidates": {}, "failed": failed}
     for name in failed:
         del steps[name]
-    turns, difference = (ROUNDS, WARM_UP, device), None
+    difference = None
     if "reference" in steps:
         difference = (steps["ours"](False).float() - steps["reference"](False).float()).abs().max().item()
 
     forward, both = (
-        interleaved({name: functools.partial(step, backward) for name, step in steps.items()}, *turns, what)
+        interleaved(
+            {name: functools.partial(step, backward) for name, step in steps.items()}, ROUNDS, WARM_UP, device, what
+        )
         for backward, what in ((False, "forward"), (True, "forward and backward"))
     )
-    timed = list(steps)
-    del steps  # and what they hold
-    memory = peaks(size, [name for name in names if name in timed], device)
+    found = {name: {"forward": speed(forward, name), "forward_backward": speed(both, name)} for name in steps}
+    del steps  # and the memory they hold
+    for name, mib in peaks(size, [name for name in found if not name.endswith("_compiled")], device).items():
+        found[name]["forward_backward_peak_mib"] = mib
     limits = bounds(size, quartiles(both["dense"])[0], bytes_per_second, 2 if device == "cuda" else 4)
     return {
         "size": sizes,
-        "candidates": {
-            name: {
-                "forward": speed(forward, name),
-                "forward_backward": speed(both, name),
-                **memory.get(name, {}),
-            }
-            for name in timed
-        },
+        "candidates": found,
         "failed": failed,
         "bounds": limits,
-        "fraction_of_byte_bound": limits["squares_byte_bound"] / ratio(both["ours"], both["dense"])[0],
+        "fraction_of_byte_bound": limits["squares_byte_bound"] / found["ours"]["forward_backward"]["ratio_to_dense"],
         "largest_difference_to_reference": difference,
     }
 
@@ -310,23 +291,22 @@ def main(settings: Settings) -> None:
     bytes_per_second = copy_bandwidth(device)
     results = []
     for size in SIZES[device]:
-        results.append(measure(size, device, bytes_per_second))
-        print(results[-1]["size"], results[-1]["failed"], results[-1].get("bounds"))
-        measured = results[-1]["candidates"].items()
-        show([{"candidate": name} | row["forward_backward"] for name, row in measured], "candidate", *SHOWN)
-        gc.collect()  # what failed leaves cycles, and the next size wants the memory
+        result = measure(size, device, bytes_per_second)
+        print(result["size"], result["failed"], result.get("bounds"))
+        rows = [{"candidate": name} | row["forward_backward"] for name, row in result["candidates"].items()]
+        show(rows, "candidate", "milliseconds", "ratio_to_dense")
+        results.append(result)
+        gc.collect()  # failures leave reference cycles, and the next size needs the memory
     if not any(result["candidates"] for result in results):
         raise DynarouteError(f"no size could be measured: {results[0]['size']}: {results[0]['failed']}")
-    write_json(
-        "reports/benchmarks/dag.json",
-        {
-            "dtype": "bfloat16" if device == "cuda" else "float32",
-            "rounds": ROUNDS,
-            "copy_gigabytes_per_second": bytes_per_second / 1e9,
-            "results": results,
-            "machine": describe_machine(device),
-        },
-    )
+    report = {
+        "dtype": "bfloat16" if device == "cuda" else "float32",
+        "rounds": ROUNDS,
+        "copy_gigabytes_per_second": bytes_per_second / 1e9,
+        "results": results,
+        "machine": describe_machine(device),
+    }
+    write_json("reports/benchmarks/dag.json", report)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ the plain loop; for transformers, whose Mixtral has gated experts (three matrice
 two active experts.
 
 Training: whole optimizer steps of params.yaml's model as train_dwr takes them, on one micro-batch of the training
-split. `plain_loop` has the same weights at the start and differs in the dispatch alone: both route, keep to the
-capacity, record router statistics, and minimise NLL and balance loss. `dense` has an FFN of width top_k * d_ff in place
-of every MoE layer, so that as many of its parameters are active, and no router. On CUDA also `_compiled` ones,
-torch.compile on every block, and peak memory, with weights, gradients and optimizer states. Ours runs its experts one
-after another on a CPU, and in bf16 on CUDA all at once (`ResidentExperts.run_all`). The ratios of tokens/s are medians
-over rounds, each a pair.
+split. `plain_loop` starts with the same weights and differs only in its dispatch: both route, respect the capacity,
+record router statistics, and minimise NLL and balance loss. `dense` has an FFN of width top_k * d_ff in place of every
+MoE layer, so as many of its parameters are active, and no router. CUDA adds `_compiled` models, torch.compile on every
+block, and peak memory with weights, gradients and optimizer states. Ours runs its experts one after another on a CPU,
+and all at once in bf16 on CUDA (`ResidentExperts.run_all`).
 
-Candidates take turns, so that what else the machine does falls on all of them alike; medians are reported.
+Candidates take turns, and medians over rounds are reported. Ratios compare times of the same round.
 """
 
 import copy
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from timing import failure, interleaved, milliseconds, quartiles, ratio, show
+from timing import failure, interleaved, milliseconds, quartiles, ratios, show
 from torch import Tensor, nn
 
 from dynaroute.config import Settings
@@ -54,7 +53,7 @@ class LoopMoE(MoE):
     """The textbook dispatch: a loop over all experts, each picking its tokens by a mask and adding to the output."""
 
     def dispatch(self, x: Tensor, weights: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
-        """What `MoE.dispatch` computes."""
+        """The same result as `MoE.dispatch`."""
         capacity = self.capacity(x.shape[0])
         y = torch.zeros_like(x)
         for expert, parameters in self.experts.fetch(list(range(self.config.num_experts))):
@@ -64,7 +63,7 @@ class LoopMoE(MoE):
 
 
 class DenseLayer(nn.Module):
-    """A feed-forward layer with as many parameters as are active in an MoE layer, but for the router's."""
+    """A feed-forward layer with as many parameters as are active in an MoE layer, without the router's."""
 
     def __init__(self, config: DWRConfig) -> None:
         super().__init__()
@@ -101,7 +100,7 @@ def mixtral(implementation: str) -> nn.Module:
 
 
 def candidates(device: str, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """All layers, with weights of the same spread so that routing is alike."""
+    """All layers, with weights of the same spread, so that they route alike."""
     config = DWRConfig(
         d_model=D, d_ff=F_EXPERT, num_layers=1, num_heads=8, num_experts=E, top_k=K, max_seq_len=512, dropout=0.0,
         capacity_factor=None, vocab_size=64,
@@ -141,24 +140,16 @@ def layer_rows(device: str) -> list[dict[str, Any]]:
     for tokens in TOKENS:
         x = torch.randn(1, tokens, D, device=device, dtype=next(layers["dense"].parameters()).dtype, requires_grad=True)
         steps = {name: layer_step(layer, x) for name, layer in layers.items()}
-        for name in list(steps):
-            if reason := failure(steps[name]):
-                rows.append({"tokens": tokens, "layer": name, "failed": reason})
-                del steps[name]
+        failed = {name: reason for name, step in steps.items() if (reason := failure(step))}
+        rows += [{"tokens": tokens, "layer": name, "failed": reason} for name, reason in failed.items()]
+        steps = {name: step for name, step in steps.items() if name not in failed}
         times = interleaved(steps, ROUNDS, WARM_UP, device, f"layers, {tokens} tokens")
         medians = {name: quartiles(values)[0] for name, values in times.items()}
         for name, values in times.items():
             own_dense = medians["gated_dense" if name.startswith(("gated", "transformers")) else "dense"]
-            _, (low, high) = quartiles(values)
-            rows.append(
-                {
-                    "tokens": tokens,
-                    "layer": name,
-                    "milliseconds": 1e3 * medians[name],
-                    "interquartile_milliseconds": 1e3 * (high - low),
-                    "ratio_to_dense": medians[name] / own_dense,
-                }
-            )
+            median, (low, high) = quartiles(values)
+            own = {"milliseconds": 1e3 * median, "interquartile_milliseconds": 1e3 * (high - low)}
+            rows.append({"tokens": tokens, "layer": name, **own, "ratio_to_dense": median / own_dense})
     show(rows, "tokens", "layer", "milliseconds", "ratio_to_dense")
     return rows
 
@@ -176,7 +167,7 @@ def training_models(config: DWRConfig) -> dict[str, DWRTransformer]:
 
 
 def compiled(model: DWRTransformer) -> DWRTransformer:
-    """A copy whose blocks are compiled, but for a loop over experts: how many tokens each gets is new at every step."""
+    """A copy with compiled blocks. The loop over experts is left out: each gets another number of tokens every step."""
     model = copy.deepcopy(model)
     for layer in model.layers:
         if isinstance(layer.moe, MoE):
@@ -188,11 +179,12 @@ def compiled(model: DWRTransformer) -> DWRTransformer:
 def training_steps(
     settings: Settings, accelerator: Accelerator
 ) -> tuple[dict[str, Callable[[], None]], dict[str, dict[str, Any]], DWRConfig]:
-    """Optimizer steps of the models on one micro-batch; what is known of each; the configuration of ours.
+    """Optimizer steps of the models on one micro-batch, facts about each model, and the configuration of ours.
 
-    A model that cannot take a step has none: why, is among what is known of it.
+    A model that cannot take a step is only among the facts, with the reason.
     """
     dwr, device = settings.dwr, accelerator.device
+    cuda = device.type == "cuda"
     shards = TokenShards(Path("data/tokens") / dwr.corpus, "train")
     sizes = dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"})
     config = DWRConfig(vocab_size=shards.padded_vocab_size, **sizes)
@@ -202,18 +194,17 @@ def training_steps(
     batch = Batch(tokens, targets, torch.tensor(indices, device=device))
 
     models = training_models(config)
-    if device.type == "cuda":
+    if cuda:
         models |= {f"{name}_compiled": compiled(models[name]) for name in ("dynaroute", "dense")}
     objective = DWRObjective(config, dwr.balance_coefficient)
     steps, known = {}, {}
     for name in list(models):
         known[name] = {"parameters": sum(parameter.numel() for parameter in models[name].parameters())}
-        cuda = device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if cuda else 0
         step = training_step(models.pop(name), objective, batch, dwr.training, accelerator)
-        if reason := failure(step) or failure(step):  # twice: the optimizer's states come at the end of the first
+        if reason := failure(step) or failure(step):  # twice: the first step allocates the optimizer's states
             known[name]["failed"] = reason
             continue
         steps[name] = step
@@ -241,32 +232,31 @@ def training_step(
 
 
 def flops_per_token(config: DWRConfig) -> int:
-    """Of forward and backward: 6 N + 12 L D T with N the active parameters but for the embedding table, which is
-    looked up (Chowdhery et al., PaLM, 2022, appendix B: attention is counted in full, recomputation is not)."""
+    """Forward and backward: 6 N + 12 L D T, N the active parameters without the embedding table (PaLM, 2022, app. B)."""
     active = config.num_active_params() - config.vocab_size * config.d_model
     return 6 * active + 12 * config.num_layers * config.d_model * config.max_seq_len
 
 
 def training_comparison(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
-    """Training tokens/s of all models, and the ratios of ours to others."""
+    """Training tokens/s of all models, and their ratios."""
     steps, models, config = training_steps(settings, accelerator)
     tokens = settings.dwr.training.micro_batch_size * config.max_seq_len
     times = interleaved(steps, ROUNDS, WARM_UP, settings.device, "training")
     for name, values in times.items():
         models[name] |= milliseconds(values) | {"tokens_per_second": tokens / quartiles(values)[0]}
-    ratios = {
-        f"{ours}_to_{other}": dict(zip(("ratio", "quartiles"), ratio(times[other], times[ours]), strict=True))
-        for ours, other in RATIOS
-        if ours in times and other in times
-    }
-    print("training tokens/s:", ratios)
+    found = {}
+    for ours, other in RATIOS:
+        if ours in times and other in times:
+            median, own = quartiles(ratios(times[other], times[ours]))
+            found[f"{ours}_to_{other}"] = {"ratio": median, "quartiles": own}
+    print("training tokens/s:", found)
     return {
         "tokens_per_step": tokens,
         "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
         "active_parameters": config.num_active_params(),
         "flops_per_token": flops_per_token(config),
         "models": models,
-        "tokens_per_second_ratios": ratios,
+        "tokens_per_second_ratios": found,
     }
 
 
@@ -275,15 +265,13 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(settings.num_threads)
     torch.manual_seed(settings.seed)
     accelerator = make_accelerator(settings.device, settings.dwr.training.precision)
-    write_json(
-        "reports/benchmarks/moe.json",
-        {
-            "sizes": {"d_model": D, "d_ff": F_EXPERT, "num_experts": E, "top_k": K},
-            "rows": layer_rows(settings.device),
-            "training": training_comparison(settings, accelerator),
-            "machine": describe_machine(settings.device),
-        },
-    )
+    report = {
+        "sizes": {"d_model": D, "d_ff": F_EXPERT, "num_experts": E, "top_k": K},
+        "rows": layer_rows(settings.device),
+        "training": training_comparison(settings, accelerator),
+        "machine": describe_machine(settings.device),
+    }
+    write_json("reports/benchmarks/moe.json", report)
 
 
 if __name__ == "__main__":

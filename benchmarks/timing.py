@@ -1,4 +1,4 @@
-"""Times candidates that take turns, so that whatever else the machine does slows all of them alike."""
+"""Times candidates in turns, so that other load on the machine slows all of them alike."""
 
 import functools
 import statistics
@@ -16,7 +16,7 @@ Key, Result = TypeVar("Key", bound=Hashable), TypeVar("Result")
 def turns(
     candidates: Mapping[Key, Callable[[], Result]], rounds: int, warm_up: int, what: str
 ) -> dict[Key, list[Result]]:
-    """What every candidate returns in every round after the warm-up. `what` names the work in the progress bar."""
+    """The results of every candidate, one per round after the warm-up. `what` names the work in the progress bar."""
     found: dict[Key, list[Result]] = {name: [] for name in candidates}
     for _ in tqdm(range(warm_up + rounds), desc=what, unit="round", disable=None):
         for name, candidate in candidates.items():
@@ -33,7 +33,7 @@ def interleaved(
 
 
 def seconds(step: Callable[[], object], device: str) -> float:
-    """Wall time of one call, with what it queued on the device."""
+    """Wall time of one call, including the work it queued on the device."""
     started = time.perf_counter()
     step()
     if device == "cuda":
@@ -42,18 +42,13 @@ def seconds(step: Callable[[], object], device: str) -> float:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, list[float]]:
-    """The median, and the quartiles beside it."""
+    """The median, and the lower and upper quartile."""
     low, median, high = statistics.quantiles(values, n=4)
     return median, [low, high]
 
 
-def ratio(ones: Sequence[float], others: Sequence[float]) -> tuple[float, list[float]]:
-    """Median and quartiles of the ratio of two times of the same round."""
-    return quartiles(ratios(ones, others))
-
-
 def columns(name: str, values: Sequence[float]) -> dict[str, Any]:
-    """The median as a column of that name, and a column of the quartiles."""
+    """The median as column `name`, and the quartiles as column `name_quartiles`."""
     median, found = quartiles(values)
     return {name: median, f"{name}_quartiles": found}
 
@@ -74,9 +69,9 @@ def show(rows: Sequence[Mapping[str, Any]], *names: str) -> None:
 
 
 def failure(step: Callable[[], object]) -> str | None:
-    """Runs a step that a benchmark can do without; returns why it failed in one line, or None.
+    """Runs a step that may fail without ending the benchmark; returns the reason in one line, or None.
 
-    Memory may be too small for it on a GPU, and a compiler fails in ways that have no common base class.
+    A GPU's memory may be too small, and compilers raise errors without a common base class.
     """
     try:
         step()
