@@ -22,15 +22,13 @@ bytes: dense's time, plus the head outputs, inputs and gradients that mixing has
 import copy
 import functools
 import gc
-import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
+from count_step_memory import MemoryCount
 from timing import columns, failure, interleaved, milliseconds, quartiles, ratios, show
 from torch import Tensor, nn
 from transformers import Olmo2Config, Olmo2ForCausalLM
@@ -168,28 +166,17 @@ def with_compiled_modules(base: Olmo2ForCausalLM) -> Olmo2ForCausalLM:
 
 
 def step_memory(size: Size, name: str, device: str) -> float:
-    """Peak MiB of one candidate's forward and backward above its weights; on a CPU, call it in a fresh process."""
+    """Peak MiB above the weights of a candidate's first forward and backward: allocated on a GPU, counted on a CPU."""
     gc.collect()  # frees what earlier candidates held
     step = candidates(size, device)[name]
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(True)
-        return (torch.cuda.max_memory_allocated() - before) / MIB
-    process, samples = psutil.Process(), []
-    samples.append(process.memory_info().rss)
-    done = threading.Event()
-
-    def watch() -> None:  # the kernel's own peak includes building the models
-        while not done.wait(1e-3):
-            samples.append(process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    if device == "cpu":
+        with MemoryCount() as memory:
+            step(True)
+        return memory.peak / MIB
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     step(True)
-    done.set()
-    watcher.join()
-    return (max(samples) - samples[0]) / MIB
+    return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
 def mixing_traffic(layers: int) -> int:
@@ -236,14 +223,6 @@ def speed(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
     return milliseconds(seconds[name]) | columns("ratio_to_dense", ratios(seconds[name], seconds["dense"]))
 
 
-def peaks(size: Size, names: list[str], device: str) -> dict[str, float]:
-    """The `step_memory` of every candidate."""
-    if device == "cuda":
-        return {name: step_memory(size, name, device) for name in names}
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return {name: pool.apply(step_memory, (size, name, device)) for name in names}
-
-
 def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
     """All results of one size; where dense or ours cannot run, only the reasons."""
     steps = candidates(size, device, size.compiled)
@@ -270,8 +249,9 @@ def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
     )
     found = {name: {"forward": speed(forward, name), "forward_backward": speed(both, name)} for name in steps}
     del steps  # and the memory they hold
-    for name, mib in peaks(size, [name for name in found if not name.endswith("_compiled")], device).items():
-        found[name]["forward_backward_peak_mib"] = mib
+    for name, row in found.items():
+        if not name.endswith("_compiled"):
+            row["forward_backward_peak_mib"] = step_memory(size, name, device)
     limits = bounds(size, quartiles(both["dense"])[0], bytes_per_second, 2 if device == "cuda" else 4)
     return {
         "size": sizes,

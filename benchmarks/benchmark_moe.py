@@ -232,7 +232,7 @@ def training_step(
 
 
 def flops_per_token(config: DWRConfig) -> int:
-    """Forward and backward: 6 N + 12 L D T, N the active parameters without the embedding table (PaLM, 2022, app. B)."""
+    """Forward and backward: 6 N + 12 L D T, N the active parameters without the embedding table (PaLM, appendix B)."""
     active = config.num_active_params() - config.vocab_size * config.d_model
     return 6 * active + 12 * config.num_layers * config.d_model * config.max_seq_len
 

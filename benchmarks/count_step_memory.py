@@ -38,7 +38,7 @@ STEPS = 2  # AdamW makes its moments at the first
 
 
 class MemoryCount(TorchDispatchMode):
-    """Sums the bytes of all storages that operations make while it is entered: `now`, and at most, `peak`."""
+    """Sums the bytes of all storages that operations make while it is active: `now`, and at most, `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,18 +47,19 @@ class MemoryCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._add(value.untyped_storage())
+        old = {storage._cdata for storage in self._storages((args, kwargs))}  # a result may be a view of a weight
+        for storage in self._storages(result):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in old and key not in self._known:
+                self._known.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._remove, key, size)
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._remove, key, size)
+    @staticmethod
+    def _storages(tree: Any) -> list[torch.UntypedStorage]:
+        return [value.untyped_storage() for value in tree_leaves(tree) if isinstance(value, Tensor)]
 
     def _remove(self, key: int, size: int) -> None:
         self._known.remove(key)

@@ -13,6 +13,7 @@ import pytest
 import report_gpu
 import torch
 import train_dwr
+from report_gpu import page
 from repository import REPOSITORY
 from ruamel.yaml import YAML
 from small_tokens import write_tokens
@@ -21,8 +22,8 @@ from dynaroute.config import Settings, load_settings
 from dynaroute.dwr.model import DWRConfig
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_text
-from dynaroute.reporting.gpu import page
 from dynaroute.reporting.inputs import read_csv
+from dynaroute.reporting.tables import size
 
 GPU = REPOSITORY / "gpu"
 SMALL = {
@@ -42,8 +43,6 @@ MODULES = {
         "SIZES": {"cpu": tuple(benchmark_dag.Size(L=3, H=2, D=16, B=batch, T=8, V=32) for batch in (1, 2))},
         "ROUNDS": 2,
         "copy_bandwidth": lambda device: 1e9,
-        # Memory is measured in fresh processes, which take seconds to start.
-        "peaks": lambda size, names, device: dict.fromkeys(names, 1.5),
     },
     benchmark_dagformer_step: {
         "VOCABULARY": 32,
@@ -131,7 +130,7 @@ def test_the_report_holds_the_figures_that_the_stages_wrote(workspace):
         assert f"| {name} | {model['parameters']:,} | {model['milliseconds']:.2f} |" in text
     assert f"resident: {cache['resident_tokens_per_second']:,.0f} tokens/s" in text
     for row in cache["rows"]:
-        shown = f"{row['ratio_to_resident']:.3f} | {row['hit_rate']:.3f} | {row['reads_per_token']:.2f} |"
+        shown = f"{row['ratio_to_resident']:.3f} | {row['hit_rate']:.3f} | {size(row['bytes_read'])} |"
         assert (shown in text) or row["capacity"] != cache["capacity_nearest_a_third"]
     for result in dag["results"]:
         for name, row in result["candidates"].items():

@@ -198,7 +198,7 @@ def test_the_gpu_benchmark_records_every_cell_from_host_memory_and_from_disk(tra
     assert [row["hit_rate"] for row in report["rows"][: 2 * len(CELLS)]] == rates * 2
     assert report["decodings"] == len(found) * 2 * 2
     assert report["decodings_with_a_logit_not_equal_to_the_bit"] == 0
-    assert all(row["ratio_range"][0] <= row["ratio_to_resident"] <= row["ratio_range"][1] for row in report["rows"])
+    assert all(row["ratio_lowest"] <= row["ratio_to_resident"] <= row["ratio_highest"] for row in report["rows"])
 
 
 def test_on_a_gpu_other_bits_are_told_and_only_another_text_stops_the_benchmark():

@@ -55,8 +55,6 @@ def quick(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(benchmark.SIZES, "cpu", (TINY,))
     monkeypatch.setattr(benchmark, "ROUNDS", 2)
     monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1e9)
-    # Memory is measured in fresh processes, which take seconds to start.
-    monkeypatch.setattr(benchmark, "peaks", lambda _, names, __: dict.fromkeys(names, 1.0))
 
 
 def test_every_size_is_recorded_with_what_failed(quick, monkeypatch):

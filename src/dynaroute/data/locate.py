@@ -1,6 +1,6 @@
-"""What the settings name outside of the repository, as it is right now: packages, text, tokenizers, bases, encoders.
+"""The current state of what the settings name outside the repository: packages, text, tokenizers, bases, encoders.
 
-Stages depend on it by files that `stages/data/locate.py` writes on every run.
+`stages/data/locate.py` writes it to files on every run, and stages depend on those files.
 """
 
 import json
@@ -18,13 +18,13 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 
 
 def locate(section: Section, key: str) -> dict[str, Any]:
-    """The packages with their versions, or the files with their hashes, that a section of the settings names.
+    """The packages with versions, or the files with hashes, that a section names; `key` is its place in params.yaml.
 
-    Two results that are equal mean the same text, tokenizer or weights. A section that names nothing has no files.
+    Equal results mean the same text, tokenizer or weights. A section that names nothing has no files.
 
     Raises:
         DynarouteError: a package is not installed, a pattern matches no file, or there is neither a folder nor a
-            revision. `key` is the section's place in params.yaml.
+            revision.
     """
     match section:
         case InstalledText():
@@ -39,13 +39,13 @@ def locate(section: Section, key: str) -> dict[str, Any]:
 
 
 def _files_of(section: Hosted) -> dict[str, Path]:
-    """The files of a local folder that are read of it, by their place in it; none of what the hub holds."""
+    """The files that are read from a local folder, by their path in it; none for an id of the hub."""
     folder = Path(section.path)
     if isinstance(section, DolmaStream):
         found = [folder / section.addresses]
     elif isinstance(section, HostedData):
         found = dataset_files(folder)
-    else:  # a model's folder may hold checkpoints of its training, in folders that nothing reads
+    else:  # a model's folder may hold training checkpoints in subfolders, which nothing reads
         found = [path for path in sorted(folder.glob("*")) if not path.name.startswith(".")]
         found += [folder / name for index in folder.glob("*.index.json") for name in _shards(index)]
     if isinstance(section, HubTokenizer):
@@ -54,15 +54,15 @@ def _files_of(section: Hosted) -> dict[str, Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that the index of a checkpoint names, which may lie in folders below; none if it cannot be read."""
+    """The files that a checkpoint's index names, possibly in subfolders; none if it cannot be read."""
     try:
         return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):  # whoever loads the model says so
+    except (ValueError, KeyError, TypeError, AttributeError):  # loading the model reports it
         return []
 
 
 def sections(settings: Settings, corpus: str) -> dict[str, Section]:
-    """What may name something outside of the repository for a corpus, and for DAGFormer if it is trained on that."""
+    """The sections that may name something outside the repository: a corpus's, and DAGFormer's if it trains on it."""
     own, dagformer = settings.corpus(corpus), settings.dagformer
     found = {f"corpora.{corpus}.source": own.source, f"corpora.{corpus}.tokenizer": own.tokenizer}
     if corpus == dagformer.corpus:

@@ -1,4 +1,4 @@
-"""A corpus as files: its documents, split once and for all into training, validation and test."""
+"""Collects a corpus into files, its documents split once and for all into training, validation and test."""
 
 import contextlib
 import hashlib
@@ -22,21 +22,21 @@ SPLITS = ("train", "validation", "test")
 
 
 def collect(name: str, corpus: Corpus, directory: str | Path) -> dict[str, Any]:
-    """Writes {train,validation,test}.jsonl, a line {id, text, source} each document, and metadata.json.
+    """Writes {train,validation,test}.jsonl, one line {id, text, source} per document, and metadata.json.
 
-    A long document is several lines in a row, all but the last with "continues": true. Of documents with the same id
-    and source the first is kept. Splits by shares hold an id's document in the same split whatever else the corpus
-    contains. Memory grows neither with the text nor with a document: it holds a part of one, and 8 bytes for every id.
+    A long document is several consecutive lines, all but the last with "continues": true. Of documents with the same id
+    and source, the first is kept. With shares, an id's split does not depend on the rest of the corpus. Memory holds a
+    part of one document, and 8 bytes for every id.
 
     Returns:
-        The metadata: per split, documents and characters, in all and by source; and the number of duplicates left out.
+        The metadata: for each split, documents and characters, in all and by source; and the number of duplicates.
 
     Raises:
         DynarouteError: a split that should hold something is empty.
     """
     repeated: set[int] = set()
     with output_directory(directory) as folder:
-        while True:  # once more where there are duplicates: which hashes to watch is known after the first time
+        while True:  # again if there are duplicates: the first pass finds which hashes to watch
             metadata, hashes = _write_splits(name, corpus, folder, repeated)
             ordered = np.sort(np.frombuffer(hashes, np.uint64))
             new = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist()) - repeated
@@ -50,15 +50,15 @@ def collect(name: str, corpus: Corpus, directory: str | Path) -> dict[str, Any]:
 
 
 def _write_splits(name: str, corpus: Corpus, folder: Path, repeated: set[int]) -> tuple[dict[str, Any], array]:
-    """Writes the files of all splits, without duplicates that have one of the `repeated` hashes.
+    """Writes the files of all splits without duplicates among documents whose hash is in `repeated`.
 
     Returns:
-        The metadata, and a hash of id and source of every document that was not left out.
+        The metadata, and a hash of id and source of every document written.
     """
     counts = {split: {"documents": Counter(), "characters": Counter()} for split in SPLITS}
     hashes, official_splits, duplicates = array("Q"), Counter(), 0
     seen: set[tuple[str, str]] = set()
-    starts = True
+    starts = True  # whether the next part begins a document
     with contextlib.ExitStack() as stack:
         files = {
             split: stack.enter_context((folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n"))
@@ -81,7 +81,7 @@ def _write_splits(name: str, corpus: Corpus, folder: Path, repeated: set[int]) -
                     seen.add(key)
             starts = not part.continues
             if split not in files:
-                continue  # a duplicate, or an official split of some other name, such as "unsupervised"
+                continue  # a duplicate, or an official split with another name, such as "unsupervised"
             line = {"id": part.id, "text": part.text, "source": part.source}
             if part.continues:
                 line["continues"] = True
@@ -98,7 +98,7 @@ def read_documents(path: str | Path, expected: int | None = None) -> Iterator[Do
     """Streams the documents of a .jsonl file that `collect` wrote, long ones in parts.
 
     Raises:
-        DynarouteError: the file is missing, a line of it is damaged, or there are not as many documents as expected.
+        DynarouteError: the file is missing, a line is damaged, or there are not as many documents as expected.
     """
     found = 0
     try:
@@ -116,36 +116,31 @@ def read_documents(path: str | Path, expected: int | None = None) -> Iterator[Do
 
 
 def stable_hash(document_id: str) -> int:
-    """64 bits that depend on the id alone: not on the process, the machine or the other documents."""
+    """64 bits that depend on the id alone, not on the process, the machine or the other documents."""
     return int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "big")
 
 
 def split_of(id_hash: int, number: int, split: Split | Region) -> str:
-    """The split of a document.
-
-    Args:
-        id_hash: `stable_hash` of its id. It decides with shares: [0, 1) is test, then validation, then train.
-        number: its place in the corpus, from 0. It decides with a region.
-        split: what is held out.
-    """
+    """The split of a document: by the `stable_hash` of its id with shares, by its number from 0 with a region."""
     if isinstance(split, Region):
         if not split.skip <= number < split.skip + split.validation + split.test:
             return "train"
         return "validation" if number < split.skip + split.validation else "test"
-    position = (id_hash >> 11) / 2**53  # the 53 bits that a float holds exactly, so never 1.0
+    # [0, 1) is test, then validation, then train. A float holds 53 bits exactly, so the position is below 1.
+    position = (id_hash >> 11) / 2**53
     if position < split.test:
         return "test"
     return "validation" if position < split.test + split.validation else "train"
 
 
 def refuse_unfilled_splits(name: str, split: HeldOut, found: dict[str, int], names: Iterable[str] = ()) -> None:
-    """Refuses a corpus without a document in a split that should hold some, or that ends within its region.
+    """Refuses a corpus with an empty split that should hold documents, or that ends within its region.
 
     Args:
-        name: of the corpus.
+        name: the corpus.
         split: what should be held out.
         found: documents by split.
-        names: of its official splits.
+        names: its official splits.
 
     Raises:
         DynarouteError: naming the split.

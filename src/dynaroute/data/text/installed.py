@@ -1,6 +1,6 @@
-"""Text that installed packages bring, by domain: real text of several kinds that needs no network.
+"""Text from files of installed packages, by domain: real text of several kinds without a network.
 
-Nothing that is read is imported or run, so a package may be broken, heavy or for another platform.
+No package is imported or run, so it may be broken, heavy or for another platform.
 """
 
 import ast
@@ -17,13 +17,13 @@ from pathlib import Path
 from dynaroute.config.data import Domain, InstalledText
 from dynaroute.errors import DynarouteError
 
-PAGE = 4000  # characters of a document at most
-SHORTEST = 500  # characters of a document at least
-RUN = 12  # words in a row that make text a repetition
+PAGE = 4000  # most characters of a document
+SHORTEST = 500  # fewest characters of a document
+RUN = 12  # consecutive words that, seen before, are a repetition
 
 
 def version(package: str) -> str:
-    """The installed version of a package, without a local tag such as `+cpu`: that tag does not change its text.
+    """The installed version of a package, without a local tag such as `+cpu`, which does not change its text.
 
     Raises:
         DynarouteError: the package is not installed.
@@ -41,10 +41,10 @@ def version(package: str) -> str:
 def pages(source: InstalledText) -> Iterator[tuple[str, str, str]]:
     """Yields (domain, id, text) of documents: pages of files, until each domain has the characters asked for.
 
-    Files come in an order drawn by a hash of their names, and all of them give a first page before one gives a second.
-    The id is the file's path from the package on and the page's number, such as "numpy/linalg/_linalg.py#1". What
-    stands in several files, as licences and inherited docstrings do, would be both trained on and held out. So lines
-    whose words all lie in runs of RUN words that occurred before are left out, and so are pages with little else.
+    Files come in the order of a hash of their names, and every file gives its first page before any gives its second.
+    The id is the file's path from the package on and the page's number, such as "numpy/linalg/_linalg.py#1". Text that
+    occurs in several files, such as licences and inherited docstrings, would be both trained on and held out. So lines
+    whose words all lie in runs of RUN words seen before are dropped, and then pages that are too short.
 
     Raises:
         DynarouteError: a package is not installed, or a pattern matches no file of it.
@@ -90,7 +90,7 @@ def _matched_files(patterns: list[str]) -> dict[str, Path]:
 
 
 def _pages_of(path: Path, domain: Domain) -> Iterator[tuple[int, str]]:
-    """The text of a file in numbered pages of whole lines; none if it is not UTF-8."""
+    """Numbered pages of a file, cut at line ends; none if it is not UTF-8."""
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError:
@@ -106,7 +106,7 @@ def _pages_of(path: Path, domain: Domain) -> Iterator[tuple[int, str]]:
 
 
 def _new_lines(text: str, seen: set[int]) -> str:
-    """The text without the lines that only repeat what was seen; its own runs of words are noted as seen."""
+    """The text without lines that only repeat runs of words in `seen`, to which its own runs are added."""
     lines = text.splitlines()
     words_of = [re.findall(r"\w+", line.lower()) for line in lines]
     words = list(itertools.chain.from_iterable(words_of))
@@ -118,7 +118,7 @@ def _new_lines(text: str, seen: set[int]) -> str:
         seen.add(run)
     old, kept, keep = iter(repeated), [], True
     for line, own in zip(lines, words_of, strict=True):
-        if own:  # brackets and blank lines stay with the line before
+        if own:  # lines without words share the fate of the line before
             keep = not all([next(old) for _ in own])
         if keep:
             kept.append(line)
@@ -128,14 +128,14 @@ def _new_lines(text: str, seen: set[int]) -> str:
 def _parse(text: str) -> ast.AST:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about invalid escapes and the like in the source that is read
+            warnings.simplefilter("ignore")  # about invalid escapes and the like in the parsed source
             return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return ast.Module(body=[], type_ignores=[])
 
 
 def _docstrings(node: ast.AST) -> Iterator[str]:
-    """Docstrings in source order, without indentation and without examples of code."""
+    """Docstrings in source order, without indentation and code examples."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         paragraphs = re.split(r"\n\s*\n", ast.get_docstring(node) or "")
         if docstring := "\n\n".join(paragraph for paragraph in paragraphs if ">>>" not in paragraph):

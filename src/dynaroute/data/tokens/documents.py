@@ -1,4 +1,4 @@
-"""Which documents and sources the windows of a split are of, and windows chosen evenly over documents."""
+"""Maps windows to documents and sources, and chooses windows evenly over documents."""
 
 from itertools import chain
 from typing import NamedTuple
@@ -8,25 +8,20 @@ import numpy as np
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
 
-MAX_SOURCES = 64  # whose pairs are all compared; more are rather labels of documents than domains
+MAX_SOURCES = 64  # all pairs are compared; more sources are labels of documents rather than domains
 
 
 class DomainWindows(NamedTuple):
-    """The same number of windows from every source, each of them wholly within one document."""
+    """Equally many windows from every source, each wholly within one document."""
 
     windows: list[int]  # [n] indices among all whole windows of the split
-    documents: np.ndarray  # [n] int64, 0 .. m-1: which document each is of
+    documents: np.ndarray  # [n] int64, 0 .. m-1: the document of each window
     labels: np.ndarray  # [m] int64: the source of each document, an index into `sources`
     sources: list[str]  # C names; sources with windows of at least two documents
 
 
 def domain_windows(shards: TokenShards, seq_len: int, most: int) -> DomainWindows | None:
-    """Draws windows of each source alone, evenly over its documents; as many of each as the poorest source has.
-
-    Args:
-        shards: a split.
-        seq_len: T, tokens of a window.
-        most: windows of one source at most.
+    """Draws up to `most` windows of each source, evenly over its documents; as many of each as the smallest source has.
 
     Returns:
         The windows, or None if there are fewer than two sources with windows of at least two documents, or more than
@@ -53,14 +48,14 @@ def domain_windows(shards: TokenShards, seq_len: int, most: int) -> DomainWindow
 
 
 def windows_of_documents(shards: TokenShards, seq_len: int) -> np.ndarray:
-    """Which document each whole window of T tokens of a split is wholly within, int64 [windows]; -1 where none."""
+    """The document that holds each window of T tokens, int64 [windows]; -1 for windows across several documents."""
     first = np.arange((shards.num_tokens - 1) // seq_len) * seq_len
     document = np.searchsorted(shards.offsets, first, side="right") - 1
     return np.where(shards.offsets[document + 1] >= first + seq_len, document, -1)
 
 
 def main_documents(shards: TokenShards, seq_len: int, windows: list[int]) -> np.ndarray:
-    """The document that most tokens of each given window are of, int64 [n]."""
+    """The document that has most tokens of each given window, int64 [n]."""
     found = []
     for window in windows:
         start, stop = window * seq_len, (window + 1) * seq_len
@@ -71,9 +66,9 @@ def main_documents(shards: TokenShards, seq_len: int, windows: list[int]) -> np.
 
 
 def evenly(groups: list[list[int]], number: int) -> list[list[int]]:
-    """`number` items in all, as even a number from each group as its size allows, evenly spaced within it.
+    """Chooses `number` items, as equally many from each group as sizes allow, evenly spaced within each group.
 
-    There must be that many. Where there are more groups than items, the groups that give one are evenly spaced too.
+    There must be that many. With fewer items than groups, the groups that give one are evenly spaced too.
     """
     if number < len(groups):
         chosen = {i * len(groups) // number for i in range(number)}
@@ -87,11 +82,11 @@ def evenly(groups: list[list[int]], number: int) -> list[list[int]]:
 
 
 def halves(documents: np.ndarray, sizes: tuple[int, int]) -> list[list[int]]:
-    """Two sets of windows, of every other document each, evenly chosen over documents.
+    """Two sets of windows from alternating documents, each evenly chosen over its documents.
 
     Args:
-        documents: the document that each window is wholly within; -1 where none.
-        sizes: windows wanted in each set; all that there are, if there are fewer.
+        documents: from `windows_of_documents`.
+        sizes: windows in each set, or all if there are fewer.
 
     Raises:
         DynarouteError: there are fewer than two documents for one of them.
@@ -108,14 +103,14 @@ def halves(documents: np.ndarray, sizes: tuple[int, int]) -> list[list[int]]:
 
 
 def followed_windows(documents: np.ndarray, most: int) -> list[int]:
-    """Windows whose next one is of the same document, evenly chosen over documents.
+    """At most `most` windows whose next window is of the same document, evenly chosen over documents.
 
     Args:
-        documents: the document that each window is wholly within; -1 where none.
-        most: windows wanted (`analysis.oracle_windows`); all that there are, if there are fewer.
+        documents: from `windows_of_documents`.
+        most: `analysis.oracle_windows`.
 
     Raises:
-        DynarouteError: there are such windows in fewer than two documents.
+        DynarouteError: fewer than two documents have such windows.
     """
     followed = np.flatnonzero((documents[:-1] >= 0) & (documents[:-1] == documents[1:]))
     pools = [followed[documents[followed] == document].tolist() for document in np.unique(documents[followed])]

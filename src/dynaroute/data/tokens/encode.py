@@ -1,10 +1,12 @@
-"""A collected corpus to a folder of tokens: makes its tokenizer and encodes every split."""
+"""Tokenizes a collected corpus: makes its tokenizer and encodes every split on all cores."""
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -14,7 +16,6 @@ from dynaroute.data.text.collect import SPLITS, read_documents
 from dynaroute.data.text.sources import Document
 from dynaroute.data.tokens.cuts import GPT2_CUTS, last_cut
 from dynaroute.data.tokens.overlap import shared_shares
-from dynaroute.data.tokens.parallel import in_order
 from dynaroute.data.tokens.shard_writer import SHARD_TOKENS, ShardWriter, padded, token_dtype
 from dynaroute.data.tokens.tokenizers import Tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
@@ -22,7 +23,8 @@ from dynaroute.pipeline.artifacts import output_directory, read_record, write_js
 
 BATCH_CHARACTERS = 2**21  # enough to keep all cores busy, and some 100 MB while the tokens are Python objects
 BATCHES_AHEAD = 3  # so that no core waits for the last document of a batch
-MAX_UNCUT = 2**22  # characters of a document that a tokenizer may have to read at once: about half a gigabyte
+MAX_UNCUT = 2**22  # characters that a tokenizer may have to read at once: about half a gigabyte
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def tokenize(
@@ -32,7 +34,7 @@ def tokenize(
     directory: str | Path,
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
-    """Writes the tokens of a corpus that `collect` wrote to `collected` as a folder for `TokenShards`.
+    """Tokenizes a corpus that `collect` wrote to `collected` into `directory`, a folder for `TokenShards`.
 
     Memory grows neither with the corpus nor with a document, except for the distinct words that train a BPE.
 
@@ -67,7 +69,7 @@ def tokenize(
 
 
 def describe(name: str, settings: ByteBPE | GPT2 | HubTokenizer, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the metadata of a folder of tokens says of its tokenizer."""
+    """The part of a token folder's metadata that describes its tokenizer."""
     return {
         "corpus": name,
         "tokenizer": settings.model_dump(),
@@ -79,7 +81,7 @@ def describe(name: str, settings: ByteBPE | GPT2 | HubTokenizer, tokenizer: Toke
 
 
 def encoded(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[Document, np.ndarray]]:
-    """The `pieces` of documents with their tokens, in order; some are encoded on all cores as others are read.
+    """The `pieces` of documents with their tokens, in order, encoded on all cores while the next ones are read.
 
     An end-of-text token follows the last piece of each document.
     """
@@ -102,7 +104,7 @@ def encoded(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tup
 
 
 def pieces(documents: Iterable[Document], cuts: re.Pattern[str] | None) -> Iterator[Document]:
-    """The same documents in other parts, whose ends are where `cuts` allows.
+    """The same documents, split into parts only where `cuts` allows it.
 
     Raises:
         DynarouteError: naming the document of which more than MAX_UNCUT characters would be one piece.
@@ -142,3 +144,21 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """Yields `function(item)` of each item, in order; at most `threads` items are started and not yet yielded.
+
+    Draws `items` on the caller's thread while the others compute. Close it if you leave it early.
+    """
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) == threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

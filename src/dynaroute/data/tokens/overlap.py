@@ -1,4 +1,4 @@
-"""How much of a held-out split stands word for word in the training split, though no document is in both."""
+"""How much of a held-out split also occurs word for word in the training split."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,24 +8,17 @@ import numpy as np
 from dynaroute.data.tokens.shards import TokenShards
 
 FACTORS = np.random.default_rng(1).integers(0, 2**63, 5, np.uint64) * np.uint64(2) + np.uint64(1)
-SPAN = 2 ** len(FACTORS)  # tokens that must be the same in a row: 32
-MAX_TRAINING_TOKENS = 10**8  # of a corpus that is looked through: seconds for each 10 million
-MAX_HELD_OUT_TOKENS = 2**23  # of a split that is: they are in memory, some 50 bytes each
+SPAN = 2 ** len(FACTORS)  # equal tokens in a row that count as shared: 32
+MAX_TRAINING_TOKENS = 10**8  # larger corpora are not searched: each 10 million tokens take seconds
+MAX_HELD_OUT_TOKENS = 2**23  # nor are larger held-out splits: each token takes some 50 bytes of memory
 CHUNK = 2**22  # tokens of the training split that are in memory at once
 
 
 def shared_shares(directory: str | Path, splits: Sequence[str]) -> dict[str, float | None]:
-    """The share of each split's tokens that lie in spans of SPAN tokens which also stand in the training split.
+    """The share of each held-out split's tokens that lie in spans of SPAN tokens which also occur in training.
 
-    Spans are told apart by 64-bit hashes, so a false match is next to impossible.
-
-    Args:
-        directory: a folder of tokens that this process has written.
-        splits: the held-out ones.
-
-    Returns:
-        By split, between 0 and 1, 0 for an empty one; None if it has more than MAX_HELD_OUT_TOKENS, or the training
-        split more than MAX_TRAINING_TOKENS.
+    Spans are compared by 64-bit hashes, so a false match is next to impossible. A share is between 0 and 1, 0 for an
+    empty split, and None if the split has more than MAX_HELD_OUT_TOKENS or training more than MAX_TRAINING_TOKENS.
 
     Raises:
         DynarouteError: a file is missing.
@@ -48,7 +41,7 @@ def shared_shares(directory: str | Path, splits: Sequence[str]) -> dict[str, flo
 
 
 def _covered(found: np.ndarray, num_tokens: int) -> float:
-    """The share of tokens that lie in one of the spans that were found; bool [number of spans]."""
+    """The share of tokens that lie in a span that was found; `found` is bool [number of spans]."""
     edges = np.zeros(num_tokens + 1, np.int64)
     np.add.at(edges, np.flatnonzero(found), 1)
     np.add.at(edges, np.flatnonzero(found) + SPAN, -1)
@@ -56,17 +49,17 @@ def _covered(found: np.ndarray, num_tokens: int) -> float:
 
 
 def span_hashes(tokens: np.ndarray) -> np.ndarray:
-    """A hash of every SPAN tokens in a row, uint64 [n - SPAN + 1]; empty if there are fewer tokens."""
+    """A hash of every SPAN consecutive tokens, uint64 [n - SPAN + 1]; empty if there are fewer tokens."""
     table = np.random.default_rng(0).integers(0, 2**64, int(tokens.max(initial=0)) + 1, np.uint64)
-    hashes, length = table[tokens], 1  # numbers are drawn one after the other, so a token's is always the same
+    hashes, length = table[tokens], 1  # a token's number does not depend on the table's length
     for factor in FACTORS:
-        # Two spans in a row are one of twice the length; the odd factor tells their order.
+        # Two adjacent spans make one of twice the length; the odd factor makes their order matter.
         hashes = hashes[:-length] * factor + hashes[length:]
         length *= 2
     return hashes
 
 
 def _chunks(shards: TokenShards) -> Iterator[np.ndarray]:
-    """The stream in parts, which share SPAN - 1 tokens so that no span falls between them."""
+    """The stream in parts that overlap by SPAN - 1 tokens, so that every span is in one of them."""
     for start in range(0, shards.num_tokens, CHUNK):
         yield shards.read(start, start + CHUNK + SPAN - 1)

@@ -1,4 +1,4 @@
-"""Writes tokens to disk as a stream, in the form that dynaroute.data.tokens.shards describes and reads."""
+"""Writes token shards as a stream; dynaroute.data.tokens.shards describes the format and reads it."""
 
 import math
 import os
@@ -16,7 +16,7 @@ SHARD_TOKENS = 2**26
 
 
 def padded(vocab_size: int) -> int:
-    """The next multiple of 64, the width that matrix products like: 50,257 becomes 50,304."""
+    """The next multiple of 64, for fast matrix products: 50,257 becomes 50,304."""
     return math.ceil(vocab_size / 64) * 64
 
 
@@ -26,9 +26,9 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class GrowingArray:
-    """A one-dimensional .npy file that is written from front to back; its header gets its length at the end.
+    """A one-dimensional .npy file written from front to back; `close` puts its length into the header.
 
-    What was appended and flushed stays after a kill, and the file can be taken up again at any earlier length.
+    Flushed values survive a kill, and writing can resume from any earlier length.
     """
 
     def __init__(self, path: Path, dtype: str, length: int = 0) -> None:
@@ -67,13 +67,13 @@ class GrowingArray:
         self._file.close()
 
     def _write_header(self) -> None:
-        """Of the same size whatever the length: numpy leaves room for it to grow."""
+        """Writes a header of constant size: numpy leaves room for the length to grow."""
         header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
         np.lib.format.write_array_header_1_0(self._file, header)
 
 
 class SplitState(NamedTuple):
-    """How much of a split is on disk, and what of it the files do not tell."""
+    """How much of a split is on disk: what `ShardWriter` needs to resume."""
 
     num_tokens: int
     num_documents: int
@@ -82,7 +82,7 @@ class SplitState(NamedTuple):
 
 
 class ShardWriter:
-    """Writes one split as a stream of documents; memory does not grow with it, and a kill loses only what came last."""
+    """Writes one split as a stream of documents in constant memory; a kill loses what came after the last flush."""
 
     def __init__(
         self,
@@ -93,15 +93,11 @@ class ShardWriter:
         shard_tokens: int = SHARD_TOKENS,
         state: SplitState | None = None,
     ) -> None:
-        """Starts a split of at most `shard_tokens` tokens a file in an existing folder, or goes on with one.
+        """Starts a split of at most `shard_tokens` tokens per file in an existing folder, or resumes one.
 
         Args:
-            folder: where the files are.
-            split: its name.
-            sources: numbers of the documents' sources, in order; new ones are added as they come.
-            vocab_size: of the tokenizer.
-            shard_tokens: tokens of a file.
-            state: what `flush` returned; all that was written later is dropped.
+            sources: numbers of the documents' sources, in order; new sources are added as they come.
+            state: what `flush` returned; everything written later is dropped.
 
         Raises:
             DynarouteError: what was written earlier is damaged.
@@ -112,14 +108,14 @@ class ShardWriter:
         self.num_tokens, self._num_characters = state.num_tokens, state.num_characters
         self._tokens_by_source = Counter(state.tokens_by_source)
         documents = state.num_documents
-        self._offsets = self._open("offsets", "<i8", documents + 1 if documents else 0)
+        self._offsets = GrowingArray(self._path("offsets"), "<i8", documents + 1 if documents else 0)
         if not documents:
             self._offsets.append(np.zeros(1))
-        self._document_sources = self._open("sources", "<i4", documents)
+        self._document_sources = GrowingArray(self._path("sources"), "<i4", documents)
         self._shard: GrowingArray | None = None
         full, rest = divmod(self.num_tokens, shard_tokens)
         for number in range(full):
-            self._open_shard(number, shard_tokens).close()  # must be there and complete
+            self._open_shard(number, shard_tokens).close()  # checks that it is there and complete
         if rest:
             self._shard = self._open_shard(full, rest)
         for late in folder.glob(f"{split}-[0-9]*.npy"):
@@ -147,7 +143,7 @@ class ShardWriter:
                 self._shard = None
 
     def flush(self) -> SplitState:
-        """Forces all to disk, and returns what goes on from here."""
+        """Forces everything to disk, and returns the state to resume from."""
         for array in (self._offsets, self._document_sources, self._shard):
             if array is not None:
                 array.flush()
@@ -185,7 +181,4 @@ class ShardWriter:
         return {"file": self._path(name).name, "sha256": sha256(self._path(name))}
 
     def _open_shard(self, number: int, length: int = 0) -> GrowingArray:
-        return self._open(f"{number:05d}", token_dtype(self.vocab_size), length)
-
-    def _open(self, name: str, dtype: str, length: int) -> GrowingArray:
-        return GrowingArray(self._path(name), dtype, length)
+        return GrowingArray(self._path(f"{number:05d}"), token_dtype(self.vocab_size), length)

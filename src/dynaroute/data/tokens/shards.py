@@ -1,4 +1,4 @@
-"""Tokens on disk, read through memory maps and cut into windows; dynaroute.data.tokens.shard_writer writes them.
+"""Reads tokens on disk through memory maps, as windows; dynaroute.data.tokens.shard_writer writes them.
 
 A folder of tokens holds, for each split, shards `train-00000.npy` ... of one unbroken stream in which an end-of-text
 token follows each document; where each document starts and which source it has; the tokenizer; and metadata.json.
@@ -17,7 +17,7 @@ from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_record
 
 if TYPE_CHECKING:
-    import torch  # at run time where windows become tensors: tokenizing should not wait for it
+    import torch  # imported where windows become tensors: tokenizing should not wait for it
 
 IGNORED_TARGET = -100  # the target that cross-entropy ignores
 
@@ -34,7 +34,7 @@ class TokenShards:
     """
 
     def __init__(self, directory: str | Path, split: str) -> None:
-        """Opens a split of a folder of tokens and checks that types and sizes are those in its metadata.
+        """Opens a split and checks its files' types and sizes against the metadata.
 
         Raises:
             DynarouteError: naming the file that is missing or damaged.
@@ -66,21 +66,17 @@ class TokenShards:
                 raise DynarouteError(f"{path}: {file} of {split} hold {found} tokens, not {self.num_tokens}")
 
     def _open(self, name: str, dtype: str, size: int) -> np.ndarray:
-        path = self.directory / f"{self.split}-{name}.npy"  # never the metadata's: nothing outside of the folder
+        path = self.directory / f"{self.split}-{name}.npy"  # not the metadata's name, which could leave the folder
         try:
-            values = np.lib.format.open_memmap(path, mode="r")  # np.load, but for .npy alone and never a pickle
-        except (OSError, ValueError, TokenError) as error:  # the last from numpy, of a damaged header
+            values = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, reads .npy only and never unpickles
+        except (OSError, ValueError, TokenError) as error:  # numpy raises TokenError for a damaged header
             raise DynarouteError(f"{path}: missing or damaged: {error}: tokenize the corpus again") from error
         if values.dtype != dtype or values.shape != (size,):
             raise DynarouteError(f"{path}: {values.dtype} {values.shape}, but metadata.json says {dtype} ({size},)")
         return values.view(np.ndarray)  # slices of a plain array are cheaper than of a memmap
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made these tokens.
-
-        Raises:
-            DynarouteError: a file of it is missing or damaged.
-        """
+        """The tokenizer that made these tokens. Raises DynarouteError if a file of it is missing or damaged."""
         folder = self.directory / "tokenizer"
         tokenizer = load_tokenizer(folder)
         if (tokenizer.vocab_size, tokenizer.eot_id) != (self.vocab_size, self.eot_id):
@@ -88,7 +84,7 @@ class TokenShards:
         return tokenizer
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the stream, cut at its end, across the borders of shards; uint16 or uint32."""
+        """Tokens [start, stop) of the stream, fewer at its end, across shard boundaries; uint16 or uint32."""
         stop = min(stop, self.num_tokens)
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         parts = []
@@ -101,11 +97,7 @@ class TokenShards:
 
 
 def open_splits(directory: str | Path) -> dict[str, TokenShards]:
-    """The splits train, validation and test of a tokenized corpus, by name.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
+    """The splits of a tokenized corpus, by name. Raises DynarouteError if a file is missing or damaged."""
     return {split: TokenShards(directory, split) for split in ("train", "validation", "test")}
 
 
@@ -134,7 +126,7 @@ class Windows:
     def batch(self, indices: Sequence[int]) -> "tuple[torch.Tensor, torch.Tensor]":
         """Windows as (tokens, targets), both int64 [B, T].
 
-        Where a window has nothing to predict its target is -100, and past the last token it reads end-of-text.
+        Targets are -100 where there is nothing to predict. Past the last token a window reads end-of-text.
 
         Raises:
             IndexError: there is no such window.

@@ -1,8 +1,8 @@
-"""A corpus at published addresses, tokenized as it is downloaded: its text is never kept.
+"""Tokenizes a corpus at published addresses while it downloads it; its text is never kept.
 
-Files come in the order of their list and documents in the order of their lines, whatever arrives first, so that the
-tokens depend on the files alone. A run that was killed goes on from its last note of where it stood: what it wrote
-after that is dropped, and a file that it had begun is read again up to there.
+Files keep the order of their list and documents the order of their lines, whatever arrives first, so tokens depend on
+the files alone. A killed run resumes from its last note: what it wrote later is dropped, and the file it was reading
+is read again up to there.
 """
 
 import contextlib
@@ -21,37 +21,32 @@ from dynaroute.config.data import Corpus, DolmaStream
 from dynaroute.data.text.collect import SPLITS, refuse_unfilled_splits, split_of, stable_hash
 from dynaroute.data.text.download import fetch_compressed
 from dynaroute.data.text.sources import read_dolma
-from dynaroute.data.tokens.encode import describe, encoded
-from dynaroute.data.tokens.parallel import in_order
+from dynaroute.data.tokens.encode import describe, encoded, in_order
 from dynaroute.data.tokens.shard_writer import SHARD_TOKENS, ShardWriter, SplitState
 from dynaroute.data.tokens.tokenizers import load_tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import (
-    move_directory,
-    output_directory,
-    read_record,
-    sha256,
-    write_json,
-)
+from dynaroute.pipeline.artifacts import move_directory, output_directory, read_record, sha256, write_json
 from dynaroute.pipeline.scratch import discard
 
-DOWNLOADS = 5  # files on their way or waiting, so this many of them are on disk at most, compressed
-NOTE_CHARACTERS = 2**28  # of text between two notes of where a run stands: what a kill can cost, seconds on many cores
+DOWNLOADS = 5  # files being downloaded or waiting: at most so many are on disk, compressed
+NOTE_CHARACTERS = 2**28  # of text between two notes of progress: what a kill can cost, seconds on many cores
 
 
 def list_addresses(name: str, corpus: Corpus, directory: str | Path) -> dict[str, Any]:
-    """Writes metadata.json: the addresses that a corpus consists of, in order, and what is to be held out of it.
-
-    Returns:
-        The metadata.
+    """Writes and returns metadata.json: the addresses of a corpus, in order, and what is held out of it.
 
     Raises:
-        DynarouteError: the list cannot be had, is too short, or has a line that is no address or occurs twice.
+        DynarouteError: the list cannot be read, is too short, or has a line that is no address or occurs twice.
     """
     source: DolmaStream = corpus.source
     place = f"corpora.{name}.source.addresses: {source.addresses} of {source.path}"
     try:
-        lines = _list_file(source).read_text("utf-8").split("\n")
+        file = Path(source.path, source.addresses)
+        if not Path(source.path).is_dir():
+            from huggingface_hub import hf_hub_download  # takes a second
+
+            file = Path(hf_hub_download(source.path, source.addresses, repo_type="dataset", revision=source.revision))
+        lines = file.read_text("utf-8").split("\n")
     except (OSError, ValueError) as error:  # what huggingface_hub raises is one of them
         raise DynarouteError(f"{place} cannot be read: {str(error).strip().partition(chr(10))[0]}") from error
     addresses = [line.strip() for line in lines if line.strip()]
@@ -73,28 +68,20 @@ def list_addresses(name: str, corpus: Corpus, directory: str | Path) -> dict[str
     return metadata
 
 
-def _list_file(source: DolmaStream) -> Path:
-    if Path(source.path).is_dir():
-        return Path(source.path, source.addresses)
-    from huggingface_hub import hf_hub_download  # takes a second
-
-    return Path(hf_hub_download(source.path, source.addresses, repo_type="dataset", revision=source.revision))
-
-
 @dataclass
 class Progress:
-    """Where a run stands: all that is kept beside the tokens themselves."""
+    """The resume state of a run, besides the tokens themselves."""
 
-    files: list[dict[str, Any]] = field(default_factory=list)  # address, bytes, sha256 and documents of each one done
-    begun: str | None = None  # SHA-256 of the file after them
-    taken: int = 0  # documents of that file
-    documents: int = 0  # in all
-    sources: dict[str, int] = field(default_factory=dict)  # their numbers, in order
+    files: list[dict[str, Any]] = field(default_factory=list)  # address, bytes, sha256, documents of each finished one
+    begun: str | None = None  # SHA-256 of the file being read
+    taken: int = 0  # documents read of that file
+    documents: int = 0  # read in all
+    sources: dict[str, int] = field(default_factory=dict)  # numbers of sources, in order
     splits: dict[str, SplitState | None] = field(default_factory=lambda: dict.fromkeys(SPLITS))
 
     @classmethod
     def read(cls, path: Path) -> "Progress":
-        """What was noted last, or the beginning."""
+        """The last note; a fresh start if there is none."""
         if not path.exists():
             return cls()
         data = read_record(path)
@@ -111,23 +98,17 @@ def tokenize_stream(
     scratch: str | Path,
     shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
-    """Writes the tokens of the files that `list_addresses` listed in `collected` as a folder for `TokenShards`.
+    """Tokenizes the files that `list_addresses` listed in `collected` into `directory`, a folder for `TokenShards`.
 
-    Neither memory nor what lies on disk beside the tokens grows with the corpus.
-
-    Args:
-        name: of the corpus.
-        corpus: its settings.
-        collected: the folder of the list.
-        directory: the folder of tokens, which appears at the end.
-        scratch: where the run lives until then, and goes on after a stop; its own while it runs.
-        shard_tokens: tokens of one file.
+    The run lives in `scratch` until it is done, and resumes there. Neither its memory nor its disk space, apart from
+    the tokens, grows with the corpus.
 
     Returns:
         The metadata of the folder: as `tokenize` writes it, and what was read from every address.
 
     Raises:
-        DynarouteError: a file cannot be had, is damaged or has changed; or the corpus ends before its held-out region.
+        DynarouteError: a file cannot be fetched, is damaged or has changed; or the corpus ends before its held-out
+            region.
     """
     addresses = read_record(Path(collected) / "metadata.json")["addresses"]
     scratch = Path(scratch)
@@ -162,7 +143,13 @@ def tokenize_stream(
         try:
             for number, path in zip(left, paths, strict=True):
                 address = addresses[number]
-                _begin(run, address, path, scratch)
+                found = sha256(path)
+                if run.taken and run.begun != found:
+                    raise DynarouteError(
+                        f"{address}: SHA-256 is {found}, but {run.begun} when its first {run.taken} documents were "
+                        f"read: the file has changed: remove {scratch} to begin anew"
+                    )
+                run.begun = found
                 with path.open("rb") as file:
                     since_note = 0
                     documents = read_dolma(file, address)
@@ -202,18 +189,3 @@ def tokenize_stream(
     move_directory(folder, directory)
     discard(scratch)
     return metadata
-
-
-def _begin(run: Progress, address: str, path: Path, scratch: Path) -> None:
-    """Notes which file is being read.
-
-    Raises:
-        DynarouteError: a run that was stopped within it read another one.
-    """
-    found = sha256(path)
-    if run.taken and run.begun != found:
-        raise DynarouteError(
-            f"{address}: SHA-256 is {found}, but {run.begun} when its first {run.taken} documents were read: the file "
-            f"has changed: remove {scratch} to begin anew"
-        )
-    run.begun = found

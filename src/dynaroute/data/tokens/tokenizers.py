@@ -1,8 +1,8 @@
-"""Text to tokens and back: GPT-2 by tiktoken, anything else by the `tokenizers` library.
+"""Text to tokens and back: GPT-2 by tiktoken, all others by the `tokenizers` library.
 
-A tokenizer is made once (`save_tokenizer`), kept as a folder beside its tokens, and loaded from there: no network, no
-`transformers`. All of them read special-token text inside a document as ordinary text, so that the end-of-text token
-can only ever come from the end of a document.
+A tokenizer is made once (`save_tokenizer`), kept in a folder beside its tokens, and loaded from there without a network
+or `transformers`. All of them read special tokens in a document as ordinary text, so the end-of-text token only ever
+marks the end of a document.
 """
 
 import base64
@@ -28,26 +28,26 @@ from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_record, write_json, write_text
 
 END_OF_TEXT = "<|endoftext|>"
-# GPT-2's pattern of what a token may not cross; possessive quantifiers do not change what it matches.
+# GPT-2's pre-tokenizer; possessive quantifiers make it faster and match the same.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-GPT2_FILE = "gpt2.tiktoken"  # a line "base64 of the token's bytes, its id" each, as tiktoken's own files have it
+GPT2_FILE = "gpt2.tiktoken"  # tiktoken's format: a line "base64 of the token's bytes, its id" for each token
 
 
 def available_cores() -> int:
-    """The cores that this process may use, which a batch system can make fewer than the machine has."""
+    """The cores that this process may use; a batch system can allow fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers, whichever library does the work."""
+    """The interface of all tokenizers, whichever library does the work."""
 
-    ids: np.ndarray  # int64, those that have a token, ascending; there may be gaps
+    ids: np.ndarray  # int64, ascending ids that have a token; there may be gaps
     vocab_size: int  # the largest id + 1
     eot_id: int  # the end-of-text token
     cuts: re.Pattern[str] | None  # where a text can be cut, see `cuts_of`
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text, uint32, on all cores; nothing is put before or after them. Threads may call it."""
+        """The ids of each text, uint32, encoded on all cores; no special tokens are added. Threads may call it."""
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, special tokens included; bytes that are not UTF-8 become U+FFFD."""
@@ -64,13 +64,8 @@ class TiktokenTokenizer:
         try:
             pairs = [line.split() for line in path.read_bytes().splitlines()]
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-            self._make = functools.partial(
-                tiktoken.Encoding,
-                "gpt2",
-                pat_str=GPT2_PATTERN,
-                mergeable_ranks=ranks,
-                special_tokens={END_OF_TEXT: len(ranks)},
-            )
+            arguments = {"mergeable_ranks": ranks, "special_tokens": {END_OF_TEXT: len(ranks)}}
+            self._make = functools.partial(tiktoken.Encoding, "gpt2", pat_str=GPT2_PATTERN, **arguments)
             self.encoding = self._make()
         except (OSError, ValueError) as error:
             raise DynarouteError(f"{path}: not a readable token file: {error}: tokenize the corpus again") from error
@@ -81,16 +76,16 @@ class TiktokenTokenizer:
         self._threads = ThreadPoolExecutor(available_cores(), initializer=self._start_thread)
 
     def _start_thread(self) -> None:
-        # 25 ms and 10 MB. Threads that share an encoding share the working memory of its regular expression, and
-        # passing that to and fro, once for each match, costs them up to half of their speed.
+        # 25 ms and 10 MB. Threads that share an encoding contend for its regular expression's working memory at every
+        # match, which costs up to half of their speed.
         self._own.encoding = self._make()
 
     def _encode(self, text: str) -> np.ndarray:
-        # No Python list of ids, which `encode_ordinary_batch` makes and which holds up all threads.
+        # `encode_ordinary_batch` makes a Python list of ids, for which all threads have to wait.
         encode = functools.partial(self._own.encoding.encode_to_numpy, disallowed_special=())
         try:
             return encode(text)
-        except ValueError:  # a million white spaces in a row are too many for its pattern, unless the text ends in them
+        except ValueError:  # the pattern fails on a million white spaces in a row that do not end the text
             starts = [match.start() for match in GPT2_CUTS.finditer(text)]
             edges = itertools.pairwise([0, *starts, len(text)])
             return np.concatenate([encode(text[start:stop]) for start, stop in edges])
@@ -143,11 +138,11 @@ class HuggingFaceTokenizer:
 def save_tokenizer(
     settings: ByteBPE | GPT2 | HubTokenizer, training_texts: Iterable[str], folder: str | Path
 ) -> Tokenizer:
-    """Makes the tokenizer of a corpus and saves it into a folder, which is made.
+    """Makes the tokenizer of a corpus and saves it into a new folder.
 
-    Only a byte-level BPE reads the training texts, which may be pieces of longer ones, cut at GPT2_CUTS. What is saved
-    depends on settings and texts alone: it is the same on every run and with any number of threads.
-    `AutoTokenizer.from_pretrained` loads the folder too, but for GPT-2's.
+    Only a byte-level BPE reads the training texts, which may be pieces of longer ones, cut at GPT2_CUTS. The files
+    depend on settings and texts alone, not on the number of threads. `AutoTokenizer.from_pretrained` loads the folder
+    too, except GPT-2's.
 
     Raises:
         DynarouteError: the texts are too few for the vocabulary, or a tokenizer cannot be fetched or used.
@@ -165,11 +160,7 @@ def save_tokenizer(
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Loads a tokenizer that `save_tokenizer` saved.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
+    """Loads a tokenizer that `save_tokenizer` saved. Raises DynarouteError if a file is missing or damaged."""
     folder = Path(folder)
     return TiktokenTokenizer(folder) if (folder / GPT2_FILE).exists() else HuggingFaceTokenizer(folder)
 
@@ -207,14 +198,14 @@ def _save_gpt2(folder: Path) -> None:
 
 
 def _save_hub_tokenizer(settings: HubTokenizer, folder: Path) -> None:
-    from transformers import AutoTokenizer  # takes seconds, which only this kind should pay
+    from transformers import AutoTokenizer  # takes seconds to import
 
     name = settings.path + (f" at {settings.revision}" if settings.revision else "")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             settings.path, revision=settings.revision or "main", trust_remote_code=False
         )
-    except Exception as error:  # a folder with other content raises whatever comes first
+    except Exception as error:  # a folder with other content can raise anything
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise DynarouteError(f"tokenizer.path: {name} cannot be loaded: {reason}") from error
     if not tokenizer.is_fast:

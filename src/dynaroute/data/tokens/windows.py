@@ -1,4 +1,4 @@
-"""Windows of a split, or a part of them: the same ones for every run and every evaluation."""
+"""Subsets of a split's windows, the same in every run and every evaluation."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class WindowSet(Protocol):
-    """`Windows`, or a `Subset` of them."""
+    """Windows of tokens: `Windows` of a split, or a `Subset` of them."""
 
     seq_len: int
 
@@ -23,7 +23,7 @@ class WindowSet(Protocol):
 
 
 class Subset:
-    """Some windows of others, and used like them: window i is window `indices[i]` of those."""
+    """Some of a set of windows: window i is window `indices[i]` of the set."""
 
     def __init__(self, windows: WindowSet, indices: Sequence[int]) -> None:
         self.windows, self.seq_len, self.indices = windows, windows.seq_len, indices
@@ -41,11 +41,7 @@ class Subset:
 
 
 def evenly_spaced(windows: Windows, number: int | None, setting: str) -> Subset:
-    """`number` windows, evenly spaced over all; all for None.
-
-    Raises:
-        DynarouteError: there are fewer; it names the setting that asks for that many.
-    """
+    """`number` evenly spaced windows; all for None. Raises DynarouteError, naming the setting, if there are fewer."""
     total = len(windows)
     if number is None:
         return Subset(windows, range(total))
