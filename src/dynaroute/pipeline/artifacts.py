@@ -1,6 +1,6 @@
-"""Results on disk: written whole or not at all, and read with errors that name the file.
+"""Writes results completely or not at all, and reads them with errors that name the file.
 
-DVC records the MD5 of every output and notices later changes; readers here do not hash again. docs/reliability.md says
+DVC records the MD5 of every output and detects later changes, so readers do not hash again. docs/reliability.md says
 which damage is detected when.
 """
 
@@ -24,7 +24,7 @@ REMEDY = "delete it and run the stage that writes it again"
 
 
 def flush(path: Path) -> None:
-    """Forces a file or folder to disk: a rename may otherwise outlive the data that it names in a power cut."""
+    """Forces a file or folder to disk: in a power cut, a rename may otherwise survive without the renamed data."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,7 +37,7 @@ def output_file(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which replaces it when the block succeeds and is removed when it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # always the same name, so the next run overwrites what a kill left
+    temporary = path.with_name(f".{path.name}.tmp")  # always the same name: the next run overwrites what a kill left
     try:
         yield temporary
         flush(temporary)
@@ -49,9 +49,9 @@ def output_file(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def output_directory(path: str | Path) -> Iterator[Path]:
-    """Yields an empty temporary folder that replaces `path`, old content and all, when the block succeeds."""
+    """Yields an empty temporary folder that replaces all of `path` when the block succeeds."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # always the same name, so the next run removes what a kill left
+    temporary = path.with_name(f".{path.name}.tmp")  # always the same name: the next run removes what a kill left
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -94,12 +94,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Writes indented JSON atomically; NaN and infinity are refused, since they are not JSON."""
+    """Writes indented JSON atomically. Raises ValueError for NaN and infinity, which are not JSON."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every string but plain words, so that readers of YAML 1.1 and 1.2 agree on off, 1e-05 and 012."""
+    """Quotes all strings except plain words, so that readers of YAML 1.1 and 1.2 agree on off, 1e-05 and 012."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -125,7 +125,7 @@ def write_csv(path: str | Path, rows: list[dict[str, Any]]) -> None:
 
 
 class Record(dict[str, Any]):
-    """A mapping read from a file, mappings inside it included; a missing key is an error that names the file."""
+    """A mapping read from a file, and so are mappings in it; a missing key is an error that names the file."""
 
     def __init__(self, data: dict[str, Any], path: str | Path) -> None:
         super().__init__({key: _as_record(value, path) for key, value in data.items()})
@@ -145,7 +145,7 @@ def read_record(path: str | Path) -> Record:
     """Reads a mapping from a JSON or YAML file that this project writes.
 
     Raises:
-        DynarouteError: the file is missing or damaged; later, when a key is asked for that it lacks.
+        DynarouteError: the file is missing or damaged; later, on access to a key that it lacks.
     """
     path = Path(path)
     try:
@@ -162,22 +162,9 @@ def read_record(path: str | Path) -> Record:
 
 
 def sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits.
-
-    Raises:
-        DynarouteError: it cannot be read.
-    """
-    return digest(path, "sha256")
-
-
-def digest(path: str | Path, algorithm: str) -> str:
-    """A hash of a file's bytes, as hexadecimal digits, by an algorithm of hashlib: `sha256`, or DVC's `md5`.
-
-    Raises:
-        DynarouteError: it cannot be read.
-    """
+    """SHA-256 of a file's bytes, as hexadecimal digits. Raises DynarouteError if the file cannot be read."""
     try:
         with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, algorithm).hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}: run the stage that makes it") from error

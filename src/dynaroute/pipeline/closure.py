@@ -1,7 +1,7 @@
-"""Which code computes a stage's result: its script and all modules that it imports, also within functions.
+"""Finds the code that computes a stage's result: its script and all modules it imports, also within functions.
 
-Modules are compared by their syntax trees, so comments, docstrings and layout change nothing. Imports are read from
-the trees too: no module is imported, and `if TYPE_CHECKING:` does not count.
+Modules are compared by their syntax trees, so comments, docstrings and layout do not matter. Imports are read from the
+trees too: no module is imported, and `if TYPE_CHECKING:` does not count.
 """
 
 import ast
@@ -17,9 +17,9 @@ from dynaroute.pipeline.hashes import read_notes
 
 SOURCES = Path(__file__).parents[2]
 OWN_SOURCE = Path(__file__).read_bytes()
-# Modules, and all below them, that change no result: neither they nor their imports are part of any closure.
+# Modules and packages that change no result: they and their imports are part of no closure.
 EXEMPT = {
-    "dynaroute.config": "hands stages what params.yaml says, and their `params` in dvc.yaml list what they use of it",
+    "dynaroute.config": "passes on params.yaml, of which `params` in dvc.yaml lists what each stage uses",
     "dynaroute.data.locate": "finds out what stages depend on, not what they compute",
     "dynaroute.errors": "the type of the errors that end a stage with one line",
     "dynaroute.pipeline.closure": "finds out what stages depend on",
@@ -33,11 +33,11 @@ EXEMPT = {
 
 
 def closures(scripts: Iterable[Path], notes: Path) -> dict[str, dict[str, str]]:
-    """By a script's name, the hash of its syntax tree and of each module in its import closure.
+    """For each script name, the hash of its syntax tree and of each module in its import closure.
 
     Args:
-        scripts: below the repository's root, each with a name of its own.
-        notes: where trees that have been read are noted, so that reading them takes no time on the next call.
+        scripts: below the repository's root, with unique names.
+        notes: a file that caches the trees for the next call.
     """
     known, trees = read_notes(notes), {}
 
@@ -64,10 +64,10 @@ def closures(scripts: Iterable[Path], notes: Path) -> dict[str, dict[str, str]]:
 
 
 def _read_tree(source: bytes) -> dict[str, Any]:
-    """The hash of a module's syntax tree, and the dotted names that it imports, whose last part may be no module."""
+    """The hash of a module's syntax tree, and the dotted names it imports, whose last part may not be a module."""
     try:
         tree = ast.parse(source)
-    except SyntaxError:  # which Python explains when a stage imports the module
+    except SyntaxError:  # Python reports it when a stage imports the module
         return {"hash": hashlib.sha256(source).hexdigest(), "imports": []}
     imports = sorted(set(_imports(tree)))
     return {"hash": hashlib.sha256(json.dumps(_structure(tree)).encode()).hexdigest(), "imports": imports}
@@ -87,7 +87,7 @@ def _imports(tree: ast.AST) -> Iterator[str]:
 
 
 def _structure(node: Any) -> Any:
-    """A syntax tree as JSON, without docstrings, and without empty fields, of which each Python version has its own."""
+    """A syntax tree as JSON, without docstrings, and without empty fields, which differ between Python versions."""
     if isinstance(node, list):
         return [_structure(item) for item in node]
     if not isinstance(node, ast.AST):
@@ -103,13 +103,13 @@ def _structure(node: Any) -> Any:
 
 @functools.cache
 def _modules(name: str, folder: Path) -> list[tuple[str, Path]]:
-    """The modules of this repository that importing `name` runs: packages above it are among them.
+    """The modules of this repository that importing `name` runs, packages above it included.
 
-    Like Python, it looks into the script's own folder and then into src.
+    Looks into the script's own folder first and then into src, as Python does.
     """
     package = name.rpartition(".")[0]
     above = _modules(package, folder) if package else []
-    if package and not above:  # of another project
+    if package and not above:  # another project's
         return []
     stem = name.replace(".", "/")
     places = [root / f"{stem}{suffix}" for root in (folder, SOURCES) for suffix in (".py", "/__init__.py")]

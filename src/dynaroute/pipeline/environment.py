@@ -1,4 +1,4 @@
-"""What the environment may not decide: results, and which of several processes this one is."""
+"""Refuses environment variables that would change results, and processes started without a rank."""
 
 import os
 
@@ -27,10 +27,8 @@ OWN_RANK = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
 def check_environment(device: str) -> None:
     """Refuses variables that change results, which neither DVC nor a run's identity would notice.
 
-    `accelerate launch` sets ACCELERATE_USE_FSDP and the like from its options; what it sets by default passes.
-
-    Args:
-        device: that of params.yaml, which ACCELERATE_USE_CPU would override.
+    `accelerate launch` sets ACCELERATE_USE_FSDP and the like from its options; its defaults pass. ACCELERATE_USE_CPU
+    would override `device`, that of params.yaml.
 
     Raises:
         DynarouteError: naming the variable.
@@ -42,13 +40,12 @@ def check_environment(device: str) -> None:
 
 
 def check_processes(may_be_several: bool) -> None:
-    """Refuses to be one of several processes that do not know of one another, each of which would do all of the work.
+    """Refuses to be one of several processes that do not know of each other: each would do all of the work.
 
     The script of an sbatch job is a single process, whatever SLURM_NTASKS says; SLURM_STEP_NUM_TASKS comes from srun.
 
     Raises:
-        DynarouteError: mpirun, srun or the like started this process, and it lacks a rank; or it has one, but the
-            stage is not made for several.
+        DynarouteError: mpirun, srun or the like started this process without a rank, or the stage needs a single one.
     """
     for name in NUM_PROCESSES:
         number = os.environ.get(name, "1")

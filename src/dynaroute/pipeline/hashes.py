@@ -1,7 +1,7 @@
-"""SHA-256 of files whose edits stages must notice, such as models and text on disk.
+"""SHA-256 of files on disk, such as models and text, whose edits must rerun stages.
 
-They are asked for on every `dvc repro`, so a file of gigabytes is read again only when it may have changed: what was
-found is kept in .scratch/, with each file's size, times and inode.
+Every `dvc repro` asks for them, so hashes are kept in .scratch/ with each file's size, times and inode, and a file is
+read again only if one of those has changed.
 """
 
 import json
@@ -16,15 +16,11 @@ from tqdm import tqdm
 from dynaroute.pipeline.artifacts import sha256, write_json
 from dynaroute.pipeline.scratch import exclusive, scratch_folder
 
-SETTLED = 2 * 10**9  # nanoseconds: within a clock's granularity, an edit leaves a file's times as they were
+SETTLED = 2 * 10**9  # nanoseconds: an edit within the clock's granularity does not change a file's times
 
 
 def hash_files(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """`{"bytes": ..., "sha256": ...}` of files, by their names.
-
-    Raises:
-        DynarouteError: a file cannot be read.
-    """
+    """`{"bytes": ..., "sha256": ...}` of files by name. Raises DynarouteError if a file cannot be read."""
     if not files:
         return {}
     folder, found = scratch_folder("locate", "hashes"), {}
@@ -37,7 +33,7 @@ def hash_files(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
             if known.get(key, [None])[0] != state:
                 settled = max(state["modified"], state["changed"]) < now - SETTLED
                 known[key] = [state if settled else None, sha256(path)]
-            name = name.encode(errors="backslashreplace").decode()  # one that is not UTF-8 cannot be written elsewhere
+            name = name.encode(errors="backslashreplace").decode()  # JSON needs UTF-8
             found[name] = {"bytes": state["bytes"], "sha256": known[key][1]}
         known = {key: note for key, note in known.items() if Path(os.fsdecode(key.encode("latin-1"))).exists()}
         if known != before:
@@ -46,7 +42,7 @@ def hash_files(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """What an earlier run noted; empty where there is nothing, or nothing readable."""
+    """The notes of an earlier run; empty if they are missing or unreadable."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):

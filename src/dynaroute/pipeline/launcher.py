@@ -1,8 +1,8 @@
-"""Runs a launcher of training, such as torchrun, but for its traceback when a process that it started has failed.
+"""Runs a launcher of training, such as torchrun, without its traceback when a process that it started fails.
 
     python -m dynaroute.pipeline.launcher /path/to/torchrun --standalone --nproc_per_node 4 stages/dwr/train_dwr.py
 
-That process has said what is wrong, in a line, which dozens of lines about the launcher's own code would hide.
+That process explains the problem in one line, which a traceback of the launcher's own code would hide.
 """
 
 import runpy
@@ -12,14 +12,14 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Runs the script that the command line names, with the arguments after it; its exit status is the launcher's."""
+    """Runs the launcher that the command line names, with the arguments after it; exits with its status."""
     del sys.argv[0]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except subprocess.CalledProcessError as error:  # of accelerate, with one process
         sys.exit(f"{Path(sys.argv[0]).name}: the process that it started ended with status {error.returncode}")
     except Exception as error:
-        # By name: torch takes seconds to import, and the launcher may not be of torch.
+        # By name: importing torch takes seconds, and the launcher may be another one.
         if type(error).__name__ == "ChildFailedError":
             rank, failure = error.get_first_failure()
             sys.exit(f"{Path(sys.argv[0]).name}: the process of rank {rank} ended with status {failure.exitcode}")

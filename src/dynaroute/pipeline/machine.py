@@ -1,4 +1,4 @@
-"""What a measurement was made on. Written beside measured figures only, never into outputs that must repeat."""
+"""Describes the machine, for files of measurements only: outputs that must repeat never contain it."""
 
 import importlib.metadata
 import platform
@@ -13,14 +13,14 @@ from dynaroute.errors import DynarouteError
 
 
 def require_device(device: str) -> None:
-    """Raises DynarouteError if params.yaml's `device` is not there."""
+    """Raises DynarouteError if params.yaml's `device` is missing."""
     if device == "cuda" and not torch.cuda.is_available():
         found = f"this machine shows no CUDA device to PyTorch {torch.__version__}"
         raise DynarouteError(f"params.yaml: device = 'cuda': {found}; use cpu")
 
 
 def compute_dtype(device: str, precision: str) -> torch.dtype:
-    """That of a `precision`: bf16 if it says so and the device is fast at it, else fp32."""
+    """The dtype of a `precision`: bf16 if it says so and the device computes it natively, else fp32."""
     fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if precision == "bf16" and fast else torch.float32
 

@@ -1,4 +1,4 @@
-"""Where a run keeps what it needs to go on after a stop: outside the outputs, which DVC deletes and checks out."""
+"""Scratch folders, where runs keep their resume state: outside the outputs, which DVC deletes and checks out."""
 
 import contextlib
 import fcntl
@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from dynaroute.errors import DynarouteError
 
-PATIENCE = 30.0  # seconds that whoever was asked to leave may take to save
-POLL = 0.2  # seconds between two looks at whether another process has let go
+PATIENCE = 30.0  # seconds that a process may take to save after it was asked to stop
+POLL = 0.2  # seconds between two attempts to take a lock
 
 
 def run_id(identity: dict[str, Any]) -> str:
-    """A short hash of everything that a run's result depends on: resolved settings and hashes of inputs."""
+    """A short hash of all that a run's result depends on: resolved settings and hashes of inputs."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -36,9 +36,9 @@ def scratch_folder(stage: str, run: str) -> Path:
 
 
 def hint_of_copy(path: str) -> str:
-    """The end of an error about a missing path or pattern, where only an experiment's copy of the workspace lacks it.
+    """The end of an error message about a path that only an experiment's copy of the workspace lacks; else empty.
 
-    Such copies lie in .dvc/tmp/exps, and hold what git tracks.
+    Such copies are in .dvc/tmp/exps, and hold what git tracks.
     """
     root, first = Path(os.environ.get("DVC_ROOT", ".")).resolve(), re.split(r"/?[^/]*[*?[]", path)[0]
     if ".dvc" not in os.path.relpath(Path.cwd(), root) or not (first and (root / first).exists()):
@@ -50,27 +50,28 @@ def hint_of_copy(path: str) -> str:
 def exclusive(
     folder: Path, patience: float = math.inf, while_waiting: Callable[[], object] = lambda: None
 ) -> Iterator[None]:
-    """Holds the folder, which is made if need be, for this process; waits while another one does, and says for whom.
+    """Locks a folder for this process, and makes it if needed. Waits while another process has it, and names that one.
 
     Args:
-        folder: what to hold; its holder may remove it with `discard`.
-        patience: seconds that the other one may take.
-        while_waiting: called again and again.
+        folder: its holder may remove it with `discard`.
+        patience: seconds to wait.
+        while_waiting: called at every attempt.
 
     Raises:
-        DynarouteError: another process holds it, and still does after `patience` seconds.
+        DynarouteError: another process still holds it after `patience` seconds.
     """
     started, said = time.monotonic(), False
     while (lock := _take(folder)) is None:
-        with contextlib.suppress(FileNotFoundError):  # the other one has just discarded it
-            holder = (folder / "lock").read_text().strip()  # empty until it has had the time to write it
+        with contextlib.suppress(FileNotFoundError):  # its holder has just discarded it
+            holder = (folder / "lock").read_text().strip()  # empty until the holder has written it
             if time.monotonic() - started > patience:
                 raise DynarouteError(
                     f"{folder}: process {holder} is already at work with these settings; wait for it, or stop it"
                 )
             if holder and not said:
-                waiting = f"{folder}: process {holder} is at work with these settings: waiting for it"
-                tqdm.write(waiting, file=sys.stderr)
+                tqdm.write(
+                    f"{folder}: process {holder} is at work with these settings: waiting for it", file=sys.stderr
+                )
                 said = True
         while_waiting()
         time.sleep(POLL)
@@ -82,12 +83,12 @@ def exclusive(
 
 
 def _take(folder: Path) -> TextIO | None:
-    """The locked lock file of a folder; None where another process has it."""
+    """The locked lock file of a folder; None if another process has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack, contextlib.suppress(FileNotFoundError, BlockingIOError):
         lock = stack.enter_context((folder / "lock").open("a+"))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # What was opened before its holder discarded it holds nothing.
+        # If the holder discarded the folder after the file was opened, the lock is worth nothing.
         if os.path.samestat(os.fstat(lock.fileno()), (folder / "lock").stat()):
             stack.pop_all()
             return lock
@@ -95,7 +96,7 @@ def _take(folder: Path) -> TextIO | None:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder that this process holds, at once: another one may be waiting, and makes it anew."""
+    """Removes a folder that this process holds in one step: a waiting process may make it anew."""
     gone = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(gone, ignore_errors=True)
     folder.replace(gone)
@@ -103,7 +104,7 @@ def discard(folder: Path) -> None:
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT while active, so that the loop can save and leave at the end of a step."""
+    """Records SIGTERM and SIGINT while active, so that a loop can save and stop after a step."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None

@@ -1,7 +1,7 @@
-"""What all stage scripts share: `--help` from the docstring, validated settings, errors in one line, one at a time.
+"""Runs a stage script: `--help` from its docstring, validated settings, one-line errors, one instance at a time.
 
-The launcher of training stages is read here and not put into commands of dvc.yaml, where another number of GPUs would
-make finished trainings count as changed.
+The launcher of training stages is read here, not in the commands of dvc.yaml, where another number of GPUs would mark
+finished trainings as changed.
 """
 
 import argparse
@@ -22,17 +22,15 @@ from dynaroute.pipeline.environment import check_environment, check_processes
 from dynaroute.pipeline.scratch import PATIENCE, exclusive
 from dynaroute.pipeline.terminal import program
 
-LAUNCHED = "DYNAROUTE_LAUNCHED"  # set for what `launcher` starts, which must not launch it once more
+LAUNCHED = "DYNAROUTE_LAUNCHED"  # set for processes that `launcher` starts, which must not launch again
 
 
 def run(main: Callable[..., None], doc: str, *arguments: str, launched: bool = False) -> None:
     """Parses the command line, loads params.yaml and calls `main(settings, *values of the positional arguments)`.
 
-    An argument that is not given is what follows the @ in the name of the stage that DVC runs: names from params.yaml
-    never pass through a shell. With `launched`, params.yaml's `launcher` takes this process's place and starts the
-    script again, unless that is `python` or a launcher has started this process.
-
-    Ends as `dynaroute.pipeline.terminal.program` says.
+    A missing argument is taken from behind the @ in DVC's stage name, so names from params.yaml never pass through a
+    shell. With `launched`, params.yaml's `launcher` replaces this process and starts the script again, unless it is
+    `python` or a launcher has started this process. The process ends as `dynaroute.pipeline.terminal.program` says.
     """
     with program(Path(sys.argv[0]).stem):
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,7 +47,7 @@ def run(main: Callable[..., None], doc: str, *arguments: str, launched: bool = F
         check_processes(may_be_several=launched)
         if launched:
             _launch(settings)
-        # Killing DVC alone leaves its stage running a while, and a second may start.
+        # After a kill of DVC alone its stage runs a while, and a second one may start.
         with exclusive(Path(".scratch") / stage, PATIENCE) if leads else contextlib.nullcontext():
             if "DVC_STAGE" in os.environ:
                 _end_with_dvc()
@@ -57,11 +55,7 @@ def run(main: Callable[..., None], doc: str, *arguments: str, launched: bool = F
 
 
 def _launch(settings: Settings) -> None:
-    """Becomes the launcher, which keeps the process's number, so that signals reach it.
-
-    Raises:
-        DynarouteError: there is no such command.
-    """
+    """Becomes the launcher, with the same process id, so that signals reach it. Raises DynarouteError if it is missing."""
     if settings.launcher == "python" or not os.environ.keys().isdisjoint({LAUNCHED, "RANK"}):  # RANK: by hand
         return
     command = [*shlex.split(settings.launcher), *sys.argv]
@@ -84,9 +78,9 @@ def _is_script_of_this_python(path: Path) -> bool:
 
 
 def _end_with_dvc() -> None:
-    """Sends this process SIGTERM, on which training saves and leaves, when the DVC that started it is gone.
+    """Sends this process SIGTERM, on which training saves and stops, when the DVC that started it is gone.
 
-    Otherwise it would go on alone, beside the one that the next `dvc repro` starts.
+    Otherwise it would run on beside the one that the next `dvc repro` starts.
     """
     import psutil
 

@@ -1,4 +1,4 @@
-"""A program at a terminal or in a pipe: how it ends when the user, the disk or the reader of its output is at fault."""
+"""Ends a program in one line when the user, the disk or the reader of its output is at fault."""
 
 import contextlib
 import errno
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from dynaroute.errors import DynarouteError
 
-# What no code can put right: a full or failing disk, and files that may not be written.
+# Errors outside of any program: a full or failing disk, and files without write permission.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 CLOSED_PIPE = 128 + signal.SIGPIPE  # the status that a shell gives to a program that the signal ended
 
@@ -38,7 +38,7 @@ def program(name: str) -> Iterator[None]:
         status = end.code
     except DynarouteError as error:
         status = f"{name}: {error}"
-    except SafetensorError as error:  # of writing; those of reading are caught where it is known what is read
+    except SafetensorError as error:  # from writing; readers catch their own
         status = f"{name}: cannot write: {error}"
     except OSError as error:
         if error.errno == errno.EPIPE and _a_reader_is_gone():

@@ -1,4 +1,4 @@
-"""How figures look, and how they are saved: readable in print and by the colour-blind, the same bytes every time."""
+"""The style of figures, readable in print and by the colour-blind, and how they are saved: always the same bytes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,19 +8,12 @@ from typing import TYPE_CHECKING
 from dynaroute.pipeline.artifacts import output_file
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure  # at run time where figures are made: it is slow to import
+    from matplotlib.figure import Figure  # imported where figures are made: it is slow to import
 
-# Okabe and Ito's colours, told apart with every common colour blindness. Lines differ in style and marker as well.
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
-GREY = "#767676"  # for what is only there to compare with
+# Okabe and Ito's colours, distinct with every common colour blindness. Lines also differ in style and marker.
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+GREY = "#767676"  # for reference lines
 
 MAX_WIDTH = 7.2  # inches, 792 pixels: `dvc plots diff` shows two figures side by side
 
@@ -49,10 +42,9 @@ STYLE = {
 
 @contextlib.contextmanager
 def saved_figure(path: str | Path, width: float, height: float) -> Iterator["Figure"]:
-    """Yields an empty figure of that size in inches, and writes it as PNG, atomically, when the block succeeds.
+    """Yields an empty figure of a size in inches, at most `MAX_WIDTH` wide; writes it as PNG when the block succeeds.
 
-    No figure is wider than `MAX_WIDTH`. It does without pyplot: no window system, no global state, and a user's own
-    matplotlib settings do not matter.
+    Without pyplot there is no window system and no global state, and a user's own matplotlib settings do not matter.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -63,4 +55,4 @@ def saved_figure(path: str | Path, width: float, height: float) -> Iterator["Fig
         figure = Figure(figsize=(min(width, MAX_WIDTH), height))
         yield figure
         with output_file(path) as temporary:
-            figure.savefig(temporary, format="png", metadata={"Software": None})  # the version of matplotlib
+            figure.savefig(temporary, format="png", metadata={"Software": None})  # no version of matplotlib

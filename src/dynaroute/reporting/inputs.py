@@ -1,23 +1,20 @@
-"""What stages wrote, read with errors that name the file: a report is no place for a traceback."""
+"""Reads results of stages for reports, with errors that name the file."""
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynaroute.config import read_yaml
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import REMEDY, Record, digest
+from dynaroute.pipeline.artifacts import REMEDY, Record
 from dynaroute.pipeline.artifacts import read_record as read_record
 
 if TYPE_CHECKING:
-    import pandas as pd  # at run time where tables are read: it is slow to import
+    import pandas as pd  # imported where tables are read: it is slow to import
 
 
 def read_checkpoint(path: str | Path) -> tuple[Record, Record]:
-    """Tensors and state of a checkpoint.
-
-    Raises:
-        DynarouteError: the file is missing or damaged; later, when a key is asked for that it lacks.
-    """
+    """Tensors and state of a checkpoint. Raises DynarouteError if it is damaged, later on access to a missing key."""
     from dynaroute.training.checkpoints import load_checkpoint  # torch is slow to import
 
     tensors, state = load_checkpoint(path)
@@ -25,10 +22,10 @@ def read_checkpoint(path: str | Path) -> tuple[Record, Record]:
 
 
 def read_csv(path: str | Path, columns: list[str], names: list[str] | None = None) -> "pd.DataFrame":
-    """Reads CSV; every column in `columns` holds a number in every row, every column in `names` a text.
+    """Reads CSV, and checks that every row has a number in each of `columns` and a value in each of `names`.
 
     Raises:
-        DynarouteError: the file is missing or damaged, or one of the columns is.
+        DynarouteError: the file or one of the columns is missing or damaged.
     """
     import pandas as pd
 
@@ -52,32 +49,28 @@ def read_csv(path: str | Path, columns: list[str], names: list[str] | None = Non
 
 
 def check_same_run(expected: str, *records: Record) -> None:
-    """Refuses results of different runs.
-
-    Raises:
-        DynarouteError: naming the file that belongs to another run.
-    """
+    """Refuses results of different runs. Raises DynarouteError, naming the file that belongs to another run."""
     for record in records:
         if record["run"] != expected:
             raise DynarouteError(f"{record.path}: belongs to run {record['run']}, not {expected}: run dvc repro")
 
 
 def changed_since_measured(stage: str) -> list[str] | None:
-    """Files that a benchmark depends on and that have changed since it ran; None if DVC has no record of the run."""
+    """A benchmark's dependencies that have changed since it ran; None if DVC has no record of the run."""
     path = Path("benchmarks/dvc.lock")
     recorded = Record(read_yaml(path), path)["stages"].get(stage) if path.exists() else None
     if recorded is None:
         return None
-    files = [one for one in recorded["deps"] if not one["md5"].endswith(".dir")]
-    return [one["path"] for one in files if not Path(one["path"]).is_file() or digest(one["path"], "md5") != one["md5"]]
+    files = {Path(one["path"]): one["md5"] for one in recorded["deps"] if not one["md5"].endswith(".dir")}
+    return [
+        path.as_posix()
+        for path, md5 in files.items()
+        if not path.is_file() or hashlib.md5(path.read_bytes()).hexdigest() != md5
+    ]
 
 
 def file_size(path: str | Path) -> int:
-    """Bytes of a file.
-
-    Raises:
-        DynarouteError: there is no such file.
-    """
+    """Bytes of a file. Raises DynarouteError if there is none."""
     try:
         return Path(path).stat().st_size
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Markdown: tables, quotations and numbers with units; most of it also serves templates as filters."""
+"""Formats Markdown: tables, quotations and numbers with units; most functions are also filters of templates."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-NONE = "–"  # in place of a value that does not exist
+NONE = "–"  # not applicable
 Format = str | Callable[[Any], str]  # a format specification (",.3f"), the name of a unit, or a function such as `size`
 Column = tuple[str, str, Format] | tuple[str, str]  # key, heading, format
 
@@ -43,15 +43,15 @@ def pivot(frame: "pd.DataFrame", index: Column, columns: str, values: str, how: 
 
 
 def shared_text(split: Mapping[str, Any]) -> str:
-    """How much of a held-out split training has read in other documents, from the metadata of the tokens."""
-    from dynaroute.data.tokens.overlap import SPAN  # it is slow to import
+    """The share of a held-out split that training has read in other documents, from the metadata of the tokens."""
+    from dynaroute.data.tokens.overlap import SPAN  # slow to import
 
     share = split.get("share_in_train")
     return "not looked for" if share is None else f"{share:.1%}, in spans of {SPAN} tokens or longer"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; columns that hold numbers are aligned to the right."""
+    """A Markdown table; columns of numbers are aligned to the right."""
     rows = [[" ".join(cell.splitlines()).replace("|", "\\|") for cell in row] for row in rows]
     numeric = [all(_is_numeric(row[column]) for row in rows) for column in range(len(header))]
     rule = ["---:" if right else ":---" for right in numeric]
@@ -59,12 +59,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def outcome(passed: bool | None) -> str:
-    """What a check of a stage found; None where it measured nothing."""
+    """The outcome of a stage's check; None: it measured nothing."""
     return "not measured" if passed is None else "✓" if passed is True else "✗ **failed**"
 
 
 def published(text: str) -> str:
-    """Marks text, a table included, as published and not measured here: a Markdown quotation that says so first."""
+    """Marks text or tables as published, not measured here: a Markdown quotation that says so first."""
     lines = unwrap(f"**Published.** {text.lstrip()}").splitlines()
     return "\n".join(f"> {line}".rstrip() for line in lines) + "\n" * text.endswith("\n")
 
@@ -76,7 +76,7 @@ def unwrap(text: str) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in the binary unit that suits them."""
+    """Bytes in a suitable binary unit."""
     for unit in ("B", "KiB", "MiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.2f} {unit}"
@@ -85,7 +85,7 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, or the unit that suits few or many of them."""
+    """Seconds in a suitable unit."""
     if seconds < 1:
         return f"{seconds * 1000:.3g} ms"
     if seconds < 120:
@@ -95,7 +95,7 @@ def duration(seconds: float) -> str:
 
 def perplexity(loss: float) -> str:
     """The exponential of a loss in nats, to four digits or the decimal point."""
-    if loss > 700:  # more than a float holds
+    if loss > 700:  # near a float's maximum
         return f"e^{loss:,.0f}"
     value = math.exp(loss)
     return f"{value:,.{max(0, 3 - math.floor(math.log10(value)))}f}"

@@ -1,4 +1,4 @@
-"""Gzip and zstd files over HTTP that arrive whole, whatever the server does in between."""
+"""Downloads gzip and zstd files over HTTP completely, whatever the server does in between."""
 
 import re
 import threading
@@ -16,41 +16,31 @@ from dynaroute.pipeline.artifacts import flush, sha256
 CONNECT_SECONDS = 20.0
 READ_SECONDS, LEAST_BYTES = 60.0, 2**16  # a read that brings less than that in that time has stalled
 FIRST_DELAY, LONGEST_DELAY = 1.0, 120.0  # seconds between failures, doubling
-# In a row, each with less than LEAST_BYTES that were not there before. The delays alone are 22 minutes, and failures
-# that take as long as they may, 23 more.
-FAILURES = 17
-# What asking again does not change: most answers that blame the request, and two that refuse it for good. 416 is the
-# answer to a range, and begins the file anew.
+FAILURES = 17  # in a row, each with fewer than LEAST_BYTES new bytes: 22 minutes of delays, and 23 at most of failing
+# Not worth a retry: most 4xx, and two 5xx that are permanent. 416 answers a range, and restarts the file.
 FINAL_STATUSES = {*range(400, 500), 501, 505} - {408, 416, 425, 429}
-FINAL_ERRORS = (
-    requests.TooManyRedirects, requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL,
-)  # fmt: skip
+FINAL_ERRORS = requests.TooManyRedirects, requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL
 CHUNK_BYTES = 2**20
 
 
 class _FailureError(Exception):
-    """One that may pass."""
+    """A failure that makes what was downloaded useless, but may pass."""
 
 
 def fetch_compressed(address: str, path: Path, stop: threading.Event) -> None:
-    """Downloads a compressed file unless it is there, and checks its length and its own checksums over its content.
+    """Downloads a compressed file to `path` unless it is there; checks its length and its own checksums.
 
-    A gzip always has checksums, a zstd file has them if whoever made it wanted so. Either may consist of several, and
-    breaking off between two of them leaves a file that is whole: only the length that the server states tells. Where
-    it states none, or a wrong one, nothing does.
+    A gzip always has checksums, a zstd file optionally. Both formats allow several streams in one file, so a file cut
+    between two streams looks whole: only the length that the server states can tell. If it states none or a wrong one,
+    the cut goes unnoticed.
 
-    Connections that fail, drop, stall or hardly bring anything, server errors, and content that turns out truncated or
-    altered, are tried again, with growing delays; a download that broke off goes on where it stopped, also in a later
-    process. Content that comes twice with the same damage is refused: so it lies on the server. A file that an earlier
-    process finished is checked again, and fetched again if it is damaged.
-
-    Args:
-        address: http or https.
-        path: where the file appears once it is whole, and on disk.
-        stop: set to leave.
+    Failed, dropped, stalled and very slow connections, server errors, and truncated or altered content are retried with
+    growing delays. A broken download resumes where it stopped, also in a later process. Content that arrives twice with
+    the same damage is refused, since it must be damaged on the server. A file from an earlier process is checked again,
+    and fetched again if it is damaged.
 
     Raises:
-        DynarouteError: the server refuses the file, sends nothing or one of another kind or a damaged one, or keeps
+        DynarouteError: the server refuses the file, sends nothing, another kind of file or a damaged one, or keeps
             failing; or `stop` was set.
     """
     if path.exists():
@@ -90,30 +80,30 @@ def fetch_compressed(address: str, path: Path, stop: threading.Event) -> None:
 
 
 class _Download:
-    """What has come of a file so far: its beginning, in `part`, and how long the server says that it is."""
+    """A download in progress: the file's beginning in `part`, and its length as stated by the server."""
 
     def __init__(self, address: str, part: Path) -> None:
         self.address, self.part = address, part
         self.total: int | None = None  # bytes; None: not stated yet
-        self.damaged: str | None = None  # SHA-256 of what came whole last, and was damaged
+        self.damaged: str | None = None  # SHA-256 of the last complete but damaged content
 
     def begin_anew(self) -> None:
-        """Drops what is of no use: it is not the file's beginning."""
+        """Drops what was downloaded."""
         self.part.unlink(missing_ok=True)
         self.total = None
 
     def resume(self, stop: threading.Event) -> None:
-        """Asks once for what `part` lacks, and appends it.
+        """Requests the rest of the file once, and appends it to `part`.
 
         Raises:
-            _FailureError: what has been there before is of no use.
-            requests.RequestException, urllib3.exceptions.HTTPError: what is there now can be resumed from.
+            _FailureError: `part` is useless.
+            requests.RequestException, urllib3.exceptions.HTTPError: the next call can resume from `part`.
         """
         have = self.part.stat().st_size if self.part.exists() else 0
-        headers = {"Accept-Encoding": "identity"}  # the file as it is
+        headers = {"Accept-Encoding": "identity"}  # the file without a further compression
         if have:
             headers["Range"] = f"bytes={have}-"
-        timeout = CONNECT_SECONDS, READ_SECONDS  # the latter without a single byte
+        timeout = CONNECT_SECONDS, READ_SECONDS  # the second one without a single byte
         with requests.get(self.address, headers=headers, stream=True, timeout=timeout) as response:
             if response.status_code in FINAL_STATUSES:
                 raise DynarouteError(f"{self.address}: the server answers {response.status_code} {response.reason}")
@@ -134,7 +124,7 @@ class _Download:
             self.total = total if self.total is None else self.total
             with self.part.open("ab" if resumed else "wb") as file:
                 since, received = time.monotonic(), 0
-                # read1 returns what has come, whereas read would wait for a whole chunk, however slowly it comes.
+                # read1 returns what has arrived; read would wait for a whole chunk, however slow.
                 while chunk := response.raw.read1(CHUNK_BYTES, decode_content=False):
                     file.write(chunk)
                     if stop.is_set():
@@ -151,10 +141,10 @@ class _Download:
             raise _FailureError(f"{size} bytes came of {self.total}")
 
     def check(self) -> None:
-        """Checks what came whole.
+        """Checks a complete download.
 
         Raises:
-            DynarouteError: asking again would not change it: it is empty, of another kind, or damaged as it was before.
+            DynarouteError: a retry would not help: it is empty, no gzip or zstd, or damaged as it was before.
             _FailureError: it is damaged.
         """
         with self.part.open("rb") as file:
@@ -176,10 +166,10 @@ class _Download:
 
 
 def _check(path: Path) -> None:
-    """Raises _FailureError if a compressed file is not whole, by the lengths and checksums in it."""
+    """Raises _FailureError if a compressed file contradicts the lengths and checksums in it."""
     try:
         with path.open("rb") as file, decompressed(file) as content:
-            if not content.peek(1):  # also where there is no gzip at all, but no byte
+            if not content.peek(1):  # also for an empty file
                 raise EOFError("it holds nothing")
             while content.read(CHUNK_BYTES):
                 pass

@@ -1,7 +1,4 @@
-"""Where text comes from: every kind of source of params.yaml as one stream of documents.
-
-`collect.py` splits the stream and writes it.
-"""
+"""Reads every kind of source in params.yaml as one stream of documents; `collect.py` splits and writes it."""
 
 import codecs
 import functools
@@ -21,8 +18,10 @@ from dynaroute.data.text import installed
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.scratch import hint_of_copy
 
-PART_CHARACTERS = 2**18  # of a document that are held at once
-MAX_LINE_BYTES = 2**28  # of a Dolma file; a line is held whole, and a longer one is most often a file without line ends
+PART_CHARACTERS = 2**18  # of a document in memory at once
+MAX_LINE_BYTES = (
+    2**28
+)  # of a Dolma file; a line is in memory as a whole, and longer ones are mostly files without lines
 
 
 class Document(NamedTuple):
@@ -36,12 +35,12 @@ class Document(NamedTuple):
 
 
 def documents(source: Source) -> Iterator[Document]:
-    """Streams the documents of a source as `parts`, in an order that only its content decides.
+    """Streams the documents of a source as `parts`, in an order that depends on its content alone.
 
-    Not those of a `dolma_stream`, which is tokenized as it comes, by `streaming.py`.
+    A `dolma_stream` is not among them: `tokens/stream.py` tokenizes it while it downloads.
 
     Raises:
-        DynarouteError: with the file and line, the column or the package that is missing or damaged.
+        DynarouteError: naming the file and line, the column or the package that is missing or damaged.
     """
     match source:
         case InstalledText():
@@ -59,13 +58,11 @@ def parts(
 ) -> Iterator[Document]:
     """One document in parts of at most PART_CHARACTERS; none if it is blank.
 
-    All text and names pass through here, so here they lose what UTF-8 cannot hold.
+    Every text and name passes through here and loses what UTF-8 cannot encode; distinct names stay distinct.
 
     Args:
-        document_id: its name; distinct names stay distinct.
-        source: where it comes from.
-        read: starts to read its text, in chunks of any size; called twice.
-        split: its official split.
+        read: starts to read the text, in chunks of any size; called twice.
+        split: the official split.
     """
     if not any(chunk and not chunk.isspace() for chunk in read()):
         return
@@ -103,14 +100,14 @@ def _valid_name(name: str) -> str:
 
 
 def matched_files(patterns: list[str]) -> dict[Path, str]:
-    """The files that glob patterns match, each once, with names by which they are sorted.
+    """The files that glob patterns match, each once and with a name, sorted by name.
 
-    Relative patterns start at the working directory, and so do the names of what they match. With an absolute pattern,
-    or one that starts at a home (`~`), names start with the last folder before the first wildcard: with
-    /data/texts/**/*.txt, /data/texts/poems/a.txt is texts/poems/a.txt. So no name depends on where things lie.
+    Names under relative patterns start at the working directory. Names under absolute patterns, or ones that start at a
+    home (`~`), start with the last folder before the first wildcard: with /data/texts/**/*.txt, the name of
+    /data/texts/poems/a.txt is texts/poems/a.txt. So a name does not depend on where the text is stored.
 
     Raises:
-        DynarouteError: a pattern is none, or matches no file.
+        DynarouteError: a pattern is invalid or matches no file.
     """
     names: dict[Path, str] = {}
     for pattern in patterns:
@@ -157,10 +154,10 @@ def _hub_documents(source: Hub) -> Iterator[Document]:
 
 
 def _column(rows: Any) -> Iterator[memoryview]:
-    """The values of a `datasets.Dataset` of one column of text, not copied; a missing one is empty."""
-    import pyarrow  # takes half a second
+    """The values of a `datasets.Dataset` with one text column, not copied; a missing value is empty."""
+    import pyarrow  # takes half a second to import
 
-    for batch in rows.iter(batch_size=1000):  # far faster than row by row
+    for batch in rows.iter(batch_size=1000):  # much faster than row by row
         for text in batch.column(0).cast(pyarrow.large_binary()):
             yield memoryview(text.as_buffer() or b"")
 
@@ -187,7 +184,7 @@ def dataset_files(folder: Path) -> list[Path]:
 
 
 def _load_hub_dataset(source: Hub) -> Any:
-    import datasets  # takes a second, which only this kind should pay
+    import datasets  # takes a second to import
 
     try:
         builder = datasets.load_dataset_builder(source.path, source.name, revision=source.revision)
@@ -224,7 +221,7 @@ def read_dolma(file: BinaryIO, name: str) -> Iterator[Document]:
     """
     number = 0
     try:
-        if not file.read(1):  # which gzip takes for no text; a power cut can leave such a file
+        if not file.read(1):  # gzip reads it as empty text; a power cut can leave such a file
             raise DynarouteError(f"{name}: an empty file, not even a gzip of nothing: fetch the file again")
         with decompressed(file) as lines:
             for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), start=1):
@@ -240,7 +237,7 @@ def read_dolma(file: BinaryIO, name: str) -> Iterator[Document]:
 
 
 def decompressed(file: BinaryIO) -> BinaryIO:
-    """The content of a file, from its start: of a zstd file if it begins like one, else of a gzip.
+    """The decompressed content of a file, from its start: as zstd if it begins like one, else as gzip.
 
     Reading it raises OSError, EOFError or zlib.error if the file is damaged. Closing it does not close `file`.
     """
@@ -249,26 +246,26 @@ def decompressed(file: BinaryIO) -> BinaryIO:
     file.seek(0)
     if not is_zstd(beginning):
         return gzip.open(file)
-    import pyarrow  # takes half a second
+    import pyarrow  # takes half a second to import
 
     source = pyarrow.PythonFile(types.SimpleNamespace(read=file.read, close=lambda: None, closed=False), "r")
     return io.BufferedReader(pyarrow.CompressedInputStream(source, "zstd"), 2**16)
 
 
 def is_zstd(beginning: bytes) -> bool:
-    """Whether the first four bytes are those of a zstd frame, or of one to skip, with which some files begin."""
+    """Whether the first four bytes are those of a zstd frame, or of a skippable frame, with which some files begin."""
     return beginning == b"\x28\xb5\x2f\xfd" or beginning[1:] == b"\x2a\x4d\x18"
 
 
 def parse_document(line: str | bytes, place: str) -> dict[str, Any]:
-    """The fields of a JSON line {id, text, source, ...}, of which these three are strings.
+    """The fields of a JSON line {id, text, source, ...}, these three being strings.
 
     Raises:
         DynarouteError: naming the place, if the line is not such an object.
     """
     try:
         fields = json.loads(line)
-    except (ValueError, RecursionError) as error:  # the latter where it is nested a thousand levels deep
+    except (ValueError, RecursionError) as error:  # the latter if it is nested a thousand levels deep
         raise DynarouteError(f"{place}: not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise DynarouteError(f"{place}: must be an object with id, text and source, not {type(fields).__name__}")
@@ -291,7 +288,7 @@ def _file_documents(source: Files) -> Iterator[Document]:
 
 
 def _read_text(path: Path) -> Iterator[str]:
-    """A UTF-8 file in chunks, without a byte-order mark and with all line ends as newlines."""
+    """A UTF-8 file in chunks, without a byte-order mark; all line ends become newlines."""
     decoder, size = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True), 0
     try:
         with path.open("rb") as file:
@@ -299,7 +296,7 @@ def _read_text(path: Path) -> Iterator[str]:
                 size += len(chunk)
                 yield decoder.decode(chunk)
             yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:  # in the bytes that were read last
+    except UnicodeDecodeError as error:  # in the last chunk
         raise DynarouteError(f"{path}: not UTF-8 text at byte {size - len(error.object) + error.start}") from error
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
