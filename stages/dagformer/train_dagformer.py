@@ -2,7 +2,7 @@
 
     python stages/dagformer/train_dagformer.py P1
 
-Reads   data/dagformer/variants/<id>.yaml, data/dagformer/train/base, data/dagformer/embeddings,
+Reads   data/dagformer/variants/<id>.yaml, data/dagformer/train/{base,planted}, data/dagformer/embeddings,
         data/tokens/<dagformer.corpus>; for a variant that continues another: data/dagformer/train/<from>, and the
         settings of all variants it descends from
 Writes  data/dagformer/train/<id>/
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from dynaroute.config import Settings
+from dynaroute.config.dagformer import BASES
 from dynaroute.dagformer.health import checks_before_training, health
 from dynaroute.dagformer.training import make_trainer
 from dynaroute.dagformer.variants import read_variant
@@ -57,7 +58,7 @@ def main(settings: Settings, name: str) -> None:
             "base_is_unchanged_to_the_bit": fingerprint(frozen) == base_before,
             "base_holds_no_gradients": all(p.grad is None and not p.requires_grad for p in frozen.parameters()),
         }
-        if start == "base" and graph.base.dtype == frozen.dtype:
+        if start in BASES and graph.base.dtype == frozen.dtype:
             checks |= checks_before_training(variant, first)
         metrics = {key.removeprefix("validation_"): last[key] for key in last if key.startswith("validation_")}
         with output_directory(DATA / "train" / name) as folder:
@@ -72,6 +73,7 @@ def main(settings: Settings, name: str) -> None:
                     "run": identifier,
                     "variant": name,
                     "from": start,
+                    "base": identity["base_name"],
                     "knobs": variant.model_dump(),
                     "num_layers": graph.num_layers,
                     "num_heads": graph.num_heads,

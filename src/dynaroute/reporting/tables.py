@@ -115,6 +115,14 @@ def interval(found: Mapping[str, Any] | None) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def share(found: Mapping[str, Any] | None) -> str:
+    """A share with its interval, "93 % [91 %, 95 %]", from mean, low and high; a dash for None."""
+    if found is None:
+        return NONE
+    mean, low, high = (f"{found[part] * 100:.0f} %" for part in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
 def count(number: int, singular: str, plural: str | None = None) -> str:
     """A number with its noun: "1 layer", "4 layers"."""
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
