@@ -8,9 +8,10 @@ Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/train/planted; dat
         variant that starts from it
 Writes  data/dagformer/planted/
             known.json     by protocol, NLL of wirings that need no training, see `known_nll`, and each minus that of
-                the own mask; gradients, see `gradient_signs`; sources; null if dagformer.planted is null
-            methods.json   by variant and protocol, hard gates: nll; escape; control, the variant that reads no text
-                and differs in nothing else, if there is one, and context; see `dynaroute.analysis.planted`
+                the own mask; gradients, see `gradient_signs`; sources; n; empty if dagformer.planted is null
+            methods.json   by variant: run; control, the variant that reads no text and differs in nothing else, if
+                there is one; and by protocol, for hard gates: nll; above_own; escape; context, if there is a control;
+                agreement and probe; see `dynaroute.analysis.planted`
 """
 
 from pathlib import Path
@@ -25,6 +26,7 @@ from dynaroute.analysis.statistics import paired_difference
 from dynaroute.config import Settings
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.embeddings import load_embeddings
+from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.planted import load_masks
 from dynaroute.dagformer.variants import load_predictor
@@ -46,7 +48,7 @@ def main(settings: Settings) -> None:
     if shared.planted is None:
         with output_directory(DATA / "planted") as folder:
             for name in ("known", "methods"):
-                write_json(folder / f"{name}.json", None)
+                write_json(folder / f"{name}.json", {})
         return
     shards = TokenShards(Path("data/tokens") / shared.corpus, "test")
     windows = variant_windows(shards, shared)
@@ -74,6 +76,8 @@ def methods(
 ) -> dict[str, Any]:
     """The measures of every variant that was trained on the planted base."""
     names = [name for name in settings.variants if settings.base_of(name) == "planted"]
+    valid = dag_mask(settings.dagformer.planted.num_layers, settings.dagformer.planted.num_heads)
+    permutations = settings.analysis.permutations
     vectors = load_embeddings(DATA / "embeddings/evaluation")
     nll = {}
     for name in names:
@@ -95,7 +99,7 @@ def methods(
                 "context": context(own, nll[controls[0]][protocol], known[protocol], documents)._asdict()
                 if controls
                 else None,
-                **recovery(wiring.hard, masks, wiring.logits[0] > -torch.inf, sources),
+                **recovery(wiring.hard[:, valid], masks[:, valid], sources, documents, permutations, settings.seed),
             }
     return found
 

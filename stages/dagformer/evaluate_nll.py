@@ -4,18 +4,19 @@
 
 Modes      soft      gates at the variant's final temperature, with its cascade
            hard      gates of 0 and 1
-           random    as many edges of each window closed as its hard gates close, but drawn at random
+           random    as many edges of each window closed as its hard gates of the window protocol close, but drawn at
+                     random; for both protocols
            least_gradient  as many closed, those that matter least to first order (order_edges)
            baseline  all gates at one: the shared base as it is, the same numbers for every variant
 Protocols  window    the encoder reads the whole window, so it has read the tokens that are scored
            prefix    the encoder reads the first dagformer.prefix_tokens, and only the tokens after them are scored,
-                     in all three modes
+                     in all modes
 
-Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/{train/base,train/<id>,embeddings/evaluation}
+Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/{train/<base>,edge_order/<base>.json,train/<id>},
+        data/dagformer/embeddings/evaluation
 Writes  data/dagformer/eval/<id>/
             nll.csv   a row for each protocol and window: protocol; window, its index among all whole windows of the
-                test split; document, in which it lies, and its source; and nll_<mode> in
-                nats per token
+                test split; document, in which it lies, and its source; and nll_<mode> in nats per token
             nll.json  run, variant, n (windows), checks, and for each protocol: tokens scored; nll_<mode>, means
                 over windows; the measures of `dynaroute.analysis.topology.measure`; nll_own_base,
                 if the base was trained jointly: its mean NLL with all gates at one

@@ -6,7 +6,7 @@ The order is that of the absolute mean gradient at A = 1 over documents of the v
 
 Reads   data/tokens/<dagformer.corpus> (validation), data/dagformer/train/<base>
 Writes  data/dagformer/edge_order/<base>.json   order, the edge that matters least first, as indices along the valid
-            entries; windows; null if there is no such base
+            entries; windows; empty if there is no such base
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ def main(settings: Settings, name: str) -> None:
     torch.set_num_threads(settings.num_threads)
     path, shared = DATA / "edge_order" / f"{name}.json", settings.dagformer
     if name == "planted" and shared.planted is None:
-        write_json(path, None)
+        write_json(path, {})
         return
     shards = TokenShards(Path("data/tokens") / shared.corpus, "validation")
     windows = Windows(shards, shared.seq_len, keep_tail=False)

@@ -8,7 +8,8 @@ Writes  data/dagformer/train/planted/         config.json, model.safetensors, ma
         data/dagformer/planted.csv            a row for each validation
         data/dagformer/measured/planted.json  time and memory
 
-A stopped pretraining resumes from its last checkpoint in .scratch/plant_base/.
+One process trains it, whatever the launcher. A stopped pretraining resumes from its last checkpoint in
+.scratch/plant_base/.
 """
 
 import shutil
@@ -43,7 +44,6 @@ def main(settings: Settings) -> None:
         write_csv(DATA / "planted.csv", [{"step": None}])
         write_json(DATA / "measured/planted.json", {})
         return
-    accelerator = make_accelerator(settings.device, wanted.training.precision)
     tokens = Path("data/tokens") / dagformer.corpus
     shards = {split: TokenShards(tokens, split) for split in ("train", "validation")}
     windows = {split: Windows(own, dagformer.seq_len, keep_tail=False) for split, own in shards.items()}
@@ -73,15 +73,13 @@ def main(settings: Settings) -> None:
         validation,
         wanted.training,
         total_steps=steps_in_epochs(wanted.training, len(windows["train"])),
-        accelerator=accelerator,
+        accelerator=make_accelerator(settings.device, wanted.training.precision),
         seed=settings.seed,
         scratch=scratch_folder("plant_base", run_id(identity)),
         keep_best=False,
     )
     with trainer:
         state = trainer.run()
-        if not accelerator.is_main_process:
-            return
         with output_directory(DATA / "train/planted") as folder:
             trainer.unwrapped.save_pretrained(folder)
             save_masks(folder, masks, names)
@@ -93,4 +91,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run(main, __doc__, launched=True)
+    run(main, __doc__)

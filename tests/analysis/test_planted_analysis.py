@@ -55,10 +55,12 @@ def test_the_interval_of_a_share_covers_the_true_ratio_19_times_in_20():
 
 
 def test_recovery_tells_the_planted_wirings_from_one_for_all(masks):
-    planted = masks[SOURCES].float()
-    assert recovery(planted, masks, VALID, SOURCES) == {"agreement": 1.0, "identified": 1.0}
-    one_for_all = recovery(masks[[0] * 6].float(), masks, VALID, SOURCES)
-    assert one_for_all["identified"] == 0.5 and one_for_all["agreement"] < 1
+    planted = masks[:, VALID]
+    found = recovery(planted[SOURCES].float(), planted, SOURCES, DOCUMENTS, 99, 0)
+    assert found["agreement"] == pytest.approx(found["probe"]["observed"]) == 1
+    found = recovery(planted[[0] * 6].float(), planted, SOURCES, DOCUMENTS, 99, 0)
+    assert found["agreement"] < 1
+    assert found["probe"] == {"observed": pytest.approx(0.5), "chance": pytest.approx(0.5), "p": 1}
 
 
 def test_gradients_that_know_the_masks_rank_every_closed_edge_above_every_open_one(masks, monkeypatch):

@@ -5,13 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from repository import REPOSITORY
 from small_base import HEADS, LAYERS, SEQ_LEN, VOCABULARY, make_base
+from small_settings import changed, default_settings
+from test_objective import STEPS, WINDOWS, RandomWindows, batch_of, make, make_variant
 
-from dynaroute.config import load_settings
 from dynaroute.dagformer.gates import dag_mask, gate_slope, gumbel_sigmoid, logistic_noise
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.planted import PlantedObjective, load_masks, plant_masks, save_masks
+from dynaroute.dagformer.predictor import sequence_signs
+from dynaroute.dagformer.training import make_trainer
+from dynaroute.data.tokens.documents import window_sources
 from dynaroute.errors import DynarouteError
 from dynaroute.training.loop import Batch
 
@@ -20,8 +23,8 @@ SOURCES = torch.tensor([0, 2, 1, 2])
 
 
 def settings(**changes):
-    own = load_settings(REPOSITORY / "params.yaml").dagformer.planted
-    return own.model_copy(update={"num_layers": LAYERS, "num_heads": HEADS, "contrast_from": 1, **changes})
+    sizes = {"num_layers": LAYERS, "num_heads": HEADS, "contrast_from": 1}
+    return changed(default_settings().dagformer.planted, **sizes | changes)
 
 
 @pytest.fixture
@@ -106,8 +109,43 @@ def test_hard_gates_do_not_depend_on_the_kind():
         assert gumbel_sigmoid(logits, 1.0, "hard", kind=kind).tolist() == [0, 0, 1]
 
 
-def test_windows_of_a_batch_that_straddle_documents_count_to_the_longer_one():
-    from dynaroute.data.tokens.documents import window_sources
+def test_a_flipped_gradient_is_that_of_each_window_times_a_sign_of_seed_step_and_window():
+    windows, plain = RandomWindows(0), make(lambda_final=0.0)
+    predictor, flipped = make(lambda_final=0.0, flip_gradients=True)
 
+    def gradient(objective, indices):
+        return torch.autograd.grad(objective.loss(predictor, batch_of(windows, indices), 2)[0], predictor.u.weight)[0]
+
+    signs = sequence_signs(flipped.noise_seed, 2, torch.arange(WINDOWS))
+    assert set(signs.tolist()) == {-1, 1}
+    for indices in (range(WINDOWS), [7, 2]):
+        own = [signs[index] * gradient(plain[1], [index]) for index in indices]
+        torch.testing.assert_close(gradient(flipped, indices), torch.stack(own).mean(0))
+    assert not torch.equal(signs, sequence_signs(flipped.noise_seed, 3, torch.arange(WINDOWS)))
+
+
+@pytest.mark.parametrize(("step", "target"), [(0, 1.0), (1, 0.7), (2, 0.4), (STEPS, 0.4)])
+def test_multipliers_ascend_the_constraint_on_density_that_the_predictor_descends(step, target):
+    predictor, objective = make(lambda_final=0.0, target_density=0.4)
+    predictor.multipliers.data = torch.tensor([0.3, 0.7])
+    loss, metrics = objective.loss(predictor, batch_of(RandomWindows(0), range(4)), step)
+    excess = metrics["mean_A"] - target
+    expected = metrics["loss"] + 0.3 * excess + 0.7 * excess**2
+    torch.testing.assert_close(loss, expected)
+    found, ascent = torch.autograd.grad(loss, (predictor.u.weight, predictor.multipliers), retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, predictor.u.weight)[0])
+    torch.testing.assert_close(ascent, -torch.stack([excess, excess**2]))
+
+
+@pytest.mark.parametrize("knobs", [{"base_lr": 0.01}, {"target_density": 0.5}])
+def test_what_processes_would_not_share_is_trained_by_one(tmp_path, knobs):
+    (key,) = knobs
+    with pytest.raises(
+        DynarouteError, match=rf"^variants\.V\.{key} = \S+: 2 processes: such a variant is trained by one"
+    ):
+        make_trainer(default_settings(), "V", "base", make_variant(**knobs), tmp_path, SimpleNamespace(num_processes=2))
+
+
+def test_windows_of_a_batch_that_straddle_documents_count_to_the_longer_one():
     shards = SimpleNamespace(offsets=torch.tensor([0, 5, 16]).numpy(), document_sources=torch.tensor([1, 0]).numpy())
     assert window_sources(shards, 8, [0, 1]).tolist() == [1, 0]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynaroute.analysis.domains import Domains
 from dynaroute.analysis.nll import WindowSet, mean_nll, position_nll
 from dynaroute.analysis.sensitivity import gate_gradients
 from dynaroute.analysis.statistics import Interval, paired_difference
@@ -68,26 +69,27 @@ def context(nll: np.ndarray, control: np.ndarray, known: Mapping[str, np.ndarray
     return share(control - nll, control - known["own"], documents)
 
 
-def recovery(hard: Tensor, masks: Tensor, valid: Tensor, sources: np.ndarray) -> dict[str, float]:
+def recovery(
+    gates: Tensor, masks: Tensor, sources: np.ndarray, documents: np.ndarray, permutations: int, seed: int
+) -> dict[str, Any]:
     """Whether wirings are the planted ones: X2 with a known answer.
 
     Args:
-        hard: [n, N, N] of 0 and 1.
-        masks: [C, N, N].
-        valid: [N, N] bool.
+        gates: [n, E] of 0 and 1.
+        masks: [C, E] bool.
         sources: [n] int.
+        documents: [n], the document of each window, which is of one source.
+        permutations, seed: of the test.
 
     Returns:
-        agreement, the share of valid edges that are open or closed as in the own mask; identified, the share of windows
-        whose wiring agrees with no other source's mask more than with its own's, a mean over sources (by chance 1 / C).
+        agreement, the share of gates that are open or closed as in the own mask; probe, whether a linear probe tells
+        the source from the gates (a test, see `Domains.probe`).
     """
-    gates, known = hard[:, valid], masks[:, valid].float()  # [n, E], [C, E]
-    agreement = (gates @ known.T + (1 - gates) @ (1 - known).T) / gates.shape[1]  # [n, C]
-    own = agreement[torch.arange(len(sources)), torch.from_numpy(sources)]
-    largest = agreement == agreement.max(1, keepdim=True).values
-    right = (largest / largest.sum(1, keepdim=True))[torch.arange(len(sources)), torch.from_numpy(sources)].numpy()
-    identified = np.mean([right[sources == source].mean() for source in np.unique(sources)])
-    return {"agreement": float(own.mean()), "identified": float(identified)}
+    agreement = (gates == masks[torch.from_numpy(sources)]).double().mean()
+    _, first, index = np.unique(documents, return_index=True, return_inverse=True)
+    _, labels = np.unique(sources[first], return_inverse=True)
+    probe = Domains(index, labels, permutations, seed).probe(gates.numpy())
+    return {"agreement": float(agreement), "probe": probe._asdict()}
 
 
 def gradient_signs(graph: DagForward, windows: WindowSet, masks: Tensor, sources: np.ndarray) -> dict[str, Any]:

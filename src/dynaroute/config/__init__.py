@@ -66,10 +66,15 @@ class Settings(Variant):
         for name in self.variants:
             self._check_variant(name)
         self._must_have("variants", {"analysis.variants": self.analysis.variants})
+        for name in self.analysis.variants:
+            if self.base_of(name) != "base":
+                raise invalid("analysis.variants", name, "must start from base")
         for key, question in self.analysis.primary.items():
             right = [] if len(question.right) == 1 and question.right[0] in CONTROLS else question.right
             sides = {"left": question.left, "right": right}
             self._must_have("variants", {f"analysis.primary.{key}.{side}": names for side, names in sides.items()})
+            if len({self.base_of(name) for name in (*question.left, *right)}) > 1:
+                raise invalid(f"analysis.primary.{key}", [*question.left, *right], "must start from one base")
         if self.analysis.swaps >= (texts := self.dagformer.eval_windows):
             allowed = f"must be below dagformer.eval_windows = {texts}: a text has no more others"
             raise invalid("analysis.swaps", self.analysis.swaps, allowed)

@@ -126,7 +126,7 @@ class Variant(Training):
     lambda_final: LossWeight  # reached over the first fifth of the steps
     gates: Literal["logistic", "straight_through", "hard_concrete"]  # see `dagformer.gates.gumbel_sigmoid`
     target_density: Annotated[float, Field(gt=0, lt=1)] | None  # to which a Lagrangian holds mean_A; null: none
-    flip_gradients: bool  # of the NLL by the gates, of each window at random: a control whose gates can only drift
+    flip_gradients: bool  # of the loss by the gates, of each window at random: a control whose gates can only drift
     cascade: Literal["off", "fixed", "learnable"]
     cascade_k: Moderate
     exempt_first_layer: bool  # false only to show what the cascade does to layer 0 without it
@@ -156,6 +156,7 @@ class Variant(Training):
             "cascade": "learnable" if learnable else "off or fixed",
             "cascade_k": str(self.cascade_k) if learnable else "any",
             "base_lr": "above 0" if self.base_lr > 0 else "0",
+            "target_density": "null" if self.target_density is None else "a number",
         }
 
 

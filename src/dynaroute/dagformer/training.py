@@ -39,12 +39,15 @@ def make_trainer(
 
     Raises:
         DynarouteError: an input is missing or damaged, the training does not fit windows and processes, or several
-            processes are to train jointly.
+            processes are to train a base jointly or to a target density.
     """
     joint = variant.base_lr > 0
-    if joint and accelerator.num_processes > 1:  # the base is outside the wrapped model: its gradients are not shared
-        found = f"{accelerator.num_processes} processes: a joint variant is trained by one: launch it with python"
-        raise DynarouteError(f"variants.{name}.base_lr = {variant.base_lr:g}: {found}")
+    # Processes do not share the gradients of a base, which is outside the wrapped model, nor those of multipliers,
+    # which are read outside its forward pass.
+    for key in ("base_lr", "target_density"):
+        if (value := getattr(variant, key)) and accelerator.num_processes > 1:
+            found = f"{accelerator.num_processes} processes: such a variant is trained by one: launch it with python"
+            raise DynarouteError(f"variants.{name}.{key} = {value:g}: {found}")
     shared = settings.dagformer
     tokens = Path("data/tokens") / shared.corpus
     windows = {split: variant_windows(TokenShards(tokens, split), shared) for split in ("train", "validation")}

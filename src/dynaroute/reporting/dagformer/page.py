@@ -76,6 +76,7 @@ def page(results: Results, comparisons: Comparisons, analyses: Analyses, tokens:
             "findings": {
                 "S1_passed": "S1" in cards and max(map(abs, cards["S1"]["away"].values())) <= WITHIN,
                 "S2_moved": "S2" in cards and gates_moved(results.variants["S2"]),
+                "S2flip_moved": "S2flip" in cards and gates_moved(results.variants["S2flip"]),
                 "S2_answer": next((row["answer"] for row in comparisons.primary if row["left"] == ["S2"]), None),
                 "P2_gained": "P2" in cards and comparisons.hard.loc["P2", "reference_high"] < 0,
                 "L0_planted": _interval(comparisons.hard.loc[L0_PLANTED], *COLUMNS["reference"])
@@ -234,7 +235,8 @@ def group_rows(cards: Mapping[str, dict[str, Any]], members: tuple[str, ...]) ->
 
 def others(results: Results) -> list[str]:
     """Variants without a table or section of their own, such as those that a user added."""
-    known = {*SECTIONS, *results.seeds(), *(name for members in GROUPS.values() for name in members)}
+    known = {*SECTIONS, *(name for members in GROUPS.values() for name in members)}
+    known.update(*(results.seeds(name) for name in (MAIN, CONTROL) if name in results.variants))
     known |= {results.reference(variant) for variant in results.variants.values()}
     return [name for name in results.variants if name not in known]
 
@@ -338,7 +340,7 @@ def method_rows(results: Results, methods: Record | None) -> list[dict[str, Any]
                 "above_own": interval(found["above_own"]),
                 "escape": share(found["escape"]),
                 "context": share(found["context"]),
-                "identified": found["identified"],
+                "identified": "{observed:.0%} ({chance:.0%}, p = {p:.2g})".format(**found["probe"]),
                 "random": variant.evaluation["prefix"]["nll_random"] - variant.evaluation["prefix"]["nll_hard"],
             }
         )
