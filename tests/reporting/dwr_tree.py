@@ -242,7 +242,7 @@ def write_runs(root: Path) -> None:
             **{"smallest_load": 0.25, "largest_load": 1.75, "experts": 24, "capacity": 8, "trace_tokens": 1_536},
             "hit_rate": {"lru": rate, "next_use": rate + 0.1, "min": rate + 0.3},
             "uniform_hit_rate": {"lru": 0.26, "next_use": 0.34, "min": 0.61},
-            "losses": [{"step": step, "train_loss": 7.0 - step / 10} for step in range(10, steps + 1, 10)],
+            "losses": [{"step": step, "train_loss": 7.0 - step / 10} for step in range(1, steps, 10)],
             "history": [
                 {
                     **{"step": 10 * epoch, "epoch": float(epoch), "lr": 0.0 if train is None else 0.004},

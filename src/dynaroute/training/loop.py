@@ -69,7 +69,9 @@ class TrainingState:
 
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # a row for each validation
-    losses: list[dict[str, Any]] = field(default_factory=list)  # the training loss of every LOSS_EVERY-th step
+    losses: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # the training loss of every LOSS_EVERY-th step, the first included
     best_step: int = 0
     best_loss: float = math.inf
     validations_without_improvement: int = 0
@@ -316,7 +318,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
-        if self.state.step % LOSS_EVERY == 0:
+        if step % LOSS_EVERY == 0:
             loss = float(accelerator.reduce(self.sums["loss"] - earlier, "mean"))
             self.state.losses.append({"step": self.state.step, "train_loss": loss})
         return total

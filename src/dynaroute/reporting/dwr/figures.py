@@ -1,12 +1,11 @@
 """The figures of the DWR reports."""
 
-import itertools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynaroute.reporting.dwr.findings import initial_gate_norm, initial_spread, relative_load
-from dynaroute.reporting.dwr.runs import gate_norms
+from dynaroute.reporting.dwr.runs import curve, gate_norms
 from dynaroute.reporting.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, saved_figure
 from dynaroute.reporting.inputs import Record
 
@@ -29,14 +28,14 @@ def plot_training(seeds: list[Record], path: str | Path) -> None:
         axes = figure.subplots()
         for run in reversed(seeds):
             alpha = 1 if run is seeds[0] else 0.3
-            steps, losses = zip(*((row["step"], row["train_loss"]) for row in run["losses"]), strict=True)
-            epochs = [step * run["epochs"] / run["steps"] for step in steps]
+            epochs = [row["step"] * run["epochs"] / run["steps"] for row in run["losses"]]
+            losses = [row["train_loss"] for row in run["losses"]]
             axes.plot(epochs, losses, color=ORANGE, linewidth=0.7, alpha=alpha, label="training, every tenth step")
-            epochs, losses = zip(*((row["epoch"], row["validation_loss"]) for row in run["history"]), strict=True)
-            axes.plot(epochs, losses, "o-", color=BLUE, alpha=alpha, label="validation")
-            middles = [(one + other) / 2 for one, other in itertools.pairwise(epochs)]
-            means = [row["train_loss"] for row in run["history"][1:]]
-            axes.plot(middles, means, "s--", color=VERMILION, alpha=alpha, label="training, mean of an epoch")
+            rows = curve(run)
+            axes.plot(rows["epoch"], rows["validation_loss"], "o-", color=BLUE, alpha=alpha, label="validation")
+            middles = rows["epoch"].rolling(2).mean()  # of the steps whose mean a training loss is
+            label = "training, mean between validations"
+            axes.plot(middles, rows["train_loss"], "s--", color=VERMILION, alpha=alpha, label=label)
         best = seeds[0]["best_epoch"], seeds[0]["validation_loss"]
         axes.plot(*best, "*", color=BLACK, markersize=11, label=f"best validation: {best[1]:.3f}, epoch {best[0]:.3g}")
         axes.set_xlabel("epoch")
@@ -112,12 +111,11 @@ def plot_runs(swept: list[Record], seeds: list[Record], path: str | Path) -> Non
             color, label = POLICIES[policy]["color"], POLICIES[policy]["label"]
             uniform = swept[0]["uniform_hit_rate"][policy]
             axes.axvline(uniform, color=color, linestyle=":", linewidth=1, label=f"{label}, uniform routing")
-            for runs, alpha in ((seeds[1:], 0.3), (swept, 1)):
-                points = [(run["hit_rate"][policy], math.exp(run["test_loss"])) for run in runs]
-                axes.plot(
-                    *zip(*points, strict=True), marker, color=color, alpha=alpha, label=label if alpha == 1 else None
-                )
-            for run, point in zip(swept, points, strict=True):
+            points = [(run["hit_rate"][policy], math.exp(run["test_loss"])) for run in (*swept, *seeds[1:])]
+            for number, point in enumerate(points):
+                own = number < len(swept)
+                axes.plot(*point, marker, color=color, alpha=1 if own else 0.3, label=None if number else label)
+            for run, point in zip(swept, points, strict=False):
                 text = f"λ {run['settings']['balance_coefficient']:g}"
                 axes.annotate(text, point, (0, 6), textcoords="offset points", ha="center", fontsize=7, color=color)
         axes.margins(x=0.12, y=0.2)

@@ -56,10 +56,8 @@ def curve(run: Record) -> "pd.DataFrame":
 
 def gate_norms(run: Record, measure: str) -> np.ndarray:
     """The `min`, `max` or `mean` gate norm of each layer at each validation, [rows, L]."""
-    layers = range(run["settings"]["num_layers"])
-    return np.array(
-        [[row[f"validation_gate_norm_{measure}_layer{layer}"] for layer in layers] for row in run["history"]]
-    )
+    names = [f"validation_gate_norm_{measure}_layer{layer}" for layer in range(run["settings"]["num_layers"])]
+    return np.array([[row[name] for name in names] for row in run["history"]])
 
 
 def differing_in(runs: list[Record], *keys: str) -> list[Record]:
@@ -95,6 +93,7 @@ def page(runs: list[Record], balance: Record | None, published: Record) -> str:
     spreads = np.stack([gate_norms(run, "max")[-1] - gate_norms(run, "min")[-1] for run in seeds])  # [S, L]
     if balance is not None and balance["reference"] != reference["run"]:
         balance = None
+    theirs = [row["spread"] for row in published["gate_norms"]["rows"]]
     weakest = max(runs, key=lambda run: run["test_loss"] - run["test_unigram_entropy"])
     return render(
         "dwr_runs.md",
@@ -107,9 +106,7 @@ def page(runs: list[Record], balance: Record | None, published: Record) -> str:
             "courses": [findings.course(one) for one in curves],
             "stability": findings.stability(curves[0]),
             "depth": findings.over_seeds(findings.depth_slopes(spreads)) if spreads.shape[1] > 1 else None,
-            "published_slope": findings.depth_slopes(
-                np.array([[row["spread"] for row in published["gate_norms"]["rows"]]])
-            )[0],
+            "published_slope": findings.depth_slopes(np.array([theirs]))[0],
             "stopped": [run for run in runs if run["steps"] < run["steps_planned"]],
             "weakest": weakest,
             "factor": math.exp(weakest["test_unigram_entropy"] - weakest["test_loss"]),
