@@ -34,7 +34,7 @@ class Settings(Variant):
     num_threads: Annotated[int, Field(gt=0, le=MAX_THREADS)]
     corpora: dict[Name, Corpus]
     dwr: DWR
-    # Overrides: of the reference on `dwr` but for its also_validate_on, of every other run on the reference.
+    # Overrides: of the reference on `dwr` and `seed`, of every other run on the reference.
     dwr_runs: dict[Name, dict[str, Any]]
     export_experts: ExportExperts
     trace_routing: TraceRouting
@@ -159,7 +159,7 @@ class Settings(Variant):
                 knobs = self._knobs(section, start)
                 knobs |= {"tau_init": knobs["tau_final"], "lambda_init": knobs["lambda_final"]}
         elif name == "reference":
-            knobs = self.dwr.model_dump() | {"also_validate_on": []}
+            knobs = self.dwr.model_dump() | {"also_validate_on": [], "seed": self.seed}
         else:
             knobs = self._knobs(section, "reference")
         return _overridden(knobs, overrides)

@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from dynaroute.config.data import Hosted
 from dynaroute.config.schema import (
-    MAX_SEED,
     Distinct,
     Fraction,
     LossWeight,
@@ -17,6 +16,7 @@ from dynaroute.config.schema import (
     Positive,
     PositiveFloat,
     Section,
+    Seed,
     Size,
     TwoOrMore,
     chosen_by_kind,
@@ -114,7 +114,7 @@ NO_KNOBS = {
 class Variant(Training):
     """One DAGFormer variant: its predictor, its gates and its training. At the top level of params.yaml: P1."""
 
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)]  # of initialisation, data order and noise
+    seed: Seed  # of initialisation, data order and noise
     steps: Positive
     predictor_input: Literal["text", "none"]  # none: one learned topology for all texts, as a control
     predictor_hidden: Size
