@@ -53,7 +53,7 @@ def keys_in(data):
         if (
             isinstance(value, dict)
             and "kind" not in value
-            and name not in ("corpora", "dwr_runs", "machines", "models", "primary", "variants")
+            and name not in ("corpora", "dwr_runs", "machines", "models", "planted", "primary", "variants")
         ):
             yield from (f"{name}.{key}" for key in keys_in(value))
         else:
@@ -130,7 +130,7 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"seed": 2**63}, "seed = 9223372036854775808: input should be less than or equal to 9223372036854775807"),
         ({"steps": 5, "warmup_steps": 6}, "warmup_steps = 6: must be at most steps = 5"),
         ({"variants.A5.steps": 1, "warmup_steps": 2}, "variants.A5.warmup_steps = 2: must be at most steps = 1"),
-        ({"variants.A5.from": []}, "variants.A5.from = []: must be one of base, A1"),
+        ({"variants.A5.from": []}, "variants.A5.from = []: must be one of base, planted, A1"),
         ({"corpora.docs.split": "official"}, "corpora.docs.split = 'official': installed_text has no official splits"),
         ({"corpora.docs.split": {"skip": 3, "test": 1}}, "corpora.docs.split.validation is missing"),
         (
@@ -159,9 +159,9 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"precision": "fp32"}, "precision = 'fp32': is no knob of a variant: a predictor is trained in fp32"),
         ({"dagformer.precision": "fp16"}, "dagformer.precision = 'fp16': input should be 'fp32' or 'bf16'"),
         ({"early_stopping_patience": None}, "early_stopping_patience = None: is no knob of a variant: its tau and"),
-        ({"variants.A5.from": "B1"}, "variants.A5.from = 'B1': must be one of base, A1"),
-        ({"variants.A5": {}}, "variants.A5.from = None: must be one of base, A1"),
-        ({"variants.P2": {"from": "P1", "rank": 16}}, "variants.P2.rank = 16: must be 8, as in P1"),
+        ({"variants.A5.from": "B1"}, "variants.A5.from = 'B1': must be one of base, planted, A1"),
+        ({"variants.A5": {}}, "variants.A5.from = None: must be one of base, planted, A1"),
+        ({"variants.P2": {"from": "P1", "rank": 16}}, "variants.P2.rank = 16: must be 4, as in P1"),
         (
             {"variants.P2": {"from": "P1", "cascade": "learnable"}},
             "variants.P2.cascade = 'learnable': must be off or fixed, as in P1, whose weights it resumes",
@@ -175,18 +175,27 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
             {"variants.baseline": {"from": "base"}},
             "variants.baseline = {'from': 'base'}: this name stands for the base",
         ),
-        ({"variants.P1.from": "P2"}, "variants.P2.from = 'P1': must be one of base, A1"),
+        ({"variants.P2": {"from": "P1", "target_density": 0.5}}, "target_density = 0.5: must be null, as in P1, whose"),
+        ({"variants.random": {"from": "base"}}, "variants.random = {'from': 'base'}: this name stands for the base"),
+        ({"dagformer.planted": None}, "variants.planted_C1.from = 'planted': must be one of base, A1"),
+        ({"dagformer.planted.open_share": 1.0}, "dagformer.planted.open_share = 1.0: input should be less than 1"),
+        ({"analysis.variants": ["P1", "planted_P1"]}, "analysis.variants = 'planted_P1': must start from base"),
+        (
+            {"analysis.primary.text.right": ["planted_C1"]},
+            "analysis.primary.text = ['P1', 'P1s1', 'P1s2', 'planted_C1']: must start from one base",
+        ),
+        ({"variants.P1.from": "P2"}, "variants.P2.from = 'P1': must be one of base, planted, A1"),
         ({"variants.a/b": {"from": "base"}}, "a/b"),
         ({"dwr_runs": {}}, "dwr_runs = []: must have a reference, which the others override"),
         ({"dwr_runs.reference": 3}, "dwr_runs.reference = 3: must be a mapping"),
-        ({"dwr_runs.smaller_d_ff": {"d_ff": 32}}, "dwr_runs.smaller_d_ff.corpus = None: must be among corpora: docs"),
+        ({"dwr_runs.new": {"d_ff": 32}}, "dwr_runs.new.corpus = None: must be among corpora: docs"),
         ({"dwr_runs.reference.corpus": []}, "dwr_runs.reference.corpus = []: must be among corpora: docs"),
         ({"dwr_runs.reference.train_windows": ...}, "dwr_runs.reference.train_windows is missing"),
         ({"dwr_runs.reference.d_ff": 30}, "dwr_runs.reference.d_ff = 30: must be a multiple of 16"),
-        ({"dwr_runs.fewer_experts.num_experts": 1}, "dwr_runs.fewer_experts.num_experts = 1: must be at least 2: with"),
+        ({"dwr_runs.lambda_0.num_experts": 1}, "dwr_runs.lambda_0.num_experts = 1: must be at least 2: with"),
         (
-            {"dwr_runs.fewer_experts.experts": 1},
-            "dwr_runs.fewer_experts.experts = 1: unknown key; did you mean num_exp",
+            {"dwr_runs.lambda_0.experts": 1},
+            "dwr_runs.lambda_0.experts = 1: unknown key; did you mean num_exp",
         ),
         ({"dwr_runs.more_text.training.lr": 0}, "dwr_runs.more_text.training.lr = 0: input should be greater than 0"),
         ({"dwr_runs.more_text.training": 3}, "dwr_runs.more_text.training = 3: must be a mapping with the keys batch"),
@@ -219,7 +228,7 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"analysis.oracle_windows": 1}, "analysis.oracle_windows = 1: input should be greater than or equal to 2"),
         ({"analysis.domain_windows": 1}, "analysis.domain_windows = 1: input should be greater than or equal to 2"),
         ({"dagformer.eval_windows": 1}, "dagformer.eval_windows = 1: input should be greater than or equal to 2"),
-        ({"analysis.swaps": 48}, "analysis.swaps = 48: must be below dagformer.eval_windows = 48"),
+        ({"analysis.swaps": 200}, "analysis.swaps = 200: must be below dagformer.eval_windows = 200"),
         ({"benchmark_cache.capacities": [3, 3]}, "benchmark_cache.capacities = [3, 3]: must not hold an entry twice"),
         ({"simulate_cache.capacities": [3, 3]}, "simulate_cache.capacities = [3, 3]: must not hold an entry twice"),
         ({"benchmark_cache.policies": ["lru", "lru"]}, "policies = ['lru', 'lru']: must not hold an entry twice"),

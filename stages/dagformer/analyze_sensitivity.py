@@ -37,7 +37,7 @@ from dynaroute.config import Settings
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.windows import variant_windows
-from dynaroute.data.tokens.documents import followed_windows, halves, main_documents, windows_of_documents
+from dynaroute.data.tokens.documents import followed_windows, halves, windows_of_documents
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.data.tokens.windows import Subset
 from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json
@@ -78,9 +78,7 @@ def main(settings: Settings) -> None:
                 "num_heads": graph.num_heads,
                 "flatness": flatness(gradients, ranked_by, analysis.permutations, settings.seed),
                 "adjacent_minus_skip": adjacent_minus_skip(graph, gradients, ranked_by),
-                "all_closed": closing_all(
-                    graph, evaluated, main_documents(shards, windows.seq_len, list(evaluated.indices))
-                ),
+                "all_closed": closing_all(graph, evaluated, documents[evaluated.indices]),
                 "removal_windows": len(scored),
                 "oracle": {"steps": analysis.oracle_steps, "lr": analysis.oracle_lr, "windows": len(followed)}
                 | summarise_oracle(oracle),

@@ -33,7 +33,7 @@ from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.variants import load_graph, load_predictor
 from dynaroute.dagformer.windows import variant_windows
-from dynaroute.data.tokens.documents import domain_windows
+from dynaroute.data.tokens.documents import domain_windows, windows_of_documents
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import output_directory, write_csv, write_json
@@ -50,12 +50,13 @@ def main(settings: Settings, name: str) -> None:
     torch.set_num_threads(settings.num_threads)
     dagformer, analysis = settings.dagformer, settings.analysis
     record, predictor = load_predictor(DATA / "train" / name, settings.device)
-    graph = load_graph(DATA / "train", name, predictor.variant, settings.device)
+    graph = load_graph(DATA / "train", name, record["base"], predictor.variant, settings.device)
     tau, first = predictor.variant.tau_final, {"window": 0, "prefix": dagformer.prefix_tokens - 1}
     shards = TokenShards(Path("data/tokens") / dagformer.corpus, "test")
     windows = variant_windows(shards, dagformer)
     embeddings = load_embeddings(DATA / "embeddings/evaluation")
     texts = {protocol: torch.from_numpy(embeddings[split]) for protocol, split in SPLITS.items()}
+    documents = windows_of_documents(shards, windows.seq_len)[windows.indices]
     wirings = {protocol: wire(predictor, vectors, tau) for protocol, vectors in texts.items()}
     stored, state = load_checkpoint(DATA / "eval" / name / "gates.safetensors")
     valid = dag_mask(predictor.num_layers, predictor.num_heads)
@@ -65,7 +66,6 @@ def main(settings: Settings, name: str) -> None:
         protocol: {mode: own[f"nll_{mode}"].to_numpy() for mode in (*MODES, "baseline")}
         for protocol, own in rows.groupby("protocol")
     }
-    documents = rows.loc[rows["protocol"] == "window", "document"].to_numpy()
 
     swapped = swapped_nll(graph, windows, wirings, evaluated, first, analysis.swaps)
     sets = {mode: {protocol: wirings[protocol].gates(mode) for protocol in SPLITS} for mode in MODES}

@@ -13,17 +13,29 @@ from dynaroute.analysis.comparisons import differences, primary_answers, seed_sp
 from dynaroute.config import Settings
 from dynaroute.pipeline.artifacts import write_csv, write_json, write_text
 from dynaroute.pipeline.stage import run
-from dynaroute.reporting.dagformer.results import DATA, MAIN, REPORTS, read_results
+from dynaroute.reporting.dagformer.results import CONTROL, DATA, MAIN, REPORTS, read_results
 from dynaroute.reporting.inputs import read_record
 
 
 def main(settings: Settings) -> None:
     """Compares, and writes."""
     results = read_results(settings)
-    headroom = read_record(DATA / "sensitivity/summary.json")["all_closed"]["mean"]
-    primary = primary_answers(settings.analysis.primary, results.nll, results.documents, headroom, settings.seed)
+    headroom = {"base": read_record(DATA / "sensitivity/summary.json")["all_closed"]["mean"]}
+    known, methods = (read_record(DATA / f"planted/{name}.json") for name in ("known", "methods"))
+    if known:
+        headroom["planted"] = known["prefix"]["minus_own"]["mean"]["mean"]
+    asked = settings.analysis.primary
+    of_question = {key: headroom[settings.base_of(question.left[0])] for key, question in asked.items()}
     references = {name: results.reference(variant) for name, variant in results.variants.items()}
-    comparisons = {"primary": primary, "seeds": seed_spread(results.seeds(), results.nll), "headroom": headroom}
+    for name in results.planted:  # what reads no text, else the first of them
+        other = methods[name]["control"] or next(iter(results.planted))
+        references[name] = None if other == name else other
+    comparisons = {
+        "primary": primary_answers(asked, results.nll, results.documents, of_question, settings.seed),
+        "seeds": seed_spread(results.seeds(), results.nll),
+        "control_seeds": seed_spread(results.seeds(CONTROL), results.nll) if CONTROL in results.variants else None,
+        "headroom": headroom["base"],
+    }
     write_json(DATA / "comparisons.json", comparisons)
     write_csv(REPORTS / "variants.csv", differences(references, results.nll, results.documents))
     write_text(REPORTS / f"{MAIN}.csv", (DATA / "train" / MAIN / "training.csv").read_text("utf-8"))

@@ -4,18 +4,21 @@
 
 Modes      soft      gates at the variant's final temperature, with its cascade
            hard      gates of 0 and 1
+           random    as many edges of each window closed as its hard gates of the window protocol close, but drawn at
+                     random; for both protocols
+           least_gradient  as many closed, those that matter least to first order (order_edges)
            baseline  all gates at one: the shared base as it is, the same numbers for every variant
 Protocols  window    the encoder reads the whole window, so it has read the tokens that are scored
            prefix    the encoder reads the first dagformer.prefix_tokens, and only the tokens after them are scored,
-                     in all three modes
+                     in all modes
 
-Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/{train/base,train/<id>,embeddings/evaluation}
+Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/{train/<base>,edge_order/<base>.json,train/<id>},
+        data/dagformer/embeddings/evaluation
 Writes  data/dagformer/eval/<id>/
             nll.csv   a row for each protocol and window: protocol; window, its index among all whole windows of the
-                test split; document, the one that most of its tokens are from, and its source; nll_soft, nll_hard,
-                nll_baseline, in nats per token
-            nll.json  run, variant, n (windows), checks, and for each protocol: tokens scored; nll_soft, nll_hard,
-                nll_baseline, means over windows; the measures of `dynaroute.analysis.topology.measure`; nll_own_base,
+                test split; document, in which it lies, and its source; and nll_<mode> in nats per token
+            nll.json  run, variant, n (windows), checks, and for each protocol: tokens scored; nll_<mode>, means
+                over windows; the measures of `dynaroute.analysis.topology.measure`; nll_own_base,
                 if the base was trained jointly: its mean NLL with all gates at one
             gates.safetensors   a checkpoint of ours, with float32 tensors for each protocol:
                 <protocol>.logits [n, valid entries], where Z[:, dag_mask(num_layers, num_heads)] = logits;
@@ -28,79 +31,92 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dynaroute.analysis.nll import BATCH, window_nll, wire
+from dynaroute.analysis.controls import equally_dense
+from dynaroute.analysis.nll import BATCH, mean_nll, position_nll, window_nll, wire
 from dynaroute.analysis.topology import measure
 from dynaroute.config import Settings
+from dynaroute.config.dagformer import MODES
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.variants import load_graph, load_predictor
 from dynaroute.dagformer.windows import variant_windows
-from dynaroute.data.tokens.documents import main_documents
+from dynaroute.data.tokens.documents import windows_of_documents
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.data.tokens.windows import Subset
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json
+from dynaroute.pipeline.artifacts import output_directory, read_record, sha256, write_csv, write_json
 from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import save_checkpoint
 
-TRAINED, EMBEDDINGS = Path("data/dagformer/train"), Path("data/dagformer/embeddings/evaluation")
+DATA = Path("data/dagformer")
+TRAINED, EMBEDDINGS = DATA / "train", DATA / "embeddings/evaluation"
 
 
 def main(settings: Settings, name: str) -> None:
     """Wires every window by both protocols, scores all modes, and writes the results."""
     torch.set_num_threads(settings.num_threads)
     record, predictor = load_predictor(TRAINED / name, settings.device)
-    variant = predictor.variant
-    shards = TokenShards(Path("data/tokens") / settings.dagformer.corpus, "test")
-    windows = variant_windows(shards, settings.dagformer)
-    documents = main_documents(shards, windows.seq_len, list(windows.indices))
-    embeddings = load_embeddings(EMBEDDINGS)
-    graph = load_graph(TRAINED, name, variant, settings.device)
-    joint = variant.base_lr > 0
-    shared = not joint and variant.input_norm == "none"
-    dense = graph if shared else DagForward(load_base(TRAINED / "base", settings.device))
+    base, variant, shared = record["base"], predictor.variant, settings.dagformer
+    shards = TokenShards(Path("data/tokens") / shared.corpus, "test")
+    windows = variant_windows(shards, shared)
+    documents = windows_of_documents(shards, windows.seq_len)[windows.indices]
+    graph = load_graph(TRAINED, name, base, variant, settings.device)
+    own_base = variant.base_lr > 0
+    dense = graph
+    if own_base or variant.input_norm != "none":  # the baseline is the shared base without an input norm
+        dense = DagForward(load_base(TRAINED / base, settings.device))
     valid = dag_mask(graph.num_layers, graph.num_heads)
+    embeddings = load_embeddings(EMBEDDINGS)
+    if (found := len(embeddings["test"])) != len(windows):
+        expected = f"dagformer.eval_windows = {len(windows)}"
+        raise DynarouteError(
+            f"{EMBEDDINGS}: {found} texts, not {expected}: run stages/dagformer/encode_windows.py again"
+        )
+    texts = {"window": torch.from_numpy(embeddings["test"]), "prefix": torch.from_numpy(embeddings["test_prefix"])}
+    wirings = {protocol: wire(predictor, vectors, variant.tau_final) for protocol, vectors in texts.items()}
+    hard = wirings["window"].hard
+    order = np.array(read_record(DATA / f"edge_order/{base}.json")["order"])
 
-    # Position prefix_tokens - 1, the last one of the prefix, predicts the first token that the encoder has not read.
-    protocols = {"window": ("test", 0), "prefix": ("test_prefix", settings.dagformer.prefix_tokens - 1)}
-    start = Subset(windows.windows, windows.indices[:BATCH])
-    rows, metrics, gates, repeats = [], {}, {}, []
-    for protocol, (split, first) in protocols.items():
-        if len(embeddings[split]) != len(windows):
-            found = f"{len(embeddings[split])} texts of {split}, not dagformer.eval_windows = {len(windows)}"
-            raise DynarouteError(f"{EMBEDDINGS}: {found}: run stages/dagformer/encode_windows.py again")
-        wiring = wire(predictor, torch.from_numpy(embeddings[split]), variant.tau_final)
-        nll = {
-            "soft": window_nll(graph, windows, wiring.soft, first),
-            "hard": window_nll(graph, windows, wiring.hard, first),
-            "baseline": window_nll(dense, windows, valid.float(), first),
-        }
-        repeats.append(np.array_equal(window_nll(graph, start, wiring.soft[:BATCH], first), nll["soft"][:BATCH]))
+    # NLL of every position [n, T]. A wiring that does not depend on the protocol is run once, and scored by both.
+    nll = {"baseline": position_nll(dense, windows, valid.float())}
+    nll["random"] = position_nll(graph, windows, equally_dense(hard, valid, settings.seed))
+    nll["least_gradient"] = position_nll(graph, windows, equally_dense(hard, valid, settings.seed, order))
+    rows, metrics, gates = [], {}, {}
+    for protocol, first in {"window": 0, "prefix": shared.prefix_tokens - 1}.items():
+        # Position prefix_tokens - 1, the last one of the prefix, predicts the first token the encoder has not read.
+        wiring = wirings[protocol]
+        for mode in MODES:
+            adjacency = getattr(wiring, mode)
+            if protocol == "window" or not torch.equal(adjacency, getattr(wirings["window"], mode)):
+                nll[mode] = position_nll(graph, windows, adjacency)
+        scores = {f"nll_{key}": mean_nll(values, first) for key, values in nll.items()}
         for index, (window, document) in enumerate(zip(windows.indices, documents.tolist(), strict=True)):
             source = shards.sources[int(shards.document_sources[document])]
             row = {"protocol": protocol, "window": window, "document": document, "source": source}
-            rows.append(row | {f"nll_{mode}": float(values[index]) for mode, values in nll.items()})
+            rows.append(row | {key: float(values[index]) for key, values in scores.items()})
         metrics[protocol] = {
             "tokens": len(windows) * (windows.seq_len - first),
-            **{f"nll_{mode}": float(values.mean()) for mode, values in nll.items()},
+            **{key: float(values.mean()) for key, values in scores.items()},
             **measure(wiring.soft, wiring.hard, graph.num_heads),
             "cascade_k": None if variant.cascade == "off" else float(predictor.cascade_k),
         }
-        if joint:
+        if own_base:
             metrics[protocol]["nll_own_base"] = float(window_nll(graph, windows, valid.float(), first).mean())
         gates[f"{protocol}.logits"] = wiring.logits[:, valid]
         gates[f"{protocol}.mean_soft"], gates[f"{protocol}.mean_hard"] = wiring.soft.mean(0), wiring.hard.mean(0)
 
+    start = Subset(windows.windows, windows.indices[:BATCH])
+    again = position_nll(graph, start, wirings["prefix"].hard[:BATCH])
     checks = {
-        "base_is_the_file_that_the_variant_was_trained_on": sha256(TRAINED / "base" / "model.safetensors")
+        "base_is_the_file_that_the_variant_was_trained_on": sha256(TRAINED / base / "model.safetensors")
         == record["identity"]["base"],
-        "a_batch_scored_again_gives_the_same_bits": all(repeats),
+        "a_batch_scored_again_gives_the_same_bits": torch.equal(again, nll["hard"][:BATCH]),
     }
     state = {"run": record["run"], "variant": name, "num_layers": graph.num_layers, "num_heads": graph.num_heads}
-    state |= {"tau": variant.tau_final, "cascade_k": float(predictor.cascade_k), "windows": list(windows.indices)}
-    with output_directory(Path("data/dagformer/eval") / name) as folder:
+    state |= {"tau": variant.tau_final, "cascade_k": float(predictor.cascade_k), "windows": windows.indices}
+    with output_directory(DATA / "eval" / name) as folder:
         write_csv(folder / "nll.csv", rows)
         write_json(
             folder / "nll.json",

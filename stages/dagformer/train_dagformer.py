@@ -2,7 +2,7 @@
 
     python stages/dagformer/train_dagformer.py P1
 
-Reads   data/dagformer/variants/<id>.yaml, data/dagformer/train/base, data/dagformer/embeddings,
+Reads   data/dagformer/variants/<id>.yaml, data/dagformer/train/{base,planted}, data/dagformer/embeddings,
         data/tokens/<dagformer.corpus>; for a variant that continues another: data/dagformer/train/<from>, and the
         settings of all variants it descends from
 Writes  data/dagformer/train/<id>/
@@ -57,6 +57,7 @@ def main(settings: Settings, name: str) -> None:
             "base_is_unchanged_to_the_bit": fingerprint(frozen) == base_before,
             "base_holds_no_gradients": all(p.grad is None and not p.requires_grad for p in frozen.parameters()),
         }
+        # The planted base is made to change with every edge, so nearly open gates are not nearly the baseline there.
         if start == "base" and graph.base.dtype == frozen.dtype:
             checks |= checks_before_training(variant, first)
         metrics = {key.removeprefix("validation_"): last[key] for key in last if key.startswith("validation_")}
@@ -72,6 +73,7 @@ def main(settings: Settings, name: str) -> None:
                     "run": identifier,
                     "variant": name,
                     "from": start,
+                    "base": identity["base_name"],
                     "knobs": variant.model_dump(),
                     "num_layers": graph.num_layers,
                     "num_heads": graph.num_heads,

@@ -3,7 +3,7 @@
     python stages/dwr/plot_dwr.py
 
 Reads   reports/dwr/*.csv, data/dwr/train/
-Writes  reports/dwr/{training_curves,routers,hit_rates}.png  the same bytes on every run
+Writes  reports/dwr/{routers,hit_rates}.png  the same bytes on every run
 """
 
 from dynaroute.config import Settings
@@ -15,7 +15,6 @@ from dynaroute.reporting.dwr.results import REPORTS, read_hits, read_training
 def main(settings: Settings) -> None:
     """Reads what the other stages found, and draws it."""
     training = read_training()
-    figures.plot_training(training.curve, training.summary, REPORTS / "training_curves.png")
     figures.plot_routers(training.router, training.run["config"]["d_model"], REPORTS / "routers.png")
     figures.plot_hit_rates(read_hits(), len(training.router), REPORTS / "hit_rates.png")
 

@@ -39,13 +39,13 @@ def main(settings: Settings) -> None:
     store, trace, simulate = ExpertStore(STORE), load_trace(TRACE), settings.simulate_cache
     if trace.run != store.run:
         raise DynarouteError(f"{TRACE}: belongs to run {trace.run}, not {store.run}: run the stage trace_routing")
-    config, benchmark, experts = store.config, settings.benchmark_cache, store.num_experts
-    policies, prefetchers = benchmark.policies, benchmark.prefetchers
+    config, experts, lookahead = store.config, store.num_experts, settings.benchmark_cache.lookahead
+    policies, prefetchers = simulate.policies, simulate.prefetchers
     third, routings = nearest_a_third(experts, simulate.capacities), (trace, uniform_trace(trace))
     predictions = {
         name: predict(prefetcher, trace)
         for name in prefetchers
-        if (prefetcher := make_prefetcher(name, store, [nn.Identity()] * config.num_layers, benchmark.lookahead))
+        if (prefetcher := make_prefetcher(name, store, [nn.Identity()] * config.num_layers, lookahead))
     }
 
     def run_one(

@@ -36,10 +36,10 @@ CELLS = [
 
 def tiny_settings(**benchmark_cache) -> Settings:
     sizes = {"capacities": [1, 3, 10], "num_prompts": 2, "prompt_tokens": 6, "new_tokens": 5, "repeats": 2}
-    names = {"policies": ["lru", "lfu"], "prefetchers": ["none", "gate"], "lookahead": 2}
+    names = {"policies": ["lru", "lfu"], "prefetchers": ["none", "gate"]}
     return default_settings(
-        benchmark_cache={**sizes, **names, **benchmark_cache},
-        simulate_cache={"capacities": [2, 3, 10]},
+        benchmark_cache={**sizes, **names, "lookahead": 2, **benchmark_cache},
+        simulate_cache={"capacities": [2, 3, 10], **names},
         trace_routing={"windows": 2},
     )
 

@@ -25,7 +25,8 @@ def question(left: list[str], right: list[str], mode: str = "hard", protocol: st
 
 
 def answers(*questions: Question, headroom: float = 9.0) -> list[dict]:
-    return primary_answers({f"q{i}": one for i, one in enumerate(questions)}, nll, DOCUMENTS, headroom, 0)
+    asked = {f"q{i}": one for i, one in enumerate(questions)}
+    return primary_answers(asked, nll, DOCUMENTS, dict.fromkeys(asked, headroom), 0)
 
 
 def test_answers_are_those_of_the_tests_corrected_for_their_number():

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_base import SEQ_LEN, make_base
-from small_dagformer import PREFIX, RUN, WINDOWS, make_predictor, tiny_settings, write_all, write_variant
+from small_base import HEADS, LAYERS, SEQ_LEN, make_base
+from small_dagformer import ORDER, PREFIX, RUN, WINDOWS, make_predictor, tiny_settings, write_all, write_variant
 
+from dynaroute.analysis.controls import equally_dense
 from dynaroute.dagformer.gates import cascade, dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import TokenShards
@@ -65,16 +66,19 @@ def test_every_number_of_a_row_is_what_the_protocols_say(tree, input_norm):
     base = make_base()
     graph = DagForward(base, input_norm)
     document_of = np.searchsorted(shards.offsets, np.arange(shards.num_tokens), side="right") - 1
-    total = (shards.num_tokens - 1) // SEQ_LEN
-    assert total > WINDOWS
+    vectors = torch.from_numpy(np.load("data/dagformer/embeddings/evaluation/test.npy"))
+    with torch.no_grad():
+        hard, valid = predictor(vectors, 0.5, "hard"), dag_mask(LAYERS, HEADS)
+    controls = {
+        "random": equally_dense(hard, valid, tiny_settings().seed),
+        "least_gradient": equally_dense(hard, valid, 0, np.array(ORDER)),
+    }
+    assert len({row["window"] for row in rows}) == WINDOWS
     for position, row in enumerate(rows):
         index, prefix = position % WINDOWS, row["protocol"] == "prefix"
-        window = index * total // WINDOWS
-        assert int(row["window"]) == window
+        window, document = int(row["window"]), int(row["document"])
         stream = shards.read(window * SEQ_LEN, (window + 1) * SEQ_LEN + 1).tolist()
-        own = document_of[window * SEQ_LEN : (window + 1) * SEQ_LEN].tolist()
-        document = int(row["document"])
-        assert own.count(document) == max(map(own.count, own))
+        assert set(document_of[window * SEQ_LEN : (window + 1) * SEQ_LEN].tolist()) == {document}
         assert row["source"] == ("ants", "bees")[document % 2]
         first = PREFIX - 1 if prefix else 0  # what it predicts is token PREFIX, the first one not read
         embedding = np.load(f"data/dagformer/embeddings/evaluation/{'test_prefix' if prefix else 'test'}.npy")[index]
@@ -83,6 +87,8 @@ def test_every_number_of_a_row_is_what_the_protocols_say(tree, input_norm):
             logits = {"baseline": base(tokens).logits}
             for mode in ("soft", "hard"):
                 logits[mode] = graph(tokens, predictor(torch.from_numpy(embedding)[None], 0.5, mode))
+            for mode, wirings in controls.items():  # of the window protocol's density, scored by both
+                logits[mode] = graph(tokens, wirings[index : index + 1])
         for mode, values in logits.items():
             assert float(row[f"nll_{mode}"]) == pytest.approx(plain_nll(values[0], stream[1:], first), abs=1e-5)
 
@@ -97,11 +103,13 @@ def test_the_prefix_protocol_does_not_see_the_vectors_of_whole_windows(tree):
     path.with_name("metadata.json").write_text(json.dumps(record))
     stage.main(tiny_settings(), "P1")
     after = rows_of("P1")
-    assert before[WINDOWS:] == after[WINDOWS:]
+    for mode in ("soft", "hard", "baseline"):  # the controls have the window protocol's density in both
+        assert nll_of(before, "prefix", mode).tolist() == nll_of(after, "prefix", mode).tolist()
     assert (
         nll_of(before, "window", "soft") != nll_of(after, "window", "soft")
     ).sum() >= WINDOWS - 1  # all but the middle
-    assert report["prefix"] == report_of("P1")["prefix"]
+    for key in ("nll_hard", "density_hard", "mean_A"):
+        assert report["prefix"][key] == report_of("P1")["prefix"][key]
 
 
 def test_the_summary_follows_from_the_rows(tree):
@@ -113,7 +121,7 @@ def test_the_summary_follows_from_the_rows(tree):
     for protocol in ("window", "prefix"):
         found = report[protocol]
         assert found["tokens"] == WINDOWS * (SEQ_LEN + 1 - PREFIX if protocol == "prefix" else SEQ_LEN)
-        for mode in ("soft", "hard", "baseline"):
+        for mode in ("soft", "hard", "random", "least_gradient", "baseline"):
             assert found[f"nll_{mode}"] == pytest.approx(nll_of(rows, protocol, mode).mean())
 
 
@@ -201,9 +209,7 @@ def test_another_base_than_the_one_trained_on_fails_its_check(tree):
 
 
 def test_input_that_does_not_fit_is_an_error_in_one_line(tree):
-    with pytest.raises(
-        DynarouteError, match=r"data/dagformer/embeddings/evaluation: 11 texts of test, not .*eval_windows = 4"
-    ):
+    with pytest.raises(DynarouteError, match=r"data/dagformer/embeddings/evaluation: 11 texts, not .*eval_windows = 4"):
         stage.main(tiny_settings(eval_windows=4), "P1")
     path = Path("data/dagformer/train/P1/predictor.safetensors")
     save_checkpoint(path, load_file(path), {"run": "another", "step": 7})

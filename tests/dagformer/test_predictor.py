@@ -26,8 +26,9 @@ TRAINING = {
 }  # fmt: skip
 P1 = {
     "seed": 0, "steps": 10, "predictor_input": "text", "predictor_hidden": 16, "rank": 2, "init_logit": 15.0,
-    "tau_init": 5.0, "tau_final": 0.2, "lambda_init": 0.0, "lambda_final": 0.01, "cascade": "fixed", "cascade_k": 5.0,
-    "exempt_first_layer": True, "input_norm": "none", "base_lr": 0.0, "alarm_steps": 10,
+    "tau_init": 5.0, "tau_final": 0.2, "lambda_init": 0.0, "lambda_final": 0.01, "gates": "logistic",
+    "target_density": None, "flip_gradients": False, "cascade": "fixed", "cascade_k": 5.0, "exempt_first_layer": True,
+    "input_norm": "none", "base_lr": 0.0, "alarm_steps": 10,
 }  # fmt: skip
 
 

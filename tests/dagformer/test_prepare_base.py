@@ -135,9 +135,16 @@ def test_a_base_that_cannot_be_used_is_refused_and_nothing_is_written(tree, size
     assert not Path("data/dagformer/train/base").exists()
 
 
-@pytest.mark.parametrize("key", ["train_windows", "validation_windows", "eval_windows"])
-def test_more_windows_than_there_are_for_any_later_stage_are_refused_before_the_base_is_made(tree, key):
-    with pytest.raises(DynarouteError, match=rf"^params.yaml: dagformer.{key} = 20: must be at most 19, the number of"):
+@pytest.mark.parametrize(
+    ("key", "which"),
+    [
+        ("train_windows", "number of"),
+        ("validation_windows", "number of"),
+        ("eval_windows", "windows of the test split"),
+    ],
+)
+def test_more_windows_than_there_are_for_any_later_stage_are_refused_before_the_base_is_made(tree, key, which):
+    with pytest.raises(DynarouteError, match=rf"^params.yaml: dagformer.{key} = 20: must be at most 19, the {which}"):
         prepare(save_existing(tree / "published"), **{key: 20})
     assert not Path("data/dagformer").exists()
 

@@ -21,7 +21,7 @@ def test_two_workers_run_a_queued_sweep_and_its_experiments_share_the_training_t
         variants = [read_yaml(workspace.root / f"{name}-variants/{variant}.yaml") for variant in VARIANTS]
         taus.add(tuple(variant["tau_final"] for variant in variants))
     assert bases[0] == bases[1]
-    assert taus == {(tau, tau, 0.2) for tau in (0.05, 0.1)}  # J1 has its own
+    assert taus == {(tau, tau, 0.2, tau, tau) for tau in (0.05, 0.1)}  # J1 has its own
     assert not list((workspace.root / ".scratch/prepare_base").iterdir())
 
 

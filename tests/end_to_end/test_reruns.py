@@ -24,15 +24,17 @@ def test_nothing_runs_when_nothing_changed_and_only_what_depends_on_a_change_doe
     workspace.set_params({"dwr": {**TINY["dwr"], "top_k": 1}, "dagformer": {**TINY["dagformer"], "prefix_tokens": 11}})
     changed = set(json.loads(workspace.run("dvc", "status", "--json", "dvc.yaml").stdout))
     read = {"encode_windows@evaluation", "analyze_topology@P1", "train_dwr", "report_dwr_runs", "resolve_variants"}
+    read |= {"analyze_planted"}
     assert changed == read
 
 
 def test_a_knob_retrains_the_variants_that_inherit_it_and_a_new_variant_trains_alone(finished, tmp_path):
     workspace = finished.copy(tmp_path / "experiment")
     output = workspace.run("dvc", "exp", "run", "-S", "tau_final=0.5").stdout
-    inherits = {f"{stage}@{name}" for stage in ("train_dagformer", "evaluate_nll") for name in ("P1", "P2")}
+    inheriting = ("P1", "P2", "planted_P1", "planted_C1")
+    inherits = {f"{stage}@{name}" for stage in ("train_dagformer", "evaluate_nll") for name in inheriting}
     collected = {LOCATE, "resolve_variants", "compare_variants", "plot_dagformer", "report_dagformer", "summarize"}
-    assert ran(output) == inherits | collected | {"analyze_topology@P1"}
+    assert ran(output) == inherits | collected | {"analyze_topology@P1", "analyze_planted"}
     shown = workspace.run("dvc", "params", "diff", "HEAD").stdout
     path = workspace.root / "params.yaml"
     before = str(read_yaml(REPOSITORY / "params.yaml")["tau_final"])

@@ -4,21 +4,21 @@ import itertools
 import shutil
 from pathlib import Path
 
+import compare_variants
 import numpy as np
 import torch
 from repository import REPOSITORY
 
-from dynaroute.analysis.comparisons import differences, primary_answers, seed_spread
 from dynaroute.config import Settings, load_settings
 from dynaroute.config.dagformer import MODES, PROTOCOLS
 from dynaroute.pipeline.artifacts import write_csv, write_json
-from dynaroute.reporting.dagformer.results import read_results
 from dynaroute.training.checkpoints import save_checkpoint
 
 MACHINE = {"processor": "A Processor 9000", "threads": 2}
 BASELINE = 3.4567
 # How far a variant ends from the baseline in soft and hard mode; the others, near P1.
 ENDS = {"S1": (0.001, 0.002), "S2": (-0.02, -0.015), "P1": (0.012, 0.0345), "L0": (0.11, 2.1)}
+ENDS |= {"planted_P1": (-0.4, -0.3), "planted_L0": (-0.1, 0.3), "planted_P1_open": (-1.9, -1.8)}
 LAYERS, HEADS, WINDOWS = 4, 3, 24
 DATA, TOKENS = Path("data/dagformer"), Path("data/tokens/docs")
 
@@ -40,26 +40,21 @@ def write_dagformer_tree(root: Path, layers: int = LAYERS, heads: int = HEADS) -
         write_variant(root, settings, name, index, layers, heads)
     for name, scale in zip(settings.analysis.variants, (1.0, 0.5, 0.0), strict=True):  # C1 does not vary
         write_json(root / DATA / "analysis" / name / "topology.json", topology(name, scale, layers))
+    write_planted(root / DATA, settings)
     write_sensitivity(root / DATA / "sensitivity", layers, heads)
     write_wirings(root, 0, layers, heads)
 
 
 def write_comparisons() -> None:
     """What compare_variants makes of the files in the working directory."""
-    settings = load_settings()
-    results = read_results(settings)
-    references = {name: results.reference(variant) for name, variant in results.variants.items()}
-    write_csv("reports/dagformer/variants.csv", differences(references, results.nll, results.documents))
-    primary = primary_answers(settings.analysis.primary, results.nll, results.documents, 0.0431, settings.seed)
-    seeds = seed_spread(results.seeds(), results.nll)
-    write_json(DATA / "comparisons.json", {"primary": primary, "seeds": seeds, "headroom": 0.0431})
+    compare_variants.main(load_settings())
 
 
 def write_variant(root: Path, settings: Settings, name: str, index: int, layers: int, heads: int) -> None:
     """Writes what training and evaluation leave of one variant; `index` makes its numbers its own."""
     knobs, run, trained = settings.variant(name), f"{name}0123456789abcd", root / DATA / "train" / name
     shared = settings.dagformer.model_dump(include={"corpus", "seq_len", "train_windows", "validation_windows"})
-    identity = {"dagformer": shared, "device": "cpu", "base": "b" * 64}
+    identity = {"dagformer": shared, "device": "cpu", "base": settings.base_of(name)[0] * 64}
     description = {"run": run, "from": settings.variants[name]["from"], "knobs": knobs.model_dump()}
     sizes = {"num_layers": layers, "num_heads": heads}
     write_json(trained / "run.json", description | sizes | {"identity": identity})
@@ -88,13 +83,14 @@ def write_evaluation(folder: Path, run: str, index: int, soft: float, hard: floa
     report = {"run": run, "n": WINDOWS, "checks": {"a_batch_scored_again_gives_the_same_bits": True}}
     for protocol, text in zip(PROTOCOLS, (np.random.default_rng(99), np.random.default_rng(98)), strict=True):
         for window in range(WINDOWS):
-            baseline, noise = BASELINE + float(text.normal(0, 0.3)), own.normal(0, 0.004, 2)
+            baseline, noise = BASELINE + float(text.normal(0, 0.3)), own.normal(0, 0.004, 4)
             row = {"protocol": protocol, "window": window, "document": window // 2, "source": "numpy"}
             row |= {"nll_soft": baseline + soft + noise[0], "nll_hard": baseline + hard + noise[1]}
+            row |= {"nll_random": baseline + noise[2], "nll_least_gradient": baseline - 0.02 + noise[3]}
             rows.append(row | {"nll_baseline": baseline})
         values = [row for row in rows if row["protocol"] == protocol]
         report[protocol] = {
-            f"nll_{mode}": float(np.mean([row[f"nll_{mode}"] for row in values])) for mode in (*MODES, "baseline")
+            key: float(np.mean([row[key] for row in values])) for key in values[0] if key.startswith("nll_")
         } | {"mean_A": 0.75, "density_hard": 0.71 - index / 100, "seq_gate_frac": 0.91, "hyp_gate_frac": 0.66}
         report[protocol] |= {"cascade_k": 5.0 + index, "entropy_bits": 0.1234 + index / 1000, "dead_heads": index}
         report[protocol]["nll_own_base"] = 3.3 + index / 1000
@@ -145,6 +141,20 @@ def write_wirings(root: Path, seed: int, layers: int = LAYERS, heads: int = HEAD
     tensors = {"variance": 0.1 * torch.rand(nodes, nodes, generator=generator)}
     tensors |= {"distances": torch.rand(66, generator=generator), "same_text": torch.rand(12, generator=generator)}
     save_checkpoint(root / DATA / "analysis/P1/wirings.safetensors", tensors, {"num_heads": heads})
+
+
+def write_planted(folder: Path, settings: Settings) -> None:
+    costs = {"own": 0.0, "other": 1.03, "mean": 0.27, "one": 2.17, "zero": 0.46}
+    known = {name: {"minus_own": {key: estimate(cost) for key, cost in costs.items()}} for name in PROTOCOLS}
+    signs = {"closed_positive": 0.81, "open_positive": 0.32, "ranked": 0.89}
+    write_json(folder / "planted/known.json", known | {"gradients": signs, "sources": ["numpy", "python"]})
+    found = {"above_own": estimate(0.1234), "escape": estimate(0.93, 0.02), "probe": chance(0.77, 0.5)}
+    methods = {}
+    for name in (name for name in settings.variants if settings.base_of(name) == "planted"):
+        control = "planted_C1_open" if name == "planted_P1_open" else None
+        own = found | {"context": estimate(0.44, 0.1) if control else None}
+        methods[name] = {"run": f"{name}0123456789abcd", "control": control, "prefix": own}
+    write_json(folder / "planted/methods.json", methods)
 
 
 def removed(mean: float, **names) -> dict:

@@ -14,12 +14,15 @@ from dynaroute.pipeline.artifacts import sha256, write_csv, write_json
 RUN = "0123456789abcdef"
 LAYERS, EXPERTS = 3, 4
 RUNS = {
-    "more_text": ({"train_windows": 640, "training": {"epochs": 2.5}}, 5.25, 0.25),
-    "reference": ({}, 5.5, 0.3),
-    "strong": ({"balance_coefficient": 0.5}, 5.625, 0.28),
-    "none": ({"balance_coefficient": 0.0}, 5.5625, 0.45),
-    "wide": ({"d_ff": 256, "dropout": 0.2}, 5.75, 0.31),
+    "more_text": ({"train_windows": 640, "training": {"epochs": 5.0}}, 5.25, 0.25),
+    "reference": ({}, 5.0, 0.3),
+    "strong": ({"balance_coefficient": 0.5}, 5.125, 0.28),
+    "none": ({"balance_coefficient": 0.0, "training": {"early_stopping_patience": 2}}, 5.0625, 0.45),
+    "seed_1": ({"seed": 1}, 5.0, 0.32),
+    "seed_2": ({"seed": 2}, 5.0, 0.34),
 }  # overrides, test loss, hit rate
+SPREADS = {"reference": (0.1, 0.2, 0.3), "seed_1": (0.1, 0.3, 0.4), "seed_2": (0.2, 0.3, 0.5)}  # by layer, at the end
+LOSSES = [(None, 7.5), (6.5, 6.25), (5.5, 5.0625), (4.5, 5.125), (3.5, 5.3125)]  # by epoch: training, validation
 
 
 def write_tree(root: Path) -> None:
@@ -228,14 +231,33 @@ def write_runs(root: Path) -> None:
     """The results of small runs: overrides, test loss and hit rate of each are made up."""
     settings = settings_with_runs()
     for number, (name, (_, loss, rate)) in enumerate(RUNS.items()):
+        knobs = settings.dwr_run(name)
+        steps = 40 if knobs.training.early_stopping_patience is None else 30
+        spreads = SPREADS.get(name, SPREADS["reference"])
         record = {
-            **{"name": name, "run": f"{number}", "settings": settings.dwr_run(name).model_dump()},
-            **{"parameters": 870_560 + number, "training_tokens": 8_192, "epochs": 10.0, "best_epoch": 6.0 + number},
-            **{"validation_loss": loss - 0.1, "test_loss": loss, "test_unigram_entropy": 6.2},
-            **{"final_train_loss": 3.0, "final_validation_loss": loss},
-            **{"smallest_load": 0.25, "largest_load": 1.75, "experts": 32, "capacity": 11, "trace_tokens": 1_536},
+            **{"name": name, "run": f"{number}", "settings": knobs.model_dump()},
+            **{"parameters": 870_560 + number, "training_tokens": 8_192, "best_epoch": 2.0},
+            **{"steps": steps, "steps_planned": 40, "epochs": steps / 10},
+            **{"validation_loss": 5.0625, "test_loss": loss, "test_unigram_entropy": 6.2},
+            **{"smallest_load": 0.25, "largest_load": 1.75, "experts": 24, "capacity": 8, "trace_tokens": 1_536},
             "hit_rate": {"lru": rate, "next_use": rate + 0.1, "min": rate + 0.3},
             "uniform_hit_rate": {"lru": 0.26, "next_use": 0.34, "min": 0.61},
+            "losses": [{"step": step, "train_loss": 7.0 - step / 10} for step in range(1, steps, 10)],
+            "history": [
+                {
+                    **{"step": 10 * epoch, "epoch": float(epoch), "lr": 0.0 if train is None else 0.004},
+                    **{"validation_loss": validation} | ({} if train is None else {"train_loss": train}),
+                    **({} if train is None else {"train_gradient_norm": 0.9}),
+                    **{f"validation_balance_layer{layer}": 1.01 + layer / 100 for layer in range(LAYERS)},
+                    **{f"validation_gate_norm_min_layer{layer}": 0.15 for layer in range(LAYERS)},
+                    **{f"validation_gate_norm_mean_layer{layer}": 0.17 for layer in range(LAYERS)},
+                    **{
+                        f"validation_gate_norm_max_layer{layer}": 0.15 + spread * epoch / 4
+                        for layer, spread in enumerate(spreads)
+                    },
+                }
+                for epoch, (train, validation) in enumerate(LOSSES[: steps // 10 + 1])
+            ],
         }
         write_json(root / f"data/dwr/run_results/{name}.json", record)
 
@@ -247,9 +269,9 @@ def settings_with_runs() -> Settings:
     params["dwr_runs"] = {name: {"corpus": "docs", **overrides} for name, (overrides, *_) in RUNS.items()}
     params["dwr_runs"]["reference"] |= {
         **windows,
-        "d_ff": 128,
+        "num_layers": LAYERS,
         "balance_coefficient": 0.01,
-        "training": {"epochs": 10.0},
+        "training": {"epochs": 4.0, "early_stopping_patience": None},
     }
     return Settings.model_validate(params)
 

@@ -92,10 +92,10 @@ def test_a_row_of_an_ablation_is_what_the_files_say():
     found = read_record(DATA / "eval/A3/nll.json")["window"]
     with Path("reports/dagformer/variants.csv").open() as file:
         (line,) = [line.split(",") for line in file if line.startswith("A3,window,hard")]
-    difference, low, high, reference, *against = line[4:]
+    difference, low, high, reference, *against = line[4:11]
     interval = "{:+.4f} [{:+.4f}, {:+.4f}]".format
     assert rows["A3"][1:7] == [
-        *("16", f"{found['nll_soft']:.4f}", f"{found['nll_hard']:.4f}"),
+        *("8", f"{found['nll_soft']:.4f}", f"{found['nll_hard']:.4f}"),
         interval(*map(float, (difference, low, high))),
         interval(*map(float, against)),
         f"{1 - found['density_hard']:.3f}",
@@ -111,8 +111,10 @@ def test_the_primary_questions_stand_first_with_their_answers():
     assert [row[0] for row in rows] == [question["question"] for question in found]
     assert [row[-1] for row in rows] == [question["answer"] for question in found]
     assert rows[0][1] == "mean of P1, P1s1 and P1s2, minus baseline; hard, window"
-    assert rows[2][2].startswith("-0.01")
-    assert found[2]["answer"] == "better"
+    assert rows[2][1] == "mean of P1, P1s1 and P1s2, minus random; hard, window"
+    assert rows[3][2].startswith("-0.01")
+    assert [question["answer"] for question in found[2:4]] == ["worse", "better"]
+    assert [question["headroom"] for question in found] == [0.0431] * 5 + [0.27]
 
 
 def test_the_analyses_are_what_their_files_say():
@@ -128,10 +130,23 @@ def test_the_analyses_are_what_their_files_say():
     assert "J1 - J0, hard, by the prefix protocol: " in section(text, "7. Joint training")
 
 
+def test_what_methods_found_on_the_planted_base_stands_beside_what_was_planted():
+    text = section(page(), "8. The positive control")
+    rows = {row[0]: row[1:] for row in table_rows(text)}
+    known = "+0.2700 [+0.2658, +0.2742]"
+    assert rows["mean of all masks"] == [known, known]
+    gates, found = "logistic, logit {}, tau {}→0.2, lr {}".format, ["+0.1234 [+0.1192, +0.1276]", "93 % [91 %, 95 %]"]
+    assert rows["planted_P1"][0] == gates(15, 5, "0.008") and rows["planted_P1"][2:5] == [*found, "–"]
+    assert rows["planted_P1_open"][0] == gates(3, 1, "0.003")
+    assert rows["planted_P1_open"][4:6] == ["44 % [34 %, 54 %]", "77% (50%, p = 0.012)"]
+    assert float(rows["planted_P1_open"][6]) == pytest.approx(1.8, abs=0.01)
+    assert "81% of the edges that a source's mask closes" in text and "probability 0.89" in text
+
+
 def test_a_failed_check_names_the_variants_that_failed():
     edit_json(DATA / "eval/A3/nll.json", lambda data: data["checks"].update(dict.fromkeys(data["checks"], False)))
     text = page()
-    assert "| ✗ **failed** A3 | a batch scored again gives the same bits | `evaluate_nll` (21 variants) |" in text
+    assert "| ✗ **failed** A3 | a batch scored again gives the same bits | `evaluate_nll` (30 variants) |" in text
     assert "These checks of the stages failed: a batch scored again gives the same bits" in section(text, "Findings")
     assert summary(*parts())["failed_checks"] == 1
 
@@ -156,6 +171,14 @@ def no_reading() -> None:
         )
 
 
+def set_reference(high: float) -> None:
+    edit_csv("reports/dagformer/variants.csv", lambda rows: rows.__setitem__("reference_high", high))
+
+
+def set_knobs(name: str, **knobs: float) -> None:
+    edit_json(DATA / f"train/{name}/run.json", lambda data: data["knobs"].update(knobs))
+
+
 def set_comparisons(**values) -> None:
     edit_json(DATA / "comparisons.json", lambda data: data.update(values))
 
@@ -174,6 +197,9 @@ def unclear() -> None:
         (lambda: set_comparisons(headroom=0.03), "Findings", "(S1)", "closing every gate would pass as well"),
         (lambda: stay("S2"), "Findings", "Yes. The gates leave", "No. The gates stay at their initialisation"),
         (no_reading, "Findings", "P1 and A9 wire different texts", "No. Every variant analysed has one wiring"),
+        (lambda: stay("S2flip"), "S2", "gates move too", "gates stay at their initialisation"),
+        (lambda: set_reference(-0.1), "P2: extended", "P1 had converged as far", "P1 had not converged"),
+        (lambda: set_knobs("P2", min_lr=0.0), "P2: extended", "a constant 0.0008", "0.0008, which falls to 0"),
         (no_reading, "X2", "linear; its balanced", "nothing to compare"),
         (unclear, "Findings", "with an interval below zero, at 10% and 50%", "At no share of edges closed is"),
     ],
@@ -195,7 +221,8 @@ def test_the_report_can_be_made_of_p1_alone():
     only("P1")
     text = page()
     assert "## 7. Joint" not in text and "### S1" not in text and "### A1" not in text
-    assert "P1 was run with one seed" in section(text, "8. Seeds")
+    assert "P1 was run with one seed" in section(text, "9. Seeds")
+    assert "planted" not in text
     assert list(summary(*parts())) == [
         "nll_baseline",
         "nll_P1",
@@ -263,7 +290,7 @@ def test_times_are_those_of_the_files_and_extrapolated_from_them():
     assert cells["Training step"] == ["250 ms", "about 3 s"]
     assert cells["Model loading"] == ["3.5 s", "about 10 min"]
     assert cells["1K steps with evaluation (extrapolated)"] == ["6.8 min", "about 70 min"]  # a round every 16 steps
-    assert cells["A1"] == ["44.0 s", "250 ms", "2.5 s", "3.5 s", "704.00 MiB"]
+    assert cells["A1"] == ["45.0 s", "250 ms", "2.5 s", "3.5 s", "705.00 MiB"]
 
 
 # --- what does not fit together ------------------------------------------------------------------------------------

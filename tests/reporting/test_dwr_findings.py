@@ -1,10 +1,11 @@
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
 
-from dynaroute.reporting.dwr.findings import course, depth_correlation, gap_closed, gate_norms_by_layer, relative_load
+from dynaroute.reporting.dwr.findings import course, depth_slopes, gap_closed, initial_spread, over_seeds, relative_load
 
 
 @pytest.mark.parametrize(
@@ -21,23 +22,23 @@ def test_overfitting_is_a_validation_loss_that_rises_while_training_loss_falls(v
     assert course(curve).outcome == outcome
 
 
-@pytest.mark.parametrize("values", [[3.0, 1.0, 5.0, 2.0, 4.0], [2.0, 2.0, 1.0, 5.0, 5.0, 5.0], [1.0, 3.0, 2.0]])
-def test_the_correlation_with_depth_is_that_of_scipy(values):
-    expected = scipy.stats.spearmanr(range(len(values)), values).statistic
-    assert depth_correlation(pd.Series(values)) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("values", [[1.0], [2.0, 2.0, 2.0]])
-def test_layers_that_do_not_differ_have_no_correlation_with_depth(values):
-    assert depth_correlation(pd.Series(values)) is None
-
-
-def test_spread_and_load_by_layer():
-    router = pd.DataFrame(
-        {"layer": [0, 0, 1, 1], "expert": [0, 1, 0, 1], "gate_norm": [1.0, 1.5, 2.0, 4.0], "load": [0.5, 0.5, 0.1, 0.9]}
-    )
-    assert gate_norms_by_layer(router)["spread"].tolist() == [0.5, 2.0]
+def test_load_is_in_units_of_the_uniform_share_of_its_layer():
+    router = pd.DataFrame({"layer": [0, 0, 1, 1], "expert": [0, 1, 0, 1], "load": [0.5, 0.5, 0.1, 0.9]})
     assert relative_load(router).tolist() == [1.0, 1.0, 0.2, 1.8]
+
+
+def test_the_expected_spread_is_that_of_many_new_layers():
+    weights = np.random.default_rng(0).normal(0, 0.02, (4000, 8, 64))  # layers, experts, d_model
+    assert initial_spread(8) == pytest.approx(np.ptp(np.linalg.norm(weights, axis=2), axis=1).mean(), rel=0.02)
+
+
+def test_growth_with_depth_is_the_mean_slope_with_its_t_interval_over_seeds():
+    spreads = np.array([[0.1, 0.2, 0.3], [0.2, 0.2, 0.5], [0.1, 0.4, 0.3]])
+    slopes = [scipy.stats.linregress(range(3), layers).slope for layers in spreads]
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean(slopes), scipy.stats.sem(slopes))
+    found = over_seeds(depth_slopes(spreads))
+    assert found == pytest.approx({"mean": np.mean(slopes), "low": low, "high": high, "n": 3})
+    assert over_seeds(depth_slopes(spreads[:1])) is None
 
 
 def test_the_gap_closed_may_be_negative_or_not_there():

@@ -5,15 +5,15 @@ import re
 from importlib import import_module as stage
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from dwr_tree import RUN, edit_csv, edit_json, edit_yaml, settings_with_runs
-from report_checks import STRANGE, hashes, strange, table_rows, unmarked
+from report_checks import STRANGE, hashes, strange, unmarked
 
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_json, write_text
 from dynaroute.reporting.dwr import cached_inference, measured, report, runs
 from dynaroute.reporting.dwr.results import read_benchmark, read_cached, read_measurements
+from dynaroute.reporting.inputs import read_record
 
 CURVE, ROUTER, HITS = (Path(f"reports/dwr/{name}.csv") for name in ("training", "router", "simulated_hits"))
 RUN_JSON, TRAINING, EXPORT, CACHE, SIMULATION = (
@@ -26,12 +26,12 @@ TIMING, TIMED, TIMES = (
 )
 PEERS, MOE = (Path(f"reports/benchmarks/{name}.json") for name in ("cached_inference", "moe"))
 RUN_RESULTS, SOURCE = Path("data/dwr/run_results"), Path("data/inputs/corpora.docs.source.json")
-FIGURES = {"training_curves": CURVE, "routers": ROUTER, "hit_rates": HITS, "runs": RUN_RESULTS / "none.json"}
+FIGURES = {"routers": ROUTER, "hit_rates": HITS} | dict.fromkeys(("training_curves", "gate_norms", "runs"), RUN_RESULTS)
 FROM = {
     "dwr": [RUN_JSON, TRAINING, CURVE, ROUTER, EXPORT, CACHE, CELLS, SIMULATION, HITS, SPEEDS,
             Path("reports/reference.yaml"), Path("data/tokens/docs/metadata.json"), SOURCE],
     "cached_inference": [EXPORT, CACHE, CELLS, SIMULATION, HITS, SPEEDS, PEERS],
-    "dwr_runs": [RUN_RESULTS / "wide.json"],
+    "dwr_runs": [RUN_RESULTS / "strong.json", Path("reports/reference.yaml")],
     "measured": [TIMING, TIMED, TIMES, CACHE, MOE],
 }  # fmt: skip
 
@@ -46,7 +46,8 @@ def page(name: str) -> str:
         case "cached_inference":
             return cached_inference.page(read_cached(), read_benchmark("cached_inference"))
         case "dwr_runs":
-            return runs.page(runs.read_runs(settings_with_runs()))
+            found = runs.read_runs(settings_with_runs())
+            return runs.page(found, read_benchmark("balance"), read_record("reports/reference.yaml")["dwr"])
     found = (
         read_measurements(RUN),
         read_cached().summary,
@@ -85,13 +86,10 @@ def test_a_page_repeats_holds_no_placeholder_and_links_to_what_there_is(name):
 
 LINES = {
     "dwr": """\
-| 200 | 1.54 | 76,800 | 1.00e-03 | 4.1123 | 61.09 | 4.0523 | 57.53 | new low |
-| 260 | 2.00 | 99,840 | 1.00e-03 | 3.9123 | 50.01 | 4.0323 | 56.39 | **best** |
-> | 6 | 4.2506 | 70.1 | 5.4181 | 225.5 | **best** |
+It trained on 1.00 times the 100,003 tokens of its text
 | Warm-up steps | 51 | 200 |
 | Parameters | 60,123 | 259,712,096 |
-| 2 | 0.400 | 0.710 | 0.552 | 0.310 | 0.40 | 1.60 | 0.646 | 0.936 | 0.817 | 0.291 |
-| 5 | – | – | – | – | – | – | 0.607 | 0.896 | 0.723 | 0.289 |
+| 2 | 0.400 | 0.710 | 0.552 | 0.40 | 1.60 |
 | 2 | 1.0300 | 2.0600 | 2.0400 | 2.0400 |
 | expert files | 12 | 96 |
 | backbone | 120.56 KiB | 222 MiB |
@@ -101,9 +99,6 @@ LINES = {
 | train | 57 | 400,123 | 100,003 | 6.2500 |
 | code | 60,001 | 60,001 | 60,001 |
 2.09 below the unigram entropy of the validation text
-Not within this run. The last validation loss is the lowest.
-The gradient norm before clipping at 1.5 was between 0.900 and 0.900
-correlates with depth at +1.00 (Spearman, over 3 layers). It is largest in layer 2.
 No. The least used expert gets 0.40 of the uniform load.
 `next_use` hits 0.422 of the requests
 Yes, all 5 (section 5).""",
@@ -128,10 +123,19 @@ Warm, to offloaded: all experts resident miss this goal too
 a token misses 7.9 of its 12 experts, and one that is read when it is needed takes 9.26 ms
 72.7 ms in all. The token takes 42.6 ms, and 24.2 ms with all experts resident. Late hits were not counted.""",
     "dwr_runs": """\
-| none | 0 | 260.5 | 0.25 | 1.75 | 0.450 | 0.260 | 0.550 | 0.340 | 0.750 | 0.610 |
-| reference | – | 870,561 | 3.000 | 5.500 | +2.500 | 5.400 | 7 | 244.7 | 0.300 |
-| more_text | train_windows = 640, training.epochs = 2.5 | 870,560 |
-LRU hits most with λ = 0: 0.450 against 0.300 of the reference.""",
+| 2 | 4.0e-03 | 1.020 | 5.5000 | 244.7 | 5.0625 | 158.0 | **best** | – | – | – | – |
+| 6 | – | – | – | – | – | – | – | 4.2506 | 70.1 | 5.4181 | 225.5 |
+| 2 | 0.000 | 0.150 | 0.450 | 0.170 | 0.300 | 0.400 [0.152, 0.648] | 0.646 | 0.936 | 0.817 | 0.291 |
+| 5 | – | – | – | – | – | – | 0.607 | 0.896 | 0.723 | 0.289 |
+| none | 0 | 3 | 158.0 | 0.25 | 1.75 | 0.450 | 0.260 | 0.550 | 0.340 | 0.750 | 0.610 |
+| reference | – | 870,561 | 3.500 | 5.312 | +1.812 | 5.062 | 2 | 148.4 | 0.300 |
+| more_text | train_windows = 640, training.epochs = 5.0 | 870,560 |
+The gradient norm before clipping at 1, averaged over an epoch, was between 0.900 and 0.900
+Yes. The weakest, `more_text`, has a test perplexity of 190.6, 2.59 times below the unigram perplexity, 492.7.
+epoch 2, 2 and 2 of 4, and then rises by 0.2500, 0.2500 and 0.2500 nats
+The spread of gate norms grows by +0.133 [+0.062, +0.205] from a layer to the next, over 3 seeds.
+`none` stopped after 3 of 4 epochs, 2 validations after its best, and saved 25% of its steps.
+LRU hits most with λ = 0: 0.450 against 0.300 to 0.340 of the reference's 3 seeds.""",
     "measured": """\
 | processor | A Processor 9000 | Another Processor |
 | torch | 2.9.99 | – |
@@ -157,31 +161,84 @@ def test_measurements_change_no_page_but_their_own():
     assert [page("dwr"), page("cached_inference")] == before
 
 
-def test_no_published_number_is_unmarked():
+@pytest.mark.parametrize(("name", "numbers"), [("dwr", 30), ("dwr_runs", 45)])
+def test_no_published_number_is_unmarked(name, numbers):
     """Every number of the reference becomes one that nothing else can be, and is then looked for outside the marks."""
-    before = page("dwr")
-    edit_yaml("reports/reference.yaml", lambda data: data.__setitem__("dwr", strange(data["dwr"])))
-    text = page("dwr")
-    assert len(STRANGE.findall(text)) > 80  # they are all there
+    before = page(name)
+
+    def change(data):
+        epochs, layers = ([row[key] for row in data["dwr"][table]["rows"]] for table, key in INDEXED)
+        data["dwr"] = strange(data["dwr"])
+        for (table, key), kept in zip(INDEXED, (epochs, layers), strict=True):
+            for row, value in zip(data["dwr"][table]["rows"], kept, strict=True):
+                row[key] = value  # by which rows are joined with ours
+
+    edit_yaml("reports/reference.yaml", change)
+    text = page(name)
+    assert len(STRANGE.findall(text)) > numbers  # they are all there
     assert not STRANGE.findall(unmarked(text))
     without_difference = re.compile("Settings that differ.*|No setting differs.*")
     assert without_difference.sub("", unmarked(text)) == without_difference.sub("", unmarked(before))
 
 
+INDEXED = (("training_curve", "epoch"), ("gate_norms", "layer"))
+
+
+def set_losses(*losses: float, seeds: tuple[str, ...] = ("reference", "seed_1", "seed_2"), train: float = 3.5) -> None:
+    """Sets the validation losses after the best epoch, and the last training loss, of runs with that seed."""
+
+    def change(data):
+        for row, loss in zip(data["history"][-len(losses) :], losses, strict=True):
+            row["validation_loss"] = loss
+        data["history"][-1]["train_loss"] = train
+
+    for seed in seeds:
+        edit_json(RUN_RESULTS / f"{seed}.json", change)
+
+
+def set_spreads(*spreads: float, seeds: tuple[str, ...] = ("reference", "seed_1", "seed_2")) -> None:
+    """Sets the last spread of gate norms by layer, the same for all those seeds."""
+
+    def change(data):
+        for layer, spread in enumerate(spreads):
+            data["history"][-1][f"validation_gate_norm_max_layer{layer}"] = 0.15 + spread
+
+    for seed in seeds:
+        edit_json(RUN_RESULTS / f"{seed}.json", change)
+
+
+def write_balance(*lru: float) -> None:
+    """Writes the benchmark of the balance loss: hits of LRU by seed with lambda 0; with 0.01 they are 0.3."""
+    rates = [(0.0, rate) for rate in lru] + [(0.01, 0.3)] * len(lru)
+    others = dict.fromkeys(("test_loss", "next_use", "smallest_load", "largest_load"), 1.0)
+    rows = [{"lambda": coefficient, "lru": rate, **others} for coefficient, rate in rates]
+    write_json("reports/benchmarks/balance.json", {"reference": "1", "rows": rows})
+
+
 CHANGES = {
-    "It overfits": ("dwr", "validation loss rises by 0.2500 nats while training loss falls",
-                    lambda: set_column(CURVE, "validation_loss", [5.8, 4.5, 4.0, 4.25])),
-    "Level": ("dwr", "ends 0.0050 nats above its best, which counts as level",
-              lambda: set_column(CURVE, "validation_loss", [5.8, 4.5, 4.0, 4.005])),
-    "Unstable": ("dwr", "That is instability, not overfitting.", lambda: edit_csv(
-        CURVE, lambda curve: curve.assign(validation_loss=[5.8, 4.5, 4.0, 4.25], train_loss=[None, 5, 4, 4.2]))),
-    "An untrained model is best": ("dwr", "After step 0, validation loss rises by 1.4500 nats",
-                                   lambda: set_column(CURVE, "validation_loss", [5.8, 6.5, 7.0, 7.25])),
+    "It overfits with some seeds": ("dwr_runs", "It cannot be answered at this scale: 2 of 3 seeds overfit.",
+                                    lambda: set_losses(5.06, 5.05, seeds=("seed_1",))),
+    "Level": ("dwr_runs", "ends 0.0050 nats above its best, which counts as level",
+              lambda: set_losses(5.0625, 5.0675)),
+    "Lowest": ("dwr_runs", "The last validation loss is the lowest.", lambda: set_losses(5.05, 5.0)),
+    "Unstable": ("dwr_runs", "That is instability, not overfitting.", lambda: set_losses(5.1, 5.2, train=5.6)),
+    "A spike": ("dwr_runs", "training loss rose by up to 1.5000 nats", lambda: set_losses(5.1, 5.2, train=6.0)),
+    "Depth unknown": ("dwr_runs", "+0.067 [-0.292, +0.425] from a layer to the next, over 3 seeds: the interval",
+                      lambda: set_spreads(0.4, 0.3, 0.2, seeds=("reference",))),
+    "Deeper is less": ("dwr_runs", "No, less. The spread of gate norms changes by -0.100 [-0.100, -0.100]",
+                       lambda: set_spreads(0.3, 0.2, 0.1)),
+    "Too little learned": ("dwr_runs", "Not all. `strong` has a test perplexity of 403.4",
+                           lambda: set_key(RUN_RESULTS / "strong.json", "test_loss", 6.0)),
+    "Never stopped": ("dwr_runs", "Nothing here: no run was stopped.",
+                      lambda: set_key(RUN_RESULTS / "none.json", "steps", 40)),
+    "No clear coefficient": ("dwr_runs", "LRU hits most with λ = 0, 0.335, but a seed of the reference reaches 0.340.",
+                             lambda: set_key(RUN_RESULTS / "none.json", "hit_rate.lru", 0.335)),
+    "More hits": ("dwr_runs", "With λ = 0, LRU hits +0.200 [+0.076, +0.324] more than with the reference's λ.",
+                  lambda: write_balance(0.45, 0.5, 0.55)),
+    "Hits unknown": ("dwr_runs", "Whether LRU hits more with λ = 0 cannot be answered at this scale",
+                     lambda: write_balance(0.2, 0.5, 0.55)),
     "Nothing learned": ("dwr", "No. Its best validation loss is 4.0323",
                         lambda: set_key(TRAINING, "validation_unigram_entropy", 3.0)),
-    "A spike": ("dwr", "training loss rose by up to 1.2500 nats",
-                lambda: set_column(CURVE, "train_loss", [None, 4.0, 3.0, 4.25])),
-    "Equal spreads": ("dwr", "This run cannot tell.", lambda: set_column(ROUTER, "gate_norm", 1.0)),
     "Collapse": ("dwr", "Yes. 3 of 12 experts get less than 0.1 of the uniform load",
                  lambda: set_column(ROUTER, "load", [0.01, 0.49, 0.48, 0.02] + [0.3, 0.3, 0.39, 0.01] + [0.25] * 4)),
     "A failed check": ("dwr", "**No.** 1 of 5 checks failed",
@@ -189,7 +246,7 @@ CHANGES = {
     "Capacity": ("dwr", "The factor is 1.25; the last interval of training dropped 3.21% of its assignments", lambda: [
         set_key(RUN_JSON, "identity.dwr.capacity_factor", 1.25), set_column(CURVE, "train_dropped_share", 0.0321)]),
     "Stopped early": ("dwr", "It ended this run after 3 validations", lambda: set_key(TRAINING, "stopped_early", True)),
-    "Never stopped": ("dwr", "It is off",
+    "No patience": ("dwr", "It is off",
                       lambda: set_key(RUN_JSON, "identity.dwr.training.early_stopping_patience", None)),
     "A slow precision": ("dwr", "`bf16` is set, but this device would be slow with it, so the run used `fp32`.",
                          lambda: set_key(RUN_JSON, "identity.dwr.training.precision", "bf16")),
@@ -240,19 +297,6 @@ def test_settings_that_differ_from_the_published_ones_are_named():
     assert not {"top_k", "batch (sequences)"} & set(named)
 
 
-def test_a_long_curve_is_thinned_and_says_so():
-    curve = pd.read_csv(CURVE)
-    long = pd.concat([curve.iloc[[0]], *[curve.iloc[[1]]] * 99, curve.iloc[[3]]], ignore_index=True)
-    long["step"] = range(0, 1010, 10)
-    long.loc[57, "validation_loss"] = 3.0
-    long.to_csv(CURVE, index=False)
-    text = page("dwr").split("## 2.")[1].split("> ")[0]
-    rows = table_rows(text)[2:]
-    assert len(rows) <= 24
-    assert {"0", "570", "1,000"} <= {row[0] for row in rows}
-    assert f"The table leaves out {101 - len(rows)} of 101 validations" in text
-
-
 @pytest.mark.parametrize(("name", "path"), [(name, path) for name, paths in FROM.items() for path in paths], ids=str)
 @pytest.mark.parametrize("content", [None, b"["])
 def test_an_input_that_is_missing_or_damaged_is_named(name, path, content):
@@ -275,8 +319,8 @@ def test_results_of_another_run_are_refused(name, path):
 
 
 def test_results_that_do_not_fit_their_settings_or_tokens_are_refused():
-    set_key(RUN_RESULTS / "wide.json", "settings.dropout", 0.3)
-    with pytest.raises(DynarouteError, match=r"wide\.json: of other settings than dwr_runs\.wide: run dvc repro"):
+    set_key(RUN_RESULTS / "strong.json", "settings.dropout", 0.3)
+    with pytest.raises(DynarouteError, match=r"strong\.json: of other settings than dwr_runs\.strong: run dvc repro"):
         page("dwr_runs")
     path = Path("data/tokens/docs/metadata.json")
     path.write_text(path.read_text() + "\n")
@@ -320,6 +364,8 @@ def test_stages_write_pages_figures_and_the_summary_the_same_every_time(tree):
     for path, column in ((CURVE, "validation_loss"), (ROUTER, "gate_norm"), (HITS, "hit_rate")):
         edit_csv(path, lambda table, column=column: table.__setitem__(column, table[column] * 0.9))
     set_key(RUN_RESULTS / "strong.json", "test_loss", 5.1)
+    set_losses(5.2, 5.4)
+    set_spreads(0.1, 0.1, 0.1)
     draw_and_write()
     assert not {figure for figure in figures if hashes(figure)[figure] == first[figure]}
 

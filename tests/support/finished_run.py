@@ -27,7 +27,7 @@ def stages() -> list[str]:
         loop = stage.get("foreach")
         items = None
         if loop:
-            items = loop if isinstance(loop, dict) else INSTANCES[loop[0] if isinstance(loop, list) else loop]
+            items = loop if isinstance(loop, dict) else INSTANCES.get(loop[0] if isinstance(loop, list) else loop, loop)
         names += [name] if items is None else [f"{name}@{item}" for item in items]
     return names
 

@@ -10,14 +10,17 @@ from small_settings import default_settings
 
 from dynaroute.config import Settings
 from dynaroute.config.dagformer import Variant
+from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.predictor import StructurePredictor
+from dynaroute.data.tokens.documents import spread_windows
 from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.data.tokens.windows import Subset, evenly_spaced
+from dynaroute.data.tokens.windows import Subset
 from dynaroute.pipeline.artifacts import sha256, write_json
 from dynaroute.training.checkpoints import save_checkpoint
 
 PREFIX, WINDOWS = 6, 11  # 11 windows are more than one batch of the stage, and not a whole number of them
 RUN = "0123456789abcdef"
+ORDER = np.random.default_rng(7).permutation(int(dag_mask(LAYERS, HEADS).sum())).tolist()  # of edges
 
 
 def make_predictor(seed: int = 1, **knobs) -> StructurePredictor:
@@ -44,8 +47,9 @@ def write_tokens(folder: Path, lengths: list[int], seed: int = 0) -> TokenShards
 
 
 def make_windows(folder: Path, number: int = WINDOWS) -> Subset:
-    windows = Windows(write_tokens(folder, [40, 9, 23, 70, 5, 60, 61, 40]), SEQ_LEN, keep_tail=False)
-    return evenly_spaced(windows, number, "number")
+    """Windows within one document each, as `variant_windows` chooses them; there are 12."""
+    shards = write_tokens(folder, [40, 9, 23, 70, 5, 60, 61, 40])
+    return Subset(Windows(shards, SEQ_LEN, keep_tail=False), spread_windows(shards, SEQ_LEN, number))
 
 
 def write_embeddings(folder: Path, windows: int = WINDOWS) -> None:
@@ -58,13 +62,13 @@ def write_embeddings(folder: Path, windows: int = WINDOWS) -> None:
     write_json(folder / "metadata.json", {"embedding_size": EMBEDDING, "files": files})
 
 
-def write_variant(name: str, predictor: StructurePredictor) -> None:
+def write_variant(name: str, predictor: StructurePredictor, base: str = "base") -> None:
     """What the training of a variant leaves, in the working directory, where the base already is."""
     folder = Path("data/dagformer/train") / name
     save_checkpoint(folder / "predictor.safetensors", predictor.state_dict(), {"run": RUN, "step": 7})
     record = {"run": RUN, "variant": name, "knobs": predictor.variant.model_dump(), "embedding_size": EMBEDDING}
-    record |= {"num_layers": LAYERS, "num_heads": HEADS}
-    identity = {"base": sha256("data/dagformer/train/base/model.safetensors")}
+    record |= {"num_layers": LAYERS, "num_heads": HEADS, "base": base}
+    identity = {"base": sha256(f"data/dagformer/train/{base}/model.safetensors")}
     write_json(folder / "run.json", record | {"identity": identity})
 
 
@@ -72,4 +76,5 @@ def write_all(settings: Settings) -> None:
     """Everything that the evaluation of a variant reads but the variant, in the working directory."""
     make_windows(Path("data/tokens") / settings.dagformer.corpus)
     make_base().save_pretrained("data/dagformer/train/base")
+    write_json("data/dagformer/edge_order/base.json", {"order": ORDER})
     write_embeddings(Path("data/dagformer/embeddings/evaluation"))

@@ -38,6 +38,8 @@ TINY = {
     },
     "dagformer.base": {"hidden_size": 32, "intermediate_size": 32, "num_layers": 3, "num_heads": 2},
     "dagformer.base.training": {"epochs": 0.02, "warmup_steps": 5, "validate_every": 10},
+    "dagformer.planted": {"hidden_size": 32, "intermediate_size": 32, "num_layers": 3, "num_heads": 2},
+    "dagformer.planted.training": {"epochs": 0.02, "warmup_steps": 5, "validate_every": 10},
     "rank": 2,
     "predictor_hidden": 16,
     "steps": 12,
@@ -46,6 +48,7 @@ TINY = {
     "analysis": {
         "primary": {
             "q": {"question": "Better?", "left": ["P1"], "right": ["baseline"], "mode": "hard", "protocol": "window"},
+            "p": {"question": "?", "left": ["planted_P1"], "right": ["random"], "mode": "hard", "protocol": "prefix"},
         },
         "variants": ["P1"], "permutations": 99, "swaps": 1, "domain_windows": 8, "gradient_windows": 8,
         "removal_windows": 4, "removal_fractions": [0.5], "random_removals": 1, "oracle_windows": 2, "oracle_steps": 2,
@@ -53,6 +56,8 @@ TINY = {
 }  # fmt: skip
 VARIANTS = {"P1": {"from": "base"}, "P2": {"from": "P1"}}
 VARIANTS |= {"J1": {"from": "base", "base_lr": 1e-3, "tau_final": 0.2}}  # its base is trained as well
+VARIANTS |= {"planted_P1": {"from": "planted", "gates": "hard_concrete", "target_density": 0.5}}
+VARIANTS |= {"planted_C1": VARIANTS["planted_P1"] | {"predictor_input": "none"}}
 RUNS = {"reference": {"corpus": "docs", "train_windows": 32, "validation_windows": 4, "eval_windows": 4}}
 RUNS["reference"]["training"] = {"epochs": 2, "validate_every": 2, "warmup_steps": 1}
 LOCATE = "stages/data/dvc.yaml:locate"  # runs every time

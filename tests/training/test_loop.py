@@ -47,6 +47,8 @@ def test_training_equals_a_plain_loop(tmp_path):
     history = trainer.state.history
     assert [row["step"] for row in history] == [0, 7, 14, 21]
     assert history[2]["train_loss"] == pytest.approx(sum(losses[7:14]) / 7, rel=1e-5)
+    assert [row["step"] for row in trainer.state.losses] == [1, 11, 21]
+    assert [row["train_loss"] for row in trainer.state.losses] == pytest.approx(losses[::10], rel=1e-5)
 
 
 def test_training_imports_no_compiler(tmp_path):

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from dynaroute.analysis.statistics import answer, detectable_difference, holm, paired_difference, sign_flip_p
-from dynaroute.config.dagformer import BASELINE, MODES, PROTOCOLS, Question
+from dynaroute.config.dagformer import BASELINE, CONTROLS, MODES, PROTOCOLS, Question
 
 NLL = Callable[[str, str, str], np.ndarray]  # [n] of a variant in a mode (or the baseline) by a protocol
 UNANSWERABLE = "cannot be answered at this scale"
 
 
 def primary_answers(
-    questions: Mapping[str, Question], nll: NLL, documents: np.ndarray, headroom: float, seed: int
+    questions: Mapping[str, Question], nll: NLL, documents: np.ndarray, headroom: Mapping[str, float], seed: int
 ) -> list[dict[str, Any]]:
     """The primary questions, each tested once by sign flips of whole documents, corrected for their number by Holm.
 
@@ -24,36 +24,38 @@ def primary_answers(
         questions: by id.
         nll: of every variant they name.
         documents: [n], the document of each window.
-        headroom: what closing all gates costs the base, in nats per token. A question that shows no difference is
-            unanswerable if not even that much could have been detected.
+        headroom: by question, how far apart its sides could be at all, in nats per token. A question that shows no
+            difference is unanswerable if not even that much could have been detected.
         seed: of the flips.
 
     Returns:
         A row for each question: its id and settings; mean, low, high of left - right; documents; p, p_corrected;
-        detectable, the true difference that would be found four times in five; answer.
+        detectable, the true difference that would be found four times in five; headroom; answer.
     """
     rows = []
     for key, question in questions.items():
         left = _mean(nll(name, question.mode, question.protocol) for name in question.left)
-        if question.right == [BASELINE]:
-            right = nll(question.left[0], BASELINE, question.protocol)
+        if question.right[0] in CONTROLS:
+            right = _mean(nll(name, question.right[0], question.protocol) for name in question.left)
         else:
             right = _mean(nll(name, question.mode, question.protocol) for name in question.right)
         found = paired_difference(left, right, documents)
         rows.append(
             {"id": key, **question.model_dump(), "mean": found.mean, "low": found.low, "high": found.high}
             | {"documents": found.n, "p": sign_flip_p(left, right, documents, seed)}
-            | {"detectable": detectable_difference(left, right, documents, len(questions))}
+            | {"detectable": detectable_difference(left, right, documents, len(questions)), "headroom": headroom[key]}
         )
     for row, corrected in zip(rows, holm([row["p"] for row in rows]).tolist(), strict=True):
         shown = answer(row["mean"], corrected)
-        small = shown == "no detectable difference" and row["detectable"] > headroom
+        small = shown == "no detectable difference" and row["detectable"] > row["headroom"]
         row |= {"p_corrected": corrected, "answer": UNANSWERABLE if small else shown}
     return rows
 
 
 def differences(references: Mapping[str, str | None], nll: NLL, documents: np.ndarray) -> list[dict[str, Any]]:
-    """Every variant's NLL minus the baseline's and its reference's, with intervals by document and without verdicts.
+    """Every variant's NLL minus the baseline's, its reference's and, with hard gates, those of equally dense wirings.
+
+    With intervals by document, and without verdicts.
 
     Args:
         references: by variant, the one it is compared with, if any.
@@ -71,8 +73,11 @@ def differences(references: Mapping[str, str | None], nll: NLL, documents: np.nd
                 own = nll(name, mode, protocol)
                 row = {"variant": name, "protocol": protocol, "mode": mode, "nll": float(own.mean())}
                 row |= _columns("", own, baseline, documents) | {"reference": reference}
-                theirs = np.full(len(own), np.nan) if reference is None else nll(reference, mode, protocol)
-                rows.append(row | _columns("reference_", own, theirs, documents))
+                row |= _columns("reference_", own, reference and nll(reference, mode, protocol), documents)
+                for control in ("random", "least_gradient"):
+                    theirs = nll(name, control, protocol) if mode == "hard" else None
+                    row |= _columns(f"{control}_", own, theirs, documents)
+                rows.append(row)
     return rows
 
 
@@ -96,9 +101,11 @@ def seed_spread(seeds: Mapping[str, int], nll: NLL) -> dict[str, Any]:
     return found
 
 
-def _columns(prefix: str, ours: np.ndarray, theirs: np.ndarray, documents: np.ndarray) -> dict[str, float | None]:
+def _columns(
+    prefix: str, ours: np.ndarray, theirs: np.ndarray | None, documents: np.ndarray
+) -> dict[str, float | None]:
     names = [f"{prefix}{part}" for part in ("difference", "low", "high")]
-    if np.isnan(theirs).all():
+    if theirs is None:
         return dict.fromkeys(names)
     return dict(zip(names, paired_difference(ours, theirs, documents), strict=False))
 

@@ -1,4 +1,4 @@
-"""NLL of texts under wirings that were not predicted from what is scored: those of other texts, and of the prefix.
+"""Wirings that were not predicted from what is scored: of equal density, of other texts, and of the prefix.
 
 n windows   N nodes
 """
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from dynaroute.analysis.nll import Wiring, window_nll
@@ -17,6 +18,27 @@ from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.windows import WindowSet
 
 NLL = Mapping[str, Mapping[str, np.ndarray]]  # by protocol and mode (also baseline), [n] each
+
+
+def equally_dense(hard: Tensor, valid: Tensor, seed: int, order: np.ndarray | None = None) -> Tensor:
+    """Wirings that close as many edges as given ones, each of its own number: a control of which edges they close.
+
+    Args:
+        hard: [n, N, N] of 0 and 1.
+        valid: [N, N] bool, with E entries.
+        seed: of random edges, others for each of the n.
+        order: [E], the edges to close first to last; None: random ones.
+
+    Returns:
+        [n, N, N], float32.
+    """
+    found, rng = torch.zeros(hard.shape), np.random.default_rng(seed)
+    for wiring, own in zip(found, hard[:, valid], strict=True):
+        closed = (rng.permutation(len(own)) if order is None else order)[: int((own == 0).sum())]
+        gates = torch.ones(len(own))
+        gates[torch.from_numpy(closed.copy())] = 0
+        wiring[valid] = gates
+    return found
 
 
 def shifts(n: int, number: int) -> list[int]:

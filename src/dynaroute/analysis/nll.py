@@ -58,15 +58,24 @@ def wire(predictor: "StructurePredictor", embeddings: Tensor, tau: float) -> Wir
     return Wiring(*(torch.cat([part.float().cpu() for part in kind]) for kind in zip(*parts, strict=True)))
 
 
-@torch.no_grad()
 def window_nll(graph: DagForward, windows: WindowSet, adjacency: Tensor, first: int = 0) -> np.ndarray:
     """Mean NLL of each of n windows under its wiring, in nats per token, float64 [n].
+
+    Args:
+        graph, windows, adjacency: see `position_nll`.
+        first: see `mean_nll`.
+    """
+    return mean_nll(position_nll(graph, windows, adjacency), first)
+
+
+@torch.no_grad()
+def position_nll(graph: DagForward, windows: WindowSet, adjacency: Tensor) -> Tensor:
+    """NLL of every target of n windows under their wirings, in nats, float32 [n, T] on the CPU.
 
     Args:
         graph: the base.
         windows: n of them.
         adjacency: [n, N, N], or [N, N] for all windows.
-        first: see `mean_nll`.
     """
     adjacency = adjacency.expand(len(windows), -1, -1)
     losses = []
@@ -74,7 +83,7 @@ def window_nll(graph: DagForward, windows: WindowSet, adjacency: Tensor, first: 
         tokens, targets = (part.to(graph.base.device) for part in windows.batch(indices))
         wirings = adjacency[indices.start : indices.stop].to(graph.base.device)
         losses.append(token_nll(graph(tokens, wirings), targets).cpu())
-    return mean_nll(torch.cat(losses), first)
+    return torch.cat(losses)
 
 
 def batches(n: int) -> Iterator[range]:

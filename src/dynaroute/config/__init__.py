@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from dynaroute.config.dagformer import BASELINE, Analysis, DAGFormer, Variant
+from dynaroute.config.dagformer import BASES, CONTROLS, Analysis, DAGFormer, Variant
 from dynaroute.config.data import Corpus
 from dynaroute.config.dwr import DWR, BenchmarkCache, DWRRun, ExportExperts, SimulateCache, TraceRouting
 from dynaroute.config.schema import MAX_THREADS, Name, Section, invalid, one_line, read_yaml
@@ -34,14 +34,14 @@ class Settings(Variant):
     num_threads: Annotated[int, Field(gt=0, le=MAX_THREADS)]
     corpora: dict[Name, Corpus]
     dwr: DWR
-    # Overrides: of the reference on `dwr` but for its also_validate_on, of every other run on the reference.
+    # Overrides: of the reference on `dwr` and `seed`, of every other run on the reference.
     dwr_runs: dict[Name, dict[str, Any]]
     export_experts: ExportExperts
     trace_routing: TraceRouting
     benchmark_cache: BenchmarkCache
     simulate_cache: SimulateCache
     dagformer: DAGFormer
-    variants: dict[Name, dict[str, Any]]  # `from`: what it starts from, base or another variant; the rest: overrides
+    variants: dict[Name, dict[str, Any]]  # `from`: what it starts from, a base or another variant; the rest: overrides
     analysis: Analysis
 
     @model_validator(mode="after")
@@ -66,10 +66,15 @@ class Settings(Variant):
         for name in self.variants:
             self._check_variant(name)
         self._must_have("variants", {"analysis.variants": self.analysis.variants})
+        for name in self.analysis.variants:
+            if self.base_of(name) != "base":
+                raise invalid("analysis.variants", name, "must start from base")
         for key, question in self.analysis.primary.items():
-            right = [] if question.right == [BASELINE] else question.right
+            right = [] if len(question.right) == 1 and question.right[0] in CONTROLS else question.right
             sides = {"left": question.left, "right": right}
             self._must_have("variants", {f"analysis.primary.{key}.{side}": names for side, names in sides.items()})
+            if len({self.base_of(name) for name in (*question.left, *right)}) > 1:
+                raise invalid(f"analysis.primary.{key}", [*question.left, *right], "must start from one base")
         if self.analysis.swaps >= (texts := self.dagformer.eval_windows):
             allowed = f"must be below dagformer.eval_windows = {texts}: a text has no more others"
             raise invalid("analysis.swaps", self.analysis.swaps, allowed)
@@ -92,17 +97,18 @@ class Settings(Variant):
             self._check_knobs("dwr_runs", name, DWRRun)
 
     def _check_variant(self, name: str) -> None:
-        if name in ("base", "hub", BASELINE):
+        if name in (*BASES, *CONTROLS, "hub"):
             raise invalid(f"variants.{name}", self.variants[name], "this name stands for the base that variants wire")
         start, seen = name, []
-        while start != "base":  # follows `from` to the base
+        bases = [base for base in BASES if base == "base" or self.dagformer.planted]
+        while start not in bases:  # follows `from` to the base
             seen.append(start)
             start = self.variants[start].get("from")
-            if start not in ["base", *self.variants] or start in seen:
-                known = ", ".join(["base", *(other for other in self.variants if other not in seen)])
+            if start not in [*bases, *self.variants] or start in seen:
+                known = ", ".join([*bases, *(other for other in self.variants if other not in seen)])
                 raise invalid(f"variants.{seen[-1]}.from", start, f"must be one of {known}")
         self._check_knobs("variants", name, Variant)
-        if (start := self.variants[name]["from"]) != "base":
+        if (start := self.variants[name]["from"]) not in BASES:
             own, theirs = self.variant(name), self.variant(start)
             given = own.given_by_weights()
             for key, expected in theirs.given_by_weights().items():
@@ -120,6 +126,11 @@ class Settings(Variant):
     def variant(self, name: str) -> Variant:
         """All knobs of a variant. Raises DynarouteError: there is no variant of that name."""
         return Variant.model_validate(self._knobs("variants", name))
+
+    def base_of(self, name: str) -> str:
+        """The base, `base` or `planted`, that a variant or the variants before it start from."""
+        start = self.variants[name]["from"]
+        return start if start in BASES else self.base_of(start)
 
     def dwr_run(self, name: str) -> DWRRun:
         """All knobs of a DWR run. Raises DynarouteError: there is no run of that name."""
@@ -144,11 +155,11 @@ class Settings(Variant):
         overrides = dict(self._named(section, name))
         if section == "variants":
             start, knobs = overrides.pop("from"), self.model_dump(include=set(Variant.model_fields))
-            if start != "base":
+            if start not in BASES:
                 knobs = self._knobs(section, start)
                 knobs |= {"tau_init": knobs["tau_final"], "lambda_init": knobs["lambda_final"]}
         elif name == "reference":
-            knobs = self.dwr.model_dump() | {"also_validate_on": []}
+            knobs = self.dwr.model_dump() | {"also_validate_on": [], "seed": self.seed}
         else:
             knobs = self._knobs(section, "reference")
         return _overridden(knobs, overrides)

@@ -6,15 +6,17 @@ from pydantic import Field, model_validator
 
 from dynaroute.config.data import Hosted
 from dynaroute.config.schema import (
-    MAX_SEED,
     Distinct,
+    Fraction,
     LossWeight,
     Moderate,
     Name,
+    NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
     Section,
+    Seed,
     Size,
     TwoOrMore,
     chosen_by_kind,
@@ -22,19 +24,23 @@ from dynaroute.config.schema import (
 )
 from dynaroute.config.training import EpochTraining, Training
 
+BASES = ("base", "planted")  # what variants start from
 BASELINE = "baseline"  # beside the variants: the shared base with every gate at one
+CONTROLS = (BASELINE, "random")  # scored with every variant, on its own windows
 MODES = ("soft", "hard")  # of gates
 PROTOCOLS = ("window", "prefix")  # of evaluation: what the encoder reads, and with it what is scored
 
 
-class PretrainedBase(Section):
-    """A small OLMo-2 pretrained here on the training split, with the corpus's tokenizer."""
+class NewBase(Section):
+    """A small OLMo-2 with random weights, to be trained here on the training split, with the corpus's tokenizer."""
 
-    kind: Literal["pretrain"]
     hidden_size: Size
     intermediate_size: Size
     num_layers: Annotated[int, Field(ge=3, le=2**20)]  # with fewer, no connection skips a layer
     num_heads: Size
+    # Outputs of a layer have the RMS of its post-norm weights, and would drown an embedding of OLMo-2's own 0.02.
+    embedding_std: Moderate  # initially
+    post_norm_weight: Moderate  # initially, of both post-norms of every layer
     training: EpochTraining
 
     @model_validator(mode="after")
@@ -43,6 +49,21 @@ class PretrainedBase(Section):
             allowed = f"must be a multiple of 2 * num_heads = {2 * self.num_heads}, for rotary positions"
             raise invalid("hidden_size", self.hidden_size, allowed)
         return self
+
+
+class PretrainedBase(NewBase):
+    """One pretrained as any language model."""
+
+    kind: Literal["pretrain"]
+
+
+class PlantedBase(NewBase):
+    """One pretrained so that the text of each source needs a wiring of its own: see `dagformer.planted`."""
+
+    open_share: Annotated[float, Field(gt=0, lt=1)]  # of the edges in each source's mask
+    contrast: Fraction  # weight of the NLL under a wrong wiring, which is subtracted
+    contrast_from: NonNegative  # step
+    margin: Moderate  # nats per token by which a wrong wiring need be worse, and no more
 
 
 class LoadedBase(Hosted):
@@ -74,6 +95,7 @@ class DAGFormer(Section):
     prefix_tokens: Positive  # what the encoder reads of a window in the prefix protocol; NLL counts the rest
     precision: Literal["fp32", "bf16"]  # of base and encoder, weights and work; bf16 where the device has it, else fp32
     base: chosen_by_kind(PretrainedBase | LoadedBase)
+    planted: PlantedBase | None  # a second base, whose best wirings are known
     encoder: chosen_by_kind(BaseEncoder | HubEncoder)
 
     @model_validator(mode="after")
@@ -92,7 +114,7 @@ NO_KNOBS = {
 class Variant(Training):
     """One DAGFormer variant: its predictor, its gates and its training. At the top level of params.yaml: P1."""
 
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)]  # of initialisation, data order and noise
+    seed: Seed  # of initialisation, data order and noise
     steps: Positive
     predictor_input: Literal["text", "none"]  # none: one learned topology for all texts, as a control
     predictor_hidden: Size
@@ -102,6 +124,9 @@ class Variant(Training):
     tau_final: Moderate
     lambda_init: LossWeight  # weight of mean_A in the loss
     lambda_final: LossWeight  # reached over the first fifth of the steps
+    gates: Literal["logistic", "straight_through", "hard_concrete"]  # see `dagformer.gates.gumbel_sigmoid`
+    target_density: Annotated[float, Field(gt=0, lt=1)] | None  # to which a Lagrangian holds mean_A; null: none
+    flip_gradients: bool  # of the loss by the gates, of each window at random: a control whose gates can only drift
     cascade: Literal["off", "fixed", "learnable"]
     cascade_k: Moderate
     exempt_first_layer: bool  # false only to show what the cascade does to layer 0 without it
@@ -131,6 +156,7 @@ class Variant(Training):
             "cascade": "learnable" if learnable else "off or fixed",
             "cascade_k": str(self.cascade_k) if learnable else "any",
             "base_lr": "above 0" if self.base_lr > 0 else "0",
+            "target_density": "null" if self.target_density is None else "a number",
         }
 
 
@@ -139,7 +165,8 @@ class Question(Section):
 
     question: Annotated[str, Field(min_length=1)]
     left: Annotated[list[Name], Field(min_length=1), Distinct]  # variants; several are averaged window by window
-    right: Annotated[list[Name], Field(min_length=1), Distinct]  # variants, or baseline alone
+    # Variants; or alone baseline, the base as it is, or random, wirings that close as many edges as the left ones.
+    right: Annotated[list[Name], Field(min_length=1), Distinct]
     mode: Literal["soft", "hard"]
     protocol: Literal["window", "prefix"]
 

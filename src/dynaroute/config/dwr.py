@@ -13,6 +13,7 @@ from dynaroute.config.schema import (
     NonNegativeFloat,
     Positive,
     Section,
+    Seed,
     Size,
     invalid,
 )
@@ -63,6 +64,7 @@ class DWRRun(DWR):
     train_windows: Positive | None  # evenly spaced over the training split; null: all
     validation_windows: Positive | None  # likewise; also of the training text, for its loss
     eval_windows: Positive | None  # of the test split
+    seed: Seed  # of initialisation, data order and dropout
 
     @model_validator(mode="after")
     def _reads_one_corpus(self) -> Self:
@@ -91,15 +93,17 @@ class TraceRouting(Section):
 
 
 Capacities = Annotated[list[Positive], Field(min_length=1), Distinct]  # experts
+Policies = Annotated[list[PolicyName], Field(min_length=1), Distinct]
+Prefetchers = Annotated[list[PrefetchName], Field(min_length=1), Distinct]
 
 
 class BenchmarkCache(Section):
     """Decoding with caches: every capacity with every policy and prefetcher."""
 
     capacities: Capacities
-    policies: Annotated[list[PolicyName], Field(min_length=1), Distinct]
-    prefetchers: Annotated[list[PrefetchName], Field(min_length=1), Distinct]
-    lookahead: Positive  # experts that a prefetcher predicts
+    policies: Policies
+    prefetchers: Prefetchers
+    lookahead: Positive  # experts that a prefetcher predicts, also in the replay of the trace
     num_prompts: Positive
     prompt_tokens: Positive
     new_tokens: Positive
@@ -125,5 +129,7 @@ class SimulateCache(Section):
     """The replay of the trace."""
 
     capacities: Capacities
+    policies: Policies
+    prefetchers: Prefetchers
     machines: Annotated[dict[Name, SimulatedMachine], Field(min_length=1)]
     models: Annotated[dict[Name, SimulatedModel], Field(min_length=1)]

@@ -19,6 +19,7 @@ Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Size = Annotated[int, Field(gt=0, le=2**20)]  # of a tensor; no model has a larger width, or more layers or experts
 NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
 TwoOrMore = Annotated[int, Field(ge=2, lt=2**31)]  # for what needs a spread
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # becomes a folder's name
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dynaroute.config import Settings
-from dynaroute.config.dagformer import LoadedBase, PretrainedBase
+from dynaroute.config.dagformer import LoadedBase, NewBase
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.hub import load_model, load_tokenizer
 from dynaroute.data.tokens.shards import IGNORED_TARGET, TokenShards, Windows
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 SAMPLE = "The function returns 3.14159, or raises:\n\tdef naïve(x): return x ** 2  # Ω"  # two tokenizers differ on it
 
 
-def new_base(settings: PretrainedBase, vocab_size: int, max_seq_len: int, eot_id: int) -> "Olmo2ForCausalLM":
+def new_base(settings: NewBase, vocab_size: int, max_seq_len: int, eot_id: int) -> "Olmo2ForCausalLM":
     """A small OLMo-2 with random weights, for pretraining."""
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
-    return Olmo2ForCausalLM(
+    model = Olmo2ForCausalLM(
         Olmo2Config(
             vocab_size=vocab_size,
             hidden_size=settings.hidden_size,
@@ -44,6 +44,11 @@ def new_base(settings: PretrainedBase, vocab_size: int, max_seq_len: int, eot_id
             use_cache=False,
         )
     )
+    nn.init.normal_(model.model.embed_tokens.weight, std=settings.embedding_std)
+    for layer in model.model.layers:
+        nn.init.constant_(layer.post_attention_layernorm.weight, settings.post_norm_weight)
+        nn.init.constant_(layer.post_feedforward_layernorm.weight, settings.post_norm_weight)
+    return model
 
 
 def load_existing(

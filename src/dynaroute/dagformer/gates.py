@@ -12,6 +12,8 @@ from torch import Tensor
 from dynaroute.errors import DynarouteError
 
 Mode = Literal["train", "soft", "hard"]
+Kind = Literal["logistic", "straight_through", "hard_concrete"]
+STRETCH = (-0.1, 1.1)  # of hard concrete gates, as in Louizos et al., 2018
 
 
 def layer_distance(num_layers: int, num_heads: int, device: torch.device | None = None) -> Tensor:
@@ -35,15 +37,23 @@ def logistic_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor
     return torch.logit(uniform)
 
 
-def gumbel_sigmoid(logits: Tensor, tau: float | Tensor, mode: Mode, noise: Tensor | None = None) -> Tensor:
+def gumbel_sigmoid(
+    logits: Tensor, tau: float | Tensor, mode: Mode, noise: Tensor | None = None, kind: Kind = "logistic"
+) -> Tensor:
     """Gates from logits Z, elementwise (the binary concrete relaxation of Maddison et al. and Jang et al., 2017).
+
+    Kinds, with s = sigmoid((Z + noise) / tau) in mode train and s = sigmoid(Z / tau) in mode soft:
+        logistic          s
+        straight_through  mode train: 1 where s > 0.5, else 0, with the gradient of s (Bengio et al., 2013); soft: s
+        hard_concrete     s stretched to STRETCH and clipped to [0, 1] (Louizos et al., 2018), which reaches 0 and 1
 
     Args:
         logits: Z, [..., N, N]. An entry of -inf is a gate of exactly 0 with no gradient, in every mode: fill the
             entries outside `dag_mask` with it.
         tau: temperature above 0.
-        mode: train, sigmoid((Z + noise) / tau); soft, sigmoid(Z / tau); hard, 1 where Z > 0 (no gradient).
+        mode: train, with noise; soft, without; hard, 1 where Z > 0 (no gradient), whatever the kind.
         noise: in mode train only; broadcasts to the shape of logits; see `logistic_noise`.
+        kind: see above.
 
     Returns:
         Gates of the shape and dtype of logits.
@@ -61,7 +71,24 @@ def gumbel_sigmoid(logits: Tensor, tau: float | Tensor, mode: Mode, noise: Tenso
         return (logits > 0).to(logits.dtype)
     if noise is not None:
         logits = logits + noise.to(logits)
-    return torch.sigmoid(logits / tau)
+    gates = torch.sigmoid(logits / tau)
+    if kind == "hard_concrete":
+        low, high = STRETCH
+        return torch.clamp(gates * (high - low) + low, 0, 1)
+    if kind == "straight_through" and mode == "train":
+        return gates + ((gates > 0.5).to(gates) - gates).detach()
+    return gates
+
+
+def gate_slope(logits: Tensor, tau: float | Tensor, noise: Tensor, kind: Kind) -> Tensor:
+    """dA/dZ of `gumbel_sigmoid` in mode train, elementwise."""
+    gates = torch.sigmoid((logits + noise.to(logits)) / tau)
+    slope = gates * (1 - gates) / tau
+    if kind != "hard_concrete":
+        return slope
+    low, high = STRETCH
+    stretched = gates * (high - low) + low
+    return slope * (high - low) * ((stretched > 0) & (stretched < 1))
 
 
 def cascade(

@@ -1,7 +1,8 @@
 """The training loss of a predictor: the NLL of a frozen base under the predicted wiring, and the wiring's density.
 
-The loss of step t is `NLL + lambda_t * mean_A`. Temperature and lambda follow the schedules below; noise is a function
-of (seed, step, window), so it does not depend on batches or processes.
+The loss of step t is `NLL + lambda_t * mean_A`, and with a `target_density` a constraint on mean_A. Temperature and
+lambda follow the schedules below; noise is a function of (seed, step, window), so it does not depend on batches or
+processes.
 """
 
 import math
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dynaroute.config.dagformer import Variant
-from dynaroute.dagformer.gates import dag_mask, density, gate_fraction, layer_distance
+from dynaroute.dagformer.gates import dag_mask, density, gate_fraction, gate_slope, layer_distance
 from dynaroute.dagformer.graph import DagForward
-from dynaroute.dagformer.predictor import StructurePredictor, sequence_noise
+from dynaroute.dagformer.predictor import StructurePredictor, sequence_noise, sequence_signs
 from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.training.loop import Batch
 from dynaroute.training.nll import nll, token_nll
@@ -78,15 +79,31 @@ class DagObjective:
             gradient.copy_(at_gates.norm() / share / math.sqrt(len(at_gates)))
 
         adjacency.register_hook(note)
+        if self.variant.flip_gradients:
+            signs = sequence_signs(self.noise_seed, step, batch.windows).to(device)
+            adjacency.register_hook(lambda at_gates: at_gates * signs[:, None, None])
         with torch.no_grad():
-            gates = _bare(model).gates(embeddings, tau, "train", noise)
-            slope = density(gates * (1 - gates) / tau, self.valid).mean()
-        return loss + weight * mean_a, {
+            slope = gate_slope(_bare(model).logits(embeddings), tau, noise, self.variant.gates)
+            slope = density(slope, self.valid).mean()
+        total = loss + weight * mean_a
+        if self.variant.target_density is not None:
+            total = total + self._constraint(_bare(model).multipliers, mean_a, step)
+        return total, {
             "loss": loss,
             "mean_A": mean_a,
             "gate_slope": slope,
             "gate_gradient": gradient,
         }
+
+    def _constraint(self, multipliers: Tensor, mean_a: Tensor, step: int) -> Tensor:
+        """The Lagrangian of Edge Pruning (arXiv 2406.16778), m1 (s - t) + m2 (s - t)^2, for density s and target t.
+
+        The target falls from 1 to `target_density` over the first fifth of the steps. The multipliers ascend: their
+        gradient is reversed.
+        """
+        target = 1 - (1 - self.variant.target_density) * min(1.0, step / (RAMP * self.variant.steps))
+        first, second = 2 * multipliers.detach() - multipliers
+        return first * (mean_a - target) + second * (mean_a - target) ** 2
 
     def validation_sums(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """NLL in the three modes, summed over tokens, and measures of the topology, summed over windows."""

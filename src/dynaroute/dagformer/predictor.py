@@ -54,6 +54,9 @@ class StructurePredictor(nn.Module):
         # As a logarithm, k stays positive.
         learnable = variant.cascade == "learnable"
         self.log_k = nn.Parameter(torch.tensor(math.log(variant.cascade_k))) if learnable else None
+        # Of the constraint on density: see `DagObjective`.
+        constrained = variant.target_density is not None
+        self.multipliers = nn.Parameter(torch.zeros(2)) if constrained else None
         self.register_buffer("embedding_mean", torch.zeros(embedding_size))
         self.register_buffer("embedding_inverse_std", torch.ones(embedding_size))
         self.register_buffer("invalid", ~dag_mask(num_layers, num_heads), persistent=False)
@@ -108,7 +111,7 @@ class StructurePredictor(nn.Module):
 
     def gates(self, embeddings: Tensor, tau: float | Tensor, mode: Mode, noise: Tensor | None = None) -> Tensor:
         """The gates before the cascade, [B, N, N]; arguments and errors are those of `forward`."""
-        return gumbel_sigmoid(self.logits(embeddings), tau, mode, noise)
+        return gumbel_sigmoid(self.logits(embeddings), tau, mode, noise, self.variant.gates)
 
     def forward(self, embeddings: Tensor, tau: float | Tensor, mode: Mode, noise: Tensor | None = None) -> Tensor:
         """The adjacency A, [B, N, N], 0 where an entry is not valid.
@@ -142,6 +145,12 @@ def sequence_noise(seed: int, step: int, windows: Tensor, num_nodes: int) -> Ten
         num_nodes: N.
     """
     return torch.stack([_noise(seed, step, window, num_nodes) for window in windows.tolist()])
+
+
+def sequence_signs(seed: int, step: int, windows: Tensor) -> Tensor:
+    """A random sign for each sequence, [B] float32 on the CPU, of -1 or 1; it depends on what `sequence_noise` does."""
+    draws = [np.random.SeedSequence([seed, step, window, 1]).generate_state(1)[0] & 1 for window in windows.tolist()]
+    return 1 - 2 * torch.tensor(draws, dtype=torch.float32)
 
 
 def _noise(seed: int, step: int, window: int, num_nodes: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from dynaroute.config import Settings
-from dynaroute.config.dagformer import Variant
+from dynaroute.config.dagformer import BASES, Variant
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.embeddings import load_embeddings
 from dynaroute.dagformer.graph import DagForward
@@ -15,7 +15,7 @@ from dynaroute.dagformer.health import alarm
 from dynaroute.dagformer.joint import JointModel
 from dynaroute.dagformer.objective import DagObjective
 from dynaroute.dagformer.predictor import StructurePredictor
-from dynaroute.dagformer.variants import seed_of
+from dynaroute.dagformer.variants import base_of, seed_of
 from dynaroute.dagformer.windows import variant_windows
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
@@ -32,24 +32,28 @@ def make_trainer(
     Args:
         settings: device, threads, corpus and windows.
         name: the variant's.
-        start: `base`, or the variant whose final state this one continues.
+        start: a base, or the variant whose final state this one continues.
         variant: its settings.
-        data: the folder with variants, embeddings and train/base.
+        data: the folder with variants, embeddings and train/{base,planted}.
         accelerator: of precision fp32.
 
     Raises:
         DynarouteError: an input is missing or damaged, the training does not fit windows and processes, or several
-            processes are to train jointly.
+            processes are to train a base jointly or to a target density.
     """
     joint = variant.base_lr > 0
-    if joint and accelerator.num_processes > 1:  # the base is outside the wrapped model: its gradients are not shared
-        found = f"{accelerator.num_processes} processes: a joint variant is trained by one: launch it with python"
-        raise DynarouteError(f"variants.{name}.base_lr = {variant.base_lr:g}: {found}")
+    # Processes do not share the gradients of a base, which is outside the wrapped model, nor those of multipliers,
+    # which are read outside its forward pass.
+    for key in ("base_lr", "target_density"):
+        if (value := getattr(variant, key)) and accelerator.num_processes > 1:
+            found = f"{accelerator.num_processes} processes: such a variant is trained by one: launch it with python"
+            raise DynarouteError(f"variants.{name}.{key} = {value:g}: {found}")
     shared = settings.dagformer
     tokens = Path("data/tokens") / shared.corpus
     windows = {split: variant_windows(TokenShards(tokens, split), shared) for split in ("train", "validation")}
     embeddings = load_embeddings(data / "embeddings/training")
-    base, trained = data / "train/base", data / "train" / start / "last.safetensors"
+    base = data / "train" / base_of(data / "variants", start)
+    trained = None if start in BASES else data / "train" / start / "last.safetensors"
     frozen = load_base(base, settings.device)
     if joint:  # in fp32 on any device: steps are small beside the resolution of bf16
         graph = DagForward(load_base(base, settings.device).float(), variant.input_norm, trainable=True)
@@ -66,9 +70,10 @@ def make_trainer(
         "device": settings.device,
         "num_threads": settings.num_threads,
         "base": sha256(base / "model.safetensors"),
+        "base_name": base.name,
         "base_dtype": str(frozen.dtype).removeprefix("torch."),
         "embeddings": sha256(data / "embeddings/training/metadata.json"),
-        "start": None if start == "base" else sha256(trained),
+        "start": None if trained is None else sha256(trained),
     }
     torch.manual_seed(variant.seed)
     predictor = StructurePredictor(variant, graph.num_layers, graph.num_heads, embeddings["train"].shape[1])
@@ -86,7 +91,7 @@ def make_trainer(
         accelerator=accelerator,
         seed=seed,
         scratch=scratch_folder("train_dagformer", run_id(identity)),
-        start=None if start == "base" else trained,
+        start=trained,
         parameter_groups=model.parameter_groups(variant) if joint else None,
         remark=lambda history: alarm(history, variant.alarm_steps),
         keep_best=False,  # the result is the weights at the final tau and lambda

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dynaroute.config.dagformer import Variant
+from dynaroute.config.dagformer import BASES, Variant
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor
@@ -15,7 +15,7 @@ from dynaroute.training.checkpoints import load_checkpoint, load_weights
 
 
 def read_variant(folder: Path, name: str) -> tuple[str, Variant]:
-    """What a variant starts from, `base` or another variant, and its settings.
+    """What a variant starts from, a base or another variant, and its settings.
 
     Raises:
         DynarouteError: its file in `folder` is missing or damaged.
@@ -28,6 +28,17 @@ def read_variant(folder: Path, name: str) -> tuple[str, Variant]:
         raise DynarouteError(f"{path}: not the settings of a variant: run resolve_variants again") from error
 
 
+def base_of(folder: Path, start: str) -> str:
+    """The base, `base` or `planted`, that the chain of continuations before a variant starts from.
+
+    Raises:
+        DynarouteError: the file of a variant before this one is missing or damaged.
+    """
+    while start not in BASES:
+        start, _ = read_variant(folder, start)
+    return start
+
+
 def seed_of(folder: Path, start: str, variant: Variant) -> int:
     """The seed of data order and noise: a different one for each variant in a chain of continuations.
 
@@ -35,7 +46,7 @@ def seed_of(folder: Path, start: str, variant: Variant) -> int:
         DynarouteError: the file of a variant before this one is missing or damaged.
     """
     seed = variant.seed
-    while start != "base":
+    while start not in BASES:
         start, _ = read_variant(folder, start)
         seed += 1_000_003
     return seed
@@ -65,17 +76,18 @@ def load_predictor(folder: Path, device: str) -> tuple[dict[str, Any], Structure
     return record, predictor.requires_grad_(False).eval().to(device)
 
 
-def load_graph(trained: Path, name: str, variant: Variant, device: str) -> DagForward:
-    """The base that a variant wires: its own if it was trained jointly, else the one that all share.
+def load_graph(trained: Path, name: str, base: str, variant: Variant, device: str) -> DagForward:
+    """The base that a variant wires: its own if it was trained jointly, else the one that it shares with others.
 
     Args:
-        trained: the folder that holds `base` and a folder for each variant.
+        trained: the folder that holds the bases and a folder for each variant.
         name: the variant's.
+        base: `base` or `planted`, from the record of its training.
         variant: its settings.
         device: cpu or cuda.
 
     Raises:
         DynarouteError: the base is missing or damaged.
     """
-    folder = trained / name / "base" if variant.base_lr > 0 else trained / "base"
+    folder = trained / (f"{name}/base" if variant.base_lr > 0 else base)
     return DagForward(load_base(folder, device), variant.input_norm)

@@ -113,6 +113,7 @@ class RouterStatistics(NamedTuple):
     probability: Tensor  # [B, T, E]
     dropped: Tensor  # scalar int64, assignments over capacity
     chosen: Tensor  # [B, T, K] int64, each token's experts, most probable first
+    weight: Tensor  # [E, D], the router's own, without gradient
 
 
 class DWROutput(NamedTuple):
@@ -186,6 +187,7 @@ class MoE(nn.Module):
             probabilities.detach().view(batch, time, num_experts),
             dropped,
             chosen.view(batch, time, top_k),
+            self.router.weight.detach(),
         )
         return y.view(batch, time, d), statistics
 

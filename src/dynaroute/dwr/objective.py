@@ -36,22 +36,29 @@ class DWRObjective:
 
     def validation_sums(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """Sums over the tokens that have one to predict: NLL and their number; by layer and expert, [L, E], assignments
-        and probability. What the last window is padded with has none.
+        and probability, and the gate norm, the same for each token. What the last window is padded with has none.
         """
         logits, router = model(batch.tokens)
         predicts = batch.targets != IGNORED_TARGET  # [B, T]
         counts = [layer.chosen[predicts].flatten().bincount(minlength=self.config.num_experts) for layer in router]
+        norms = torch.stack([layer.weight.double().norm(dim=1) for layer in router])
         return {
             "nll": nll(logits, batch.targets, "none").double().sum(),
             "predicted": predicts.sum(),
+            "gate_norm": norms * predicts.sum(),
             "assigned": torch.stack(counts).double(),
             "probability": torch.stack([layer.probability[predicts].double().sum(0) for layer in router]),
         }
 
     def validation_metrics(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Mean NLL in nats per token, and the balance loss of each layer over the whole set, divided by top_k."""
+        """Mean NLL in nats per token; of each layer, the balance loss over the whole set, divided by top_k, and the
+        least, the largest and the mean gate norm."""
         share = sums["assigned"] / sums["predicted"]  # [L, E], sums to top_k
         probability = sums["probability"] / sums["predicted"]  # [L, E], sums to one
         balance = self.config.num_experts * (share * probability).sum(1) / self.config.top_k  # [L]
-        metrics = {"loss": float(sums["nll"] / sums["predicted"])}
-        return metrics | {f"balance_layer{index}": float(value) for index, value in enumerate(balance)}
+        norms = sums["gate_norm"] / sums["predicted"]  # [L, E]
+        metrics = {"loss": sums["nll"] / sums["predicted"]}
+        metrics |= {f"balance_layer{index}": value for index, value in enumerate(balance)}
+        for index, own in enumerate(norms):
+            metrics |= {f"gate_norm_{name}_layer{index}": getattr(own, name)() for name in ("min", "max", "mean")}
+        return {name: float(value) for name, value in metrics.items()}

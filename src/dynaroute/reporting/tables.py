@@ -107,11 +107,19 @@ def listed(items: Iterable[Any], word: str = "and") -> str:
     return f"{', '.join(others)} {word} {last}" if others else last
 
 
-def interval(found: Mapping[str, Any] | None) -> str:
-    """A difference with its interval, "+0.0097 [+0.0046, +0.0148]", from mean, low and high; a dash for None."""
+def interval(found: Mapping[str, Any] | None, digits: int = 4, sign: str = "+") -> str:
+    """An estimate with its interval, "+0.0097 [+0.0046, +0.0148]", from mean, low and high; a dash for None."""
     if found is None:
         return NONE
-    mean, low, high = (f"{round(found[part], 4) + 0.0:+.4f}" for part in ("mean", "low", "high"))  # no minus before 0
+    mean, low, high = (f"{round(found[part], digits) + 0.0:{sign}.{digits}f}" for part in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"  # + 0.0: no minus before 0
+
+
+def share(found: Mapping[str, Any] | None) -> str:
+    """A share with its interval, "93 % [91 %, 95 %]", from mean, low and high; a dash for None."""
+    if found is None:
+        return NONE
+    mean, low, high = (f"{found[part] * 100:.0f} %" for part in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 

@@ -60,12 +60,18 @@ class Objective(Protocol):
         """Metrics from the sums over the whole validation set; `loss` decides which model is best."""
 
 
+LOSS_EVERY = 10  # steps
+
+
 @dataclass
 class TrainingState:
     """Where a run stands: what a checkpoint holds beside tensors."""
 
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # a row for each validation
+    losses: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # the training loss of every LOSS_EVERY-th step, the first included
     best_step: int = 0
     best_loss: float = math.inf
     validations_without_improvement: int = 0
@@ -297,7 +303,7 @@ class Trainer:
         micro_batches = indices.reshape(-1, settings.micro_batch_size)
         own = range(accelerator.process_index, len(micro_batches), accelerator.num_processes)
         self.model.train()
-        total = 0.0
+        total, earlier = 0.0, self.sums.get("loss", 0.0)
         for number in own:
             draw = np.random.SeedSequence([self.seed, step, 0, number])
             torch.manual_seed(int(draw.generate_state(1, np.uint64)[0] >> 1))
@@ -312,6 +318,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
+        if step % LOSS_EVERY == 0:
+            loss = float(accelerator.reduce(self.sums["loss"] - earlier, "mean"))
+            self.state.losses.append({"step": self.state.step, "train_loss": loss})
         return total
 
     def _backward(self, windows: np.ndarray, step: int, parts: int) -> float:

@@ -65,6 +65,24 @@ def main_documents(shards: TokenShards, seq_len: int, windows: list[int]) -> np.
     return np.array(found)
 
 
+def spread_windows(shards: TokenShards, seq_len: int, most: int) -> list[int]:
+    """Windows of T tokens that lie within one document each, spread evenly over the documents of a split.
+
+    Args:
+        shards: a split.
+        seq_len: T.
+        most: windows wanted; all that there are, if there are fewer.
+    """
+    whole = windows_of_documents(shards, seq_len)
+    pools = [np.flatnonzero(whole == document).tolist() for document in np.unique(whole[whole >= 0])]
+    return list(chain.from_iterable(evenly(pools, min(most, sum(map(len, pools))))))
+
+
+def window_sources(shards: TokenShards, seq_len: int, windows: list[int]) -> np.ndarray:
+    """The source that most tokens of each given window are of, int64 [n], an index into the shards' `sources`."""
+    return shards.document_sources[main_documents(shards, seq_len, windows)].astype(np.int64)
+
+
 def evenly(groups: list[list[int]], number: int) -> list[list[int]]:
     """Chooses `number` items, as equally many from each group as sizes allow, evenly spaced within each group.
 

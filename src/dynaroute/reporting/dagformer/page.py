@@ -12,7 +12,7 @@ from dynaroute.config.dagformer import MODES, PROTOCOLS
 from dynaroute.reporting.dagformer.results import CONTROL, JOINT, MAIN, Analyses, Comparisons, Results, Variant
 from dynaroute.reporting.inputs import Record
 from dynaroute.reporting.pages import render
-from dynaroute.reporting.tables import count, interval, listed, outcome, shared_text
+from dynaroute.reporting.tables import count, interval, listed, outcome, share, shared_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 WITHIN = 0.01  # S1's criterion, as published: NLL within 1 % of the baseline
 MOVED = 0.01  # gates have left their initialisation if mean_A or hard density changed by more than this
 NEARLY_OPEN = 0.99  # hard density above which joint training left the gates as they were
+L0_PLANTED = "planted_L0"  # the layer-0 bug on the planted base
 MAX_STEPS = 12  # rows of a per-step table
 SHOWN = 5  # of the layer pairs and heads
 GROUPS = {  # ablation tables, in the order of their rows
@@ -30,10 +31,16 @@ GROUPS = {  # ablation tables, in the order of their rows
     "first_layer": (MAIN, "L0"),
     "control": (MAIN, CONTROL),
 }
-SECTIONS = ("S1", "S2", "P2", *JOINT)  # variants with a section of their own
+SECTIONS = ("S1", "S2", "S2flip", "P2", *JOINT)  # variants with a section of their own
 COLUMNS = {  # of variants.csv, with an interval each
     "baseline": ("difference", "low", "high"),
     "reference": ("reference_difference", "reference_low", "reference_high"),
+}
+KNOWN = {  # wirings of the planted base
+    "other": "masks of other sources",
+    "mean": "mean of all masks",
+    "one": "every gate open (A = 1)",
+    "zero": "every gate closed",
 }
 ORDERS = {"random": "random", "least_gradient": "least gradient first", "expected_gain": "expected gain first"}
 
@@ -69,7 +76,12 @@ def page(results: Results, comparisons: Comparisons, analyses: Analyses, tokens:
             "findings": {
                 "S1_passed": "S1" in cards and max(map(abs, cards["S1"]["away"].values())) <= WITHIN,
                 "S2_moved": "S2" in cards and gates_moved(results.variants["S2"]),
+                "S2flip_moved": "S2flip" in cards and gates_moved(results.variants["S2flip"]),
                 "S2_answer": next((row["answer"] for row in comparisons.primary if row["left"] == ["S2"]), None),
+                "P2_gained": "P2" in cards and comparisons.hard.loc["P2", "reference_high"] < 0,
+                "L0_planted": _interval(comparisons.hard.loc[L0_PLANTED], *COLUMNS["reference"])
+                if L0_PLANTED in results.planted
+                else None,
                 "L0_raised": "L0" in cards and comparisons.hard.loc["L0", "reference_low"] > 0,
                 "varying": list(varying),
                 "constant": [name for name in analyses.topology if name not in varying],
@@ -80,7 +92,8 @@ def page(results: Results, comparisons: Comparisons, analyses: Analyses, tokens:
                 "joint": JOINT if set(JOINT) <= set(cards) else None,
             },
             "columns": {  # that depend on the results
-                "seeds": [(name, f"{name} (seed {seed})", "+.4f") for name, seed in seeds.items()],
+                "seeds": seed_columns(comparisons.seeds),
+                "control_seeds": seed_columns(comparisons.control_seeds or {"seeds": {}}),
                 "fractions": [(f"{fraction:g}", f"{fraction:.0%}") for fraction in fractions],
                 "sources": [(("of", source), source, ".3f") for source in domains["sources"]] if domains else [],
             },
@@ -101,6 +114,9 @@ def page(results: Results, comparisons: Comparisons, analyses: Analyses, tokens:
                     *("over_random", "low_over_random", "high_over_random"),
                 ),
                 "alone": alone_rows(analyses),
+                "known": known_rows(analyses.planted),
+                "methods": method_rows(results, analyses.methods),
+                "control_seeds": seed_rows(comparisons.control_seeds or {"seeds": {}}),
                 "seeds": seed_rows(comparisons.seeds),
                 "checks": made,
             },
@@ -219,7 +235,8 @@ def group_rows(cards: Mapping[str, dict[str, Any]], members: tuple[str, ...]) ->
 
 def others(results: Results) -> list[str]:
     """Variants without a table or section of their own, such as those that a user added."""
-    known = {*SECTIONS, *results.seeds(), *(name for members in GROUPS.values() for name in members)}
+    known = {*SECTIONS, *(name for members in GROUPS.values() for name in members)}
+    known.update(*(results.seeds(name) for name in (MAIN, CONTROL) if name in results.variants))
     known |= {results.reference(variant) for variant in results.variants.values()}
     return [name for name in results.variants if name not in known]
 
@@ -299,6 +316,42 @@ def alone_rows(analyses: Analyses) -> list[dict[str, Any]]:
     ]
 
 
+def known_rows(known: Record | None) -> list[dict[str, Any]]:
+    """NLL of wirings of the planted base that need no training, minus that of the planted ones."""
+    if known is None:
+        return []
+    return [
+        {"wiring": words} | {protocol: interval(known[protocol]["minus_own"][key]) for protocol in PROTOCOLS}
+        for key, words in KNOWN.items()
+    ]
+
+
+def method_rows(results: Results, methods: Record | None) -> list[dict[str, Any]]:
+    """What each variant on the planted base found, hard gates, prefix protocol."""
+    rows = []
+    for name, variant in results.planted.items():
+        found, knobs = methods[name]["prefix"], variant.knobs
+        rows.append(
+            {
+                "id": name,
+                "gates": f"{knobs['gates'].replace('_', ' ')}, logit {knobs['init_logit']:g}, "
+                f"tau {knobs['tau_init']:g}→{knobs['tau_final']:g}, lr {knobs['lr']:g}",
+                "density": variant.evaluation["prefix"]["density_hard"],
+                "above_own": interval(found["above_own"]),
+                "escape": share(found["escape"]),
+                "context": share(found["context"]),
+                "identified": "{observed:.0%} ({chance:.0%}, p = {p:.2g})".format(**found["probe"]),
+                "random": variant.evaluation["prefix"]["nll_random"] - variant.evaluation["prefix"]["nll_hard"],
+            }
+        )
+    return rows
+
+
+def seed_columns(seeds: Record) -> list[tuple[str, str, str]]:
+    """A column for each seed."""
+    return [(name, f"{name} (seed {seed})", "+.4f") for name, seed in seeds["seeds"].items()]
+
+
 def seed_rows(seeds: Record) -> list[dict[str, Any]]:
     """NLL minus the baseline's by seed and protocol, hard mode."""
     if len(seeds["seeds"]) < 2:
@@ -311,6 +364,8 @@ def checks(results: Results, analyses: Analyses) -> list[dict[str, Any]]:
     """The outcome of every check that a stage made, over all variants."""
     records = [("prepare_base", "", results.base), ("analyze_sensitivity", "", analyses.sensitivity)]
     for name, variant in results.variants.items():
+        records += [("train_dagformer", name, variant.training), ("evaluate_nll", name, variant.evaluation)]
+    for name, variant in results.planted.items():
         records += [("train_dagformer", name, variant.training), ("evaluate_nll", name, variant.evaluation)]
     records += [("analyze_topology", name, found) for name, found in analyses.topology.items()]
     found: dict[tuple[str, str], list[tuple[str, bool | None]]] = {}

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynaroute.config import Settings
-from dynaroute.config.dagformer import MODES
+from dynaroute.config.dagformer import BASES, CONTROLS, MODES
 from dynaroute.errors import DynarouteError
 from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_csv, read_record
 
@@ -49,7 +49,8 @@ class Variant(NamedTuple):
 class Results(NamedTuple):
     """Everything that training and evaluation left."""
 
-    variants: dict[str, Variant]  # in the order of params.yaml
+    variants: dict[str, Variant]  # on the base itself, in the order of params.yaml
+    planted: dict[str, Variant]  # on the planted base
     base: Record  # base.json
     setup: Record  # what all variants share: `dagformer` of params.yaml
 
@@ -66,18 +67,18 @@ class Results(NamedTuple):
 
     def nll(self, name: str, mode: str, protocol: str) -> "np.ndarray":
         """NLL of every held-out window in nats per token, [n]; the mode may be baseline as well."""
-        windows = self.variants[name].windows
+        windows = (self.variants | self.planted)[name].windows
         return windows.loc[windows["protocol"] == protocol, f"nll_{mode}"].to_numpy()
 
     def is_main(self, variant: Variant) -> bool:
         """Whether a variant is the main one, at whatever budget."""
         return set(variant.changes(self.main)) <= BUDGET
 
-    def seeds(self) -> dict[str, int]:
-        """The main variant with each of its seeds, by name, at the budget at which most were run."""
+    def seeds(self, name: str = MAIN) -> dict[str, int]:
+        """A variant with each of its seeds, by name, at the budget at which most were run."""
         budgets: dict[int, dict[str, int]] = {}
         for other in self.variants.values():
-            if set(other.changes(self.main)) <= BUDGET | {"seed"}:
+            if set(other.changes(self.variants[name])) <= BUDGET | {"seed"}:
                 budgets.setdefault(other.knobs["steps"], {})[other.name] = other.knobs["seed"]
         return max(budgets.values(), key=len)
 
@@ -96,7 +97,8 @@ class Comparisons(NamedTuple):
 
     primary: list[Record]
     seeds: Record
-    headroom: float
+    control_seeds: Record
+    headroom: float  # what closing all gates costs the base
     differences: "pd.DataFrame"  # variants.csv, indexed by variant, protocol and mode
 
     @property
@@ -106,13 +108,15 @@ class Comparisons(NamedTuple):
 
 
 class Analyses(NamedTuple):
-    """The analyses of the wirings of some variants, and of single gates of the base."""
+    """The analyses of the wirings of some variants, of single gates of the base, and of the planted base."""
 
     topology: dict[str, Record]  # topology.json by variant
     sensitivity: Record  # summary.json
     removal: "pd.DataFrame"  # a row for each order and fraction
     layer_pairs: "pd.DataFrame"
     heads: "pd.DataFrame"
+    planted: Record | None  # known.json
+    methods: Record | None  # methods.json
 
 
 def read_results(settings: Settings) -> Results:
@@ -124,21 +128,27 @@ def read_results(settings: Settings) -> Results:
     for key, names in (("variants", settings.variants), ("analysis.variants", settings.analysis.variants)):
         if MAIN not in names:
             raise DynarouteError(f"params.yaml: {key} = {list(names)}: must hold {MAIN}, which the report is about")
-    variants = {name: read_variant(name) for name in settings.variants}
-    setup, main = Record(settings.dagformer.model_dump(), "params.yaml"), variants[MAIN]
-    for variant in variants.values():
-        for key in ("dagformer", "base"):
-            if variant.run["identity"][key] != main.run["identity"][key]:
-                raise DynarouteError(f"{variant.run.path}: {key} is not that of {main.run.path}: run dvc repro")
-        if not variant.windows[BASELINE_COLUMNS].equals(main.windows[BASELINE_COLUMNS]):
-            path = DATA / "eval" / variant.name / "nll.csv"
-            raise DynarouteError(f"{path}: its windows or baseline NLL are not those of {MAIN}: run dvc repro")
+    by_base: dict[str, dict[str, Variant]] = {base: {} for base in BASES}
+    for name in settings.variants:
+        by_base[settings.base_of(name)][name] = read_variant(name)
+    setup, main = Record(settings.dagformer.model_dump(), "params.yaml"), by_base["base"][MAIN]
+    for variants in by_base.values():
+        for variant in variants.values():
+            first = next(iter(variants.values()))
+            for key in ("dagformer", "base"):
+                if variant.run["identity"][key] != first.run["identity"][key]:
+                    raise DynarouteError(f"{variant.run.path}: {key} is not that of {first.run.path}: run dvc repro")
+            if not variant.windows[BASELINE_COLUMNS].equals(first.windows[BASELINE_COLUMNS]):
+                path = DATA / "eval" / variant.name / "nll.csv"
+                raise DynarouteError(
+                    f"{path}: its windows or baseline NLL are not those of {first.name}: run dvc repro"
+                )
     for key, value in main.run["identity"]["dagformer"].items():
         if setup[key] not in (value, None):  # null: all windows, and embeddings and training depend on how many
             raise DynarouteError(
                 f"{main.run.path}: trained with dagformer.{key} = {value}, not {setup[key]}: run dvc repro"
             )
-    return Results(variants, read_record(DATA / "base.json"), setup)
+    return Results(*by_base.values(), read_record(DATA / "base.json"), setup)
 
 
 def read_variant(name: str) -> Variant:
@@ -156,7 +166,7 @@ def read_variant(name: str) -> Variant:
     for column in TRAINED:
         if column not in curve or len(curve) < 2 or curve.loc[curve["step"] > 0, column].isna().any():
             raise DynarouteError(f"{path}: {column!r} must hold a number in every row after step 0: {REMEDY}")
-    numbers = ["window", "document", *(f"nll_{mode}" for mode in (*MODES, "baseline"))]
+    numbers = ["window", "document", *(f"nll_{mode}" for mode in (*MODES, *CONTROLS, "least_gradient"))]
     return Variant(name, run, training, curve, evaluation, read_csv(evaluated / "nll.csv", numbers, ["protocol"]))
 
 
@@ -168,10 +178,10 @@ def read_comparisons(results: Results) -> Comparisons:
     """
     path = REPORTS / "variants.csv"
     found, rows = read_record(DATA / "comparisons.json"), read_csv(path, ["nll", "difference", "low", "high"])
-    if list(rows["variant"].unique()) != list(results.variants):
+    if list(rows["variant"].unique()) != [*results.variants, *results.planted]:
         raise DynarouteError(f"{path}: not of the variants of params.yaml: {REMEDY}")
     indexed = rows.set_index(["variant", "protocol", "mode"])
-    return Comparisons(found["primary"], found["seeds"], found["headroom"], indexed)
+    return Comparisons(found["primary"], found["seeds"], found["control_seeds"], found["headroom"], indexed)
 
 
 def read_analyses(settings: Settings, results: Results) -> Analyses:
@@ -190,4 +200,7 @@ def read_analyses(settings: Settings, results: Results) -> Analyses:
     names = {"removal": ["fraction", "draws", "over_random"], "layer_pairs": ["source", "target"]}
     names |= {"heads": ["layer", "head"]}
     tables = (read_csv(folder / f"{name}.csv", own + columns) for name, own in names.items())
-    return Analyses(topology, sensitivity, *tables)
+    planted, methods = (read_record(DATA / f"planted/{name}.json") for name in ("known", "methods"))
+    for name, variant in results.planted.items():
+        check_same_run(variant.run["run"], Record(methods[name], methods.path))
+    return Analyses(topology, sensitivity, *tables, planted or None, methods or None)

@@ -159,4 +159,4 @@ def _accuracies(cached: Cached) -> list[dict[str, Any]]:
     decoding, trace = (
         frame.groupby("prefetch", sort=False)["accuracy"].first() for frame in (cached.cells, cached.speeds)
     )
-    return [{"prefetch": name, "decoding": decoding[name], "trace": trace.get(name)} for name in decoding.index]
+    return [{"prefetch": name, "decoding": decoding.get(name), "trace": trace[name]} for name in trace.index]

@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynaroute.reporting.dwr.findings import course, initial_gate_norm, relative_load
+from dynaroute.reporting.dwr.findings import initial_gate_norm, initial_spread, relative_load
+from dynaroute.reporting.dwr.runs import curve, gate_norms
 from dynaroute.reporting.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, saved_figure
 from dynaroute.reporting.inputs import Record
 
@@ -21,24 +22,44 @@ POLICIES: dict[str, dict[str, Any]] = {
 }
 
 
-def plot_training(curve: "pd.DataFrame", summary: Record, path: str | Path) -> None:
-    """Training and validation loss by step, against the unigram entropy of the validation text."""
-    best, trained = course(curve).best, curve[curve["step"] > 0]
-    every = 1 + len(curve) // 40  # markers that run into each other tell nothing
-    # A training loss is a mean over all steps since the previous row, which belongs to the middle of them.
-    middles = curve["step"].rolling(2).mean().loc[trained.index]
+def plot_training(seeds: list[Record], path: str | Path) -> None:
+    """Training and validation loss by epoch, the reference's in front of those of other seeds."""
     with saved_figure(path, 6.4, 3.4) as figure:
         axes = figure.subplots()
-        entropy = summary["validation_unigram_entropy"]
-        axes.axhline(entropy, color=GREY, linestyle=":", label="unigram entropy of the validation text")
-        label = "training, mean between validations"
-        axes.plot(middles, trained["train_loss"], "s--", color=VERMILION, markevery=every, label=label)
-        axes.plot(curve["step"], curve["validation_loss"], "o-", color=BLUE, markevery=every, label="validation")
-        label = f"best validation: {best['validation_loss']:.3f} at step {best['step']:,.0f}"
-        axes.plot(best["step"], best["validation_loss"], "*", color=BLACK, markersize=11, label=label)
-        axes.set_xlabel(f"optimizer step ({summary['steps_per_epoch']:,} = one epoch)")
+        for run in reversed(seeds):
+            alpha = 1 if run is seeds[0] else 0.3
+            epochs = [row["step"] * run["epochs"] / run["steps"] for row in run["losses"]]
+            losses = [row["train_loss"] for row in run["losses"]]
+            axes.plot(epochs, losses, color=ORANGE, linewidth=0.7, alpha=alpha, label="training, every tenth step")
+            rows = curve(run)
+            axes.plot(rows["epoch"], rows["validation_loss"], "o-", color=BLUE, alpha=alpha, label="validation")
+            middles = rows["epoch"].rolling(2).mean()  # of the steps whose mean a training loss is
+            label = "training, mean between validations"
+            axes.plot(middles, rows["train_loss"], "s--", color=VERMILION, alpha=alpha, label=label)
+        best = seeds[0]["best_epoch"], seeds[0]["validation_loss"]
+        axes.plot(*best, "*", color=BLACK, markersize=11, label=f"best validation: {best[1]:.3f}, epoch {best[0]:.3g}")
+        axes.set_xlabel("epoch")
         axes.set_ylabel("loss (nats per token)")
-        axes.legend()
+        axes.legend(handles=axes.lines[-4:])
+
+
+def plot_gate_norms(run: Record, path: str | Path) -> None:
+    """Least, mean and largest gate norm of each layer by epoch, with what is expected of an untrained layer."""
+    settings, epochs = run["settings"], [row["epoch"] for row in run["history"]]
+    least, mean, most = (gate_norms(run, measure) for measure in ("min", "mean", "max"))  # [rows, L]
+    initial, spread = initial_gate_norm(settings["d_model"]), initial_spread(settings["num_experts"])
+    with saved_figure(path, 7.2, 2.6) as figure:
+        panels = figure.subplots(1, mean.shape[1], sharey=True, squeeze=False)[0]
+        for layer, axes in enumerate(panels):
+            untrained = initial - spread / 2, initial + spread / 2
+            axes.axhspan(*untrained, color=GREY, alpha=0.3, linewidth=0, label="expected of an untrained layer")
+            band = least[:, layer], most[:, layer]
+            axes.fill_between(epochs, *band, color=SKY, alpha=0.5, linewidth=0, label="least to largest")
+            axes.plot(epochs, mean[:, layer], color=BLUE, label="mean over experts")
+            axes.set_title(f"layer {layer}")
+            axes.set_xlabel("epoch")
+        panels[0].set_ylabel("gate norm")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
 
 
 def plot_routers(router: "pd.DataFrame", d_model: int, path: str | Path) -> None:
@@ -81,25 +102,24 @@ def plot_hit_rates(hits: "pd.DataFrame", num_experts: int, path: str | Path) -> 
         axes.legend(loc="lower right")
 
 
-def plot_runs(swept: list[Record], path: str | Path) -> None:
-    """Test perplexity against hit rate at a third of the experts, by policy, a point for each balance coefficient."""
-    perplexities = [math.exp(run["test_loss"]) for run in swept]
-    with saved_figure(path, 6.4, 3.6) as figure:
+def plot_runs(swept: list[Record], seeds: list[Record], path: str | Path) -> None:
+    """Test perplexity against hit rate at a third of the experts, by policy: a point for each balance coefficient, and
+    in a lighter colour for other seeds of the reference."""
+    with saved_figure(path, 6.4, 3.2) as figure:
         axes = figure.subplots()
-        unigram = math.exp(swept[0]["test_unigram_entropy"])
-        axes.axhline(unigram, color=GREY, linestyle="--", linewidth=1, label="unigram perplexity of the test text")
         for policy, marker in (("lru", "o"), ("next_use", "s")):
             color, label = POLICIES[policy]["color"], POLICIES[policy]["label"]
-            rates = [run["hit_rate"][policy] for run in swept]
-            axes.plot(rates, perplexities, marker, color=color, label=label)
             uniform = swept[0]["uniform_hit_rate"][policy]
             axes.axvline(uniform, color=color, linestyle=":", linewidth=1, label=f"{label}, uniform routing")
-            for number, (rate, run) in enumerate(zip(rates, swept, strict=True)):
-                text, beside = f"λ {run['settings']['balance_coefficient']:g}", (-8, 6 if number % 2 else -13)
-                at = rate, perplexities[number]
-                axes.annotate(text, at, beside, textcoords="offset points", fontsize=7, color=color)
-        axes.margins(x=0.12)
-        axes.set_ylim(0.9 * min(perplexities), 1.12 * max(unigram, *perplexities))
+            points = [(run["hit_rate"][policy], math.exp(run["test_loss"])) for run in (*swept, *seeds[1:])]
+            for number, point in enumerate(points):
+                own = number < len(swept)
+                axes.plot(*point, marker, color=color, alpha=1 if own else 0.3, label=None if number else label)
+            for run, point in zip(swept, points, strict=False):
+                text = f"λ {run['settings']['balance_coefficient']:g}"
+                axes.annotate(text, point, (0, 6), textcoords="offset points", ha="center", fontsize=7, color=color)
+        axes.margins(x=0.12, y=0.2)
+        axes.set_title(f"unigram perplexity of the test text: {math.exp(swept[0]['test_unigram_entropy']):.0f}")
         axes.set_xlabel(f"hit rate with {swept[0]['capacity']} of {swept[0]['experts']} experts held")
         axes.set_ylabel("perplexity of the test text")
         figure.legend(loc="outside right upper")

@@ -7,6 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
+from dynaroute.analysis.statistics import paired_difference
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -49,23 +53,32 @@ def stability(curve: "pd.DataFrame") -> dict[str, float]:
     return {**rises, "lowest_norm": norms.min(), "highest_norm": norms.max()}
 
 
-def gate_norms_by_layer(router: "pd.DataFrame") -> "pd.DataFrame":
-    """Columns min, max, mean and spread (max - min) of the gate norms, a row for each layer."""
-    norms = router.groupby("layer")["gate_norm"].agg(["min", "max", "mean"])
-    return norms.assign(spread=norms["max"] - norms["min"])
-
-
 def initial_gate_norm(d_model: int) -> float:
     """The expected gate norm of an untrained router, whose weights are drawn with a standard deviation of 0.02."""
     return 0.02 * math.sqrt(d_model)
 
 
-def depth_correlation(values: "pd.Series") -> float | None:
-    """Spearman's rank correlation of a quantity with depth, given in order of layers; None if no two values differ."""
-    if values.nunique() < 2:
-        return None
-    ranks = values.reset_index(drop=True).rank()
-    return float(ranks.corr(ranks.index.to_series()))  # Pearson's of ranks is Spearman's
+def initial_spread(num_experts: int) -> float:
+    """The expected largest minus smallest gate norm of an untrained layer.
+
+    The norm of many normal weights is itself nearly normal, with a standard deviation of 0.02 / sqrt(2), whatever
+    their number.
+    """
+    from scipy.special import ndtr
+
+    x = np.linspace(-8, 8, 4001)
+    within = 1 - ndtr(x) ** num_experts - ndtr(-x) ** num_experts  # x lies between the least and the largest
+    return 0.02 / math.sqrt(2) * float(np.trapezoid(within, x))
+
+
+def over_seeds(values: np.ndarray) -> dict[str, float] | None:
+    """The mean, low and high of one value for each seed, [S], with a 95 % interval; None for a single seed."""
+    return paired_difference(values, np.zeros(len(values)))._asdict() if len(values) > 1 else None
+
+
+def depth_slopes(spreads: np.ndarray) -> np.ndarray:
+    """How much the spread of gate norms [S, L] grows from a layer to the next, by least squares for each seed, [S]."""
+    return np.polyfit(np.arange(spreads.shape[1]), spreads.T, 1)[0]
 
 
 def relative_load(router: "pd.DataFrame") -> "pd.Series":

@@ -17,9 +17,9 @@ def section(measured: Measurements, cached: Record, moe: Record | None, referenc
     third, cells = cached["capacity_nearest_a_third"], measured.cells
     machines = {"training": measured.training["machine"], "decoding": measured.cache["machine"]}
     parts = dict.fromkeys(part for machine in machines.values() for part in machine)
-    plain = (
+    plain = cells[
         (cells["policy"] == cells["policy"].iloc[0]) & (cells["prefetch"] == "none") & (cells["page_cache"] == "warm")
-    )
+    ].sort_values("capacity")
     return render(
         "dwr_measured.md",
         {
@@ -28,6 +28,7 @@ def section(measured: Measurements, cached: Record, moe: Record | None, referenc
             "cached": cached,
             "third": third,
             "policy": cells["policy"].iloc[0],
+            "ordered": bool((plain["ratio_lowest"].iloc[1:].to_numpy() > plain["ratio_highest"].iloc[:-1]).all()),
             "reference": reference,
             "moe": moe,
             "changed": changed_since_measured("benchmark_moe"),
@@ -35,7 +36,7 @@ def section(measured: Measurements, cached: Record, moe: Record | None, referenc
                 "machines": [
                     {"part": part, **{name: machine.get(part) for name, machine in machines.items()}} for part in parts
                 ],
-                "capacities": [{**measured.resident, "capacity": "all, resident"}, *cells[plain].to_dict("records")],
+                "capacities": [{**measured.resident, "capacity": "all, resident"}, *plain.to_dict("records")],
                 "cells": cells[cells["capacity"] == third],
             },
         },

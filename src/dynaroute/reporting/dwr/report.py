@@ -26,8 +26,6 @@ from dynaroute.reporting.tables import count, fmt, outcome, shared_text
 if TYPE_CHECKING:
     import pandas as pd
 
-MAX_CURVE_ROWS = 24  # of the printed training curve; the file has all of them
-
 SETTINGS = {
     "corpus": "Corpus",
     "tokenizer": "Tokenizer",
@@ -79,8 +77,7 @@ def read_results() -> Results:
 def page(results: Results) -> str:
     """The report as Markdown."""
     (run, training, curve, router), corpus, cached, reference = results
-    load, norms = findings.relative_load(router), findings.gate_norms_by_layer(router)
-    settings = _settings(results)
+    load, settings = findings.relative_load(router), _settings(results)
     return render(
         "dwr.md",
         {
@@ -92,11 +89,8 @@ def page(results: Results) -> str:
             "cached": cached,
             "best_policy": findings.best_online(cached.simulation["hit_rate"]),
             "rules": findings,
-            "course": findings.course(curve),
-            "stability": findings.stability(curve),
-            "spread": norms["spread"],
-            "depth_correlation": findings.depth_correlation(norms["spread"]),
-            "their_depth_correlation": findings.depth_correlation(_frame(reference["gate_norms"]["rows"])["spread"]),
+            "best": curve.loc[curve["validation_loss"].idxmin()],
+            "last": curve.iloc[-1],
             "load": load,
             "collapsed": int((load < findings.COLLAPSED).sum()),
             "differing": [row["parameter"] for row in settings if row["differs"]],
@@ -104,10 +98,9 @@ def page(results: Results) -> str:
             "validations": len(curve),
             "rows": {
                 "settings": settings,
-                "curve": _shown(curve),
-                "their_curve": _their_curve(reference["training_curve"]),
-                "routers": norms.assign(least=load.groupby("layer").min(), most=load.groupby("layer").max())
-                .join(_frame(reference["gate_norms"]["rows"]).drop(columns="layer").add_prefix("their_"), how="outer")
+                "routers": router.groupby("layer")["gate_norm"]
+                .agg(["min", "max", "mean"])
+                .assign(least=load.groupby("layer").min(), most=load.groupby("layer").max())
                 .reset_index(),
                 "balance": _balance(curve, router["layer"].unique(), run["config"]["top_k"]),
                 "checks": checks(results),
@@ -213,29 +206,9 @@ def _sources(corpus: Corpus) -> list[dict[str, Any]]:
     ]
 
 
-def _shown(curve: "pd.DataFrame") -> "pd.DataFrame":
-    """At most `MAX_CURVE_ROWS` rows, evenly spaced, the best and the last among them.
-
-    `status` says how far the validation loss of a row is above the lowest so far.
-    """
-    losses = curve["validation_loss"]
-    above = losses - losses.cummin().shift()
-    status = above.map(lambda loss: "new low" if loss < 0 else f"+{loss:.4f}")
-    status[0], status[losses.idxmin()] = "start", "**best**"
-    every = -(-len(curve) // (MAX_CURVE_ROWS - 2))
-    kept = {*range(0, len(curve), every), int(losses.argmin()), len(curve) - 1}
-    return curve.assign(status=status).iloc[sorted(kept)]
-
-
-def _their_curve(reference: Record) -> list[dict[str, Any]]:
-    return [
-        {**row, "status": "**best**" if row["epoch"] == reference["best_epoch"] else ""} for row in reference["rows"]
-    ]
-
-
 def _balance(curve: "pd.DataFrame", layers: Iterable[int], top_k: int) -> list[dict[str, Any]]:
     """The balance loss of each layer: of the best checkpoint, and its range in training."""
-    best = findings.course(curve).best
+    best = curve.loc[curve["validation_loss"].idxmin()]
     return [
         {
             "layer": layer,
@@ -246,9 +219,3 @@ def _balance(curve: "pd.DataFrame", layers: Iterable[int], top_k: int) -> list[d
         }
         for layer in layers
     ]
-
-
-def _frame(rows: list[Record]) -> "pd.DataFrame":
-    import pandas as pd  # it is slow to import
-
-    return pd.DataFrame([dict(row) for row in rows])
