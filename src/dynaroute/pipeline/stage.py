@@ -55,7 +55,7 @@ def run(main: Callable[..., None], doc: str, *arguments: str, launched: bool = F
 
 
 def _launch(settings: Settings) -> None:
-    """Becomes the launcher, with the same process id, so that signals reach it. Raises DynarouteError if it is absent."""
+    """Becomes the launcher, keeping the process id, so that signals reach it. Raises DynarouteError if it is absent."""
     if settings.launcher == "python" or not os.environ.keys().isdisjoint({LAUNCHED, "RANK"}):  # RANK: by hand
         return
     command = [*shlex.split(settings.launcher), *sys.argv]
