@@ -100,14 +100,9 @@ def evenly(groups: list[list[int]], number: int) -> list[list[int]]:
 
 
 def halves(documents: np.ndarray, sizes: tuple[int, int]) -> list[list[int]]:
-    """Two sets of windows from alternating documents, each evenly chosen over its documents.
+    """Two sets of windows from alternating documents, evenly chosen over documents; at most `sizes` windows in each.
 
-    Args:
-        documents: from `windows_of_documents`.
-        sizes: windows in each set, or all if there are fewer.
-
-    Raises:
-        DynarouteError: there are fewer than two documents for one of them.
+    `documents` comes from `windows_of_documents`. Raises DynarouteError if a set has fewer than two documents.
     """
     pools = [np.flatnonzero(documents == document).tolist() for document in np.unique(documents[documents >= 0])]
     chosen = []
@@ -123,12 +118,7 @@ def halves(documents: np.ndarray, sizes: tuple[int, int]) -> list[list[int]]:
 def followed_windows(documents: np.ndarray, most: int) -> list[int]:
     """At most `most` windows whose next window is of the same document, evenly chosen over documents.
 
-    Args:
-        documents: from `windows_of_documents`.
-        most: `analysis.oracle_windows`.
-
-    Raises:
-        DynarouteError: fewer than two documents have such windows.
+    `documents` comes from `windows_of_documents`. Raises DynarouteError if fewer than two documents have such windows.
     """
     followed = np.flatnonzero((documents[:-1] >= 0) & (documents[:-1] == documents[1:]))
     pools = [followed[documents[followed] == document].tolist() for document in np.unique(documents[followed])]
