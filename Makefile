@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 repro: env  ## the default pipeline: data/ and reports/
 	dvc repro
 
-status: env  ## what `dvc repro` would run, after edits of code or of models and text on disk too
+status: env  ## what `dvc repro` would run, also after edits of code or of models and text on disk
 	dvc repro --quiet stages/data/dvc.yaml
 	dvc status dvc.yaml
 
@@ -26,7 +26,7 @@ benchmarks: env  ## layers, peers and tokenization at the paper's sizes, and the
 	dvc repro benchmarks/dvc.yaml
 	dvc repro --single-item --force report_cached_inference report_dwr report_dagformer summarize
 
-gpu: env  ## what takes a GPU, by gpu/params.yaml; the page is made of what there is
+gpu: env  ## GPU measurements with gpu/params.yaml; reports/gpu.md shows the finished ones
 	dvc repro --keep-going gpu/dvc.yaml || { cd gpu && python ../benchmarks/report_gpu.py; exit 1; }
 
 faults: env  ## kills, full disks and damaged files, where allowed with the right to mount (docs/reliability.md)

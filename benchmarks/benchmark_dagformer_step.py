@@ -1,12 +1,11 @@
-"""Times one training step of a DAGFormer predictor, and the encoder that would read its texts, with random weights.
+"""Times a training step of a DAGFormer predictor, and the encoder that would read its texts, with random weights.
 
     python benchmarks/benchmark_dagformer_step.py        (`make gpu` runs it in gpu/)
 
 The base has the sizes of `dagformer.base` and OLMo-2's vocabulary, the encoder those of Qwen3-Embedding-0.6B; the
 variant is P1. A step is what train_dagformer does: forward through predictor and base, NLL and density, backward to the
-predictor, clipping, AdamW. It reads vectors that encode_windows made once; where a training encodes its texts anew at
-every step, the encoder's time comes on top. Both have the dtype that dagformer.precision means on the device, and
-take turns.
+predictor, clipping, AdamW. It reads vectors that encode_windows made once; training that encodes its texts at every
+step would add the encoder's time. Both have the dtype that dagformer.precision selects on the device, and take turns.
 
 Writes  reports/benchmarks/dagformer_step.json
 """
@@ -14,7 +13,7 @@ Writes  reports/benchmarks/dagformer_step.json
 from collections.abc import Callable
 
 import torch
-from timing import interleaved, milliseconds
+from timing import interleaved, milliseconds, training_step
 from torch import nn
 
 from dynaroute.config import Settings
@@ -28,7 +27,6 @@ from dynaroute.pipeline.artifacts import write_json
 from dynaroute.pipeline.machine import compute_dtype, describe_machine, peak_memory, require_device
 from dynaroute.pipeline.stage import run
 from dynaroute.training.loop import Batch, make_accelerator
-from dynaroute.training.schedules import decay_groups
 
 ROUNDS, WARM_UP = 15, 3
 VOCABULARY = 100352  # of allenai/OLMo-2-0425-1B, by its config.json
@@ -58,7 +56,7 @@ def main(settings: Settings) -> None:
     def encode() -> None:
         encoder(input_ids=texts, use_cache=False).last_hidden_state.float().mean(1).cpu()
 
-    steps = {"step": training_step(predictor, graph, variant, seq_len, device), "encoder": encode}
+    steps = {"step": predictor_step(predictor, graph, variant, seq_len, device), "encoder": encode}
     times = interleaved(steps, ROUNDS, WARM_UP, device, "training step")
     models = {"base": base, "encoder": encoder, "predictor": predictor}
     report = {
@@ -82,7 +80,7 @@ def make_encoder() -> nn.Module:
     return Qwen3Model(Qwen3Config(**ENCODER)).eval()
 
 
-def training_step(
+def predictor_step(
     predictor: StructurePredictor, graph: DagForward, variant: Variant, seq_len: int, device: str
 ) -> Callable[[], None]:
     """One optimizer step on random windows and vectors."""
@@ -92,22 +90,8 @@ def training_step(
     predictor.fit_normalisation(vectors)
     windows = torch.arange(variant.batch_size, device=device)
     batches = [Batch(tokens[part, :-1], tokens[part, 1:], part) for part in windows.split(variant.micro_batch_size)]
-    accelerator = make_accelerator(device, "fp32")
-    optimizer = torch.optim.AdamW(
-        decay_groups(predictor, variant.weight_decay), lr=variant.lr, betas=tuple(variant.betas), fused=True
-    )
-    model, optimizer = accelerator.prepare(predictor, optimizer)
     objective = DagObjective(graph.to(device), variant, vectors, vectors, variant.seed)
-
-    def step() -> None:
-        model.train()
-        for batch in batches:
-            accelerator.backward(objective.loss(model, batch, 0)[0] / len(batches))
-        accelerator.clip_grad_norm_(model.parameters(), variant.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+    return training_step(predictor, objective, batches, variant, make_accelerator(device, "fp32"))
 
 
 if __name__ == "__main__":

@@ -28,11 +28,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from timing import failure, interleaved, milliseconds, quartiles, ratios, show
+from timing import failure, interleaved, milliseconds, quartiles, ratios, show, training_step
 from torch import Tensor, nn
 
 from dynaroute.config import Settings
-from dynaroute.config.training import Training
 from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, MoE, RouterStatistics, expert_ffn
 from dynaroute.dwr.objective import DWRObjective
@@ -40,7 +39,6 @@ from dynaroute.pipeline.artifacts import write_json
 from dynaroute.pipeline.machine import describe_machine
 from dynaroute.pipeline.stage import run
 from dynaroute.training.loop import Batch, make_accelerator
-from dynaroute.training.schedules import decay_groups
 
 D, F_EXPERT, E, K = 512, 2048, 16, 2
 TOKENS = (512, 2048, 8192)
@@ -203,32 +201,13 @@ def training_steps(
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if cuda else 0
-        step = training_step(models.pop(name), objective, batch, dwr.training, accelerator)
+        step = training_step(models.pop(name), objective, [batch], dwr.training, accelerator)
         if reason := failure(step) or failure(step):  # twice: the first step allocates the optimizer's states
             known[name]["failed"] = reason
             continue
         steps[name] = step
         known[name]["peak_memory_bytes"] = torch.cuda.max_memory_allocated() - before if cuda else None
     return steps, known, config
-
-
-def training_step(
-    model: DWRTransformer, objective: DWRObjective, batch: Batch, training: Training, accelerator: Accelerator
-) -> Callable[[], None]:
-    """One optimizer step on a batch."""
-    groups = decay_groups(model, training.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=tuple(training.betas), fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
-
-    def step() -> None:
-        loss, _ = objective.loss(model, batch, 0)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
 
 
 def flops_per_token(config: DWRConfig) -> int:

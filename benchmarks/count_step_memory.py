@@ -1,11 +1,11 @@
-"""Counts the memory of a DAGFormer training step at the published sizes, without having it.
+"""Counts the memory of a DAGFormer training step at the published sizes, without allocating it.
 
     python benchmarks/count_step_memory.py
 
 The base has the sizes of `dagformer.base` in gpu/params.yaml, which are OLMo-2-0425-1B's; the variant is P1. A step is
-what train_dagformer does: forward through predictor and base, NLL, backward, AdamW. Its tensors have shapes and no
-memory, and every one is counted from where it appears to where it is gone. Not counted: what an allocator and a GPU's
-libraries take beside that (a tenth more is usual). Heads are sent as on a CPU; on a GPU a little less is kept of them.
+what train_dagformer does: forward through predictor and base, NLL, backward, AdamW. Its tensors have shapes but no
+memory, and each is counted as long as it lives. An allocator and a GPU's libraries take more (usually a tenth), which
+is not counted. Heads are sent as on a CPU; a GPU keeps a little less of them.
 
 Reads   gpu/params.yaml
 Writes  reports/benchmarks/step_memory.json
@@ -83,9 +83,9 @@ def count(settings: Settings, variant: Variant, joint: bool, windows: int) -> di
     """Bytes of a step of one micro-batch of `windows` windows.
 
     Returns:
-        weights_bytes: of base and predictor, with what is stacked of them. The base is bf16; `joint` has a copy in
-            fp32 beside it, which is trained, and the memory that its evaluation at A = 1 has left.
-        kept_bytes: what the forward pass leaves for the backward pass, logits and loss included.
+        weights_bytes: base in bf16 and predictor, with stacked copies. `joint` adds a trained base in fp32, and what
+            the evaluation at A = 1 leaves behind.
+        kept_bytes: what the forward pass keeps for the backward pass, logits and loss included.
         peak_bytes: the most at any time, with weights, gradients and moments.
     """
     seq_len = settings.dagformer.seq_len

@@ -22,7 +22,6 @@ FILES = {
     "step": "reports/benchmarks/dagformer_step",
 }  # fmt: skip
 PUBLISHED_CARD = "NVIDIA A40"
-MODEL = ("parameters", "milliseconds", "tokens_per_second", "peak_memory_bytes", "failed")
 
 
 def main(settings: Settings) -> None:
@@ -41,17 +40,14 @@ def page(device: str) -> str:
     if found["training"]:
         check_same_run(found["training"]["run"], *(found[name] for name in ("export", "cache") if found[name]))
     cards, published = read_record("cards.yaml"), read_record("../reports/reference.yaml")["dagformer"]["timing"]
-    moe, cache, dag, step = (found[name] for name in ("moe", "cache", "dag", "step"))
     values = found | {
         "device": device,
         "published": published,
         "published_card": PUBLISHED_CARD,
         "goals": goals(found, device),
         "machines": {name: record["machine"] for name, record in found.items() if record and "machine" in record},
-        "models": models(moe, cards.get(moe["machine"]["processor"])) if moe else [],
-        "cells": at_a_third(cache) if cache else [],
-        "sizes": [row for result in dag["results"] for row in sizes(result)] if dag else [],
-        "card": cards.get(step["machine"]["processor"]) if step else None,
+        "cells": at_a_third(found["cache"]) if found["cache"] else [],
+        "cards": {name: cards.get(found[name]["machine"]["processor"]) for name in ("moe", "step") if found[name]},
         "other_card": cards[PUBLISHED_CARD],
     }
     return render("gpu.md", values)
@@ -96,35 +92,9 @@ def _fastest(values: dict[str, float], name: str, best: Any) -> float:
     return best((values[key] for key in (name, f"{name}_compiled") if key in values), default=math.nan)
 
 
-def models(moe: Record, card: Record | None) -> list[dict[str, Any]]:
-    """A row for each trained model, with its utilisation of the card's published peak where that is known."""
-    rows = []
-    for name, model in moe["training"]["models"].items():
-        row = {"model": name, "utilisation": None} | dict.fromkeys(MODEL) | model
-        if card and "failed" not in model:
-            flops = row["tokens_per_second"] * moe["training"]["flops_per_token"]
-            row["utilisation"] = flops / (card["bf16_tflop_per_second"] * 1e12)
-        rows.append(row)
-    return rows
-
-
 def at_a_third(cache: Record) -> list[Record]:
     """The rows at the capacity nearest to a third of the experts."""
     return [row for row in cache["rows"] if row["capacity"] == cache["capacity_nearest_a_third"]]
-
-
-def sizes(result: Record) -> list[dict[str, Any]]:
-    """A row for each candidate at one size; one that failed has only the reason."""
-    shape = ", ".join(f"{result['size'][key]:,}" for key in "LHDBT")
-    rows = []
-    for name, row in result["candidates"].items():
-        forward, both = row["forward"], row["forward_backward"]
-        times = {"forward": forward["milliseconds"], "both": both["milliseconds"]}
-        ratios = {"forward_to_dense": forward["ratio_to_dense"], "both_to_dense": both["ratio_to_dense"]}
-        rows.append({"name": name, **times, **ratios, "peak": row.get("forward_backward_peak_mib"), "failed": None})
-    nothing = dict.fromkeys(("forward", "both", "forward_to_dense", "both_to_dense", "peak"))
-    rows += [{"name": name, **nothing, "failed": reason} for name, reason in result["failed"].items()]
-    return [{"shape": shape, **row} for row in rows]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,13 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import torch
+from accelerate import Accelerator
+from torch import nn
 from tqdm import tqdm
+
+from dynaroute.config.training import Training
+from dynaroute.training.loop import Batch
+from dynaroute.training.schedules import decay_groups
 
 Key, Result = TypeVar("Key", bound=Hashable), TypeVar("Result")
 
@@ -66,6 +72,25 @@ def ratios(ones: Sequence[float], others: Sequence[float]) -> list[float]:
 def show(rows: Sequence[Mapping[str, Any]], *names: str) -> None:
     """Prints some columns of a table."""
     print(pd.DataFrame(rows, columns=list(names)).to_string(index=False, float_format="{:.4g}".format))
+
+
+def training_step(
+    model: nn.Module, objective: Any, batches: Sequence[Batch], training: Training, accelerator: Accelerator
+) -> Callable[[], None]:
+    """One optimizer step on batches, as the training loop takes it."""
+    groups = decay_groups(model, training.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=tuple(training.betas), fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+
+    def step() -> None:
+        for batch in batches:
+            accelerator.backward(objective.loss(model, batch, 0)[0] / len(batches))
+        accelerator.clip_grad_norm_(model.parameters(), training.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 def failure(step: Callable[[], object]) -> str | None:

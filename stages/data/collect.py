@@ -2,9 +2,9 @@
 
     python stages/data/collect.py docs
 
-Of a corpus of kind dolma_stream, which is read when it is tokenized, it lists the addresses instead.
+A corpus of kind dolma_stream is read when it is tokenized; for it, only the addresses are listed.
 
-It first refuses what the corpus, or DAGFormer if it is trained on it, names and is not there, or not pinned.
+First it refuses anything missing or not pinned to a revision that the corpus names, or DAGFormer if it trains on it.
 
 Reads   params.yaml (corpora.NAME; dagformer.base and dagformer.encoder where dagformer.corpus is NAME)
 Writes  data/raw/NAME/{train,validation,test}.jsonl, metadata.json; or metadata.json alone, with the addresses
@@ -22,7 +22,7 @@ from dynaroute.pipeline.stage import run
 
 def main(settings: Settings, name: str) -> None:
     """Writes the splits and prints their sizes, or lists what is to be read."""
-    for key, section in sections(settings, name).items():  # now, and not after days of downloads
+    for key, section in sections(settings, name).items():  # now rather than after days of downloads
         locate(section, key)
     corpus, folder = settings.corpus(name), Path("data/raw") / name
     if isinstance(corpus.source, DolmaStream):

@@ -2,8 +2,8 @@
 
     python stages/data/identify_tokens.py docs
 
-Training depends on the folder of these files. It cannot depend on the tokens of every corpus in dwr.also_validate_on,
-since `deps` of dvc.yaml cannot loop over a list; nor should it on those of all corpora.
+Training depends on the folder of these files: `deps` in dvc.yaml cannot loop over dwr.also_validate_on, and depending
+on the tokens of all corpora would rerun it too often.
 
 Reads   data/tokens/NAME
 Writes  data/dwr/tokens/NAME.json  SHA-256 of its metadata, which hold those of its shards, and of its tokenizer

@@ -1,4 +1,4 @@
-"""Writes down what stages depend on besides results and settings: their code, and what params.yaml names elsewhere.
+"""Records what stages depend on besides results and settings: their code, and what params.yaml names elsewhere.
 
     python stages/data/locate.py
 
@@ -6,8 +6,8 @@ It runs on every `dvc repro`, and whatever depends on a file that has changed ru
 
 Reads   params.yaml, the scripts and modules of this repository, and what corpora, tokenizers, bases and encoders name
 Writes  data/inputs/code/<script>.json   the hash of the syntax tree of a script, and of each module that it imports
-        data/inputs/<key>.json           for each section of params.yaml that may name packages or files: versions, or
-                                         hashes; `refused` if that cannot be found, for the stage that needs it to say
+        data/inputs/<key>.json           for each section of params.yaml that may name packages or files: versions or
+                                         hashes, or `refused` with the reason
 """
 
 import json
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from dynaroute.config import Settings
-from dynaroute.config.schema import Section
 from dynaroute.data.locate import locate, sections
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.closure import SOURCES, closures
@@ -31,19 +30,15 @@ def main(settings: Settings) -> None:
         write(INPUTS / "code" / f"{name}.json", modules)
     named = {key: section for corpus in settings.corpora for key, section in sections(settings, corpus).items()}
     for key, section in named.items():
-        write(INPUTS / f"{key}.json", state(section, key))
-
-
-def state(section: Section, key: str) -> dict[str, Any]:
-    """What a section names, or why that cannot be found: other stages may need nothing of it."""
-    try:
-        return locate(section, key)
-    except DynarouteError as error:
-        return {"refused": str(error)}
+        try:
+            found = locate(section, key)
+        except DynarouteError as error:  # reported by a stage that needs the section
+            found = {"refused": str(error)}
+        write(INPUTS / f"{key}.json", found)
 
 
 def write(path: Path, data: dict[str, Any]) -> None:
-    """Writes JSON, not forced to disk: DVC removes it before it runs this stage the next time."""
+    """Writes JSON without forcing it to disk: DVC removes it before the next run of this stage."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=2) + "\n")
 

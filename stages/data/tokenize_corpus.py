@@ -2,11 +2,10 @@
 
     python stages/data/tokenize_corpus.py docs
 
-Not `tokenize.py`: Python looks into a script's own folder first, so every script here would then import this file
-where the standard library means its own module `tokenize`.
+It is not called `tokenize.py`, since scripts in this folder would then import it in place of Python's own `tokenize`.
 
-A corpus of kind dolma_stream is downloaded here, and its text not kept; a run that was stopped goes on from where it
-was, in .scratch/tokenize_corpus/.
+A corpus of kind dolma_stream is downloaded here, and its text is not kept. A stopped run resumes from
+.scratch/tokenize_corpus/.
 
 Reads   params.yaml (corpora.NAME.tokenizer), data/raw/NAME
 Writes  data/tokens/NAME/{train,validation,test}-*.npy, metadata.json, tokenizer/
@@ -27,7 +26,7 @@ from dynaroute.pipeline.stage import run
 def main(settings: Settings, name: str) -> None:
     """Writes the tokens and prints their number."""
     corpus, collected, tokens = settings.corpus(name), Path("data/raw") / name, Path("data/tokens") / name
-    # First, since what is not here is not asked of the hub.
+    # First, so that nothing unpinned is fetched from the hub.
     tokenizer = corpus.tokenizer.model_dump() | locate(corpus.tokenizer, f"corpora.{name}.tokenizer")
     if isinstance(corpus.source, DolmaStream):
         identity = {"collected": sha256(collected / "metadata.json"), "tokenizer": tokenizer}

@@ -1,4 +1,4 @@
-"""Collects what the systems' reports say: the numbers people ask for first, and the page of times and memory.
+"""Collects parts of both systems' reports: the main numbers, and the page of times and memory.
 
     python stages/summary/summarize.py
 

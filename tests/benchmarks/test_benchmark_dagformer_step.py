@@ -45,7 +45,7 @@ def test_a_step_trains_the_predictor_and_leaves_the_base(monkeypatch):
     torch.manual_seed(0)
     graph = DagForward(benchmark.new_base(settings.dagformer.base, 30, 8, 0).eval())
     predictor = StructurePredictor(variant, 3, 2, 12)
-    step = benchmark.training_step(predictor, graph, variant, 8, "cpu")
+    step = benchmark.predictor_step(predictor, graph, variant, 8, "cpu")
     before = [p.detach().clone() for model in (predictor, graph.base) for p in model.parameters()]
     step()
     after = [p for model in (predictor, graph.base) for p in model.parameters()]

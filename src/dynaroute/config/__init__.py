@@ -1,7 +1,7 @@
-"""params.yaml -> validated, typed, immutable settings.
+"""Reads params.yaml as validated, typed, immutable settings.
 
-Every stage loads the whole file, so that a mistake anywhere stops the pipeline before expensive work. The classes
-hold no defaults: params.yaml is the only place that holds values, and a test pins its keys to these classes.
+Every stage loads the whole file, so a mistake anywhere stops the pipeline before expensive work. The classes have no
+defaults: all values are in params.yaml, and a test pins its keys to these classes.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from dynaroute.errors import DynarouteError
 
 
 def _a_command(line: str) -> str:
-    with contextlib.suppress(ValueError):  # a quotation that does not end
+    with contextlib.suppress(ValueError):  # an unterminated quotation
         if shlex.split(line):
             return line
     raise PydanticCustomError("not_a_command", "must be a command, such as python")
@@ -34,14 +34,14 @@ class Settings(Variant):
     num_threads: Annotated[int, Field(gt=0, le=MAX_THREADS)]
     corpora: dict[Name, Corpus]
     dwr: DWR
-    # Overrides: of the reference on `dwr` and `seed`, of every other run on the reference.
+    # The reference overrides `dwr` and `seed`; every other run overrides the reference.
     dwr_runs: dict[Name, dict[str, Any]]
     export_experts: ExportExperts
     trace_routing: TraceRouting
     benchmark_cache: BenchmarkCache
     simulate_cache: SimulateCache
     dagformer: DAGFormer
-    variants: dict[Name, dict[str, Any]]  # `from`: what it starts from, a base or another variant; the rest: overrides
+    variants: dict[Name, dict[str, Any]]  # `from`: a base or another variant; the rest are overrides
     analysis: Analysis
 
     @model_validator(mode="after")
@@ -81,7 +81,7 @@ class Settings(Variant):
         return self
 
     def _must_have(self, section: str, named: dict[str, list[Any]]) -> None:
-        """Refuses a name, under its key, that a section does not have."""
+        """Refuses names, given by key, that a section does not have."""
         known = list(getattr(self, section))
         for key, names in named.items():
             for name in names:
@@ -91,8 +91,9 @@ class Settings(Variant):
     def _check_dwr_runs(self) -> None:
         if "reference" not in self.dwr_runs:
             raise invalid("dwr_runs", list(self.dwr_runs), "must have a reference, which the others override")
-        for name in sorted(self.dwr_runs, key=lambda name: name != "reference"):  # whose mistakes are those of all
-            # Also where it is the reference's: a run's stage depends on the tokens of the corpus that it names.
+        # The reference first: the other runs inherit its mistakes.
+        for name in sorted(self.dwr_runs, key=lambda name: name != "reference"):
+            # Every run must name its corpus, since its stage depends on that corpus's tokens.
             self._must_have("corpora", {f"dwr_runs.{name}.corpus": [self.dwr_runs[name].get("corpus")]})
             self._check_knobs("dwr_runs", name, DWRRun)
 
@@ -147,10 +148,10 @@ class Settings(Variant):
         return entries[name]
 
     def _knobs(self, section: str, name: str) -> dict[str, Any]:
-        """The knobs of what an entry of `variants` or `dwr_runs` starts from, with the entry's overrides.
+        """The knobs of a variant or DWR run: those that it starts from, with its overrides.
 
-        A variant starts from P1, or from the variant that it resumes: at that one's final tau and lambda. A DWR run
-        starts from the reference, which starts from `dwr`.
+        A variant starts from P1, or from the variant it resumes, at that one's final tau and lambda. A DWR run starts
+        from the reference, and the reference from `dwr`.
         """
         overrides = dict(self._named(section, name))
         if section == "variants":
@@ -166,17 +167,13 @@ class Settings(Variant):
 
 
 def _overridden(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Values with overrides; of a mapping in both, key by key."""
+    """Values with overrides; mappings in both are merged key by key."""
     both = {key for key, own in overrides.items() if isinstance(own, dict) and isinstance(values.get(key), dict)}
     return values | overrides | {key: _overridden(values[key], overrides[key]) for key in both}
 
 
 def load_settings(path: str | Path = "params.yaml") -> Settings:
-    """Reads and validates all settings.
-
-    Raises:
-        DynarouteError: with one line that names the key, its value and what is allowed.
-    """
+    """Reads and validates all settings. Raises DynarouteError, naming the key, its value and what is allowed."""
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise DynarouteError(f"{path}: must be a mapping of settings, not {type(data).__name__}")

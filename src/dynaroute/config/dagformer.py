@@ -85,7 +85,7 @@ class HubEncoder(Hosted):
 
 
 class DAGFormer(Section):
-    """What all DAGFormer variants share: the base, the text, and what is evaluated."""
+    """Settings that all DAGFormer variants share: the base, the text, and the evaluation."""
 
     corpus: str
     seq_len: Annotated[int, Field(ge=2, le=2**20)]  # tokens of a window
@@ -149,7 +149,7 @@ class Variant(Training):
         return self
 
     def given_by_weights(self) -> dict[str, str]:
-        """In words, by knob, what trained weights decide: which tensors there are, and what only initialises some."""
+        """In words, by knob, what trained weights fix: which tensors there are, and how some were initialised."""
         learnable = self.cascade == "learnable"
         return {
             **{key: str(getattr(self, key)) for key in ("predictor_input", "predictor_hidden", "rank", "init_logit")},

@@ -1,11 +1,10 @@
-"""Settings of text and tokens: corpora, their sources, splits and tokenizers, and what the hub has under an id."""
+"""Settings of corpora: their sources, splits and tokenizers, on disk or on the hub."""
 
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from dynaroute.config.schema import Distinct, Fraction, NonNegative, Positive, Section, chosen_by_kind, invalid
 from dynaroute.errors import DynarouteError
@@ -13,10 +12,10 @@ from dynaroute.pipeline.scratch import hint_of_copy
 
 
 class Hosted(Section):
-    """What the hub has under an id, or a local directory holds."""
+    """A model, tokenizer or dataset under an id of the hub, or in a local directory."""
 
     path: Annotated[str, Field(min_length=1)]
-    revision: str | None  # a commit hash, so that nothing can change under a finished run; null for a local directory
+    revision: str | None  # a commit hash, which pins the content; null for a local directory
 
     @model_validator(mode="after")
     def _a_local_directory_has_no_revisions(self) -> Self:
@@ -25,7 +24,7 @@ class Hosted(Section):
         return self
 
     def refuse_unpinned(self, key: str) -> None:
-        """Raises DynarouteError if this is no folder here and has no revision; `key` is what the line begins with."""
+        """Raises DynarouteError if this is neither a local folder nor has a revision; `key` starts the message."""
         if self.revision is not None or Path(self.path).is_dir():
             return
         if (hint := hint_of_copy(self.path)) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.path):
@@ -38,7 +37,7 @@ class Hosted(Section):
 
 
 class HostedData(Hosted):
-    """A dataset among what is hosted; the rest are models and their tokenizers."""
+    """A hosted dataset; the others are models and tokenizers."""
 
 
 class Domain(Section):
@@ -49,7 +48,7 @@ class Domain(Section):
 
 
 class InstalledText(Section):
-    """Text of several kinds that installed packages bring: a corpus without a network. `source` is the domain."""
+    """Text from files of installed packages, without a network; a document's `source` is its domain."""
 
     kind: Literal["installed_text"]
     characters: Positive  # of each domain, or all there are
@@ -57,7 +56,7 @@ class InstalledText(Section):
 
     @property
     def packages(self) -> list[str]:
-        """The importable names of the packages that it is read from, sorted."""
+        """The importable names of the packages it reads, sorted."""
         return sorted({path.partition("/")[0] for domain in self.domains.values() for path in domain.paths})
 
 
@@ -67,14 +66,14 @@ class Hub(HostedData):
     kind: Literal["hub"]
     name: str | None  # the dataset's configuration
     text_column: str
-    rows: Literal["documents", "joined"]  # joined: all rows of a split, two newlines between, are one document
+    rows: Literal["documents", "joined"]  # joined: all rows of a split are one document, with two newlines between rows
 
 
 class Dolma(Section):
-    """JSON lines in Dolma's format, {id, text, source, ...}, compressed by gzip or zstd, found by local glob patterns.
+    """Local files of JSON lines in Dolma's format, {id, text, source, ...}, compressed by gzip or zstd.
 
-    Of documents with the same id and source the first is kept, and the number of the others reported. Blank lines are
-    skipped. A damaged line, or one whose text is null, stops the stage: it is named, never left out.
+    Of documents with the same id and source the first is kept, and the others are counted. Blank lines are skipped. A
+    damaged line, or one whose text is null, stops the stage with an error that names it.
     """
 
     kind: Literal["dolma"]
@@ -94,10 +93,10 @@ class DolmaStream(HostedData):
 
 
 class Files(Section):
-    """Local UTF-8 text files found by glob patterns, a document each; `source` is the name of its folder.
+    """Local UTF-8 text files, one document each; `source` is the name of the file's folder.
 
-    A document's id, by which it is split, is its path from the working directory; or, where an absolute pattern found
-    it, from the last folder before the first wildcard, so that it does not matter where that folder lies.
+    A document's id, which decides its split, is its path from the working directory; under an absolute pattern, its
+    path from the last folder before the first wildcard, so that the place of that folder does not matter.
     """
 
     kind: Literal["files"]
@@ -121,10 +120,9 @@ class Split(Section):
 
 
 class Region(Section):
-    """Documents held out by their place in the corpus: `skip` for training, then these, then the rest for training.
+    """Documents held out by their place in the corpus; those before and after the region are for training.
 
-    They are the same ones however many documents follow, so that a longer corpus never trains on what
-    a shorter one held out.
+    They do not depend on how many documents follow: a longer corpus never trains on what a shorter one held out.
     """
 
     skip: NonNegative  # documents before the region
@@ -132,26 +130,19 @@ class Region(Section):
     test: NonNegative  # documents, after those for validation
 
 
-# official: the train, validation and test splits of a hub dataset. Told apart by type and key, so that a mistake in
-# the shares is reported as such.
-def _official_or_a_mapping(data: Any) -> Any:
-    if data != "official" and not isinstance(data, dict | Split | Region):
-        raise PydanticCustomError("not_a_split", "must be official, or a mapping with the keys validation, test")
-    return data
+def _kind_of_split(value: Any) -> str | None:
+    """By type and key, so that a mistake in a mapping is reported for the right kind."""
+    if isinstance(value, dict | Split | Region):
+        return "region" if isinstance(value, Region) or (isinstance(value, dict) and "skip" in value) else "shares"
+    return "official" if value == "official" else None
 
 
-def _kind_of_split(value: Any) -> str:
-    if isinstance(value, str):
-        return "official"
-    return "region" if isinstance(value, Region) or (isinstance(value, dict) and "skip" in value) else "shares"
-
-
+# official: the train, validation and test splits of a hub dataset.
+Official = Annotated[Literal["official"], Tag("official")]
+NOT_A_SPLIT = ("not_a_split", "must be official, or a mapping with the keys validation, test")
 HeldOut = Annotated[
-    Annotated[Literal["official"], Tag("official")]
-    | Annotated[Split, Tag("shares")]
-    | Annotated[Region, Tag("region")],
-    Discriminator(_kind_of_split),
-    BeforeValidator(_official_or_a_mapping),
+    Official | Annotated[Split, Tag("shares")] | Annotated[Region, Tag("region")],
+    Discriminator(_kind_of_split, *NOT_A_SPLIT),
 ]
 
 
@@ -171,8 +162,8 @@ class GPT2(Section):
 class HubTokenizer(Hosted):
     """The fast tokenizer of a hub id or a local directory.
 
-    One that splits text first, as GPT-2's, Llama 3's, OLMo 2's or Qwen's do, reads documents of any length in pieces.
-    Any other, such as Llama 2's, reads them whole, up to four million characters.
+    If it splits text first, as GPT-2's, Llama 3's, OLMo 2's or Qwen's do, it reads documents of any length in pieces.
+    Others, such as Llama 2's, read documents whole, up to four million characters.
     """
 
     kind: Literal["hub"]

@@ -21,7 +21,7 @@ from dynaroute.config.training import EpochTraining
 
 
 class DWRArchitecture(Section):
-    """The sizes of a DWR model but for its vocabulary, which comes from the tokens."""
+    """The sizes of a DWR model, except its vocabulary, which comes from the tokens."""
 
     d_model: Size
     d_ff: Size  # hidden width of one expert
@@ -52,14 +52,14 @@ class DWR(DWRArchitecture):
     """The DWR model and its training."""
 
     corpus: str
-    # Corpora on all of whose training split the loss is recorded too; they are not trained on.
+    # The loss is also recorded on the whole training split of these corpora, which are not trained on.
     also_validate_on: Annotated[list[str], Distinct]
     balance_coefficient: LossWeight
     training: EpochTraining
 
 
 class DWRRun(DWR):
-    """A DWR model that is trained for comparison with others like it: on some of the text, scored on some of it."""
+    """A DWR model that is trained and scored on part of the text, for comparison with others like it."""
 
     train_windows: Positive | None  # evenly spaced over the training split; null: all
     validation_windows: Positive | None  # likewise; also of the training text, for its loss
@@ -80,10 +80,10 @@ PrefetchName = Literal["none", "frequency", "transition", "gate"]
 
 
 class ExportExperts(Section):
-    """How experts are stored, and what is found out about them meanwhile."""
+    """How experts are stored, and measured when they are exported."""
 
     precision: Precision  # of the experts' weights on disk; only fp32 is exact
-    calibration_windows: Positive  # of the validation split: for transitions, and the loss that precisions cost
+    calibration_windows: Positive  # of the validation split: for transitions, and the loss due to lower precisions
 
 
 class TraceRouting(Section):
@@ -111,7 +111,7 @@ class BenchmarkCache(Section):
 
 
 class SimulatedMachine(Section):
-    """Where experts come from, and what computes with them; decoding is bound by bytes."""
+    """A machine that reads experts and computes with them; decoding is bound by bytes."""
 
     read_gb_per_second: Moderate
     read_latency_us: NonNegativeFloat  # of each expert
@@ -119,7 +119,7 @@ class SimulatedMachine(Section):
 
 
 class SimulatedModel(Section):
-    """The sizes of a model whose routing is that of the trace."""
+    """The sizes of a model that routes as in the trace."""
 
     expert_mib: Moderate
     dense_mib: Moderate  # of a layer besides its experts, and its part of embedding and output

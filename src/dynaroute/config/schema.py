@@ -1,4 +1,4 @@
-"""What settings are made of: types of values, strictly typed sections, and mistakes explained in one line."""
+"""Building blocks of settings: value types, strictly typed sections, and mistakes explained in one line."""
 
 import difflib
 from pathlib import Path
@@ -13,18 +13,18 @@ from dynaroute.errors import DynarouteError
 MAX_SEED = 2**63 - 1
 MAX_THREADS = 1024
 TEMPERATURES = (1e-6, 1e6)  # float32 holds these, their inverses, and products with logits and gradients
-SMALLEST = 1e-12  # but for 0: float32 holds its square, and a mistyped exponent is noticed
+SMALLEST = 1e-12  # except 0: float32 holds its square, and a mistyped exponent is noticed
 
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
 Size = Annotated[int, Field(gt=0, le=2**20)]  # of a tensor; no model has a larger width, or more layers or experts
 NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
-TwoOrMore = Annotated[int, Field(ge=2, lt=2**31)]  # for what needs a spread
+TwoOrMore = Annotated[int, Field(ge=2, lt=2**31)]  # for samples whose spread is estimated
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # becomes a folder's name
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
-Moderate = Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]  # for what is divided by
+Moderate = Annotated[float, Field(ge=TEMPERATURES[0], le=TEMPERATURES[1])]  # for temperatures and other divisors
 LossWeight = Annotated[float, Field(ge=0, le=1e6)]
 
 
@@ -88,18 +88,19 @@ def chosen_by_kind(union: Any) -> Any:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """YAML 1.2, in which the `1e-05` that DVC writes is a float (PyYAML reads YAML 1.1, and a string).
-
-    Raises:
-        DynarouteError: the file is missing or is not YAML.
-    """
+    """Reads YAML 1.2, in which DVC's `1e-05` is a float; to PyYAML's 1.1 it is a string. Raises DynarouteError."""
     try:
         return YAML(typ="safe", pure=True).load(Path(path).read_text("utf-8"))
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DynarouteError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except (YAMLError, ValueError, IndexError, RecursionError) as error:  # not only YAMLError: of numbers and dates
+    except (
+        YAMLError,
+        ValueError,
+        IndexError,
+        RecursionError,
+    ) as error:  # numbers and dates raise others than YAMLError
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
         problem = str(getattr(error, "problem", error)).partition("\n")[0]
@@ -107,8 +108,8 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def one_line(error: ValidationError, data: Any) -> str:
-    """The first problem as "key = value: what is allowed", and how many other keys have one."""
-    problems: dict[str, list[str]] = {}  # what is allowed, by key and value: a union has an answer for each member
+    """The first problem as "key = value: what is allowed", and the number of other keys with a problem."""
+    problems: dict[str, list[str]] = {}  # allowed values by key and value: each member of a union gives an answer
     for problem in error.errors():
         keys, value, allowed = _key_of(problem, data), _shown(problem["input"]), problem["msg"]
         allowed = allowed[0].lower() + allowed[1:]
@@ -127,7 +128,7 @@ def one_line(error: ValidationError, data: Any) -> str:
 
 
 def _key_of(problem: Any, data: Any) -> list[str]:
-    """The path of keys in the file: a problem's location also holds the tags of unions, which are not keys."""
+    """The path of keys in the file; a problem's location also contains tags of unions, which are not keys."""
     keys, at = [], data
     for part in problem["loc"]:
         if (isinstance(at, dict) and part in at) or (isinstance(at, list) and isinstance(part, int)):

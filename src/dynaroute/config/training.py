@@ -1,4 +1,4 @@
-"""Settings of the one training loop, whatever it trains."""
+"""Settings of the training loop, which both systems share."""
 
 from typing import Annotated, Literal, Self
 
@@ -18,7 +18,7 @@ from dynaroute.config.schema import (
 
 
 class Training(Section):
-    """What the one training loop needs to know, whatever it trains, but for how long."""
+    """Settings of the training loop, except for how long it trains."""
 
     batch_size: Size  # sequences per optimizer step, over all processes
     micro_batch_size: Size  # sequences per forward pass of one process; the rest is gradient accumulation

@@ -29,9 +29,11 @@ def hash_files(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
         known = read_notes(notes)
         before = dict(known)
         for name, path in tqdm(files.items(), desc="hash", unit="file", delay=2, disable=None):
-            key, now, state = os.fsencode(path.absolute()).decode("latin-1"), time.time_ns(), _state(path)
+            key, now, stat = os.fsencode(path.absolute()).decode("latin-1"), time.time_ns(), path.stat()
+            times = {"modified": stat.st_mtime_ns, "changed": stat.st_ctime_ns}
+            state = {"bytes": stat.st_size, **times, "inode": stat.st_ino}
             if known.get(key, [None])[0] != state:
-                settled = max(state["modified"], state["changed"]) < now - SETTLED
+                settled = max(times.values()) < now - SETTLED
                 known[key] = [state if settled else None, sha256(path)]
             name = name.encode(errors="backslashreplace").decode()  # JSON needs UTF-8
             found[name] = {"bytes": state["bytes"], "sha256": known[key][1]}
@@ -47,8 +49,3 @@ def read_notes(path: Path) -> dict[str, Any]:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-
-
-def _state(path: Path) -> dict[str, int]:
-    state = path.stat()
-    return {"bytes": state.st_size, "modified": state.st_mtime_ns, "changed": state.st_ctime_ns, "inode": state.st_ino}

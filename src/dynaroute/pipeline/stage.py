@@ -55,12 +55,12 @@ def run(main: Callable[..., None], doc: str, *arguments: str, launched: bool = F
 
 
 def _launch(settings: Settings) -> None:
-    """Becomes the launcher, keeping the process id, so that signals reach it. Raises DynarouteError if it is absent."""
+    """Becomes the launcher and keeps the process id, so signals reach it. Raises DynarouteError if it is missing."""
     if settings.launcher == "python" or not os.environ.keys().isdisjoint({LAUNCHED, "RANK"}):  # RANK: by hand
         return
     command = [*shlex.split(settings.launcher), *sys.argv]
     found = shutil.which(command[0])
-    if found and _is_script_of_this_python(Path(found)):
+    if found and Path(found).parent == Path(sys.executable).parent and _is_python_script(Path(found)):
         command = [sys.executable, "-m", "dynaroute.pipeline.launcher", found, *command[1:]]
     try:
         os.execvpe(command[0], command, os.environ | {LAUNCHED: "1"})
@@ -69,9 +69,7 @@ def _launch(settings: Settings) -> None:
         raise DynarouteError(f"params.yaml: launcher = {settings.launcher!r}: {found}") from error
 
 
-def _is_script_of_this_python(path: Path) -> bool:
-    if path.parent != Path(sys.executable).parent:
-        return False
+def _is_python_script(path: Path) -> bool:
     with path.open("rb") as file:
         first = file.read(200)
     return first.startswith(b"#!") and b"python" in first

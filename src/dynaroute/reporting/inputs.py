@@ -22,11 +22,7 @@ def read_checkpoint(path: str | Path) -> tuple[Record, Record]:
 
 
 def read_csv(path: str | Path, columns: list[str], names: list[str] | None = None) -> "pd.DataFrame":
-    """Reads CSV, and checks that every row has a number in each of `columns` and a value in each of `names`.
-
-    Raises:
-        DynarouteError: the file or one of the columns is missing or damaged.
-    """
+    """Reads CSV. Raises DynarouteError unless every row has numbers in all `columns` and values in all `names`."""
     import pandas as pd
 
     try:

@@ -134,16 +134,12 @@ def split_of(id_hash: int, number: int, split: Split | Region) -> str:
 
 
 def refuse_unfilled_splits(name: str, split: HeldOut, found: dict[str, int], names: Iterable[str] = ()) -> None:
-    """Refuses a corpus with an empty split that should hold documents, or that ends within its region.
+    """Raises DynarouteError if a split that should hold documents is empty, or the corpus ends within its region.
 
     Args:
-        name: the corpus.
         split: what should be held out.
         found: documents by split.
-        names: its official splits.
-
-    Raises:
-        DynarouteError: naming the split.
+        names: of official splits.
     """
     for part in SPLITS:
         wanted = None if split == "official" or part == "train" else getattr(split, part)

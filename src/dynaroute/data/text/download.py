@@ -63,7 +63,8 @@ def fetch_compressed(address: str, path: Path, stop: threading.Event) -> None:
             failures = 0 if size >= furthest + LEAST_BYTES else failures + 1
             furthest = max(furthest, size)
             if isinstance(error, _FailureError):
-                download.begin_anew()
+                part.unlink(missing_ok=True)
+                download.total = None
             if failures >= FAILURES:
                 reason = " ".join(str(error).split())[:200]
                 raise DynarouteError(
@@ -86,11 +87,6 @@ class _Download:
         self.address, self.part = address, part
         self.total: int | None = None  # bytes; None: not stated yet
         self.damaged: str | None = None  # SHA-256 of the last complete but damaged content
-
-    def begin_anew(self) -> None:
-        """Drops what was downloaded."""
-        self.part.unlink(missing_ok=True)
-        self.total = None
 
     def resume(self, stop: threading.Event) -> None:
         """Requests the rest of the file once, and appends it to `part`.

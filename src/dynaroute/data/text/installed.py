@@ -25,8 +25,7 @@ RUN = 12  # consecutive words that, seen before, are a repetition
 def version(package: str) -> str:
     """The installed version of a package, without a local tag such as `+cpu`, which does not change its text.
 
-    Raises:
-        DynarouteError: the package is not installed.
+    Raises DynarouteError if the package is not installed.
     """
     try:
         found = importlib.metadata.version(package)

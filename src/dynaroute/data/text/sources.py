@@ -44,7 +44,8 @@ def documents(source: Source) -> Iterator[Document]:
     """
     match source:
         case InstalledText():
-            return _installed_documents(source)
+            pages = installed.pages(source)
+            return (part for domain, page_id, text in pages for part in parts(page_id, domain, [text].__iter__))
         case Hub():
             return _hub_documents(source)
         case Dolma():
@@ -121,19 +122,11 @@ def matched_files(patterns: list[str]) -> dict[Path, str]:
         if not found:
             hint = hint_of_copy(pattern)
             raise DynarouteError(f"paths: {pattern!r} matches no file (seen from {Path.cwd()}){hint}")
-        start = _last_fixed_folder(path).parent if path.is_absolute() else Path()
+        fixed = next(folder for folder in path.parents if not set("*?[") & set(str(folder)))
+        start = fixed.parent if path.is_absolute() else Path()
         for file in found:
             names.setdefault(file, file.relative_to(start).as_posix())
     return dict(sorted(names.items(), key=lambda item: item[1]))
-
-
-def _last_fixed_folder(pattern: Path) -> Path:
-    return next(folder for folder in pattern.parents if not set("*?[") & set(str(folder)))
-
-
-def _installed_documents(source: InstalledText) -> Iterator[Document]:
-    for domain, page_id, text in installed.pages(source):
-        yield from parts(page_id, domain, [text].__iter__)
 
 
 def _hub_documents(source: Hub) -> Iterator[Document]:
@@ -258,11 +251,7 @@ def is_zstd(beginning: bytes) -> bool:
 
 
 def parse_document(line: str | bytes, place: str) -> dict[str, Any]:
-    """The fields of a JSON line {id, text, source, ...}, these three being strings.
-
-    Raises:
-        DynarouteError: naming the place, if the line is not such an object.
-    """
+    """The fields of a JSON line {id, text, source, ...}. Raises DynarouteError, naming the place, if it is no such."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:  # the latter if it is nested a thousand levels deep

@@ -66,20 +66,13 @@ def main_documents(shards: TokenShards, seq_len: int, windows: list[int]) -> np.
 
 
 def spread_windows(shards: TokenShards, seq_len: int, most: int) -> list[int]:
-    """Windows of T tokens that lie within one document each, spread evenly over the documents of a split.
-
-    Args:
-        shards: a split.
-        seq_len: T.
-        most: windows wanted; all that there are, if there are fewer.
-    """
-    whole = windows_of_documents(shards, seq_len)
-    pools = [np.flatnonzero(whole == document).tolist() for document in np.unique(whole[whole >= 0])]
-    return list(chain.from_iterable(evenly(pools, min(most, sum(map(len, pools))))))
+    """At most `most` windows of T tokens that lie within one document each, spread evenly over a split's documents."""
+    documents = windows_of_documents(shards, seq_len)
+    return _draw(_by_document(np.flatnonzero(documents >= 0), documents), most)
 
 
 def window_sources(shards: TokenShards, seq_len: int, windows: list[int]) -> np.ndarray:
-    """The source that most tokens of each given window are of, int64 [n], an index into the shards' `sources`."""
+    """The source that has most tokens of each given window, int64 [n], an index into the shards' `sources`."""
     return shards.document_sources[main_documents(shards, seq_len, windows)].astype(np.int64)
 
 
@@ -100,39 +93,37 @@ def evenly(groups: list[list[int]], number: int) -> list[list[int]]:
 
 
 def halves(documents: np.ndarray, sizes: tuple[int, int]) -> list[list[int]]:
-    """Two sets of windows from alternating documents, each evenly chosen over its documents.
+    """Two sets of windows from alternating documents, evenly chosen over documents; at most `sizes` windows in each.
 
-    Args:
-        documents: from `windows_of_documents`.
-        sizes: windows in each set, or all if there are fewer.
-
-    Raises:
-        DynarouteError: there are fewer than two documents for one of them.
+    `documents` comes from `windows_of_documents`. Raises DynarouteError if a set has fewer than two documents.
     """
-    pools = [np.flatnonzero(documents == document).tolist() for document in np.unique(documents[documents >= 0])]
+    pools = _by_document(np.flatnonzero(documents >= 0), documents)
     chosen = []
     for parity, most in enumerate(sizes):
         own = pools[parity::2]
         if len(own) < 2:
             found = f"too few documents of the test split hold a whole window ({len(pools)})"
             raise DynarouteError(f"analysis: {found}: raise corpora's split.test, or lower dagformer.seq_len")
-        chosen.append(list(chain.from_iterable(evenly(own, min(most, sum(map(len, own)))))))
+        chosen.append(_draw(own, most))
     return chosen
 
 
 def followed_windows(documents: np.ndarray, most: int) -> list[int]:
     """At most `most` windows whose next window is of the same document, evenly chosen over documents.
 
-    Args:
-        documents: from `windows_of_documents`.
-        most: `analysis.oracle_windows`.
-
-    Raises:
-        DynarouteError: fewer than two documents have such windows.
+    `documents` comes from `windows_of_documents`. Raises DynarouteError if fewer than two documents have such windows.
     """
     followed = np.flatnonzero((documents[:-1] >= 0) & (documents[:-1] == documents[1:]))
-    pools = [followed[documents[followed] == document].tolist() for document in np.unique(documents[followed])]
+    pools = _by_document(followed, documents)
     if len(pools) < 2:
         found = f"{len(pools)} documents of the test split hold two windows in a row"
         raise DynarouteError(f"analysis.oracle_windows = {most}: {found}, and two are needed")
-    return list(chain.from_iterable(evenly(pools, min(most, len(followed)))))
+    return _draw(pools, most)
+
+
+def _by_document(windows: np.ndarray, documents: np.ndarray) -> list[list[int]]:
+    return [windows[documents[windows] == document].tolist() for document in np.unique(documents[windows])]
+
+
+def _draw(pools: list[list[int]], most: int) -> list[int]:
+    return list(chain.from_iterable(evenly(pools, min(most, sum(map(len, pools))))))

@@ -1,6 +1,6 @@
 """How much of a held-out split also occurs word for word in the training split."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +33,8 @@ def shared_shares(directory: str | Path, splits: Sequence[str]) -> dict[str, flo
         if own.num_tokens <= MAX_HELD_OUT_TOKENS
     }
     found = {split: np.zeros(len(own), bool) for split, own in spans.items()}
-    for chunk in _chunks(training):
-        hashes = span_hashes(chunk)
+    for start in range(0, training.num_tokens, CHUNK):
+        hashes = span_hashes(training.read(start, start + CHUNK + SPAN - 1))  # spans across its end too
         for split, own in spans.items():
             found[split] |= np.isin(own, hashes)
     return dict.fromkeys(splits) | {split: _covered(found[split], held_out[split].num_tokens) for split in spans}
@@ -57,9 +57,3 @@ def span_hashes(tokens: np.ndarray) -> np.ndarray:
         hashes = hashes[:-length] * factor + hashes[length:]
         length *= 2
     return hashes
-
-
-def _chunks(shards: TokenShards) -> Iterator[np.ndarray]:
-    """The stream in parts that overlap by SPAN - 1 tokens, so that every span is in one of them."""
-    for start in range(0, shards.num_tokens, CHUNK):
-        yield shards.read(start, start + CHUNK + SPAN - 1)

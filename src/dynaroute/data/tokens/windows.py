@@ -1,7 +1,7 @@
 """Subsets of a split's windows, the same in every run and every evaluation."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from dynaroute.data.tokens.shards import Windows
 from dynaroute.errors import DynarouteError
@@ -10,22 +10,10 @@ if TYPE_CHECKING:
     import torch
 
 
-class WindowSet(Protocol):
-    """Windows of tokens: `Windows` of a split, or a `Subset` of them."""
-
-    seq_len: int
-
-    def __len__(self) -> int:
-        """The number of windows."""
-
-    def batch(self, indices: Sequence[int]) -> "tuple[torch.Tensor, torch.Tensor]":
-        """Windows as (tokens, targets), both int64 [B, T]. Raises IndexError: there is no such window."""
-
-
 class Subset:
     """Some of a set of windows: window i is window `indices[i]` of the set."""
 
-    def __init__(self, windows: WindowSet, indices: Sequence[int]) -> None:
+    def __init__(self, windows: "WindowSet", indices: Sequence[int]) -> None:
         self.windows, self.seq_len, self.indices = windows, windows.seq_len, indices
 
     def __len__(self) -> int:
@@ -38,6 +26,9 @@ class Subset:
             if not 0 <= index < len(self):
                 raise IndexError(f"window {index} of {len(self)}")
         return self.windows.batch([self.indices[index] for index in indices])
+
+
+WindowSet = Windows | Subset
 
 
 def evenly_spaced(windows: Windows, number: int | None, setting: str) -> Subset:
