@@ -128,6 +128,9 @@ def test_the_analyses_are_what_their_files_say():
     assert "| layers 0 → 3 | +0.0300 [+0.0270, +0.0330] | 11 |" in sensitivity
     assert "keeps 8% of the gain" in sensitivity
     assert "J1 - J0, hard, by the prefix protocol: " in section(text, "7. Joint training")
+    seeds = [row[1:4] for row in table_rows(section(text, "9. Seeds")) if row[0] == "protocol"]
+    assert seeds == [[f"{name} (seed 0)", f"{name}s1 (seed 1)", f"{name}s2 (seed 2)"] for name in ("P1", "C1")]
+    assert "Other variants" not in text  # all of the default ones have a section or a table of their own
 
 
 def test_what_methods_found_on_the_planted_base_stands_beside_what_was_planted():
@@ -213,6 +216,7 @@ def test_a_sentence_follows_what_was_found(change, heading, before, after):
 
 def test_l0_is_said_to_fail_only_where_its_interval_lies_above_zero():
     assert "Yes. The interval of its hard NLL minus P1's lies above zero." in section(page(), "Findings")
+    assert re.search(r"planted base, where edges matter, it costs \+0\.(59|60)\d\d \[", section(page(), "Findings"))
     edit_csv("reports/dagformer/variants.csv", lambda rows: rows.__setitem__("reference_low", -0.001))
     assert "a larger failure cannot show on this base" in section(page(), "Findings")
 
