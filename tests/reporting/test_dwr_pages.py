@@ -233,7 +233,7 @@ CHANGES = {
                       lambda: set_key(RUN_RESULTS / "none.json", "steps", 40)),
     "No clear coefficient": ("dwr_runs", "LRU hits most with λ = 0, 0.335, but a seed of the reference reaches 0.340.",
                              lambda: set_key(RUN_RESULTS / "none.json", "hit_rate.lru", 0.335)),
-    "More hits": ("dwr_runs", "With λ = 0, LRU hits +0.200 [+0.076, +0.324] more than with the reference's λ.",
+    "More hits": ("dwr_runs", "With λ = 0, the hit rate of LRU minus that of the reference is +0.200 [+0.076, +0.324].",
                   lambda: write_balance(0.45, 0.5, 0.55)),
     "Hits unknown": ("dwr_runs", "Whether LRU hits more with λ = 0 cannot be answered at this scale",
                      lambda: write_balance(0.2, 0.5, 0.55)),
