@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynaroute.analysis.nll import wire
+from dynaroute.analysis.nll import TEXTS, first_scored, wire
 from dynaroute.analysis.planted import context, escape, gradient_signs, known_nll, recovery
 from dynaroute.analysis.statistics import paired_difference
 from dynaroute.config import Settings
@@ -38,7 +38,6 @@ from dynaroute.pipeline.stage import run
 from dynaroute.reporting.inputs import read_csv
 
 DATA = Path("data/dagformer")
-SPLITS = {"window": "test", "prefix": "test_prefix"}  # of the embeddings, by protocol
 
 
 def main(settings: Settings) -> None:
@@ -56,8 +55,7 @@ def main(settings: Settings) -> None:
     sources = shards.document_sources[documents].astype(np.int64)
     graph = DagForward(load_base(DATA / "train/planted", settings.device))
     masks, names = load_masks(DATA / "train/planted")
-    first = {"window": 0, "prefix": shared.prefix_tokens - 1}
-    known = known_nll(graph, windows, masks, sources, first)
+    known = known_nll(graph, windows, masks, sources, first_scored(shared.prefix_tokens))
     found = {
         protocol: {
             "nll": {key: float(nll.mean()) for key, nll in own.items()},
@@ -89,7 +87,7 @@ def methods(
         silent = settings.variant(name).model_copy(update={"predictor_input": "none"})
         controls = [other for other in names if other != name and settings.variant(other) == silent]
         found[name] = {"run": record["run"], "control": controls[0] if controls else None}
-        for protocol, split in SPLITS.items():
+        for protocol, split in TEXTS.items():
             wiring = wire(predictor, torch.from_numpy(vectors[split]), predictor.variant.tau_final)
             own = nll[name][protocol]
             found[name][protocol] = {

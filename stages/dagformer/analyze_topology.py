@@ -24,7 +24,7 @@ import torch
 
 from dynaroute.analysis.controls import reading, swapped_nll
 from dynaroute.analysis.domains import describe_domains
-from dynaroute.analysis.nll import wire
+from dynaroute.analysis.nll import TEXTS, first_scored, wire
 from dynaroute.analysis.statistics import paired_difference
 from dynaroute.analysis.topology import jaccard_distances, same_text_test, variation
 from dynaroute.config import Settings
@@ -42,7 +42,6 @@ from dynaroute.reporting.inputs import read_csv
 from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
 
 DATA = Path("data/dagformer")
-SPLITS = {"window": "test", "prefix": "test_prefix"}  # of the embeddings, by protocol
 
 
 def main(settings: Settings, name: str) -> None:
@@ -51,16 +50,16 @@ def main(settings: Settings, name: str) -> None:
     dagformer, analysis = settings.dagformer, settings.analysis
     record, predictor = load_predictor(DATA / "train" / name, settings.device)
     graph = load_graph(DATA / "train", name, record["base"], predictor.variant, settings.device)
-    tau, first = predictor.variant.tau_final, {"window": 0, "prefix": dagformer.prefix_tokens - 1}
+    tau, first = predictor.variant.tau_final, first_scored(dagformer.prefix_tokens)
     shards = TokenShards(Path("data/tokens") / dagformer.corpus, "test")
     windows = variant_windows(shards, dagformer)
     embeddings = load_embeddings(DATA / "embeddings/evaluation")
-    texts = {protocol: torch.from_numpy(embeddings[split]) for protocol, split in SPLITS.items()}
+    texts = {protocol: torch.from_numpy(embeddings[split]) for protocol, split in TEXTS.items()}
     documents = windows_of_documents(shards, windows.seq_len)[windows.indices]
     wirings = {protocol: wire(predictor, vectors, tau) for protocol, vectors in texts.items()}
     stored, state = load_checkpoint(DATA / "eval" / name / "gates.safetensors")
     valid = dag_mask(predictor.num_layers, predictor.num_heads)
-    same = (torch.equal(wirings[protocol].logits[:, valid], stored[f"{protocol}.logits"]) for protocol in SPLITS)
+    same = (torch.equal(wirings[protocol].logits[:, valid], stored[f"{protocol}.logits"]) for protocol in TEXTS)
     rows = read_csv(DATA / "eval" / name / "nll.csv", ["document", *(f"nll_{mode}" for mode in (*MODES, "baseline"))])
     evaluated = {
         protocol: {mode: own[f"nll_{mode}"].to_numpy() for mode in (*MODES, "baseline")}
@@ -68,12 +67,12 @@ def main(settings: Settings, name: str) -> None:
     }
 
     swapped = swapped_nll(graph, windows, wirings, evaluated, first, analysis.swaps)
-    sets = {mode: {protocol: wirings[protocol].gates(mode) for protocol in SPLITS} for mode in MODES}
+    sets = {mode: {protocol: wirings[protocol].gates(mode) for protocol in TEXTS} for mode in MODES}
     report = {
         "run": record["run"],
         "variant": name,
         "n": len(windows),
-        "variation": {protocol: {mode: variation(sets[mode][protocol]) for mode in MODES} for protocol in SPLITS},
+        "variation": {protocol: {mode: variation(sets[mode][protocol]) for mode in MODES} for protocol in TEXTS},
         "same_text": {
             mode: same_text_test(*sets[mode].values(), analysis.permutations, settings.seed)._asdict()
             for mode in MODES
@@ -112,7 +111,7 @@ def main(settings: Settings, name: str) -> None:
     with output_directory(DATA / "analysis" / name) as folder:
         write_json(folder / "topology.json", report)
         scores = rows[["protocol", "window", "document"]].assign(nll_own=rows["nll_soft"])
-        scores["nll_other"] = np.concatenate([swapped[protocol] for protocol in SPLITS])
+        scores["nll_other"] = np.concatenate([swapped[protocol] for protocol in TEXTS])
         write_csv(folder / "swaps.csv", scores.to_dict("records"))
         save_checkpoint(folder / "wirings.safetensors", tensors, state)
 

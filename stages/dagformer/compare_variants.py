@@ -33,7 +33,7 @@ def main(settings: Settings) -> None:
     comparisons = {
         "primary": primary_answers(asked, results.nll, results.documents, of_question, settings.seed),
         "seeds": seed_spread(results.seeds(), results.nll),
-        "control_seeds": seed_spread(results.seeds(CONTROL), results.nll) if CONTROL in results.variants else None,
+        "control_seeds": seed_spread(results.seeds(CONTROL) if CONTROL in results.variants else {}, results.nll),
         "headroom": headroom["base"],
     }
     write_json(DATA / "comparisons.json", comparisons)

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from dynaroute.analysis.controls import equally_dense
-from dynaroute.analysis.nll import BATCH, mean_nll, position_nll, window_nll, wire
+from dynaroute.analysis.nll import BATCH, TEXTS, first_scored, mean_nll, position_nll, wire
 from dynaroute.analysis.topology import measure
 from dynaroute.config import Settings
 from dynaroute.config.dagformer import MODES
@@ -74,18 +74,20 @@ def main(settings: Settings, name: str) -> None:
         raise DynarouteError(
             f"{EMBEDDINGS}: {found} texts, not {expected}: run stages/dagformer/encode_windows.py again"
         )
-    texts = {"window": torch.from_numpy(embeddings["test"]), "prefix": torch.from_numpy(embeddings["test_prefix"])}
-    wirings = {protocol: wire(predictor, vectors, variant.tau_final) for protocol, vectors in texts.items()}
+    wirings = {
+        protocol: wire(predictor, torch.from_numpy(embeddings[texts]), variant.tau_final)
+        for protocol, texts in TEXTS.items()
+    }
     hard = wirings["window"].hard
     order = np.array(read_record(DATA / f"edge_order/{base}.json")["order"])
 
     # NLL of every position [n, T]. A wiring that does not depend on the protocol is run once, and scored by both.
     nll = {"baseline": position_nll(dense, windows, valid.float())}
-    nll["random"] = position_nll(graph, windows, equally_dense(hard, valid, settings.seed))
-    nll["least_gradient"] = position_nll(graph, windows, equally_dense(hard, valid, settings.seed, order))
+    nll["random"] = position_nll(graph, windows, equally_dense(hard, valid, variant.seed))
+    nll["least_gradient"] = position_nll(graph, windows, equally_dense(hard, valid, variant.seed, order))
+    at_one = position_nll(graph, windows, valid.float()) if own_base else None
     rows, metrics, gates = [], {}, {}
-    for protocol, first in {"window": 0, "prefix": shared.prefix_tokens - 1}.items():
-        # Position prefix_tokens - 1, the last one of the prefix, predicts the first token the encoder has not read.
+    for protocol, first in first_scored(shared.prefix_tokens).items():
         wiring = wirings[protocol]
         for mode in MODES:
             adjacency = getattr(wiring, mode)
@@ -103,7 +105,7 @@ def main(settings: Settings, name: str) -> None:
             "cascade_k": None if variant.cascade == "off" else float(predictor.cascade_k),
         }
         if own_base:
-            metrics[protocol]["nll_own_base"] = float(window_nll(graph, windows, valid.float(), first).mean())
+            metrics[protocol]["nll_own_base"] = float(mean_nll(at_one, first).mean())
         gates[f"{protocol}.logits"] = wiring.logits[:, valid]
         gates[f"{protocol}.mean_soft"], gates[f"{protocol}.mean_hard"] = wiring.soft.mean(0), wiring.hard.mean(0)
 

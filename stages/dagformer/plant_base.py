@@ -18,18 +18,14 @@ from pathlib import Path
 import torch
 
 from dynaroute.config import Settings
-from dynaroute.dagformer.bases import new_base
-from dynaroute.dagformer.graph import DagForward
-from dynaroute.dagformer.planted import PlantedObjective, plant_masks, save_masks
-from dynaroute.dagformer.windows import variant_windows
-from dynaroute.data.tokens.documents import window_sources
-from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.dagformer.planted import make_trainer, plant_masks, save_masks
+from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.pipeline.machine import describe_machine, peak_memory
 from dynaroute.pipeline.scratch import run_id, scratch_folder
 from dynaroute.pipeline.stage import run
-from dynaroute.training.loop import Trainer, make_accelerator, steps_in_epochs, with_all_columns
+from dynaroute.training.loop import make_accelerator, with_all_columns
 
 DATA = Path("data/dagformer")
 
@@ -46,38 +42,22 @@ def main(settings: Settings) -> None:
         return
     tokens = Path("data/tokens") / dagformer.corpus
     shards = {split: TokenShards(tokens, split) for split in ("train", "validation")}
-    windows = {split: Windows(own, dagformer.seq_len, keep_tail=False) for split, own in shards.items()}
     names = shards["train"].sources
     if len(names) < 2:
         found = f"corpus {dagformer.corpus} has one source, {names[0]}"
         raise DynarouteError(f"dagformer.planted: {found}: must have two at least, or dagformer.planted be null")
-    validation = variant_windows(shards["validation"], dagformer)
-    chosen = {"train": range(len(windows["train"])), "validation": validation.indices}
-    sources = {split: window_sources(own, dagformer.seq_len, list(chosen[split])) for split, own in shards.items()}
     identity = {
         "planted": wanted.model_dump(),
         "seed": settings.seed,
         "device": settings.device,
         "num_threads": settings.num_threads,
         "seq_len": dagformer.seq_len,
-        "validation_windows": len(validation),
+        "validation_windows": dagformer.validation_windows,
         "tokens": sha256(tokens / "metadata.json"),
     }
-    torch.manual_seed(settings.seed)
-    model = new_base(wanted, shards["train"].padded_vocab_size, dagformer.seq_len, shards["train"].eot_id)
     masks = plant_masks(wanted, len(names), settings.seed)
-    trainer = Trainer(
-        model,
-        PlantedObjective(DagForward(model, trainable=True), wanted, masks, *map(torch.from_numpy, sources.values())),
-        windows["train"],
-        validation,
-        wanted.training,
-        total_steps=steps_in_epochs(wanted.training, len(windows["train"])),
-        accelerator=make_accelerator(settings.device, wanted.training.precision),
-        seed=settings.seed,
-        scratch=scratch_folder("plant_base", run_id(identity)),
-        keep_best=False,
-    )
+    accelerator = make_accelerator(settings.device, wanted.training.precision)
+    trainer = make_trainer(settings, accelerator, shards, masks, scratch_folder("plant_base", run_id(identity)))
     with trainer:
         state = trainer.run()
         with output_directory(DATA / "train/planted") as folder:

@@ -19,6 +19,7 @@ from dynaroute.training.nll import token_nll
 if TYPE_CHECKING:
     from dynaroute.dagformer.predictor import StructurePredictor
 
+TEXTS = {"window": "test", "prefix": "test_prefix"}  # names of the embeddings that a protocol wires by
 BATCH = 8  # windows. A constant: float sums depend on it, and the baseline must not differ between variants
 
 
@@ -34,13 +35,17 @@ class Wiring(NamedTuple):
         return getattr(self, mode)[:, self.logits[0] > -torch.inf]
 
 
+def first_scored(prefix_tokens: int) -> dict[str, int]:
+    """By protocol, the first scored position: for the prefix, the one that predicts the first token not read."""
+    return {"window": 0, "prefix": prefix_tokens - 1}
+
+
 def mean_nll(nll: Tensor, first: int = 0) -> np.ndarray:
     """Mean NLL of each window over its scored positions, in nats per token, float64 [n].
 
     Args:
         nll: [n, T] float32, from `token_nll`.
-        first: the first scored position. For an encoder that has read tokens 0 .. p-1 it is p - 1: that position
-            predicts token p, the first one that the encoder has not read.
+        first: the first scored position.
     """
     scored = nll.double()
     scored[:, :first] = 0

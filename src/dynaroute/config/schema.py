@@ -95,12 +95,7 @@ def read_yaml(path: str | Path) -> Any:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DynarouteError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except (
-        YAMLError,
-        ValueError,
-        IndexError,
-        RecursionError,
-    ) as error:  # numbers and dates raise others than YAMLError
+    except (YAMLError, ValueError, IndexError, RecursionError) as error:  # the others come from numbers and dates
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
         problem = str(getattr(error, "problem", error)).partition("\n")[0]

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from dynaroute.dagformer.encoders import Encoder
 
 BATCH_TOKENS = 8192
-CHECKED_WINDOWS = (
-    256  # of each split, before the first is encoded: a window that is too long is most often not the only one
-)
+CHECKED_WINDOWS = 256  # of each split, before any is encoded: a window that is too long is rarely the only one
 NOTE_WINDOWS = 2**14  # between two notes of how far a run is: what a kill can cost, minutes on a GPU
 
 

@@ -8,21 +8,57 @@ do without its edges.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dynaroute.config import Settings
 from dynaroute.config.dagformer import PlantedBase
+from dynaroute.dagformer.bases import new_base
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
+from dynaroute.dagformer.windows import variant_windows
+from dynaroute.data.tokens.documents import window_sources
+from dynaroute.data.tokens.shards import TokenShards, Windows
 from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
+from dynaroute.training.loop import Batch, Trainer, steps_in_epochs
 from dynaroute.training.nll import token_nll
 
-if TYPE_CHECKING:
-    from dynaroute.training.loop import Batch
-
 MASKS = "masks.safetensors"  # beside the base's own files
+
+
+def make_trainer(
+    settings: Settings, accelerator: Accelerator, shards: dict[str, TokenShards], masks: Tensor, scratch: Path
+) -> Trainer:
+    """The trainer of a new planted base on the training split, for one process.
+
+    Raises:
+        DynarouteError: the training does not fit the windows.
+    """
+    wanted, seq_len, train = settings.dagformer.planted, settings.dagformer.seq_len, shards["train"]
+    training, validation = (
+        Windows(train, seq_len, keep_tail=False),
+        variant_windows(shards["validation"], settings.dagformer),
+    )
+    sources = (
+        torch.from_numpy(window_sources(own, seq_len, list(indices)))
+        for own, indices in ((train, range(len(training))), (shards["validation"], validation.indices))
+    )
+    torch.manual_seed(settings.seed)
+    model = new_base(wanted, train.padded_vocab_size, seq_len, train.eot_id)
+    return Trainer(
+        model,
+        PlantedObjective(DagForward(model, trainable=True), wanted, masks, *sources),
+        training,
+        validation,
+        wanted.training,
+        total_steps=steps_in_epochs(wanted.training, len(training)),
+        accelerator=accelerator,
+        seed=settings.seed,
+        scratch=scratch,
+        keep_best=False,
+    )
 
 
 def plant_masks(settings: PlantedBase, sources: int, seed: int) -> Tensor:
@@ -69,7 +105,7 @@ class PlantedObjective:
         self.open = dag_mask(graph.num_layers, graph.num_heads).float()
         self.training, self.validation = training, validation
 
-    def loss(self, model: nn.Module, batch: "Batch", step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss, and for the record NLL under the own and the wrong wiring."""
         sources = self.training[batch.windows.cpu()]
         own = self._nll(batch, self.masks[sources])
@@ -80,7 +116,7 @@ class PlantedObjective:
         kept = torch.minimum(wrong, own.detach() + self.settings.margin)
         return (own - self.settings.contrast * kept).mean(), {"loss": own.mean(), "wrong": wrong.mean()}
 
-    def validation_sums(self, model: nn.Module, batch: "Batch", step: int) -> dict[str, Tensor]:
+    def validation_sums(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """NLL under the own mask and with all gates at one, and windows."""
         sources = self.validation[batch.windows.cpu()]
         return {
@@ -99,7 +135,7 @@ class PlantedObjective:
             return self.open.expand(len(sources), -1, -1)
         return self.masks[(sources + turn) % len(self.masks)]
 
-    def _nll(self, batch: "Batch", adjacency: Tensor) -> Tensor:
+    def _nll(self, batch: Batch, adjacency: Tensor) -> Tensor:
         """Mean NLL of each window, [B]; every token has a target."""
         logits = self.graph(batch.tokens, adjacency.to(batch.tokens.device))  # [B, T, V]
         return token_nll(logits, batch.targets).mean(1)

@@ -15,7 +15,7 @@ from dynaroute.dagformer.health import alarm
 from dynaroute.dagformer.joint import JointModel
 from dynaroute.dagformer.objective import DagObjective
 from dynaroute.dagformer.predictor import StructurePredictor
-from dynaroute.dagformer.variants import base_of, seed_of
+from dynaroute.dagformer.variants import chain, seed_of
 from dynaroute.dagformer.windows import variant_windows
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
@@ -52,7 +52,7 @@ def make_trainer(
     tokens = Path("data/tokens") / shared.corpus
     windows = {split: variant_windows(TokenShards(tokens, split), shared) for split in ("train", "validation")}
     embeddings = load_embeddings(data / "embeddings/training")
-    base = data / "train" / base_of(data / "variants", start)
+    base = data / "train" / chain(data / "variants", start)[-1]
     trained = None if start in BASES else data / "train" / start / "last.safetensors"
     frozen = load_base(base, settings.device)
     if joint:  # in fp32 on any device: steps are small beside the resolution of bf16

@@ -28,28 +28,21 @@ def read_variant(folder: Path, name: str) -> tuple[str, Variant]:
         raise DynarouteError(f"{path}: not the settings of a variant: run resolve_variants again") from error
 
 
-def base_of(folder: Path, start: str) -> str:
-    """The base, `base` or `planted`, that the chain of continuations before a variant starts from.
+def chain(folder: Path, start: str) -> list[str]:
+    """What a variant starts from, and what that one starts from, back to their base.
 
     Raises:
         DynarouteError: the file of a variant before this one is missing or damaged.
     """
-    while start not in BASES:
-        start, _ = read_variant(folder, start)
-    return start
+    found = [start]
+    while found[-1] not in BASES:
+        found.append(read_variant(folder, found[-1])[0])
+    return found
 
 
 def seed_of(folder: Path, start: str, variant: Variant) -> int:
-    """The seed of data order and noise: a different one for each variant in a chain of continuations.
-
-    Raises:
-        DynarouteError: the file of a variant before this one is missing or damaged.
-    """
-    seed = variant.seed
-    while start not in BASES:
-        start, _ = read_variant(folder, start)
-        seed += 1_000_003
-    return seed
+    """The seed of data order and noise: a different one for each variant of a `chain`, whose errors it raises."""
+    return variant.seed + 1_000_003 * (len(chain(folder, start)) - 1)
 
 
 def load_predictor(folder: Path, device: str) -> tuple[dict[str, Any], StructurePredictor]:

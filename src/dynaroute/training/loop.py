@@ -69,9 +69,7 @@ class TrainingState:
 
     step: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # a row for each validation
-    losses: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # the training loss of every LOSS_EVERY-th step, the first included
+    losses: list[dict[str, Any]] = field(default_factory=list)  # of every LOSS_EVERY-th step, from the first on
     best_step: int = 0
     best_loss: float = math.inf
     validations_without_improvement: int = 0

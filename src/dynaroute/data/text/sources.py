@@ -251,7 +251,7 @@ def is_zstd(beginning: bytes) -> bool:
 
 
 def parse_document(line: str | bytes, place: str) -> dict[str, Any]:
-    """The fields of a JSON line {id, text, source, ...}. Raises DynarouteError, naming the place, if it is no such."""
+    """The fields of a JSON line {id, text, source, ...}. Raises DynarouteError, naming the place, if it is not one."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:  # the latter if it is nested a thousand levels deep

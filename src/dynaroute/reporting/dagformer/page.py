@@ -93,7 +93,7 @@ def page(results: Results, comparisons: Comparisons, analyses: Analyses, tokens:
             },
             "columns": {  # that depend on the results
                 "seeds": seed_columns(comparisons.seeds),
-                "control_seeds": seed_columns(comparisons.control_seeds or {"seeds": {}}),
+                "control_seeds": seed_columns(comparisons.control_seeds),
                 "fractions": [(f"{fraction:g}", f"{fraction:.0%}") for fraction in fractions],
                 "sources": [(("of", source), source, ".3f") for source in domains["sources"]] if domains else [],
             },
@@ -116,7 +116,7 @@ def page(results: Results, comparisons: Comparisons, analyses: Analyses, tokens:
                 "alone": alone_rows(analyses),
                 "known": known_rows(analyses.planted),
                 "methods": method_rows(results, analyses.methods),
-                "control_seeds": seed_rows(comparisons.control_seeds or {"seeds": {}}),
+                "control_seeds": seed_rows(comparisons.control_seeds),
                 "seeds": seed_rows(comparisons.seeds),
                 "checks": made,
             },
