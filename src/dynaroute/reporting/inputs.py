@@ -65,6 +65,16 @@ def changed_since_measured(stage: str) -> list[str] | None:
     ]
 
 
+def read_benchmark(name: str) -> Record | None:
+    """Reads the results of a benchmark, which the default pipeline does not run; None if there are none.
+
+    Raises:
+        DynarouteError: the file is damaged.
+    """
+    path = Path("reports/benchmarks") / f"{name}.json"
+    return read_record(path) if path.exists() else None
+
+
 def file_size(path: str | Path) -> int:
     """Bytes of a file. Raises DynarouteError if there is none."""
     try:

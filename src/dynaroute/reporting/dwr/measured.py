@@ -15,11 +15,14 @@ def section(measured: Measurements, cached: Record, moe: Record | None, referenc
         reference: the published timing.
     """
     third, cells = cached["capacity_nearest_a_third"], measured.cells
-    machines = {"training": measured.training["machine"], "decoding": measured.cache["machine"]}
-    parts = dict.fromkeys(part for machine in machines.values() for part in machine)
-    plain = cells[
+    plain = (
         (cells["policy"] == cells["policy"].iloc[0]) & (cells["prefetch"] == "none") & (cells["page_cache"] == "warm")
-    ].sort_values("capacity")
+    )
+    layers = {}  # by layer, the ratio to dense by tokens
+    for row in moe["rows"] if moe else ():
+        layers.setdefault(row["layer"], {"layer": row["layer"].replace("_", " ")})[row["tokens"]] = row[
+            "ratio_to_dense"
+        ]
     return render(
         "dwr_measured.md",
         {
@@ -28,16 +31,21 @@ def section(measured: Measurements, cached: Record, moe: Record | None, referenc
             "cached": cached,
             "third": third,
             "policy": cells["policy"].iloc[0],
-            "ordered": bool((plain["ratio_lowest"].iloc[1:].to_numpy() > plain["ratio_highest"].iloc[:-1]).all()),
             "reference": reference,
             "moe": moe,
             "changed": changed_since_measured("benchmark_moe"),
+            "by_tokens": [
+                (tokens, f"{tokens:,} tokens", ".2f") for tokens in dict.fromkeys(row["tokens"] for row in moe["rows"])
+            ]
+            if moe
+            else [],
             "rows": {
-                "machines": [
-                    {"part": part, **{name: machine.get(part) for name, machine in machines.items()}} for part in parts
+                "capacities": [
+                    {**measured.resident, "capacity": "all, resident"},
+                    *cells[plain].sort_values("capacity").to_dict("records"),
                 ],
-                "capacities": [{**measured.resident, "capacity": "all, resident"}, *plain.to_dict("records")],
                 "cells": cells[cells["capacity"] == third],
+                "layers": layers.values(),
             },
         },
     )
