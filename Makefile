@@ -21,13 +21,14 @@ lint: env
 	ruff check .
 	ruff format --check .
 	lint-imports --no-cache
+	pytest --quiet tests/test_prose.py
 
 benchmarks: env  ## layers, peers and tokenization at the paper's sizes, and the pages that show them
 	dvc repro benchmarks/dvc.yaml
 	dvc repro --single-item --force report_cached_inference report_dwr report_dagformer summarize
 
-gpu: env  ## GPU measurements with gpu/params.yaml; reports/gpu.md shows the finished ones
-	dvc repro --keep-going gpu/dvc.yaml || { cd gpu && python ../benchmarks/report_gpu.py; exit 1; }
+gpu: env  ## GPU measurements with gpu/params.yaml, in gpu/reports
+	dvc repro --keep-going gpu/dvc.yaml
 
 faults: env  ## kills, full disks and damaged files, where allowed with the right to mount (docs/reliability.md)
 	$$(unshare --user --map-root-user --mount echo unshare --user --map-root-user --mount 2>/dev/null) \

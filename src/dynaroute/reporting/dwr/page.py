@@ -85,6 +85,7 @@ def values(results: Results) -> dict[str, Any]:
         "reference": runs[0],
         "runs": runs,
         "seeds": seeds,
+        "swept": findings.sweep(runs),
         "courses": [findings.course(one) for one in curves],
         "largest_rise": {name: curves[0][f"{name}_loss"].diff().max() for name in ("train", "validation")},
         "gradient_norms": (norms.min(), norms.max()),
