@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NEAR = 0.9  # of the resident speed
-SHOWN = ("lru", "next_use", "min")  # beside the trace's hit rates, those under uniform routing
 
 
 def values(cached: Cached, peers: Record | None) -> dict[str, Any]:
@@ -35,8 +34,7 @@ def values(cached: Cached, peers: Record | None) -> dict[str, Any]:
         "rows": {
             "hits": hits[~hits["per_layer"]],
             "third": _at_a_third(hits, third),
-            "cells": cached.cells[cached.cells["capacity"] == third],
-            "decoding": cached.cells[cached.cells["prefetch"] == "none"],
+            "decoding": cached.cells.assign(setting=cached.cells["policy"] + ", " + cached.cells["prefetch"]),
             "accuracies": _accuracies(cached),
             "precisions": [{**row, "loss": row["nll"] - precisions[0]["nll"]} for row in precisions],
             "places": places,

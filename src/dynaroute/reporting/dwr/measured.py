@@ -44,7 +44,7 @@ def section(measured: Measurements, cached: Record, moe: Record | None, referenc
                     {**measured.resident, "capacity": "all, resident"},
                     *cells[plain].sort_values("capacity").to_dict("records"),
                 ],
-                "cells": cells[cells["capacity"] == third],
+                "cells": cells[(cells["capacity"] == third) & ~plain],
                 "layers": layers.values(),
             },
         },
