@@ -48,7 +48,8 @@ def docstrings(source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
             text = re.sub(r"`[^`]+`", "X", text)
-            yield from re.split(r"\n\s*\n|\n(?=\s*[\w\[\]*, ]+: )|\n(?=\s+\S+ {2,})|\n(?=\w+ {2,})|;\s", text)
+            text = re.sub(r"^.*\S {2,}\S.*$", "\n", text, flags=re.MULTILINE)  # formulas and lists in columns
+            yield from re.split(r"\n\s*\n|\n(?=\s*[\w\[\]*, ]+: )|;\s", text)
 
 
 def sentences(paragraph: str) -> list[str]:

@@ -14,15 +14,12 @@ def section(measured: Measurements, cached: Record, moe: Record | None, referenc
         moe: the benchmark of the MoE layer, which the default pipeline does not run; None if there is no result.
         reference: the published timing.
     """
+    import pandas as pd  # it is slow to import
+
     third, cells = cached["capacity_nearest_a_third"], measured.cells
     plain = (
         (cells["policy"] == cells["policy"].iloc[0]) & (cells["prefetch"] == "none") & (cells["page_cache"] == "warm")
     )
-    layers = {}  # by layer, the ratio to dense by tokens
-    for row in moe["rows"] if moe else ():
-        layers.setdefault(row["layer"], {"layer": row["layer"].replace("_", " ")})[row["tokens"]] = row[
-            "ratio_to_dense"
-        ]
     return render(
         "dwr_measured.md",
         {
@@ -34,18 +31,13 @@ def section(measured: Measurements, cached: Record, moe: Record | None, referenc
             "reference": reference,
             "moe": moe,
             "changed": changed_since_measured("benchmark_moe"),
-            "by_tokens": [
-                (tokens, f"{tokens:,} tokens", ".2f") for tokens in dict.fromkeys(row["tokens"] for row in moe["rows"])
-            ]
-            if moe
-            else [],
             "rows": {
                 "capacities": [
                     {**measured.resident, "capacity": "all, resident"},
                     *cells[plain].sort_values("capacity").to_dict("records"),
                 ],
                 "cells": cells[(cells["capacity"] == third) & ~plain],
-                "layers": layers.values(),
+                "layers": pd.DataFrame([dict(row) for row in moe["rows"]]) if moe else None,
             },
         },
     )
