@@ -1,4 +1,4 @@
-"""`make gpu` on a CPU with small sizes."""
+"""`make scale NAME=gpu` on a CPU with small sizes."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_text
 from dynaroute.reporting.inputs import read_csv
 
-GPU = REPOSITORY / "gpu"
+PARAMS = REPOSITORY / "params/gpu.yaml"
 SMALL = {
     "dwr": {"d_model": 32, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "max_seq_len": 16},
     "dwr.training": {"epochs": 4, "batch_size": 4, "micro_batch_size": 4, "warmup_steps": 2, "lr": 1e-2},
@@ -52,7 +52,7 @@ MODULES = {
 
 
 def small_settings() -> Settings:
-    data = YAML(typ="safe", pure=True).load(GPU / "params.yaml")
+    data = YAML(typ="safe", pure=True).load(PARAMS)
     for section, values in SMALL.items():
         at = data
         for part in section.split("."):
@@ -92,16 +92,14 @@ def measured(tmp_path_factory) -> Path:
 def workspace(measured, tmp_path, monkeypatch) -> Path:
     """The working directory: a copy of that."""
     shutil.copytree(measured, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path / "gpu")
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def prepare(root: Path, patch: pytest.MonkeyPatch) -> None:
-    (root / "gpu").mkdir()
     (root / "reports").mkdir()
-    shutil.copy(GPU / "cards.yaml", root / "gpu")
     shutil.copy(REPOSITORY / "reports/reference.yaml", root / "reports")
-    patch.chdir(root / "gpu")
+    patch.chdir(root)
 
 
 def test_a_text_that_is_not_trained_on_is_not_learned(workspace):
@@ -119,7 +117,7 @@ def test_a_corpus_of_another_tokenizer_is_not_validated_on(tmp_path, monkeypatch
 
 
 def test_the_settings_are_the_published_sizes():
-    settings = load_settings(GPU / "params.yaml")
+    settings = load_settings(PARAMS)
     dwr = settings.dwr
     sizes = dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"})
     assert DWRConfig(vocab_size=50304, **sizes).num_params() == 259_712_096
@@ -127,31 +125,10 @@ def test_the_settings_are_the_published_sizes():
         16, 512, 10, "bf16",
     )  # fmt: skip
     assert settings.benchmark_cache.capacities[-1] == 96
-    paper = load_settings(REPOSITORY / "params.paper.yaml")
+    paper = load_settings(REPOSITORY / "params/paper.yaml")
     same = {"batch_size", "predictor_hidden", "rank", "cascade", "init_logit"}
     assert settings.dagformer.precision == paper.dagformer.precision == "bf16"
     assert settings.variant("P1").model_dump(include=same) == paper.variant("P1").model_dump(include=same)
-
-
-def test_every_stage_names_scripts_files_and_parameters_that_exist():
-    stages = YAML(typ="safe", pure=True).load(GPU / "dvc.yaml")["stages"]
-    params = YAML(typ="safe", pure=True).load(GPU / "params.yaml")
-    made = set()
-    for name, stage in stages.items():
-        stage = stage.get("do", stage)
-        made |= {out if isinstance(out, str) else next(iter(out)) for out in stage["outs"]}
-        script = stage["cmd"].split()[2]
-        assert (GPU / script).is_file(), name
-        assert f"{name}.py" == Path(script).name or name == "tokenize", name
-        for key in stage.get("params", []):
-            at = params
-            for part in key.replace("${key}", "text").split("."):
-                at = at[part]
-    for name, stage in stages.items():
-        for dependency in stage.get("do", stage).get("deps", []):
-            start = dependency.split("$")[0]
-            made_here = any(path.startswith(start) or start.startswith(path) for path in made)
-            assert (GPU / dependency).exists() or made_here, f"{name}: {dependency}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -159,5 +136,5 @@ def test_every_stage_names_scripts_files_and_parameters_that_exist():
 def test_without_a_gpu_every_benchmark_ends_with_one_line(tmp_path, monkeypatch, stage):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DynarouteError, match="device = 'cuda': this machine shows no CUDA device"):
-        stage.main(load_settings(GPU / "params.yaml"))
+        stage.main(load_settings(PARAMS))
     assert not list(tmp_path.iterdir())

@@ -97,7 +97,7 @@ def test_results_that_dvc_did_not_live_to_record_are_recorded_without_training_a
 def test_the_core_of_the_published_scale_has_a_report_of_its_own(tmp_path):
     """The command of docs/paper-scale.md, which leaves out the variants that take longest."""
     workspace = Workspace.create(tmp_path)
-    shutil.copyfile(REPOSITORY / "params.paper.yaml", workspace.root / "params.yaml")
+    shutil.copyfile(REPOSITORY / "params/paper.yaml", workspace.root / "params.yaml")
     (command,) = re.findall(r"^sed -i .*$", (REPOSITORY / "docs/paper-scale.md").read_text(), re.MULTILINE)
     workspace.run("bash", "-c", command)
     assert list(load_settings(workspace.root / "params.yaml").variants) == ["S1", "S2", "P1"]
