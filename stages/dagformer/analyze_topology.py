@@ -8,7 +8,6 @@ Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/{train/base,train/
 Writes  data/dagformer/analysis/<id>/
             topology.json         run, variant, n (windows), checks, and
                 variation: by protocol and mode, see `topology.variation`
-                same_text: by mode, whether the wirings of a whole window and of its prefix are alike; `same_text_test`
                 swapped: by protocol, soft NLL of texts under their own wiring minus that under other texts'
                 reading: by mode, see `controls.reading`
                 domains: see `domains.describe_domains`; null if the text has but one source
@@ -25,7 +24,7 @@ from dynaroute.analysis.controls import reading, swapped_nll
 from dynaroute.analysis.domains import describe_domains
 from dynaroute.analysis.nll import TEXTS, first_scored, wire
 from dynaroute.analysis.statistics import paired_difference
-from dynaroute.analysis.topology import jaccard_distances, same_text_test, variation
+from dynaroute.analysis.topology import jaccard_distances, variation
 from dynaroute.config import Settings
 from dynaroute.config.dagformer import MODES
 from dynaroute.dagformer.embeddings import load_embeddings
@@ -72,10 +71,6 @@ def main(settings: Settings, name: str) -> None:
         "variant": name,
         "n": len(windows),
         "variation": {protocol: {mode: variation(sets[mode][protocol]) for mode in MODES} for protocol in TEXTS},
-        "same_text": {
-            mode: same_text_test(*sets[mode].values(), analysis.permutations, settings.seed)._asdict()
-            for mode in MODES
-        },
         "swapped": {
             protocol: paired_difference(evaluated[protocol]["soft"], other, documents)._asdict()
             for protocol, other in swapped.items()

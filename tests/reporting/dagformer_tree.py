@@ -119,9 +119,8 @@ def topology(name: str, scale: float, layers: int) -> dict:
     varied = {key: value * scale for key, value in (varied | {"effective_rank": 7.7}).items()}
     varied["distinct"] = WINDOWS if scale else 1
     domains = {"sources": ["numpy", "python"], "windows_per_source": 21, "documents": [5, 6]}
-    for mode in MODES:
-        distances = [[0.11 * scale, 0.22 * scale], [0.22 * scale, 0.12 * scale]]
-        domains[mode] = {"separation": chance(0.0321 * scale), "mean_distances": distances}
+    domains["mean_distances"] = [[0.11 * scale, 0.22 * scale], [0.22 * scale, 0.12 * scale]]
+    domains["separation"] = chance(0.0321 * scale)
     domains |= {"probe": chance(0.5 + 0.4 * scale, 0.49), "text_probe": chance(0.97, 0.48)}
     read = {"read": estimate(0.021), "not_read": estimate(0.0276), "read_minus_not_read": estimate(-0.0066 * scale)}
     return {

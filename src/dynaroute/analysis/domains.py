@@ -15,7 +15,6 @@ import numpy as np
 from dynaroute.analysis.nll import Wiring
 from dynaroute.analysis.statistics import PermutationTest, permutation_test
 from dynaroute.analysis.topology import jaccard_distances
-from dynaroute.config.dagformer import MODES
 from dynaroute.data.tokens.documents import DomainWindows
 
 RIDGE = 0.1  # of the linear probe, relative to the mean square of a window's centred features
@@ -102,8 +101,8 @@ def describe_domains(
         seed: of those.
 
     Returns:
-        sources, windows_per_source, documents (per source); per mode separation (test) and mean_distances [C, C]; the
-        probe of soft gates and the text_probe of the vectors (tests).
+        sources, windows_per_source, documents (per source); of soft gates separation (test), mean_distances [C, C] and
+        the probe (test); the text_probe of the vectors (test).
     """
     domains = Domains(drawn.documents, drawn.labels, permutations, seed)
     found: dict[str, Any] = {
@@ -111,12 +110,11 @@ def describe_domains(
         "windows_per_source": len(drawn.windows) // len(drawn.sources),
         "documents": np.bincount(drawn.labels).tolist(),
     }
-    for mode in MODES:
-        gates = wiring.gates(mode)
-        distances = jaccard_distances(gates, gates).numpy()
-        separation, means = domains.separation(distances), domains.mean_distances(distances)
-        found[mode] = {"separation": _plain(separation), "mean_distances": means.tolist()}
-    found["probe"] = _plain(domains.probe(wiring.gates("soft").numpy()))
+    gates = wiring.gates("soft")
+    distances = jaccard_distances(gates, gates).numpy()
+    found["separation"] = _plain(domains.separation(distances))
+    found["mean_distances"] = domains.mean_distances(distances).tolist()
+    found["probe"] = _plain(domains.probe(gates.numpy()))
     found["text_probe"] = _plain(domains.probe(vectors))
     return found
 

@@ -4,7 +4,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from dynaroute.reporting.dagformer.results import DATA, MAIN, Results
-from dynaroute.reporting.inputs import Record, changed_since_measured, read_benchmark, read_record
+from dynaroute.reporting.inputs import Record, read_benchmark, read_record
 from dynaroute.reporting.pages import render
 
 
@@ -46,7 +46,6 @@ def section(results: Results, measured: Measurements, reference: Record) -> str:
             "memory": max(timing["peak_memory_bytes"] for timing in measured.variants.values()),
             "benchmark": measured.benchmark,
             "rows": [row for result in (measured.benchmark or {"results": []})["results"] for row in _size(result)],
-            "changed": changed_since_measured("benchmark_dag"),
         },
     )
 

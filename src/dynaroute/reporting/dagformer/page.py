@@ -172,7 +172,7 @@ def topology_row(name: str, found: Record) -> dict[str, Any]:
 
 def domain_row(name: str, found: Record) -> dict[str, Any]:
     """X2: what wirings tell about the source of a text."""
-    tests = {"separation": found["soft"]["separation"], "probe": found["probe"], "text_probe": found["text_probe"]}
+    tests = {"separation": found["separation"], "probe": found["probe"], "text_probe": found["text_probe"]}
     text = {"separation": "{observed:.3f} (p = {p:.2g})"}
     shown = {key: text.get(key, "{observed:.0%} (p = {p:.2g})").format(**test) for key, test in tests.items()}
     return {"id": name, **shown}
@@ -183,7 +183,7 @@ def source_distances(found: Record | None) -> list[dict[Any, Any]]:
     if found is None:
         return []
     columns = [("of", source) for source in found["sources"]]
-    rows = zip(found["sources"], found["documents"], found["soft"]["mean_distances"], strict=True)
+    rows = zip(found["sources"], found["documents"], found["mean_distances"], strict=True)
     return [
         {"source": source, "documents": number, **dict(zip(columns, means, strict=True))}
         for source, number, means in rows

@@ -1,7 +1,7 @@
 """The DWR section of reports/measured.md: times, speeds and memory, in the sentences of templates/dwr_measured.md."""
 
 from dynaroute.reporting.dwr.results import Measurements
-from dynaroute.reporting.inputs import Record, changed_since_measured
+from dynaroute.reporting.inputs import Record
 from dynaroute.reporting.pages import render
 
 
@@ -30,7 +30,6 @@ def section(measured: Measurements, cached: Record, moe: Record | None, referenc
             "policy": cells["policy"].iloc[0],
             "reference": reference,
             "moe": moe,
-            "changed": changed_since_measured("benchmark_moe"),
             "rows": {
                 "capacities": [
                     {**measured.resident, "capacity": "all, resident"},

@@ -112,8 +112,7 @@ def read_cached() -> Cached:
         read_record(DATA / name / "summary.json") for name in ("export", "cache", "simulation")
     )
     check_same_run(export["run"], summary, simulation)
-    rates, counts = ["prefill_hit_rate", "decode_hit_rate"], ["misses", "evictions", "prefetched", "prefetch_evictions"]
-    cells = read_csv(DATA / "cache/cells.csv", ["capacity", *rates, *counts], names=["policy", "prefetch"])
+    cells = read_csv(DATA / "cache/cells.csv", ["capacity", "decode_hit_rate"], names=["policy", "prefetch"])
     names = ["machine", "model", "policy", "prefetch"]
     speeds = read_csv(DATA / "simulation/speed.csv", ["capacity", "hit_rate", "ratio_to_resident"], names=names)
     return Cached(export, summary, cells, simulation, read_hits(), speeds)
