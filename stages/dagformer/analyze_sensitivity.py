@@ -8,7 +8,8 @@ removal come from gradients on one half of the documents and are scored on the o
 Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/train/base
 Writes  data/dagformer/sensitivity/
             summary.json   flatness at A = 1; all_closed, on the windows that variants are evaluated on; oracle, see
-                           `score_oracle`, with closed, the share of its edges that it closes; checks
+                           `score_oracle`, with closed, the share of its edges that it closes; groups, layer pairs and
+                           heads without whose edges NLL was measured, see `group_removals`; checks
             removal.csv    a row for each order of removal and share of edges removed, see `removals`
 """
 
@@ -21,6 +22,7 @@ from dynaroute.analysis.sensitivity import (
     closing_all,
     flatness,
     gate_gradients,
+    group_removals,
     optimise_gates,
     removals,
     score_oracle,
@@ -57,6 +59,8 @@ def main(settings: Settings) -> None:
     ranked_by, scored_by = documents[ranked.indices], documents[scored.indices]
     mean_gradient = document_means(gradients, ranked_by).mean(0)
     removed = removals(graph, scored, scored_by, mean_gradient, analysis, settings.seed)
+    some = Subset(windows, scored.indices[:: len(scored) // analysis.group_windows][: analysis.group_windows])
+    groups = group_removals(graph, some, documents[some.indices], mean_gradient, analysis.group_removals)
     gates = optimise_gates(graph, Subset(windows, followed), analysis.oracle_steps, analysis.oracle_lr)
     closed = 1 - float(gates[:, dag_mask(graph.num_layers, graph.num_heads)].mean())
     oracle = score_oracle(graph, windows, followed, documents, gates)
@@ -69,6 +73,7 @@ def main(settings: Settings) -> None:
                 "flatness": flatness(gradients, ranked_by, analysis.permutations, settings.seed),
                 "all_closed": closing_all(graph, evaluated, documents[evaluated.indices]),
                 "removal_windows": len(scored),
+                "groups": groups,
                 "oracle": {"steps": analysis.oracle_steps, "windows": len(followed), "closed": closed, **oracle},
                 "checks": {
                     "gradients_and_removals_are_of_different_documents": not set(ranked_by) & set(scored_by),

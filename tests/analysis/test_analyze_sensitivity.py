@@ -25,6 +25,7 @@ from dynaroute.data.tokens.windows import Subset
 FOLDER = Path("data/dagformer/sensitivity")
 ANALYSIS = {
     **{"permutations": 99, "gradient_windows": 5, "removal_windows": 4, "removal_fractions": [0.25, 1.0]},
+    **{"group_removals": 2, "group_windows": 3},
     **{"random_removals": 2, "oracle_windows": 3, "oracle_steps": 4, "oracle_lr": 0.1},
 }
 
@@ -61,6 +62,26 @@ def test_removing_everything_is_the_base_without_any_connection(tree):
     expected = paired_difference(nll[0], nll[1], own)
     assert float(whole[0]["mean"]) == pytest.approx(expected.mean, abs=1e-5)
     assert float(whole[0]["low"]) == pytest.approx(expected.low, abs=1e-5)
+
+
+def test_a_head_or_layer_pair_is_removed_with_all_its_edges(tree):
+    stage.main(settings())
+    found = json.loads((FOLDER / "summary.json").read_text())["groups"]
+    windows = Windows(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN, keep_tail=False)
+    scored = Subset(windows, scored_windows()[:3])
+    graph, opened = DagForward(make_base()), dag_mask(LAYERS, HEADS).float()
+    for kind in ("layers", "head"):
+        own = [row for row in found if row["kind"] == kind]
+        assert [row["expected"] for row in own] == sorted(row["expected"] for row in own)
+        assert [row["promising"] for row in own] == [True] * (len(own) // 2) + [False] * (len(own) // 2)
+        for row in own:
+            gates = opened.view(LAYERS, HEADS, LAYERS, HEADS).clone()  # source layer, head, target layer, head
+            if kind == "layers":
+                gates[row["first"], :, row["second"]] = 0
+            else:
+                gates[row["first"], row["second"]] = 0
+            nll = [window_nll(graph, scored, one.reshape(opened.shape)) for one in (gates, opened)]
+            assert row["mean"] == pytest.approx((nll[0] - nll[1]).mean(), abs=1e-6)
 
 
 def scored_windows() -> list[int]:

@@ -181,6 +181,11 @@ def write_sensitivity(folder: Path, layers: int, heads: int) -> None:
         "flatness": shape,
         "all_closed": {**estimate(0.0431), "nll_closed": 3.5, "nll_open": BASELINE},
         "removal_windows": 13,
+        "groups": [
+            {"kind": kind, "first": 1, "second": 2, "promising": promising, "expected": -0.01, **estimate(-0.007)}
+            for kind in ("layers", "head")
+            for promising in (True, False)
+        ],
         "oracle": {"steps": 33, "windows": 9, "closed": 0.37, **oracle},
         "checks": {"gradients_and_removals_are_of_different_documents": True},
     }

@@ -129,6 +129,43 @@ def removals(
     return rows
 
 
+def group_removals(
+    graph: DagForward, windows: WindowSet, documents: np.ndarray, mean_gradient: np.ndarray, number: int
+) -> list[dict[str, Any]]:
+    """NLL without groups of edges, minus that at A = 1: all edges from one layer to another, or all that leave a head.
+
+    Args:
+        graph: the base.
+        windows: n of them.
+        documents: [n], the document of each window.
+        mean_gradient: [E], from other windows. To first order, NLL falls by the sum of a group's.
+        number: the groups of each kind to remove that promise most, and as many that promise least.
+
+    Returns:
+        A row for each group: kind (layers or head); first and second, its source and target layer, or its layer and
+        head; promising, whether it is of those that promise most; expected, the change of NLL to first order; and
+        mean, low, high and documents of `paired_difference`.
+    """
+    L, H = graph.num_layers, graph.num_heads
+    source, target = np.nonzero(dag_mask(L, H).numpy())  # nodes, in the order of valid entries
+    keys = {"layers": np.stack([source // H, target // H], 1), "head": np.stack([source // H, source % H], 1)}
+    chosen = []
+    for kind, key in keys.items():
+        groups, group_of = np.unique(key, axis=0, return_inverse=True)
+        expected = -np.bincount(group_of.ravel(), mean_gradient)
+        order = np.argsort(expected, kind="stable")
+        ends = min(number, len(order) // 2)
+        for own in [*order[:ends], *order[len(order) - ends :]]:
+            row = {"kind": kind, "first": int(groups[own][0]), "second": int(groups[own][1])}
+            row |= {"promising": bool(own in order[:ends]), "expected": float(expected[own])}
+            chosen.append((row, np.flatnonzero(group_of.ravel() == own)))
+    whole, rows = window_nll(graph, windows, dag_mask(L, H).float()), []
+    for row, edges in tqdm(chosen, desc="groups of edges", disable=None):
+        nll = window_nll(graph, windows, without_edges(L, H, edges))
+        rows.append(row | _columns(paired_difference(nll, whole, documents)))
+    return rows
+
+
 def _columns(found: Interval) -> dict[str, float | int]:
     return {"mean": found.mean, "low": found.low, "high": found.high, "documents": found.n}
 

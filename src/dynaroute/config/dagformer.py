@@ -184,6 +184,15 @@ class Analysis(Section):
     # Of all edges.
     removal_fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1), Distinct]
     random_removals: Positive  # random orders of removal
+    group_removals: Positive  # layer pairs, and heads, to remove that promise most, and as many that promise least
+    group_windows: TwoOrMore  # of removal_windows, scored without them
     oracle_windows: TwoOrMore  # whose gates are optimised directly
     oracle_steps: Positive
     oracle_lr: PositiveFloat
+
+    @model_validator(mode="after")
+    def _groups_are_scored_on_windows_of_removals(self) -> Self:
+        if self.group_windows > self.removal_windows:
+            allowed = f"must be at most removal_windows = {self.removal_windows}"
+            raise invalid("analysis.group_windows", self.group_windows, allowed)
+        return self

@@ -4,8 +4,10 @@ Nothing here depends on time, machine or measured speed, so the pages have the s
 numbers appear in columns headed "published" and in quotations that begin with "Published", and nowhere else.
 """
 
-from itertools import zip_longest
+from itertools import product, zip_longest
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dynaroute.analysis.comparisons import UNANSWERABLE
 from dynaroute.analysis.statistics import SIGNIFICANT
@@ -27,6 +29,7 @@ KNOWN = {  # wirings of the planted base
     "one": "every gate open",
     "zero": "every gate closed",
 }
+GROUPS = {"layers": "layer pairs", "head": "heads"}
 ORDERS = {"random": "random", "least_gradient": "least gradient first", "expected_gain": "expected gain first"}
 BY_STEP = ("step", "nll_soft", "nll_hard", "nll_base", "mean_A")
 
@@ -96,6 +99,7 @@ def values(
             "domains": [domain_row(name, found["domains"]) for name, found in analyses.topology.items() if domains],
             "distances": source_distances(domains),
             "removal": removal_rows(analyses.removal),
+            "groups": group_rows(analyses.sensitivity["groups"]),
             "known": known_rows(analyses.planted),
             "methods": [method_row(variant, analyses.methods[name]) for name, variant in results.planted.items()],
             "steps": {
@@ -201,6 +205,24 @@ def removal_rows(removal: "pd.DataFrame") -> list[dict[str, str]]:
             if not (suffix and order == "random"):
                 cells = {f"{row['fraction']:g}": _columns(row, *prefixes) for _, row in own.iterrows()}
                 found.append({"order": ORDERS[order] + suffix, **cells})
+    return found
+
+
+def group_rows(groups: list[Record]) -> list[dict[str, Any]]:
+    """X3: layer pairs and heads, those that promise most and least to first order: what their removal did."""
+    found = []
+    for kind, promising in product(("layers", "head"), (True, False)):
+        own = [row for row in groups if (row["kind"], row["promising"]) == (kind, promising)]
+        best = min(own, key=lambda row: row["mean"])
+        found.append(
+            {
+                "groups": f"{'most' if promising else 'least'} promising {GROUPS[kind]}",
+                "number": len(own),
+                "expected": np.mean([row["expected"] for row in own]),
+                "measured": np.mean([row["mean"] for row in own]),
+                "best": f"{best['first']}{'→' if kind == 'layers' else '.'}{best['second']}: {interval(best)}",
+            }
+        )
     return found
 
 
