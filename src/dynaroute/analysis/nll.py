@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.windows import WindowSet
-from dynaroute.training.nll import token_nll
+from dynaroute.training.nll import kl_divergence, token_nll
 
 if TYPE_CHECKING:
     from dynaroute.dagformer.predictor import StructurePredictor
@@ -120,14 +119,8 @@ def compare_to_base(
         for name, adjacency in wirings.items():
             logits = graph(tokens, adjacency[indices.start : indices.stop].to(tokens.device))
             nll[name].append(token_nll(logits, targets).cpu())
-            kl[name].append(torch.stack([_kl(*pair) for pair in zip(expected, logits, strict=True)]).cpu())
+            kl[name].append(kl_divergence(expected, logits).cpu())
     return {name: torch.cat(parts) for name, parts in nll.items()}, {name: torch.cat(own) for name, own in kl.items()}
-
-
-def _kl(expected: Tensor, logits: Tensor) -> Tensor:
-    """KL(expected || logits) at every position, [T, V] -> [T]: a window at a time, since it takes several copies."""
-    expected, logits = expected.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return F.kl_div(logits, expected, reduction="none", log_target=True).sum(-1)
 
 
 def batches(n: int) -> Iterator[range]:

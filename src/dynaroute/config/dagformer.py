@@ -116,7 +116,8 @@ class Variant(Training):
 
     seed: Seed  # of initialisation, data order and noise
     steps: Positive
-    predictor_input: Literal["text", "none"]  # none: one learned topology for all texts, as a control
+    # none: one learned topology for all texts, as a control; edges: the same with a free logit for every edge.
+    predictor_input: Literal["text", "none", "edges"]
     predictor_hidden: Size
     rank: Size  # of U V^T
     init_logit: Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -124,6 +125,7 @@ class Variant(Training):
     tau_final: Moderate
     lambda_init: LossWeight  # weight of mean_A in the loss
     lambda_final: LossWeight  # reached over the first fifth of the steps
+    loss: Literal["nll", "kl"]  # kl: from what the base predicts
     gates: Literal["logistic", "straight_through", "hard_concrete"]  # see `dagformer.gates.gumbel_sigmoid`
     target_density: Annotated[float, Field(gt=0, lt=1)] | None  # to which a Lagrangian holds mean_A; null: none
     flip_gradients: bool  # of the loss by the gates, of each window at random: a control whose gates can only drift
