@@ -10,6 +10,7 @@ Writes  reports/dagformer/{topology,edges_closed,planted}.png; the last one show
 from dynaroute.config import Settings
 from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dagformer import figures
+from dynaroute.reporting.dagformer.page import best_planted
 from dynaroute.reporting.dagformer.results import MAIN, REPORTS, read_analyses, read_comparisons, read_results
 
 
@@ -20,7 +21,8 @@ def main(settings: Settings) -> None:
     figures.plot_topology(figures.read_wirings(MAIN), REPORTS / "topology.png")
     oracle = analyses.sensitivity["oracle"]
     figures.plot_edges_closed(analyses.removal, results, comparisons, oracle, REPORTS / "edges_closed.png")
-    recovered = figures.read_recovered(results, analyses.methods) if results.planted else None
+    best = best_planted(results, analyses)
+    recovered = None if best is None else figures.read_recovered(results.planted[best])
     figures.plot_planted(recovered, REPORTS / "planted.png")
 
 

@@ -163,7 +163,7 @@ def write_planted(folder: Path, settings: Settings) -> None:
         control = "planted_C1_open" if name == "planted_P1_open" else None
         own = found | {"context": estimate(0.44, 0.1) if control else None}
         own |= {"above_own": estimate(0.0912)} if control else {}
-        methods[name] = {"run": f"{name}0123456789abcd", "control": control, "prefix": own}
+        methods[name] = {"run": f"{name}0123456789abcd", "control": control, "window": own, "prefix": own}
     write_json(folder / "planted/methods.json", methods)
 
 

@@ -12,7 +12,7 @@ from dynaroute.config import load_settings
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.errors import DynarouteError
 from dynaroute.reporting.dagformer import figures
-from dynaroute.reporting.dagformer.results import read_analyses, read_results
+from dynaroute.reporting.dagformer.results import read_variant
 from dynaroute.training.checkpoints import load_checkpoint
 
 NAMES = ("topology", "edges_closed", "planted")
@@ -67,9 +67,7 @@ def test_a_base_of_many_layers_and_variants_that_equal_the_baseline_can_be_drawn
 
 
 def test_what_is_found_on_the_planted_base_is_the_mean_hard_wiring_of_each_source():
-    settings = load_settings()
-    results = read_results(settings)
-    found = figures.read_recovered(results, read_analyses(settings, results).methods)
+    found = figures.read_recovered(read_variant("planted_P1_open"))
     assert (found.sources, found.planted.shape, found.found.shape) == (["numpy", "python"], (2, 12, 12), (2, 12, 12))
     gates, _ = load_checkpoint(DATA / "eval/planted_P1_open/gates.safetensors")
     hard = (gates["prefix.logits"] > 0).float()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynaroute.reporting.dagformer.page import ORDERS
-from dynaroute.reporting.dagformer.results import CONTROL, DATA, MAIN, Comparisons, Results
+from dynaroute.reporting.dagformer.results import CONTROL, DATA, MAIN, Comparisons, Results, Variant
 from dynaroute.reporting.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, saved_figure
 from dynaroute.reporting.inputs import Record, read_checkpoint
 
@@ -57,8 +57,8 @@ def read_wirings(name: str) -> Wirings:
     return Wirings(by_layer, *(tensors[key].numpy() for key in ("distances", "same_text")))
 
 
-def read_recovered(results: Results, methods: Record) -> Recovered:
-    """Reads the planted wirings, and those of the variant that comes closest to their NLL by the prefix protocol.
+def read_recovered(best: Variant) -> Recovered:
+    """Reads the planted wirings, and those of a variant, by the prefix protocol.
 
     Raises:
         DynarouteError: a file is missing or damaged.
@@ -70,7 +70,6 @@ def read_recovered(results: Results, methods: Record) -> Recovered:
     from dynaroute.dagformer.planted import load_masks
 
     masks, sources = load_masks(DATA / "train/planted")
-    best = min(results.planted.values(), key=lambda variant: methods[variant.name]["prefix"]["above_own"]["mean"])
     gates, state = read_checkpoint(DATA / "eval" / best.name / "gates.safetensors")
     hard = torch.zeros(len(gates["prefix.logits"]), *masks.shape[1:])
     hard[:, dag_mask(state["num_layers"], state["num_heads"])] = (gates["prefix.logits"] > 0).float()

@@ -63,6 +63,7 @@ def values(
     apart = {*PHASE_1, "S1", *seeds} - {CONTROL}
     domains = analyses.topology[MAIN]["domains"]
     made = checks(results, analyses)
+    methods = [method_row(variant, analyses.methods[name]) for name, variant in results.planted.items()]
     return {
         "results": results,
         "variants": results.variants,
@@ -85,6 +86,7 @@ def values(
         "L0_planted": _interval(comparisons.hard.loc["planted_L0"], "reference_")
         if "planted_L0" in results.planted
         else None,
+        "best": next((row for row in methods if row["id"] == best_planted(results, analyses)), None),
         "num_checks": len(made),
         "failed": [name for name, passed in made if passed is not None and passed is not True],
         "columns": {
@@ -101,7 +103,7 @@ def values(
             "removal": removal_rows(analyses.removal),
             "groups": group_rows(analyses.sensitivity["groups"]),
             "known": known_rows(analyses.planted),
-            "methods": [method_row(variant, analyses.methods[name]) for name, variant in results.planted.items()],
+            "methods": methods,
             "steps": {
                 name: beside(results.variants[name].curve, reference[key]["rows"])
                 for name, key in (("S1", "identity_init"), ("S2", "gradient_flow"), ("L0", "first_layer_gated"))
@@ -239,6 +241,11 @@ def known_rows(known: Record | None) -> list[dict[str, Any]]:
     ]
 
 
+def best_planted(results: Results, analyses: Analyses) -> str | None:
+    """The variant that comes closest to the planted NLL by the prefix protocol; None without a planted base."""
+    return min(results.planted, key=lambda name: analyses.methods[name]["prefix"]["above_own"]["mean"], default=None)
+
+
 def method_row(variant: Variant, methods: Record) -> dict[str, Any]:
     """What a variant on the planted base found: hard gates, prefix protocol."""
     found, knobs, evaluation = methods["prefix"], variant.knobs, variant.evaluation["prefix"]
@@ -252,6 +259,7 @@ def method_row(variant: Variant, methods: Record) -> dict[str, Any]:
         "context": share(found["context"]),
         "identified": found["probe"]["observed"],
         "agreement": found["agreement"],
+        **{f"window_{key}": share(methods["window"][key]) for key in ("escape", "context")},
         "random": evaluation["nll_random"] - evaluation["nll_hard"],
     }
 

@@ -24,7 +24,7 @@ from dynaroute.reporting.dwr.results import (
     read_training,
 )
 from dynaroute.reporting.inputs import Record, check_same_run, file_size, read_benchmark, read_record
-from dynaroute.reporting.tables import NONE, count, fmt, interval, outcome, shared_text
+from dynaroute.reporting.tables import NONE, fmt, interval, outcome, shared_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,7 +152,8 @@ def _configuration(results: Results) -> list[dict[str, Any]]:
     }
     rows = [{"parameter": label, **{key: own[label] for key, own in columns.items()}} for label in columns["main"]]
     embedding = run["config"]["vocab_size"] * run["config"]["d_model"]
-    name, tokenizer = _corpus_name(corpus), f"{_tokenizer_name(corpus)}, {run['config']['vocab_size']:,}"
+    name = corpus.place.get("name") or corpus.place.get("path") or f"{corpus.name} (section 9)"
+    tokenizer = f"{_tokenizer_name(corpus)}, {run['config']['vocab_size']:,}"
     others = [
         ("Corpus", name, reference["settings"]["corpus"], theirs["corpus"]),
         ("Tokenizer, vocabulary", tokenizer, None, f"{theirs['tokenizer']}, {theirs['vocab_size']:,}"),
@@ -185,16 +186,6 @@ def _settings(of: Mapping[str, Any]) -> dict[str, str]:
         "Precision": of["precision"],
         "Early stopping after validations": fmt(of["early_stopping_patience"]),
     }
-
-
-def _corpus_name(corpus: Corpus) -> str:
-    """A name that means something without params.yaml; a hub's dataset as its configuration is called."""
-    place = corpus.place
-    if "packages" in place:
-        return f"`{corpus.name}`: text of {count(len(place['packages']), 'installed package')}"
-    if "path" in place:
-        return place["name"] or place["path"]
-    return f"{corpus.name} ({count(len(place['files']), 'file')})"
 
 
 def _tokenizer_name(corpus: Corpus) -> str:
