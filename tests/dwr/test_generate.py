@@ -57,7 +57,7 @@ def test_padding_of_the_vocabulary_never_comes(monkeypatch, capsys, store, tmp_p
         model.output.weight[270:] *= 100
     export_store(model, "run", uniform_usage(model), tmp_path / "store", tokenizer=store / "tokenizer")
     ids = []
-    monkeypatch.setattr(generate, "stream", lambda tokenizer, tokens, _: ids.extend(tokens))
+    monkeypatch.setattr(generate, "stream", lambda text, tokens, output: ids.extend(tokens))
     run(monkeypatch, capsys, tmp_path / "store", *choice)
     assert len(ids) > 30
     assert max(ids) < 270
@@ -73,7 +73,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(monkeypatch, cap
 def test_the_summary_says_what_the_cache_did(monkeypatch, capsys, store):
     line = run(monkeypatch, capsys, store, "--tokens", "12", "--cache", "3", "--prefetch", "gate").err
     assert re.fullmatch(
-        r"12 tokens in [\d.]+ s \([\d.]+ tokens/s\); hit rate 0\.\d{3} of \d+ requests, \d+ of the hits late; "
+        r"12 tokens in [\d.]+ s \([\d.]+ tokens/s\), the first after [\d.]+ s; "
+        r"hit rate 0\.\d{3} of \d+ requests, \d+ of the hits late; "
         r"[\d.]+ MiB read, of which [\d.]+ ahead; waited [\d.]+ s for experts\n",
         line,
     )
@@ -128,7 +129,7 @@ def test_a_reader_that_closes_the_pipe_ends_generation_quietly(store):
         (["--threads", "100000"], "--threads 100000: must be 1 to 1024"),
         (["--tokens", "0"], "--tokens 0: must be positive"),
         (["--cache", "2", "--prefetch", "gate", "--lookahead", "9"], "--lookahead 9: must be 1 to 5"),
-        (["--policy", "lru"], "--policy: needs --cache N"),
+        (["--policy", "lru"], "--policy: needs --cache N or --memory SIZE"),
         (["--prefetch", "gate"], "--prefetch: needs --cache N"),
         (["--per-layer"], "--per-layer: needs --cache N"),
         (["--lookahead", "2"], "--lookahead: needs --cache N"),
