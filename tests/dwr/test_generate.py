@@ -1,13 +1,17 @@
 """The generation command: what it prints, and what it refuses."""
 
+import io
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small_moe import save_moe
 from small_store import make_model, uniform_usage
 
 from dynaroute.config.data import ByteBPE
@@ -112,6 +116,97 @@ def test_a_reader_that_closes_the_pipe_ends_generation_quietly(store):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_budget_in_bytes_gives_the_same_text(monkeypatch, capsys, store, tmp_path, precision):
+    export_store(
+        make_model(vocab_size=270, max_seq_len=48),
+        "run",
+        uniform_usage(make_model()),
+        tmp_path / "store",
+        precision,
+        store / "tokenizer",
+    )
+    resident = run(monkeypatch, capsys, tmp_path / "store")
+    found = run(monkeypatch, capsys, tmp_path / "store", "--memory", "90KB", "--prefetch", "gate")
+    assert found.out == resident.out
+    assert 0.1 < float(re.search(r"hit rate ([\d.]+)", found.err)[1]) < 0.99
+
+
+# --- a model of transformers ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory, store) -> Path:
+    folder = tmp_path_factory.mktemp("moe")
+    save_moe(folder, "qwen2_moe", torch.bfloat16, "40KB", vocab_size=272)
+    shutil.copytree(store / "tokenizer", folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").write_text("{% for turn in messages %}cat {{ turn.content }} sat{% endfor %}")
+    return folder
+
+
+def serve(monkeypatch, capsys, moe, *arguments, text="", prompt=("--prompt", PROMPT)):
+    monkeypatch.setattr(sys, "argv", ["generate", "--model", str(moe), *prompt, *arguments])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    generate.main()
+    return capsys.readouterr()
+
+
+def test_a_checkpoint_gives_the_same_text_in_any_memory(monkeypatch, capsys, moe, tmp_path):
+    whole = serve(monkeypatch, capsys, moe, "--save-usage", str(tmp_path / "usage"))
+    assert re.search(r"^64 tokens in .* the first after [\d.]+ s; hit rate 0\.\d+ of \d+ requests; ", whole.err)
+    for arguments in (
+        ["--memory", "9.3KB"],  # one expert
+        ["--memory", "40 KiB", "--policy", "next_use", "--prefetch", "gate"],
+        ["--cache", "5", "--per-layer", "--usage", str(tmp_path / "usage"), "--policy", "pinned"],
+        ["--memory", "1TiB", "--usage", str(tmp_path / "usage"), "--prefetch", "transition"],
+    ):
+        assert serve(monkeypatch, capsys, moe, *arguments).out == whole.out
+
+
+def test_a_profile_is_kept_on_top_of_an_earlier_one(monkeypatch, capsys, moe, tmp_path):
+    loads = []
+    for _ in range(2):
+        again = ["--usage", str(tmp_path / "usage")] if loads else []
+        serve(monkeypatch, capsys, moe, "--save-usage", str(tmp_path / "usage"), *again)
+        loads.append(json.loads((tmp_path / "usage").read_text())["usage"]["load"])
+    assert loads[1] == [[2 * tokens for tokens in layer] for layer in loads[0]]
+
+
+def test_prompts_of_a_file_share_a_warm_cache(monkeypatch, capsys, moe, tmp_path):
+    alone = serve(monkeypatch, capsys, moe)
+    (tmp_path / "prompts").write_text(f"{PROMPT}\n\n{PROMPT}\n")
+    both = serve(monkeypatch, capsys, moe, prompt=("--prompts", str(tmp_path / "prompts")))
+    assert both.out == 2 * alone.out
+    first, second = both.err.splitlines()
+    assert "; 0.0 MiB read;" not in first
+    assert "hit rate 1.000" in second
+    assert "; 0.0 MiB read;" in second
+
+
+def test_interactive_prompts_go_on_after_one_that_is_too_long(monkeypatch, capsys, moe):
+    alone = serve(monkeypatch, capsys, moe)
+    found = serve(monkeypatch, capsys, moe, text=f"{PROMPT * 60}\n{PROMPT}\n", prompt=("--interactive",))
+    assert found.out == alone.out
+    assert re.match(r"generate: --prompt: \d+ tokens; the model has 128 positions\n64 tokens in", found.err)
+
+
+def test_a_chat_uses_the_models_template(monkeypatch, capsys, moe):
+    plain = serve(monkeypatch, capsys, moe, prompt=("--prompt", f"cat {PROMPT} sat"))
+    assert serve(monkeypatch, capsys, moe, "--chat").out == plain.out
+
+
+def test_a_stop_token_ends_the_text(monkeypatch, capsys, moe, tmp_path):
+    ids = []
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "stream", lambda text, tokens, output: ids.extend(tokens))
+        serve(monkeypatch, capsys, moe)
+    shutil.copytree(moe, tmp_path / "moe")
+    stop = ids[5]
+    (tmp_path / "moe" / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop, 271]}))
+    assert serve(monkeypatch, capsys, tmp_path / "moe").err.startswith(f"{ids.index(stop)} tokens in")
+    assert max(ids) < 270  # the vocabulary is padded
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -136,6 +231,10 @@ def test_a_reader_that_closes_the_pipe_ends_generation_quietly(store):
         (["--cache", "2", "--lookahead", "2"], "--lookahead: needs --prefetch frequency"),
         (["--prompt", PROMPT * 30], r"--prompt: \d+ tokens; the model has 48 positions"),
         (["--store", "nowhere"], "nowhere/manifest.json: cannot be read"),
+        (["--memory", "4"], "--memory 4: must be a number with a unit: B, KB"),
+        (["--memory", "20KB"], "--memory 20KB: must be at least 45KiB, for experts: 1"),
+        (["--chat"], "--chat: .* has no chat template"),
+        (["--revision", "main"], "--revision main: .* is a local folder"),
     ],
 )
 def test_a_mistake_ends_it_with_one_line(monkeypatch, capsys, store, arguments, message):

@@ -195,8 +195,8 @@ def make_cache(arguments: argparse.Namespace, served: Served) -> ExpertCache | N
         capacity = (size_of(arguments.memory) - passing) // store.expert_bytes
         least = config.num_layers if arguments.per_layer else 1
         if capacity < least:
-            needed = (passing + least * store.expert_bytes) / 2**20
-            raise DynarouteError(f"--memory {arguments.memory}: must be at least {needed:.1f}MiB for {least} experts")
+            needed = -(-(passing + least * store.expert_bytes) // 2**10)
+            raise DynarouteError(f"--memory {arguments.memory}: must be at least {needed}KiB, for experts: {least}")
         capacity = min(capacity, store.num_experts)
     counter = None
     if arguments.usage or arguments.save_usage:

@@ -164,7 +164,9 @@ class HubModel:
         from transformers import AutoTokenizer
 
         tokenizer = _load(self.folder, "tokenizer", AutoTokenizer.from_pretrained)
-        stops = [tokenizer.eos_token_id, self.model.config.eos_token_id, self.model.generation_config.eos_token_id]
+        path = self.folder / "generation_config.json"
+        generation = read_record(path) if path.exists() else {}
+        stops = [tokenizer.eos_token_id, self.model.config.eos_token_id, generation.get("eos_token_id")]
         stop = {token for ids in stops if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
 
         def encode(prompt: str, chat: bool) -> list[int]:

@@ -23,7 +23,7 @@ from dynaroute.errors import DynarouteError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-CHUNK = 4 * 2**20  # bytes read at a time, which a read leaves in the page cache for a moment
+CHUNK = 1 * 2**20  # bytes read at a time, which a read leaves in the page cache for a moment
 MAX_HEADER = 100 * 10**6  # bytes; the limit of the safetensors library
 
 
