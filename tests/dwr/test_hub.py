@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from small_moe import MODELS, load_eager, save_moe
 
+from dynaroute.dwr import export_model as export_module
 from dynaroute.dwr import hub
 from dynaroute.dwr.experts import precision
 from dynaroute.dwr.experts.cache import ExpertCache
@@ -18,6 +20,7 @@ from dynaroute.dwr.experts.mapping import drop_from_page_cache
 from dynaroute.dwr.experts.policies import make_policy
 from dynaroute.dwr.experts.prefetch import make_prefetcher
 from dynaroute.dwr.experts.usage import UsageCounter, backbone_hash, load_profile
+from dynaroute.dwr.export_model import export_model
 from dynaroute.dwr.hub import HubModel, locate_checkpoint
 from dynaroute.errors import DynarouteError
 
@@ -170,6 +173,7 @@ from pathlib import Path
 group = Path(sys.argv[2])
 (group / "cgroup.procs").write_text("0")
 def usage(): return int((group / "memory.usage_in_bytes").read_text())
+from dynaroute.dwr.export_model import export_model
 from dynaroute.dwr.hub import HubModel
 from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.policies import make_policy
@@ -218,3 +222,68 @@ def test_memory_beyond_backbone_and_a_constant_stays_within_the_budget(tmp_path)
         assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
     finally:
         group.rmdir()
+
+
+# --- export --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_an_export_serves_the_same_model(tmp_path, kind, precision):
+    folder = save_moe(tmp_path / "model", kind, torch.bfloat16 if precision == "bf16" else torch.float32)
+    export_model(folder, tmp_path / "export", precision)
+    exported, model = HubModel(tmp_path / "export"), HubModel(folder)
+    with ExpertCache(exported.store, 3) as cache, ExpertCache(model.store, 3) as own:
+        found, expected = decoded(exported, cache), decoded(model, own)
+    if precision == "int8":
+        assert 0.02 > (found - expected).abs().max() / expected.abs().max() > 0
+        assert exported.store.expert_bytes < 0.3 * model.store.expert_bytes
+    else:
+        assert torch.equal(found, expected)
+        tokens = torch.tensor([TOKENS])
+        assert torch.equal(load_eager(tmp_path / "export")(tokens).logits, load_eager(folder)(tokens).logits)
+
+
+def test_an_interrupted_export_resumes(tmp_path, monkeypatch):
+    folder = save_moe(tmp_path / "model")
+    export_model(folder, tmp_path / "whole", "bf16")
+    written = []
+    original = export_module.contents
+
+    def failing(store, file, *arguments):
+        written.append(file)
+        if len(written) == 6:
+            raise KeyboardInterrupt
+        return original(store, file, *arguments)
+
+    monkeypatch.setattr(export_module, "contents", failing)
+    with pytest.raises(KeyboardInterrupt):
+        export_model(folder, tmp_path / "export", "bf16")
+    assert not (tmp_path / "export").exists()
+    export_model(folder, tmp_path / "export", "bf16")
+    assert len(written) == 6 + 17 - 5
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "export").iterdir())
+    assert all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "export" / name).read_bytes() for name in names)
+
+
+def test_an_export_is_refused_without_room_and_in_place_of_another(tmp_path, monkeypatch):
+    folder = save_moe(tmp_path / "model")
+    with pytest.raises(DynarouteError, match=f"--output {folder}: exists"):
+        export_model(folder, folder, "bf16")
+    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(DynarouteError, match=r"export: 0.00 GiB are needed, 0.00 GiB are free"):
+        export_model(folder, tmp_path / "export", "bf16")
+
+
+@pytest.mark.parametrize("file", ["expert_layer1_id2.safetensors", "backbone.safetensors", "config.json"])
+def test_a_changed_file_of_an_export_is_refused(tmp_path, file):
+    export_model(save_moe(tmp_path / "model"), tmp_path / "export", "bf16")
+    path = tmp_path / "export" / file
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content if file != "config.json" else content + b" ")
+    with pytest.raises(DynarouteError, match=f"{file}: .*(SHA-256 is|damaged)"):
+        model = HubModel(tmp_path / "export")
+        with ExpertCache(model.store, 3) as cache:
+            list(cache.fetch(1, [0, 2]))

@@ -295,7 +295,7 @@ def generate(arguments: argparse.Namespace) -> None:
     check(arguments)
     torch.set_num_threads(arguments.threads)
     path = arguments.store or arguments.model
-    if arguments.store or (Path(path) / MANIFEST).exists():
+    if arguments.store or ((Path(path) / MANIFEST).exists() and not (Path(path) / "config.json").exists()):
         served = serve_store(arguments, path)
     else:
         served = serve_checkpoint(arguments)

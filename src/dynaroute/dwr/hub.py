@@ -20,14 +20,16 @@ from dynaroute.dwr.experts.cache import CachedExperts, ExpertCache
 from dynaroute.dwr.experts.checkpoint import Checkpoint, CheckpointStore
 from dynaroute.dwr.experts.precision import linear
 from dynaroute.dwr.experts.prefetch import Router
+from dynaroute.dwr.experts.store import MANIFEST
 from dynaroute.dwr.inference import Forward, Text
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import read_record
+from dynaroute.pipeline.artifacts import read_record, sha256
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel  # takes seconds to import
 
 WAVE = 128  # tokens of a prompt in one pass, which bounds what they take beside the experts
+KINDS = ("weight", "weight_scale")  # of an expert's tensors; scales only in an export to int8
 IMPLEMENTATION = "dynaroute"  # of experts, as transformers registers it
 
 
@@ -70,6 +72,41 @@ def locate_checkpoint(path: str, revision: str | None) -> Path:
         raise DynarouteError(f"--model {path} at {revision}: cannot be fetched: {reason:.300}") from error
 
 
+def open_checkpoint(folder: Path) -> tuple["PreTrainedModel", CheckpointStore]:
+    """A model without weights, and the store of its experts. Of an export, all other files are hashed.
+
+    Raises:
+        DynarouteError: the type is not supported, or a file is missing or damaged.
+    """
+    config = _read_config(folder)
+    layout, checkpoint = LAYOUTS[config.model_type], Checkpoint(folder)
+    model = _build(config)
+    names = [
+        [
+            [f"{start}.{expert}.{part}.{kind}" for kind in KINDS for part in layout.parts]
+            for expert in range(block.experts.num_experts)
+        ]
+        for number, block in expert_blocks(model).items()
+        for start in [f"model.layers.{number}.{layout.block}.experts"]
+    ]
+    if not names:
+        raise DynarouteError(f"{folder / 'config.json'}: no layer of the model has experts")
+    if names[0][0][-1] not in checkpoint.places:  # no scales: the experts are not quantized
+        names = [[parts[: len(layout.parts)] for parts in layer] for layer in names]
+    manifest = folder / MANIFEST
+    hashes = read_record(manifest)["files"] if manifest.exists() else {}
+    store = CheckpointStore(checkpoint, names, config.num_experts_per_tok, hashes)
+    for name in hashes.keys() - store.files():
+        if sha256(folder / name) != hashes[name]:
+            raise DynarouteError(f"{folder / name}: SHA-256 is not that of {MANIFEST}: export the model again")
+    return model, store
+
+
+def expert_blocks(model: nn.Module) -> dict[int, nn.Module]:
+    """The blocks with experts and a router (`gate`), by the number of their layer."""
+    return {number: layer.mlp for number, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")}
+
+
 class HubModel:
     """A model whose experts stay in its checkpoint; `bind` connects it to a cache of them.
 
@@ -86,24 +123,10 @@ class HubModel:
             DynarouteError: the type is not supported, or a file is missing or damaged.
         """
         self.folder, self._device = folder, device
-        config = _read_config(folder)
-        layout, checkpoint = LAYOUTS[config.model_type], Checkpoint(folder)
-        self.model = _build(config)
-        self.positions = config.max_position_embeddings
-        self._blocks = {
-            number: layer.mlp for number, layer in enumerate(self.model.model.layers) if hasattr(layer.mlp, "experts")
-        }
-        names = [
-            [
-                [f"model.layers.{number}.{layout.block}.experts.{expert}.{part}.weight" for part in layout.parts]
-                for expert in range(block.experts.num_experts)
-            ]
-            for number, block in self._blocks.items()
-        ]
-        if not names:
-            raise DynarouteError(f"{folder / 'config.json'}: no layer of the model has experts")
-        self.store = CheckpointStore(checkpoint, names, config.num_experts_per_tok)
-        self._read_backbone(checkpoint, layout)
+        self.model, self.store = open_checkpoint(folder)
+        self.positions = self.model.config.max_position_embeddings
+        self._blocks = expert_blocks(self.model)
+        self._read_backbone()
         for block in self._blocks.values():
             block.gate.register_forward_hook(
                 lambda _, inputs, output, block=block: block.experts.source.observe(
@@ -112,12 +135,13 @@ class HubModel:
                 )
             )
 
-    def _read_backbone(self, checkpoint: Checkpoint, layout: Layout) -> None:
-        model = self.model
+    def _read_backbone(self) -> None:
+        model, checkpoint = self.model, self.store.checkpoint
+        block = LAYOUTS[model.config.model_type].block
         tied = set(model.all_tied_weights_keys)
         names = [name for name in model.state_dict() if ".mlp.experts." not in name and name not in tied]
         for name in tqdm(names, desc="backbone", unit="tensor", disable=None, leave=False):
-            stored = name.replace(".mlp.", f".{layout.block}.")
+            stored = name.replace(".mlp.", f".{block}.")
             path, _, own = name.rpartition(".")
             module, place = model.get_submodule(path), checkpoint.place(stored)
             expected = getattr(module, own)

@@ -6,10 +6,11 @@ page cache, so a cache of experts takes the memory of its slots and no more. Wei
 they are multiplied (`precision.linear`).
 """
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,12 +137,20 @@ class CheckpointStore:
         expert_bytes: memory of one expert in a cache.
         file_bytes: bytes that one read reads.
         in_place: whether experts are used where they are mapped; here they never are.
+        names: for each layer and expert, its tensors.
+        is_quantized: whether experts have scales.
         usage: usage of experts, from a profile; None without one.
     """
 
     in_place = False
 
-    def __init__(self, checkpoint: Checkpoint, names: Sequence[Sequence[Sequence[str]]], top_k: int) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        names: Sequence[Sequence[Sequence[str]]],
+        top_k: int,
+        hashes: Mapping[str, str] | None = None,
+    ) -> None:
         """Checks the experts' tensors.
 
         Args:
@@ -149,11 +158,12 @@ class CheckpointStore:
             names: for each layer and expert, the tensors gate [F, D], up [F, D] and down [D, F]; of int8 weights also
                 their scales, in this order.
             top_k: experts of a token.
+            hashes: SHA-256 of files, of an export with one expert in each; checked when an expert is first read.
 
         Raises:
             DynarouteError: a tensor is missing, or differs from the first expert's in shape or dtype.
         """
-        self.checkpoint, self._names = checkpoint, names
+        self.checkpoint, self.names, self._hashes = checkpoint, names, dict(hashes or {})
         self.config = Sizes(len(names), len(names[0]), top_k)
         self.num_experts = self.config.num_layers * self.config.num_experts
         self.usage: Usage | None = None
@@ -169,6 +179,7 @@ class CheckpointStore:
                     raise DynarouteError(f"{place.path}: tensor {name} is {found} as the first expert's")
         width = gate.shape[0]
         shapes = {"gate_up": (2 * width, gate.shape[1]), "down": down.shape}
+        self.is_quantized = bool(scales)
         if scales:
             shapes |= {"gate_up_scale": (2 * width,), "down_scale": (down.shape[0],)}
         self._layout, self.expert_bytes = [], 0
@@ -202,9 +213,24 @@ class CheckpointStore:
         parts = [*memory.gate_up.chunk(2), memory.down]
         if memory.gate_up_scale is not None:
             parts += [*memory.gate_up_scale.chunk(2), memory.down_scale]
-        for name, part in zip(self._names[layer][expert], parts, strict=True):
+        names = self.names[layer][expert]
+        for name, part in zip(names, parts, strict=True):
             self.checkpoint.read(name, part)
+        first = self.checkpoint.place(names[0])
+        if expected := self._hashes.get(first.path.name):
+            with first.path.open("rb") as file:
+                digest = hashlib.sha256(file.read(first.begin))
+            for part in parts:
+                digest.update(part.view(-1).view(torch.uint8).numpy())
+            if digest.hexdigest() != expected:
+                raise DynarouteError(f"{first.path}: SHA-256 is {digest.hexdigest()}, not {expected}: export it again")
+            del self._hashes[first.path.name]  # from now on, a change of the file shows in its version
         return memory
+
+    def files(self) -> set[str]:
+        """The names of the files that hold experts."""
+        places = self.checkpoint.places
+        return {places[name].path.name for layer in self.names for expert in layer for name in expert}
 
 
 def _weight_map(path: Path) -> dict[str, str]:

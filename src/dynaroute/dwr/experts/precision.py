@@ -24,7 +24,7 @@ class TensorEntry(Section):
     """One tensor of a file."""
 
     shape: list[Positive]
-    dtype: Literal["F32", "BF16", "I8"]
+    dtype: Literal["F32", "BF16", "F16", "I8"]
 
     def num_bytes(self) -> int:
         """Its size."""
