@@ -52,3 +52,5 @@ def test_the_gap_closed_may_be_negative_or_not_there():
     assert closed[2] == pytest.approx(-0.25)
     assert math.isnan(closed[4])
     assert gap_closed(pd.DataFrame(rows[1:3]), per_layer=False).empty
+    rows.append({"capacity": 2, "per_layer": True, "policy": "lru", "hit_rate": 0.4})
+    assert gap_closed(pd.DataFrame(rows), per_layer=False, better=True)["next_use"][2] == pytest.approx(-1.5)

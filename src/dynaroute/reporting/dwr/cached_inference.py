@@ -42,6 +42,7 @@ def page(cached: Cached, peers: Record | None) -> str:
             "rows": {
                 "hits": hits[~hits["per_layer"]],
                 "closed": shared.reset_index().melt("capacity"),
+                "closed_better": gap_closed(hits, False, better=True).reset_index().melt("capacity"),
                 "third": _at_a_third(hits, third),
                 "cells": cached.cells[cached.cells["capacity"] == third],
                 "accuracies": _accuracies(cached),
