@@ -5,10 +5,13 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro status test lint benchmarks gpu faults recover env
+.PHONY: repro scale status test lint benchmarks faults recover env
 
 repro: env  ## the default pipeline: data/ and reports/
 	dvc repro
+
+scale: env  ## the pipeline with params/NAME.yaml, in a worktree of its own: make scale NAME=smollm
+	python scripts/scale.py $(NAME)
 
 status: env  ## what `dvc repro` would run, also after edits of code or of models and text on disk
 	dvc repro --quiet stages/data/dvc.yaml
@@ -21,13 +24,11 @@ lint: env
 	ruff check .
 	ruff format --check .
 	lint-imports --no-cache
+	pytest --quiet tests/test_prose.py
 
 benchmarks: env  ## layers, peers and tokenization at the paper's sizes, and the pages that show them
 	dvc repro benchmarks/dvc.yaml
 	dvc repro --single-item --force report_cached_inference report_dwr report_dagformer summarize
-
-gpu: env  ## GPU measurements with gpu/params.yaml; reports/gpu.md shows the finished ones
-	dvc repro --keep-going gpu/dvc.yaml || { cd gpu && python ../benchmarks/report_gpu.py; exit 1; }
 
 faults: env  ## kills, full disks and damaged files, where allowed with the right to mount (docs/reliability.md)
 	$$(unshare --user --map-root-user --mount echo unshare --user --map-root-user --mount 2>/dev/null) \

@@ -14,7 +14,7 @@ from dynaroute.analysis.dwr_runs import train_and_measure
 from dynaroute.config import Settings
 from dynaroute.pipeline.artifacts import write_json
 from dynaroute.pipeline.stage import run
-from dynaroute.reporting.dwr.runs import BALANCE, sweep
+from dynaroute.reporting.dwr.findings import BALANCE, sweep
 
 SEEDS = 3  # that of the reference and those after it
 

@@ -1,6 +1,6 @@
 """Times a training step of a DAGFormer predictor, and the encoder that would read its texts, with random weights.
 
-    python benchmarks/benchmark_dagformer_step.py        (`make gpu` runs it in gpu/)
+    python benchmarks/benchmark_dagformer_step.py        (`make scale NAME=gpu` runs it at the published sizes)
 
 The base has the sizes of `dagformer.base` and OLMo-2's vocabulary, the encoder those of Qwen3-Embedding-0.6B; the
 variant is P1. A step is what train_dagformer does: forward through predictor and base, NLL and density, backward to the

@@ -1,6 +1,6 @@
 """Reads held-out text token by token on a GPU with some of the experts on it, against all of them resident.
 
-    python benchmarks/benchmark_gpu_cache.py        (`make gpu` runs it in gpu/)
+    python benchmarks/benchmark_gpu_cache.py        (`make scale NAME=gpu` runs it at the published sizes)
 
 The other experts are in page-locked host memory, or in their files, which the page cache holds (disk) or not (disk,
 cold). Every capacity with every policy and prefetcher, at batch 1 in fp32; cold only the capacity nearest a third of

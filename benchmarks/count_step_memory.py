@@ -2,12 +2,12 @@
 
     python benchmarks/count_step_memory.py
 
-The base has the sizes of `dagformer.base` in gpu/params.yaml, which are OLMo-2-0425-1B's; the variant is P1. A step is
+The base has the sizes of `dagformer.base` in params/gpu.yaml, which are OLMo-2-0425-1B's; the variant is P1. A step is
 what train_dagformer does: forward through predictor and base, NLL, backward, AdamW. Its tensors have shapes but no
 memory, and each is counted as long as it lives. An allocator and a GPU's libraries take more (usually a tenth), which
 is not counted. Heads are sent as on a CPU; a GPU keeps a little less of them.
 
-Reads   gpu/params.yaml
+Reads   params/gpu.yaml
 Writes  reports/benchmarks/step_memory.json
 """
 
@@ -68,7 +68,7 @@ class MemoryCount(TorchDispatchMode):
 
 def main(_: Settings) -> None:
     """Counts and writes the report."""
-    settings = load_settings("gpu/params.yaml")
+    settings = load_settings("params/gpu.yaml")
     variant, seq_len = settings.variant("P1"), settings.dagformer.seq_len
     rows = []
     cells = list(itertools.product((False, True), (1, 2, 4)))

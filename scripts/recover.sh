@@ -2,7 +2,7 @@
 # `make recover`: repairs what a killed stage, `dvc repro` or `dvc exp run` can leave. Run from the repository's root.
 
 # A stage that outlived its DVC still writes: nothing may be repaired under it.
-for lock in .scratch/running_*/lock gpu/.scratch/running_*/lock; do
+for lock in .scratch/running_*/lock; do
   if [ -s "$lock" ] && command -v flock >/dev/null && ! flock --timeout 60 "$lock" true; then
     echo "$lock: process $(cat "$lock") is at work: wait for it, or stop it"
     exit 1
@@ -50,7 +50,7 @@ git reset --quiet -- .dvc/tmp/repro.dat 2>/dev/null
 rm -f .dvc/tmp/repro.dat
 
 # A lock file cut within a line, or refused by DVC, is replaced by git's. Stages missing from any other run again.
-for lock in dvc.lock stages/data/dvc.lock gpu/dvc.lock; do
+for lock in dvc.lock stages/data/dvc.lock; do
   if [ -e $lock ] && [ "$(git status --porcelain -- $lock 2>&1)" ] && {
     [ "$(tail -c 1 $lock | wc -l)" -ne 1 ] || dvc stage list ${lock%lock}yaml 2>&1 | grep -q "dvc.lock' validation failed"
   }; then
@@ -58,5 +58,5 @@ for lock in dvc.lock stages/data/dvc.lock gpu/dvc.lock; do
   fi
 done
 
-find data reports gpu -name '.*.tmp' -prune -exec rm -rf {} + 2>/dev/null
+find data reports -name '.*.tmp' -prune -exec rm -rf {} + 2>/dev/null
 git stash list | sed 's/^/set aside, by you or by a killed dvc exp run (git stash show, git stash pop): /'

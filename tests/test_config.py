@@ -18,7 +18,7 @@ from dynaroute.config.schema import Section
 from dynaroute.errors import DynarouteError
 
 DEFAULT = REPOSITORY / "params.yaml"
-PAPER = REPOSITORY / "params.paper.yaml"
+PAPER = REPOSITORY / "params/paper.yaml"
 STREAM = {"kind": "dolma_stream", "path": "somebody/texts", "revision": "abc", "addresses": "urls/v1.txt"}
 
 

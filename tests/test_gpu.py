@@ -1,6 +1,5 @@
-"""`make gpu` on a CPU with small sizes: the stages write what the report reads, and what is missing is said to be."""
+"""`make scale NAME=gpu` on a CPU with small sizes."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,10 +9,8 @@ import benchmark_gpu_cache
 import benchmark_moe
 import export_experts
 import pytest
-import report_gpu
 import torch
 import train_dwr
-from report_gpu import page
 from repository import REPOSITORY
 from ruamel.yaml import YAML
 from small_tokens import write_tokens
@@ -23,9 +20,8 @@ from dynaroute.dwr.model import DWRConfig
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import write_text
 from dynaroute.reporting.inputs import read_csv
-from dynaroute.reporting.tables import size
 
-GPU = REPOSITORY / "gpu"
+PARAMS = REPOSITORY / "params/gpu.yaml"
 SMALL = {
     "dwr": {"d_model": 32, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "max_seq_len": 16},
     "dwr.training": {"epochs": 4, "batch_size": 4, "micro_batch_size": 4, "warmup_steps": 2, "lr": 1e-2},
@@ -56,7 +52,7 @@ MODULES = {
 
 
 def small_settings() -> Settings:
-    data = YAML(typ="safe", pure=True).load(GPU / "params.yaml")
+    data = YAML(typ="safe", pure=True).load(PARAMS)
     for section, values in SMALL.items():
         at = data
         for part in section.split("."):
@@ -87,7 +83,7 @@ def measured(tmp_path_factory) -> Path:
                 patch.setattr(module, name, value)
         write_corpora()
         settings = small_settings()
-        for stage in (train_dwr, export_experts, *MODULES, benchmark_gpu_cache, report_gpu):
+        for stage in (train_dwr, export_experts, *MODULES, benchmark_gpu_cache):
             stage.main(settings)
     return root
 
@@ -96,113 +92,19 @@ def measured(tmp_path_factory) -> Path:
 def workspace(measured, tmp_path, monkeypatch) -> Path:
     """The working directory: a copy of that."""
     shutil.copytree(measured, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path / "gpu")
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def prepare(root: Path, patch: pytest.MonkeyPatch) -> None:
-    (root / "gpu").mkdir()
     (root / "reports").mkdir()
-    shutil.copy(GPU / "cards.yaml", root / "gpu")
     shutil.copy(REPOSITORY / "reports/reference.yaml", root / "reports")
-    patch.chdir(root / "gpu")
-
-
-def read(name: str) -> dict:
-    return json.loads(Path(f"reports/{name}.json").read_text())
-
-
-def edit(name: str, change) -> None:
-    data = read(name)
-    change(data)
-    Path(f"reports/{name}.json").write_text(json.dumps(data))
-
-
-def test_the_report_holds_the_figures_that_the_stages_wrote(workspace):
-    text = (workspace / "reports/gpu.md").read_text()
-    assert text == page("cpu")
-    assert "not measured" not in text.lower()
-    training, timing = read("../data/dwr/train/summary"), read("../data/dwr/measured/training")
-    moe, cache, dag, step = (read(f"benchmarks/{name}") for name in ("moe", "gpu_cache", "dag", "dagformer_step"))
-    assert f"Best validation loss {training['best_validation_loss']:.4f} nats" in text
-    assert f"at {timing['tokens_per_second']:,.0f} tokens/s" in text
-    for name, model in moe["training"]["models"].items():
-        assert f"| {name} | {model['parameters']:,} | {model['milliseconds']:.2f} |" in text
-    assert f"resident: {cache['resident_tokens_per_second']:,.0f} tokens/s" in text
-    for row in cache["rows"]:
-        shown = f"{row['ratio_to_resident']:.3f} | {row['hit_rate']:.3f} | {size(row['bytes_read'])} |"
-        assert (shown in text) or row["capacity"] != cache["capacity_nearest_a_third"]
-    for result in dag["results"]:
-        for name, row in result["candidates"].items():
-            assert f"| {name} | {row['forward']['milliseconds']:,.2f} |" in text
-    assert f"{step['step']['milliseconds']:,.1f} ms, the encoder's forward" in text
-    assert moe["machine"]["processor"] in text
+    patch.chdir(root)
 
 
 def test_a_text_that_is_not_trained_on_is_not_learned(workspace):
     last = read_csv("reports/dwr/training.csv", ["validation_loss", "validation_wikitext_loss"]).iloc[-1]
     assert last["validation_loss"] < last["validation_wikitext_loss"]
-
-
-def test_figures_of_a_cpu_are_not_taken_for_a_gpus(workspace):
-    assert "**These figures are a CPU's**" in page("cpu")
-    assert "reached |" not in page("cpu")
-    assert "a CPU's" not in page("cuda")
-
-
-def test_goals_are_judged_by_the_fastest_of_ours_and_the_worst_size(workspace):
-    def speeds(data):
-        first = data["training"]["models"]["dense"]
-        models = {"dynaroute": 50.0, "dynaroute_compiled": 61.0, "dense": 100.0}
-        data["training"]["models"] = {name: {**first, "tokens_per_second": value} for name, value in models.items()}
-        data["training"]["models"]["dense_compiled"] = {"parameters": 1, "failed": "Error: why"}
-        data["machine"]["processor"], data["training"]["flops_per_token"] = "NVIDIA H200", 989_500_000_000
-
-    def sizes(data):
-        for result, milliseconds, share in zip(data["results"], (19.0, 21.0), (0.7, 0.65), strict=True):
-            result["candidates"] = {
-                name: {**result["candidates"][name], "forward_backward": {"milliseconds": time, "ratio_to_dense": 1.0}}
-                for name, time in (("dense", 10.0), ("ours", milliseconds))
-            }
-            result["fraction_of_byte_bound"] = share
-        data["results"].append({**data["results"][0], "candidates": {}, "failed": {"ours": "CUDA out of memory"}})
-
-    def slower(data):
-        for row in data["rows"]:  # the fastest cell is at another capacity
-            row["ratio_to_resident"] = 0.71 if row["capacity"] == data["capacity_nearest_a_third"] else 0.99
-        data["resident_tokens_per_second"] = 299.0
-
-    for name, change in (("moe", speeds), ("dag", sizes), ("gpu_cache", slower)):
-        edit(f"benchmarks/{name}", change)
-    text = page("cuda")
-    for row in ("0.6 | 0.61 | reached", "300 | 299 | **not reached**", "0.7 | 0.71 | reached",
-                "at most 2 | 2.1 | **not reached**", "0.6 | 0.65 | reached"):  # fmt: skip
-        assert f"{row} |" in text
-    assert "| 61 | 6.1% |" in text  # of a published peak
-    assert "| Error: why |" in text
-    assert "| CUDA out of memory |" in text
-
-
-def test_a_stage_that_was_not_run_is_named_instead_of_its_rows(workspace):
-    Path("reports/benchmarks/dag.json").unlink()
-    text = page("cuda")
-    assert "`dvc repro gpu/dvc.yaml:benchmark_dag`" in text
-    assert text.count("| not measured |") == 2
-
-
-def test_the_committed_page_is_what_the_committed_results_give(tmp_path, monkeypatch):
-    prepare(tmp_path, monkeypatch)
-    if (GPU / "reports").exists():
-        shutil.copytree(GPU / "reports", tmp_path / "gpu/reports")
-    settings = load_settings(GPU / "params.yaml")
-    report_gpu.main(settings)
-    assert (tmp_path / "reports/gpu.md").read_text() == (REPOSITORY / "reports/gpu.md").read_text()
-
-
-def test_results_of_two_runs_are_not_mixed(workspace):
-    edit("benchmarks/gpu_cache", lambda data: data.update(run="another"))
-    with pytest.raises(DynarouteError, match=r"gpu_cache\.json: belongs to run another"):
-        page("cuda")
 
 
 def test_a_corpus_of_another_tokenizer_is_not_validated_on(tmp_path, monkeypatch):
@@ -215,7 +117,7 @@ def test_a_corpus_of_another_tokenizer_is_not_validated_on(tmp_path, monkeypatch
 
 
 def test_the_settings_are_the_published_sizes():
-    settings = load_settings(GPU / "params.yaml")
+    settings = load_settings(PARAMS)
     dwr = settings.dwr
     sizes = dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"})
     assert DWRConfig(vocab_size=50304, **sizes).num_params() == 259_712_096
@@ -223,31 +125,10 @@ def test_the_settings_are_the_published_sizes():
         16, 512, 10, "bf16",
     )  # fmt: skip
     assert settings.benchmark_cache.capacities[-1] == 96
-    paper = load_settings(REPOSITORY / "params.paper.yaml")
+    paper = load_settings(REPOSITORY / "params/paper.yaml")
     same = {"batch_size", "predictor_hidden", "rank", "cascade", "init_logit"}
     assert settings.dagformer.precision == paper.dagformer.precision == "bf16"
     assert settings.variant("P1").model_dump(include=same) == paper.variant("P1").model_dump(include=same)
-
-
-def test_every_stage_names_scripts_files_and_parameters_that_exist():
-    stages = YAML(typ="safe", pure=True).load(GPU / "dvc.yaml")["stages"]
-    params = YAML(typ="safe", pure=True).load(GPU / "params.yaml")
-    made = set()
-    for name, stage in stages.items():
-        stage = stage.get("do", stage)
-        made |= {out if isinstance(out, str) else next(iter(out)) for out in stage["outs"]}
-        script = stage["cmd"].split()[2]
-        assert (GPU / script).is_file(), name
-        assert f"{name}.py" == Path(script).name or name == "tokenize", name
-        for key in stage.get("params", []):
-            at = params
-            for part in key.replace("${key}", "text").split("."):
-                at = at[part]
-    for name, stage in stages.items():
-        for dependency in stage.get("do", stage).get("deps", []):
-            start = dependency.split("$")[0]
-            made_here = any(path.startswith(start) or start.startswith(path) for path in made)
-            assert (GPU / dependency).exists() or made_here, f"{name}: {dependency}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
@@ -255,5 +136,5 @@ def test_every_stage_names_scripts_files_and_parameters_that_exist():
 def test_without_a_gpu_every_benchmark_ends_with_one_line(tmp_path, monkeypatch, stage):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DynarouteError, match="device = 'cuda': this machine shows no CUDA device"):
-        stage.main(load_settings(GPU / "params.yaml"))
+        stage.main(load_settings(PARAMS))
     assert not list(tmp_path.iterdir())

@@ -155,7 +155,7 @@ def test_the_names_of_folders_are_names(tmp_path, name):
             load_settings(tmp_path / "params.yaml")
 
 
-@pytest.mark.parametrize("file", ["dvc.yaml", "benchmarks/dvc.yaml", "stages/data/dvc.yaml", "gpu/dvc.yaml"])
+@pytest.mark.parametrize("file", ["dvc.yaml", "benchmarks/dvc.yaml", "stages/data/dvc.yaml"])
 def test_no_command_holds_a_value_of_params(file):
     stages = read_yaml(REPOSITORY / file)["stages"]
     for name, stage in stages.items():

@@ -7,13 +7,10 @@ removal come from gradients on one half of the documents and are scored on the o
 
 Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/train/base
 Writes  data/dagformer/sensitivity/
-            summary.json         flatness at A = 1, gradients of adjacent and skipping gates, all edges closed on the
-                windows that variants are evaluated on, the oracle, checks
-            gate_gradients.csv   a row for each layer pair, see `gradients_by_layer_pair`
-            removal.csv, layer_pairs.csv, heads.csv   what is removed: edges by order and fraction; a layer pair; a
-                head. See `removals`
-            oracle.csv           a row for each window and text that its optimised gates are scored on: same, the
-                window itself; next, the one after it; other, one of another document
+            summary.json   flatness at A = 1; all_closed, on the windows that variants are evaluated on; oracle, see
+                           `score_oracle`, with closed, the share of its edges that it closes; groups, layer pairs and
+                           heads without whose edges NLL was measured, see `group_removals`; checks
+            removal.csv    a row for each order of removal and share of edges removed, see `removals`
 """
 
 from pathlib import Path
@@ -22,19 +19,18 @@ import numpy as np
 import torch
 
 from dynaroute.analysis.sensitivity import (
-    adjacent_minus_skip,
     closing_all,
     flatness,
     gate_gradients,
-    gradients_by_layer_pair,
+    group_removals,
     optimise_gates,
     removals,
     score_oracle,
-    summarise_oracle,
 )
 from dynaroute.analysis.statistics import document_means
 from dynaroute.config import Settings
 from dynaroute.dagformer.decoder import load_base
+from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.windows import variant_windows
 from dynaroute.data.tokens.documents import followed_windows, halves, windows_of_documents
@@ -63,30 +59,25 @@ def main(settings: Settings) -> None:
     ranked_by, scored_by = documents[ranked.indices], documents[scored.indices]
     mean_gradient = document_means(gradients, ranked_by).mean(0)
     removed = removals(graph, scored, scored_by, mean_gradient, analysis, settings.seed)
+    some = Subset(windows, scored.indices[:: len(scored) // analysis.group_windows][: analysis.group_windows])
+    groups = group_removals(graph, some, documents[some.indices], mean_gradient, analysis.group_removals)
     gates = optimise_gates(graph, Subset(windows, followed), analysis.oracle_steps, analysis.oracle_lr)
+    closed = 1 - float(gates[:, dag_mask(graph.num_layers, graph.num_heads)].mean())
     oracle = score_oracle(graph, windows, followed, documents, gates)
     with output_directory("data/dagformer/sensitivity") as folder:
-        write_csv(folder / "gate_gradients.csv", gradients_by_layer_pair(graph, gradients, ranked_by))
-        for name, rows in removed.items():
-            write_csv(folder / f"{name}.csv", rows)
-        write_csv(folder / "oracle.csv", oracle)
+        write_csv(folder / "removal.csv", removed)
         write_json(
             folder / "summary.json",
             {
                 "base": sha256(BASE / "model.safetensors"),
-                "num_layers": graph.num_layers,
-                "num_heads": graph.num_heads,
                 "flatness": flatness(gradients, ranked_by, analysis.permutations, settings.seed),
-                "adjacent_minus_skip": adjacent_minus_skip(graph, gradients, ranked_by),
                 "all_closed": closing_all(graph, evaluated, documents[evaluated.indices]),
                 "removal_windows": len(scored),
-                "oracle": {"steps": analysis.oracle_steps, "lr": analysis.oracle_lr, "windows": len(followed)}
-                | summarise_oracle(oracle),
+                "groups": groups,
+                "oracle": {"steps": analysis.oracle_steps, "windows": len(followed), "closed": closed, **oracle},
                 "checks": {
                     "gradients_and_removals_are_of_different_documents": not set(ranked_by) & set(scored_by),
-                    "optimised_gates_are_better_on_their_own_window": all(
-                        row["nll_oracle"] < row["nll_baseline"] for row in oracle if row["text"] == "same"
-                    ),
+                    "optimised_gates_are_better_on_their_own_window": oracle["same"]["high"] < 0,
                 },
             },
         )

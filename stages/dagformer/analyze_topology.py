@@ -8,13 +8,11 @@ Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/{train/base,train/
 Writes  data/dagformer/analysis/<id>/
             topology.json         run, variant, n (windows), checks, and
                 variation: by protocol and mode, see `topology.variation`
-                same_text: by mode, whether the wirings of a whole window and of its prefix are alike; `same_text_test`
                 swapped: by protocol, soft NLL of texts under their own wiring minus that under other texts'
                 reading: by mode, see `controls.reading`
                 domains: see `domains.describe_domains`; null if the text has but one source
-            swaps.csv             a row for each protocol and window
-            wirings.safetensors   a checkpoint of ours, of soft gates: variance over texts [N, N]; distances of all
-                pairs of texts; same_text, of each whole window to its own prefix; mean_by_source [C, N, N]
+            wirings.safetensors   a checkpoint of ours, of soft gates: distances of all pairs of texts; same_text, of
+                each whole window to its own prefix
 """
 
 from pathlib import Path
@@ -26,7 +24,7 @@ from dynaroute.analysis.controls import reading, swapped_nll
 from dynaroute.analysis.domains import describe_domains
 from dynaroute.analysis.nll import TEXTS, first_scored, wire
 from dynaroute.analysis.statistics import paired_difference
-from dynaroute.analysis.topology import jaccard_distances, same_text_test, variation
+from dynaroute.analysis.topology import jaccard_distances, variation
 from dynaroute.config import Settings
 from dynaroute.config.dagformer import MODES
 from dynaroute.dagformer.embeddings import load_embeddings
@@ -36,7 +34,7 @@ from dynaroute.dagformer.windows import variant_windows
 from dynaroute.data.tokens.documents import domain_windows, windows_of_documents
 from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.artifacts import output_directory, write_csv, write_json
+from dynaroute.pipeline.artifacts import output_directory, write_json
 from dynaroute.pipeline.stage import run
 from dynaroute.reporting.inputs import read_csv
 from dynaroute.training.checkpoints import load_checkpoint, save_checkpoint
@@ -73,10 +71,6 @@ def main(settings: Settings, name: str) -> None:
         "variant": name,
         "n": len(windows),
         "variation": {protocol: {mode: variation(sets[mode][protocol]) for mode in MODES} for protocol in TEXTS},
-        "same_text": {
-            mode: same_text_test(*sets[mode].values(), analysis.permutations, settings.seed)._asdict()
-            for mode in MODES
-        },
         "swapped": {
             protocol: paired_difference(evaluated[protocol]["soft"], other, documents)._asdict()
             for protocol, other in swapped.items()
@@ -90,7 +84,6 @@ def main(settings: Settings, name: str) -> None:
     tensors = {
         "distances": jaccard_distances(soft["window"], soft["window"])[tuple(pairs)],
         "same_text": jaccard_distances(soft["window"], soft["prefix"]).diagonal(),
-        "variance": wirings["window"].soft.var(0, correction=0),
     }
     drawn = domain_windows(shards, windows.seq_len, analysis.domain_windows)
     if drawn is not None:
@@ -100,19 +93,12 @@ def main(settings: Settings, name: str) -> None:
             found = f"{len(vectors)} texts of domains, not {len(drawn.windows)}"
             raise DynarouteError(f"{folder}: {found}: run the stage encode_windows again")
         wiring, scaled = wire(predictor, vectors, tau), vectors * predictor.embedding_inverse_std.cpu()
-        tests = predictor.num_heads, analysis.permutations, settings.seed
+        tests = analysis.permutations, settings.seed
         report["domains"] = describe_domains(wiring, scaled.numpy(), drawn, *tests)
-        source_of = torch.from_numpy(drawn.labels[drawn.documents])
-        means = [wiring.soft[source_of == source].mean(0) for source in range(len(drawn.sources))]
-        tensors["mean_by_source"] = torch.stack(means)
 
-    state = {"run": record["run"], "variant": name, "num_heads": predictor.num_heads}
-    state["sources"] = drawn.sources if drawn is not None else []
+    state = {"run": record["run"], "variant": name}
     with output_directory(DATA / "analysis" / name) as folder:
         write_json(folder / "topology.json", report)
-        scores = rows[["protocol", "window", "document"]].assign(nll_own=rows["nll_soft"])
-        scores["nll_other"] = np.concatenate([swapped[protocol] for protocol in TEXTS])
-        write_csv(folder / "swaps.csv", scores.to_dict("records"))
         save_checkpoint(folder / "wirings.safetensors", tensors, state)
 
 

@@ -16,9 +16,10 @@ Reads   data/tokens/<dagformer.corpus> (test), data/dagformer/{train/<base>,edge
         data/dagformer/embeddings/evaluation
 Writes  data/dagformer/eval/<id>/
             nll.csv   a row for each protocol and window: protocol; window, its index among all whole windows of the
-                test split; document, in which it lies, and its source; and nll_<mode> in nats per token
-            nll.json  run, variant, n (windows), checks, and for each protocol: tokens scored; nll_<mode>, means
-                over windows; the measures of `dynaroute.analysis.topology.measure`; nll_own_base,
+                test split; document, in which it lies, and its source; nll_<mode> and
+                kl_<mode>, from the baseline, in nats per token
+            nll.json  run, variant, n (windows), checks, and for each protocol: tokens scored; nll_<mode> and
+                kl_<mode>, means over windows; the measures of `dynaroute.analysis.topology.measure`; nll_own_base,
                 if the base was trained jointly: its mean NLL with all gates at one
             gates.safetensors   a checkpoint of ours, with float32 tensors for each protocol:
                 <protocol>.logits [n, valid entries], where Z[:, dag_mask(num_layers, num_heads)] = logits;
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 
 from dynaroute.analysis.controls import equally_dense
-from dynaroute.analysis.nll import BATCH, TEXTS, first_scored, mean_nll, position_nll, wire
+from dynaroute.analysis.nll import BATCH, TEXTS, compare_to_base, first_scored, mean_nll, position_nll, wire
 from dynaroute.analysis.topology import measure
 from dynaroute.config import Settings
 from dynaroute.config.dagformer import MODES
@@ -70,10 +71,7 @@ def main(settings: Settings, name: str) -> None:
     valid = dag_mask(graph.num_layers, graph.num_heads)
     embeddings = load_embeddings(EMBEDDINGS)
     if (found := len(embeddings["test"])) != len(windows):
-        expected = f"dagformer.eval_windows = {len(windows)}"
-        raise DynarouteError(
-            f"{EMBEDDINGS}: {found} texts, not {expected}: run stages/dagformer/encode_windows.py again"
-        )
+        raise DynarouteError(f"{EMBEDDINGS}: {found} texts, but {len(windows)} windows: run encode_windows again")
     wirings = {
         protocol: wire(predictor, torch.from_numpy(embeddings[texts]), variant.tau_final)
         for protocol, texts in TEXTS.items()
@@ -81,19 +79,23 @@ def main(settings: Settings, name: str) -> None:
     hard = wirings["window"].hard
     order = np.array(read_record(DATA / f"edge_order/{base}.json")["order"])
 
-    # NLL of every position [n, T]. A wiring that does not depend on the protocol is run once, and scored by both.
-    nll = {"baseline": position_nll(dense, windows, valid.float())}
-    nll["random"] = position_nll(graph, windows, equally_dense(hard, valid, variant.seed))
-    nll["least_gradient"] = position_nll(graph, windows, equally_dense(hard, valid, variant.seed, order))
-    at_one = position_nll(graph, windows, valid.float()) if own_base else None
+    # A wiring that does not depend on the protocol is run once, and scored by both.
+    runs = {"random": equally_dense(hard, valid, variant.seed)}
+    runs["least_gradient"] = equally_dense(hard, valid, variant.seed, order)
+    runs |= {mode: getattr(wirings["window"], mode) for mode in MODES}
+    of_prefix = {mode: getattr(wirings["prefix"], mode) for mode in MODES}
+    runs |= {f"prefix_{mode}": own for mode, own in of_prefix.items() if not torch.equal(own, runs[mode])}
+    if own_base:
+        runs["own_base"] = valid.float().expand_as(hard)
+    scored = compare_to_base(graph, dense, windows, runs)  # NLL and KL of every position, [n, T]
     rows, metrics, gates = [], {}, {}
     for protocol, first in first_scored(shared.prefix_tokens).items():
         wiring = wirings[protocol]
-        for mode in MODES:
-            adjacency = getattr(wiring, mode)
-            if protocol == "window" or not torch.equal(adjacency, getattr(wirings["window"], mode)):
-                nll[mode] = position_nll(graph, windows, adjacency)
-        scores = {f"nll_{key}": mean_nll(values, first) for key, values in nll.items()}
+        scores = {}
+        for score, values in zip(("nll", "kl"), scored, strict=True):
+            own = {key: value for key, value in values.items() if not key.startswith("prefix_")}
+            own |= {key: values[f"{protocol}_{key}"] for key in MODES if f"{protocol}_{key}" in values}
+            scores |= {f"{score}_{key}": mean_nll(value, first) for key, value in own.items()}
         for index, (window, document) in enumerate(zip(windows.indices, documents.tolist(), strict=True)):
             source = shards.sources[int(shards.document_sources[document])]
             row = {"protocol": protocol, "window": window, "document": document, "source": source}
@@ -104,26 +106,22 @@ def main(settings: Settings, name: str) -> None:
             **measure(wiring.soft, wiring.hard, graph.num_heads),
             "cascade_k": None if variant.cascade == "off" else float(predictor.cascade_k),
         }
-        if own_base:
-            metrics[protocol]["nll_own_base"] = float(mean_nll(at_one, first).mean())
         gates[f"{protocol}.logits"] = wiring.logits[:, valid]
         gates[f"{protocol}.mean_soft"], gates[f"{protocol}.mean_hard"] = wiring.soft.mean(0), wiring.hard.mean(0)
 
     start = Subset(windows.windows, windows.indices[:BATCH])
-    again = position_nll(graph, start, wirings["prefix"].hard[:BATCH])
+    again, nll = position_nll(graph, start, of_prefix["hard"][:BATCH]), scored[0].get("prefix_hard", scored[0]["hard"])
     checks = {
         "base_is_the_file_that_the_variant_was_trained_on": sha256(TRAINED / base / "model.safetensors")
         == record["identity"]["base"],
-        "a_batch_scored_again_gives_the_same_bits": torch.equal(again, nll["hard"][:BATCH]),
+        "a_batch_scored_again_gives_the_same_bits": torch.equal(again, nll[:BATCH]),
     }
     state = {"run": record["run"], "variant": name, "num_layers": graph.num_layers, "num_heads": graph.num_heads}
     state |= {"tau": variant.tau_final, "cascade_k": float(predictor.cascade_k), "windows": windows.indices}
     with output_directory(DATA / "eval" / name) as folder:
         write_csv(folder / "nll.csv", rows)
-        write_json(
-            folder / "nll.json",
-            {"run": record["run"], "variant": name, "n": len(windows), **metrics, "checks": checks},
-        )
+        about = {"run": record["run"], "variant": name, "n": len(windows)}
+        write_json(folder / "nll.json", {**about, **metrics, "checks": checks})
         save_checkpoint(folder / "gates.safetensors", gates, state)
 
 

@@ -1,13 +1,13 @@
-"""Writes the DAGFormer report, its section of the page of measurements, and its numbers in the summary.
+"""Writes the DAGFormer report, and its parts of the summary and of the page of measurements.
 
     python stages/dagformer/report_dagformer.py
 
 Reads   data/dagformer/{train,eval,analysis}/<id>/ of the variants in params.yaml,
-        data/dagformer/{measured,sensitivity}/, data/dagformer/{base,comparisons}.json,
+        data/dagformer/{measured,planted,sensitivity}/, data/dagformer/{base,comparisons}.json,
         reports/dagformer/variants.csv, reports/reference.yaml, data/tokens/<dagformer.corpus>/metadata.json;
-        reports/benchmarks/dag.json and benchmarks/dvc.lock, if it was run
+        reports/benchmarks/{dag,stability}.json and benchmarks/dvc.lock, if they were run
 Writes  reports/dagformer.md            the same bytes on every run
-        data/dagformer/report/          measured.md and summary.json, for the stage summarize
+        data/dagformer/report/          summary.md, summary.json and measured.md, for the stage summarize
 """
 
 from pathlib import Path
@@ -16,18 +16,21 @@ from dynaroute.config import Settings
 from dynaroute.pipeline.artifacts import write_json, write_text
 from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dagformer.measured import read_measurements, section
-from dynaroute.reporting.dagformer.page import page, summary
+from dynaroute.reporting.dagformer.page import summary, values
 from dynaroute.reporting.dagformer.results import DATA, read_analyses, read_comparisons, read_results
-from dynaroute.reporting.inputs import read_record
+from dynaroute.reporting.inputs import read_benchmark, read_record
+from dynaroute.reporting.pages import render
 
 
 def main(settings: Settings) -> None:
-    """Reads all variants' results, and writes the page, its section and its numbers."""
+    """Reads all variants' results, and writes the page and its parts of the others."""
     results = read_results(settings)
     comparisons, analyses = read_comparisons(results), read_analyses(settings, results)
     tokens = read_record(Path("data/tokens") / settings.dagformer.corpus / "metadata.json")
     reference = read_record("reports/reference.yaml")["dagformer"]
-    write_text("reports/dagformer.md", page(results, comparisons, analyses, tokens, reference))
+    found = values(results, comparisons, analyses, tokens, reference, read_benchmark("stability"))
+    write_text("reports/dagformer.md", render("dagformer.md", found))
+    write_text(DATA / "report/summary.md", render("dagformer_summary.md", found))
     write_text(DATA / "report/measured.md", section(results, read_measurements(results), reference["timing"]))
     write_json(DATA / "report/summary.json", summary(results, comparisons, analyses))
 

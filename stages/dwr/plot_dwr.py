@@ -1,22 +1,30 @@
-"""Draws the figures of the DWR report.
+"""Draws the figures of the DWR report, and copies the losses that `dvc plots` shows.
 
     python stages/dwr/plot_dwr.py
 
-Reads   reports/dwr/*.csv, data/dwr/train/
-Writes  reports/dwr/{routers,hit_rates}.png  the same bytes on every run
+Reads   reports/dwr/simulated_hits.csv, data/dwr/{export/summary.json,run_results}
+Writes  reports/dwr/{training_curves,gate_norms,runs,hit_rates}.png  the same bytes on every run
+        reports/dwr/losses.csv  the training loss of every tenth step of the reference
 """
 
 from dynaroute.config import Settings
+from dynaroute.pipeline.artifacts import write_csv
 from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dwr import figures
-from dynaroute.reporting.dwr.results import REPORTS, read_hits, read_training
+from dynaroute.reporting.dwr.findings import differing_in, sweep
+from dynaroute.reporting.dwr.results import DATA, REPORTS, read_hits, read_runs
+from dynaroute.reporting.inputs import read_record
 
 
 def main(settings: Settings) -> None:
     """Reads what the other stages found, and draws it."""
-    training = read_training()
-    figures.plot_routers(training.router, training.run["config"]["d_model"], REPORTS / "routers.png")
-    figures.plot_hit_rates(read_hits(), len(training.router), REPORTS / "hit_rates.png")
+    runs, experts = read_runs(settings), read_record(DATA / "export/summary.json")["expert_files"]
+    seeds = differing_in(runs, "seed")
+    write_csv(REPORTS / "losses.csv", runs[0]["losses"])
+    figures.plot_training(seeds, REPORTS / "training_curves.png")
+    figures.plot_gate_norms(runs[0], REPORTS / "gate_norms.png")
+    figures.plot_runs(sweep(runs), seeds, REPORTS / "runs.png")
+    figures.plot_hit_rates(read_hits(), experts, REPORTS / "hit_rates.png")
 
 
 if __name__ == "__main__":

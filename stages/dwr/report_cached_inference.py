@@ -10,13 +10,16 @@ Writes  reports/cached_inference.md
 from dynaroute.config import Settings
 from dynaroute.pipeline.artifacts import write_text
 from dynaroute.pipeline.stage import run
-from dynaroute.reporting.dwr.cached_inference import page
-from dynaroute.reporting.dwr.results import read_benchmark, read_cached
+from dynaroute.reporting.dwr.cached_inference import values
+from dynaroute.reporting.dwr.results import read_cached
+from dynaroute.reporting.inputs import read_benchmark
+from dynaroute.reporting.pages import render
 
 
 def main(settings: Settings) -> None:
     """Reads the results, and writes the page."""
-    write_text("reports/cached_inference.md", page(read_cached(), read_benchmark("cached_inference")))
+    found = values(read_cached(), read_benchmark("cached_inference"))
+    write_text("reports/cached_inference.md", render("cached_inference.md", found))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Writes  data/dwr/train/            best.safetensors (weights), last.safetensors 
         reports/dwr/router.csv     gate norm and load of every expert, on the validation split
         data/dwr/measured/training.json  seconds, tokens/s, memory
 
-A run that was stopped goes on from its last checkpoint in .scratch/train_dwr/.
+A run that was stopped resumes from its last checkpoint in .scratch/train_dwr/.
 """
 
 import shutil

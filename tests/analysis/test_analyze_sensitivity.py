@@ -12,16 +12,20 @@ import torch
 from small_dagformer import HEADS, LAYERS, SEQ_LEN, make_base, tiny_settings, write_all
 from small_settings import changed
 
-from dynaroute.analysis.sensitivity import other_texts
+from dynaroute.analysis.nll import window_nll
+from dynaroute.analysis.sensitivity import optimise_gates, other_texts
 from dynaroute.analysis.statistics import paired_difference
 from dynaroute.config import Settings
+from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.documents import followed_windows, halves, windows_of_documents
 from dynaroute.data.tokens.shards import TokenShards, Windows
+from dynaroute.data.tokens.windows import Subset
 
 FOLDER = Path("data/dagformer/sensitivity")
 ANALYSIS = {
     **{"permutations": 99, "gradient_windows": 5, "removal_windows": 4, "removal_fractions": [0.25, 1.0]},
+    **{"group_removals": 2, "group_windows": 3},
     **{"random_removals": 2, "oracle_windows": 3, "oracle_steps": 4, "oracle_lr": 0.1},
 }
 
@@ -60,6 +64,26 @@ def test_removing_everything_is_the_base_without_any_connection(tree):
     assert float(whole[0]["low"]) == pytest.approx(expected.low, abs=1e-5)
 
 
+def test_a_head_or_layer_pair_is_removed_with_all_its_edges(tree):
+    stage.main(settings())
+    found = json.loads((FOLDER / "summary.json").read_text())["groups"]
+    windows = Windows(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN, keep_tail=False)
+    scored = Subset(windows, scored_windows()[:3])
+    graph, opened = DagForward(make_base()), dag_mask(LAYERS, HEADS).float()
+    for kind in ("layers", "head"):
+        own = [row for row in found if row["kind"] == kind]
+        assert [row["expected"] for row in own] == sorted(row["expected"] for row in own)
+        assert [row["promising"] for row in own] == [True] * (len(own) // 2) + [False] * (len(own) // 2)
+        for row in own:
+            gates = opened.view(LAYERS, HEADS, LAYERS, HEADS).clone()  # source layer, head, target layer, head
+            if kind == "layers":
+                gates[row["first"], :, row["second"]] = 0
+            else:
+                gates[row["first"], row["second"]] = 0
+            nll = [window_nll(graph, scored, one.reshape(opened.shape)) for one in (gates, opened)]
+            assert row["mean"] == pytest.approx((nll[0] - nll[1]).mean(), abs=1e-6)
+
+
 def scored_windows() -> list[int]:
     documents = windows_of_documents(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN)
     return halves(documents, SIZES)[1]
@@ -76,26 +100,23 @@ def nll_without_connections() -> np.ndarray:
     return torch.stack(losses).numpy()
 
 
-def test_there_is_a_row_for_each_layer_pair_head_order_and_text(tree):
+def test_the_oracle_is_scored_on_its_own_window_the_next_and_one_of_another_document(tree):
     stage.main(settings())
-    pairs = [("0", "1"), ("0", "2"), ("1", "2")]
-    for name in ("gate_gradients", "layer_pairs"):
-        assert [(row["source"], row["target"]) for row in rows(name)] == pairs
-    assert [(row["layer"], row["head"]) for row in rows("heads")] == [
-        (str(layer), str(head)) for layer in range(LAYERS) for head in range(HEADS)
-    ]
     assert len(rows("removal")) == 3 * 2
-    found = json.loads((FOLDER / "summary.json").read_text())
-    for text in ("same", "next", "other"):
-        own = [row for row in rows("oracle") if row["text"] == text]
-        gains = [float(row["nll_oracle"]) - float(row["nll_baseline"]) for row in own]
-        assert len({row["document"] for row in own}) == found["oracle"][text]["documents"] == 3
-        assert found["oracle"][text]["mean"] == pytest.approx(np.mean(gains))
-        shift = {"same": 0, "next": 1}.get(text)
-        assert shift is None or all(int(row["scored_window"]) - int(row["window"]) == shift for row in own)
-    document_of = {row["window"]: row["document"] for row in rows("oracle")}
-    assert all(document_of[row["scored_window"]] != row["document"] for row in own)  # the others
-    assert found["oracle"]["same"]["mean"] < 0
+    found = json.loads((FOLDER / "summary.json").read_text())["oracle"]
+    shards = TokenShards(Path("data/tokens/docs"), "test")
+    windows, documents = Windows(shards, SEQ_LEN, keep_tail=False), windows_of_documents(shards, SEQ_LEN)
+    own = followed_windows(documents, ANALYSIS["oracle_windows"])
+    graph = DagForward(make_base())
+    gates = optimise_gates(graph, Subset(windows, own), ANALYSIS["oracle_steps"], ANALYSIS["oracle_lr"])
+    opened = dag_mask(LAYERS, HEADS).float()
+    assert found["closed"] == pytest.approx(1 - float(gates.sum((1, 2)).mean() / opened.sum()), abs=1e-6)
+    others = [own[index] for index in other_texts(documents[own])]
+    for text, scored in {"same": own, "next": [window + 1 for window in own], "other": others}.items():
+        nll = [window_nll(graph, Subset(windows, scored), adjacency) for adjacency in (gates, opened)]
+        assert found[text]["mean"] == pytest.approx((nll[0] - nll[1]).mean(), abs=1e-6)
+        assert found[text]["documents"] == 3
+    assert found["same"]["mean"] < 0
 
 
 def test_orders_are_compared_with_the_random_one_at_the_same_fraction(tree):

@@ -209,7 +209,7 @@ def test_another_base_than_the_one_trained_on_fails_its_check(tree):
 
 
 def test_input_that_does_not_fit_is_an_error_in_one_line(tree):
-    with pytest.raises(DynarouteError, match=r"data/dagformer/embeddings/evaluation: 11 texts, not .*eval_windows = 4"):
+    with pytest.raises(DynarouteError, match=r"data/dagformer/embeddings/evaluation: 11 texts, but 4 windows"):
         stage.main(tiny_settings(eval_windows=4), "P1")
     path = Path("data/dagformer/train/P1/predictor.safetensors")
     save_checkpoint(path, load_file(path), {"run": "another", "step": 7})

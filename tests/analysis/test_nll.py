@@ -6,7 +6,7 @@ import torch
 from small_base import EMBEDDING, HEADS, LAYERS, make_base
 from small_dagformer import make_predictor, make_windows
 
-from dynaroute.analysis.nll import mean_nll, window_nll, wire
+from dynaroute.analysis.nll import compare_to_base, mean_nll, window_nll, wire
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.training.nll import token_nll
@@ -64,6 +64,20 @@ def test_every_window_is_scored_under_its_own_wiring(windows, first):
         alone = token_nll(logits, targets[index : index + 1])[:, first:].mean()
         assert found[index] == pytest.approx(alone.item(), rel=1e-5)
     assert not np.allclose(found, window_nll(graph, windows, adjacency.flip(0), first), atol=1e-3)
+
+
+def test_the_divergence_from_the_base_is_that_of_its_distributions(windows):
+    graph, adjacency = DagForward(make_base()), VALID.float().expand(len(windows), -1, -1)
+    wirings = {"closed": torch.zeros(adjacency.shape), "opened": adjacency}
+    nll, kl = compare_to_base(graph, graph, windows, wirings)
+    assert kl["opened"].abs().max() < 1e-6
+    assert torch.equal(nll["baseline"], nll["opened"])
+    tokens, _ = windows.batch(range(len(windows)))
+    with torch.no_grad():
+        expected, closed = (
+            torch.distributions.Categorical(logits=graph(tokens, a)) for a in (adjacency, wirings["closed"])
+        )
+    torch.testing.assert_close(kl["closed"], torch.distributions.kl_divergence(expected, closed), rtol=1e-4, atol=1e-6)
 
 
 def test_wirings_are_what_the_predictor_says_and_hold_no_gradients():

@@ -11,7 +11,6 @@ from dynaroute.analysis.topology import (
     jaccard_distances,
     measure,
     mute_and_deaf,
-    same_text_test,
     variation,
 )
 from dynaroute.dagformer.gates import dag_mask
@@ -143,19 +142,3 @@ def test_the_effective_rank_counts_directions_that_are_equally_strong():
     assert effective_rank(0.5 + orthonormal @ directions.T) == pytest.approx(5, rel=1e-4)
     weak = orthonormal * torch.tensor([1.0, 1.0, 1e-4, 1e-4, 1e-4])
     assert effective_rank(0.5 + weak @ directions.T) == pytest.approx(2, rel=2e-3)
-
-
-def test_wirings_that_follow_the_text_are_told_from_those_that_do_not():
-    base, texts = random_gates(1, 60), random_gates(20, 60, seed=3) - 0.5
-    parts = [base + 0.4 * texts + 0.2 * (random_gates(20, 60, seed=seed) - 0.5) for seed in (4, 5)]
-    planted = same_text_test(*[part.clamp(0, 1) for part in parts], 199, 0)
-    assert planted.p == 1 / 200
-    assert planted.observed > 0.03
-    assert planted.chance == pytest.approx(0, abs=0.003)
-
-
-def test_wirings_that_vary_whatever_the_text_are_not_taken_to_follow_it():
-    p = [same_text_test(random_gates(12, 30, 2 * s), random_gates(12, 30, 2 * s + 1), 99, 0).p for s in range(60)]
-    assert sum(one <= 0.05 for one in p) <= 8  # of 60 at 0.05
-    static = random_gates(1).expand(12, -1)
-    assert same_text_test(static, static, 99, 0).p == 1.0

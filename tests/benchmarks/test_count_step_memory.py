@@ -28,7 +28,7 @@ def test_it_counts_what_is_alive_views_once_and_the_most_at_any_time():
 def settings():
     """Those that are counted, with a base that the test can afford."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 4, "num_heads": 4}
-    return changed(load_settings(REPOSITORY / "gpu/params.yaml"), dagformer={"base": sizes, "seq_len": 64})
+    return changed(load_settings(REPOSITORY / "params/gpu.yaml"), dagformer={"base": sizes, "seq_len": 64})
 
 
 @pytest.mark.parametrize("joint", [False, True])

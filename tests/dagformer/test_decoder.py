@@ -10,8 +10,8 @@ import torch
 from repository import REPOSITORY
 from safetensors.torch import load_file, save_file
 from small_base import as_decoder
-from test_graph import INPUT_NORMS, make_base, make_tokens, nll, random_gates
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from test_graph import BASES, INPUT_NORMS, OTHERS, make_base, make_tokens, nll, random_gates
+from transformers import AutoConfig, AutoModelForCausalLM, Olmo2Config, Olmo2ForCausalLM, PreTrainedModel
 
 from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.graph import DagForward
@@ -24,13 +24,25 @@ SETTINGS = [
     {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}},
     {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0}},
     {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}, "max_position_embeddings": 4},
+    *(BASES[name] for name in OTHERS),
+    BASES["qwen3"] | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0}},
 ]
+SAVED = [*SETTINGS[:3], *SETTINGS[-3:-1]]
+
+
+def make(settings: dict, dtype: torch.dtype) -> PreTrainedModel:
+    config = AutoConfig.for_model(**make_base(4, 4).config.to_dict() | settings)
+    base = AutoModelForCausalLM.from_config(config)
+    for name, parameter in base.named_parameters():
+        if "bias" in name:
+            torch.nn.init.uniform_(parameter)
+    return base.to(dtype).eval()
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
 def test_logits_and_gradients_are_those_of_transformers(settings, dtype, tolerance):
-    theirs = Olmo2ForCausalLM(Olmo2Config(**make_base(4, 2).config.to_dict() | settings)).to(dtype).eval()
+    theirs = make(settings, dtype)
     ours, tokens = as_decoder(theirs).requires_grad_(), make_tokens(2, 12)
     logits, expected = ours(tokens), theirs(tokens).logits
     assert logits.dtype == dtype
@@ -45,8 +57,9 @@ def test_logits_and_gradients_are_those_of_transformers(settings, dtype, toleran
 
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("input_norm", INPUT_NORMS)
-def test_the_dag_forward_is_the_same_on_both(input_norm, trainable):
-    theirs, tokens, found = make_base(5, 2), make_tokens(2, 9), []
+@pytest.mark.parametrize("name", ["olmo2", "llama_gqa", "qwen3"])
+def test_the_dag_forward_is_the_same_on_both(name, input_norm, trainable):
+    theirs, tokens, found = make_base(5, 4, **BASES[name]), make_tokens(2, 9), []
     for base in (theirs, as_decoder(theirs)):
         gates = random_gates(base, 2, torch.float32).requires_grad_()
         logits = DagForward(base, input_norm, trainable)(tokens, gates)
@@ -56,19 +69,22 @@ def test_the_dag_forward_is_the_same_on_both(input_norm, trainable):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", SETTINGS[:3], ids=str)
+@pytest.mark.parametrize("settings", SAVED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shard", ["10KB", "1GB"])
 def test_folders_of_transformers_are_read_and_written(tmp_path, settings, dtype, shard):
-    theirs = Olmo2ForCausalLM(Olmo2Config(**make_base(3, 2).config.to_dict() | settings)).to(dtype).eval()
+    theirs = make(settings, dtype)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
     ours, tokens = load_base(tmp_path / "theirs", "cpu"), make_tokens(2, 9)
     assert ours.dtype == dtype
     assert not any(parameter.requires_grad for parameter in ours.parameters())
-    expected = Olmo2ForCausalLM.from_pretrained(tmp_path / "theirs")(tokens).logits
-    torch.testing.assert_close(ours(tokens), expected, rtol=1e-5, atol=1e-6)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")(tokens).logits
+    # In bf16 Llama and Qwen3 round once more than OLMo-2 and ours.
+    rounded = dtype == torch.bfloat16 and settings not in SETTINGS[:3]
+    tolerances = {"rtol": 0.1, "atol": 2e-2} if rounded else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(ours(tokens), expected, **tolerances)
     ours.save_pretrained(tmp_path / "ours")
-    again = Olmo2ForCausalLM.from_pretrained(tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert again.dtype == dtype
     assert torch.equal(again(tokens).logits, expected)
 
@@ -93,8 +109,13 @@ def folder(tmp_path) -> Path:
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, r"config.json: hidden_act = 'gelu': .*'silu'"),
-        ({"attention_bias": True}, "config.json: attention_bias = True: .*False"),
-        ({"model_type": "gpt2"}, "config.json: model_type = 'gpt2': .*'olmo2'"),
+        ({"attention_bias": True}, "config.json: attention_bias = True: must be False for olmo2"),
+        ({"num_key_value_heads": 3}, "config.json: num_key_value_heads = 3: must divide num_attention_heads = 2"),
+        (
+            {"layer_types": ["sliding_attention"]},
+            "layer_types.0 = 'sliding_attention': .*'full_attention'",
+        ),
+        ({"model_type": "gpt2"}, "config.json: model_type = 'gpt2': .*'olmo2', 'llama' or 'qwen3'"),
         ({"rope_parameters": None}, "config.json: rope_parameters = None: "),
         ({"rope_parameters": ...}, "config.json: rope_parameters: Field required"),
         ({"rope_parameters": {"rope_type": "default"}}, "config.json: rope_parameters.rope_theta: Field required"),

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from dag_reference import reference_forward
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from dynaroute.dagformer import graph
 from dynaroute.dagformer.gates import cascade, dag_mask
@@ -15,12 +17,22 @@ from dynaroute.errors import DynarouteError
 
 VOCAB = 61
 INPUT_NORMS = ["none", "gate_mean", "rms_post", "ln_post", "rms_pre"]
+BASES = {  # settings of each architecture, for an even number of heads
+    "olmo2": {},
+    "olmo2_gqa": {"num_key_value_heads": 2},
+    "llama": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama_gqa": {"model_type": "llama", "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "llama_mqa": {"model_type": "llama", "num_key_value_heads": 1, "head_dim": 6},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 10, "attention_bias": True},
+}
+OTHERS = [name for name in BASES if name != "olmo2"]
 
 
-def make_base(layers: int = 3, heads: int = 2, d_model: int = 16, dtype=torch.float32, **settings) -> Olmo2ForCausalLM:
-    """A random base whose norms differ from 1 and whose eps matters, in the given dtype."""
+def make_base(layers: int = 3, heads: int = 2, d_model: int = 16, dtype=torch.float32, **settings) -> PreTrainedModel:
+    """A random base whose norms differ from 1, its biases from 0, and whose eps matters, in the given dtype."""
     torch.manual_seed(layers * 100 + heads)
-    config = Olmo2Config(
+    config = AutoConfig.for_model(
+        settings.pop("model_type", "olmo2"),
         vocab_size=VOCAB,
         hidden_size=d_model,
         intermediate_size=2 * d_model,
@@ -32,9 +44,9 @@ def make_base(layers: int = 3, heads: int = 2, d_model: int = 16, dtype=torch.fl
         initializer_range=0.2,
         **settings,
     )
-    base = Olmo2ForCausalLM(config)
+    base = AutoModelForCausalLM.from_config(config)
     for name, parameter in base.named_parameters():
-        if "norm" in name:
+        if "norm" in name or "bias" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return base.to(dtype).eval()
 
@@ -43,18 +55,32 @@ def make_tokens(batch: int = 2, length: int = 7) -> Tensor:
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(batch * length))
 
 
-def open_gates(base: Olmo2ForCausalLM, batch: int, dtype=torch.float32) -> Tensor:
+def open_gates(base: PreTrainedModel, batch: int, dtype=torch.float32) -> Tensor:
     mask = dag_mask(base.config.num_hidden_layers, base.config.num_attention_heads)
     return mask.to(dtype).repeat(batch, 1, 1)
 
 
-def random_gates(base: Olmo2ForCausalLM, batch: int, dtype=torch.float64) -> Tensor:
+def random_gates(base: PreTrainedModel, batch: int, dtype=torch.float64) -> Tensor:
     mask = open_gates(base, batch, dtype)
     return torch.rand(mask.shape, generator=torch.Generator().manual_seed(3), dtype=dtype) * mask
 
 
 def nll(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def values_and_gradients(base: PreTrainedModel, batch: int, length: int, input_norm: str, trainable: bool = False):
+    """Of our forward, and of the formulas: logits, and the gradients of all that takes them, by name."""
+    tokens, found = make_tokens(batch, length), []
+    dag = DagForward(base, input_norm, trainable)
+    for forward in (dag, lambda t, a: reference_forward(base, t, a, input_norm)):
+        adjacency = random_gates(base, batch).requires_grad_()
+        base.zero_grad()
+        logits = forward(tokens, adjacency)
+        nll(logits, tokens).backward()
+        gradients = {name: parameter.grad for name, parameter in base.named_parameters() if trainable}
+        found.append((logits.detach(), gradients | {"A": adjacency.grad}))
+    return found
 
 
 SHAPES = [(1, 2, 1, 5), (2, 1, 3, 7), (3, 4, 2, 1), (4, 2, 2, 9), (5, 2, 1, 6), (8, 2, 2, 17), (11, 3, 1, 4)]
@@ -64,19 +90,23 @@ SHAPES = [(1, 2, 1, 5), (2, 1, 3, 7), (3, 4, 2, 1), (4, 2, 2, 9), (5, 2, 1, 6), 
 @pytest.mark.parametrize(
     ("dtype", "logit_tolerance", "nll_tolerance"), [("float32", 1e-4, 1e-5), ("float64", 1e-9, 1e-9)]
 )
+@pytest.mark.parametrize("name", BASES)
 def test_all_ones_adjacency_reproduces_the_base_model(
-    layers, heads, batch, length, dtype, logit_tolerance, nll_tolerance
+    layers, heads, batch, length, dtype, logit_tolerance, nll_tolerance, name
 ):
-    dtype = getattr(torch, dtype)
-    base = make_base(layers, heads, 8 * heads, dtype)
+    dtype, settings = getattr(torch, dtype), BASES[name]
+    if heads % settings.get("num_key_value_heads", 1):
+        settings = settings | {"num_key_value_heads": 1}
+    base = make_base(layers, heads, 8 * heads, dtype, **settings)
     tokens = make_tokens(batch, length)
     with torch.no_grad():
         expected = base(tokens).logits
-        actual = DagForward(base)(tokens, open_gates(base, batch))
-    assert actual.dtype == dtype
-    assert (actual - expected).abs().max() < logit_tolerance
-    if length > 1:
-        assert abs(nll(actual, tokens) - nll(expected, tokens)) < nll_tolerance
+        for input_norm in ("none", "gate_mean"):
+            actual = DagForward(base, input_norm)(tokens, open_gates(base, batch))
+            assert actual.dtype == dtype
+            assert (actual - expected).abs().max() < logit_tolerance
+            if length > 1:
+                assert abs(nll(actual, tokens) - nll(expected, tokens)) < nll_tolerance
 
 
 @pytest.mark.parametrize(
@@ -95,10 +125,11 @@ def test_all_ones_adjacency_reproduces_the_base_model(
     ],
     ids=str,
 )
-def test_variants_of_rope_activation_and_head_are_the_bases_own(settings):
+@pytest.mark.parametrize("architecture", [BASES["olmo2"], BASES["qwen3"]], ids=["olmo2", "qwen3"])
+def test_variants_of_rope_activation_and_head_are_the_bases_own(settings, architecture):
     torch.manual_seed(0)
-    config = make_base(4, 2).config.to_dict() | settings
-    base = Olmo2ForCausalLM(Olmo2Config(**config)).double().eval()
+    config = make_base(4, 2, **architecture).config.to_dict() | settings
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).double().eval()
     tokens = make_tokens(2, 12)
     with torch.no_grad():
         assert (DagForward(base)(tokens, open_gates(base, 2)) - base(tokens).logits).abs().max() < 1e-9
@@ -122,29 +153,37 @@ def exact_norms(monkeypatch):
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
-    monkeypatch.setattr(Olmo2RMSNorm, "forward", forward)
+    for norm in (Olmo2RMSNorm, LlamaRMSNorm, Qwen3RMSNorm):
+        monkeypatch.setattr(norm, "forward", forward)
+
+
+def match_the_formulas(base: PreTrainedModel, batch: int, input_norm: str, trainable: bool = False) -> None:
+    (logits, gradients), (expected_logits, expected) = values_and_gradients(base, batch, 5, input_norm, trainable)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-9, atol=1e-9)
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-7, atol=1e-10, msg=name)
+    valid, gates = open_gates(base, batch).bool(), gradients["A"]
+    if base.config.num_hidden_layers > 1:
+        if input_norm != "gate_mean" or base.config.num_attention_heads > 1:  # else a target's one gate is the mean
+            assert (gates[valid] != 0).all()
+        assert (gates[~valid] == 0).all()
 
 
 @pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("input_norm", INPUT_NORMS)
 @pytest.mark.parametrize(("layers", "heads", "batch"), [(2, 3, 1), (3, 2, 2), (5, 2, 2), (6, 1, 1)])
 def test_values_and_gradients_match_the_formulas_node_by_node(layers, heads, batch, input_norm):
-    base = make_base(layers, heads, 8 * heads, torch.float64, rms_norm_eps=1e-2)
-    tokens = make_tokens(batch, 5)
-    dag = DagForward(base, input_norm)
-    values, gradients = [], []
-    for forward in (dag, lambda t, a: reference_forward(base, t, a, input_norm)):
-        adjacency = random_gates(base, batch).requires_grad_()
-        logits = forward(tokens, adjacency)
-        nll(logits, tokens).backward()
-        values.append(logits.detach())
-        gradients.append(adjacency.grad)
-    torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-7, atol=1e-10)
-    valid = dag_mask(layers, heads)
-    if input_norm != "gate_mean" or heads > 1:  # the one source of a target always has the mean gate
-        assert (gradients[0][:, valid] != 0).all()
-    assert (gradients[0][:, ~valid] == 0).all()
+    match_the_formulas(make_base(layers, heads, 8 * heads, torch.float64, rms_norm_eps=1e-2), batch, input_norm)
+
+
+@pytest.mark.usefixtures("exact_norms")
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("input_norm", INPUT_NORMS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_match_the_formulas_frozen_or_not(name, input_norm, trainable):
+    for layers, heads, batch in ((2, 4, 1), (5, 2, 2)):
+        base = make_base(layers, heads, 8 * heads, torch.float64, rms_norm_eps=1e-2, **BASES[name])
+        match_the_formulas(base, batch, input_norm, trainable)
 
 
 @pytest.fixture
@@ -161,10 +200,12 @@ def heads_in_one_pass(monkeypatch):
 
 @pytest.mark.usefixtures("exact_norms", "heads_in_one_pass")
 @pytest.mark.parametrize("input_norm", ["none", "gate_mean", "rms_post", "ln_post"])
-@pytest.mark.parametrize(("layers", "heads", "batch"), [(2, 3, 1), (5, 2, 2)])
-def test_heads_sent_in_one_pass_match_the_formulas(layers, heads, batch, input_norm, monkeypatch):
+@pytest.mark.parametrize("name", ["olmo2", "llama_gqa"])
+def test_heads_sent_in_one_pass_match_the_formulas(name, input_norm, monkeypatch):
     monkeypatch.setattr(graph._Send, "forward", None)  # is not called
-    test_values_and_gradients_match_the_formulas_node_by_node(layers, heads, batch, input_norm)
+    for layers, heads, batch in ((2, 4, 1), (5, 2, 2)):
+        base = make_base(layers, heads, 8 * heads, torch.float64, rms_norm_eps=1e-2, **BASES[name])
+        match_the_formulas(base, batch, input_norm)
 
 
 def test_heads_sent_in_one_pass_are_as_close_to_fp32_in_bf16(request):
@@ -207,17 +248,7 @@ def test_a_trainable_base_gets_the_gradients_of_the_formulas(layers, heads, batc
     if zeros:  # weights of 0, as of a base that was pruned
         for layer in base.model.layers:
             layer.post_attention_layernorm.weight.data[[1, 4]] = 0
-    tokens = make_tokens(batch, 5)
-    dag = DagForward(base, input_norm, trainable=True)
-    gradients = []
-    for forward in (dag, lambda t, a: reference_forward(base, t, a, input_norm)):
-        adjacency = random_gates(base, batch).requires_grad_()
-        base.zero_grad()
-        nll(forward(tokens, adjacency), tokens).backward()
-        gradients.append({name: parameter.grad for name, parameter in base.named_parameters()} | {"A": adjacency.grad})
-    assert not any(gradient is None for gradient in gradients[0].values() if layers > 1)
-    for name, expected in gradients[1].items():
-        torch.testing.assert_close(gradients[0][name], expected, rtol=1e-7, atol=1e-10, msg=name)
+    match_the_formulas(base, batch, input_norm, trainable=True)
 
 
 def test_a_trainable_base_with_all_gates_open_gets_the_gradients_of_transformers():
@@ -365,7 +396,7 @@ def test_a_second_backward_through_a_trainable_base_is_right_or_refused(input_no
         for one, other in zip(first, torch.autograd.grad(loss, weights), strict=True):
             assert torch.equal(one, other)
     else:
-        with pytest.raises(DynarouteError, match="a second backward pass through one forward of a trainable base"):
+        with pytest.raises(DynarouteError, match="a second backward pass through one forward"):
             torch.autograd.grad(loss, weights)
 
 
@@ -402,17 +433,25 @@ def test_it_follows_a_cast_of_the_module():
     assert (actual - expected).abs().max() < 1e-9
 
 
-def llama() -> LlamaForCausalLM:
-    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DagForward(make_base(heads=2, num_key_value_heads=1)), "num_key_value_heads = 1: only multi-head"),
-        (lambda: DagForward(make_base(attention_bias=True)), "attention_bias = True: only attention without biases"),
-        (lambda: DagForward(llama()), "LlamaForCausalLM: only Olmo2ForCausalLM"),
+        (
+            lambda: DagForward(make_base(attention_bias=True)),
+            "ForCausalLM: attention_bias = True: must be False for olmo2",
+        ),
+        (
+            lambda: DagForward(make_base(model_type="qwen3", head_dim=8, num_key_value_heads=1, **SLIDING)),
+            r"Qwen3ForCausalLM: layer_types.1 = 'sliding_attention': .* 'full_attention'",
+        ),
+        (lambda: DagForward(make_base(model_type="mistral")), "MistralForCausalLM: must be .* olmo2, llama, qwen3"),
+        (
+            lambda: DagForward(make_base().model),
+            "Olmo2Model: must be a causal language model",
+        ),
         (lambda: DagForward(make_base(), "rms"), "input_norm = 'rms': must be one of none, gate_mean"),
         (
             lambda: DagForward(make_base())(make_tokens(2), torch.ones(1, 6, 6)),

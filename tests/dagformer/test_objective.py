@@ -99,6 +99,21 @@ def test_the_loss_is_the_nll_of_the_wired_base_plus_lambda_times_mean_a(step):
     torch.testing.assert_close(metrics["mean_A"], torch.stack(means).mean())
 
 
+def test_the_loss_may_be_the_divergence_from_the_base():
+    predictor, objective = make(loss="kl", lambda_init=0.02, lambda_final=0.02, init_logit=1.0)
+    batch = batch_of(RandomWindows(0), range(4))
+    total, metrics = objective.loss(predictor, batch, 3)
+    noise = sequence_noise(objective.noise_seed, 3, batch.windows, LAYERS * HEADS)
+    adjacency = predictor(objective.training_embeddings[:4], tau_at(3, STEPS, objective.variant), "train", noise)
+    wired = torch.distributions.Categorical(logits=objective.graph(batch.tokens, adjacency))
+    base = torch.distributions.Categorical(logits=make_base()(batch.tokens).logits)
+    divergence = torch.distributions.kl_divergence(base, wired).mean()
+    assert total.item() == pytest.approx((divergence + 0.02 * metrics["mean_A"]).item(), rel=1e-4)
+    assert metrics["loss"].item() == pytest.approx(
+        F.cross_entropy(wired.logits.flatten(0, 1), batch.targets.flatten()).item(), rel=1e-5
+    )
+
+
 def test_the_gradient_at_the_gates_is_recorded_by_the_backward_pass():
     predictor, objective = make(lambda_final=0.0)
     batch = batch_of(RandomWindows(0), [0, 5])

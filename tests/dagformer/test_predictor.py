@@ -26,7 +26,7 @@ TRAINING = {
 }  # fmt: skip
 P1 = {
     "seed": 0, "steps": 10, "predictor_input": "text", "predictor_hidden": 16, "rank": 2, "init_logit": 15.0,
-    "tau_init": 5.0, "tau_final": 0.2, "lambda_init": 0.0, "lambda_final": 0.01, "gates": "logistic",
+    "tau_init": 5.0, "tau_final": 0.2, "lambda_init": 0.0, "lambda_final": 0.01, "loss": "nll", "gates": "logistic",
     "target_density": None, "flip_gradients": False, "cascade": "fixed", "cascade_k": 5.0, "exempt_first_layer": True,
     "input_norm": "none", "base_lr": 0.0, "alarm_steps": 10,
 }  # fmt: skip
@@ -44,9 +44,11 @@ def make(layers=L, heads=H, size=E, seed=0, **changes) -> StructurePredictor:
 def trained(**changes) -> StructurePredictor:
     """A float64 predictor far from its initialisation: gates of all sizes, different for every text."""
     predictor = make(**{"init_logit": 0.5, **changes}).double()
-    for parameter in (predictor.u.bias, predictor.v.bias):
-        torch.nn.init.normal_(parameter, std=0.5)
+    if predictor.edges is not None:
+        torch.nn.init.normal_(predictor.edges)
+        return predictor
     for head in (predictor.u, predictor.v):
+        torch.nn.init.normal_(head.bias, std=0.5)
         torch.nn.init.normal_(head.weight, std=0.3)
     return predictor
 
@@ -106,13 +108,23 @@ def test_the_adjacency_is_the_gates_of_the_logits_after_the_cascade(mode, gate, 
         assert 0 < found.mean() < MASK.double().mean()  # the weights were chosen to close some, not all
 
 
-def test_a_static_topology_is_the_same_for_all_texts_and_one_of_texts_is_not():
-    static, text = trained(predictor_input="none"), trained()
+@pytest.mark.parametrize("source", ["none", "edges"])
+def test_a_static_topology_is_the_same_for_all_texts_and_one_of_texts_is_not(source):
+    static, text = trained(predictor_input=source), trained()
     logits = static.logits(texts(4))
     assert logits.shape == (4, N, N)
     assert all(torch.equal(logits[0], other) for other in [*logits, *static.logits(1e3 * texts(2, seed=5))])
     logits = text.logits(texts(4))
     assert (logits[0] - logits[1])[MASK].abs().min() > 1e-4
+
+
+def test_free_edges_begin_at_the_initial_logit_and_learn_one_by_one():
+    predictor = make(predictor_input="edges", init_logit=2.0)
+    logits = predictor.logits(texts(3))
+    assert (logits[:, MASK] == 2.0).all() and (logits[:, ~MASK] == -torch.inf).all()
+    logits[0][MASK][5].backward()
+    gradient = predictor.edges.grad
+    assert (gradient[MASK] == torch.eye(int(MASK.sum()))[5]).all() and not gradient[~MASK].any()
 
 
 def test_the_texts_of_a_batch_do_not_influence_each_other():

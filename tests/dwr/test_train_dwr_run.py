@@ -1,13 +1,10 @@
 """A DWR run from tokens to its result, against plain computations of what it says."""
 
 import random
-import shutil
-from pathlib import Path
 
 import benchmark_balance
 import numpy as np
 import pytest
-import report_dwr_runs
 import resolve_variants
 import torch
 import torch.nn.functional as F
@@ -126,7 +123,7 @@ def test_each_epoch_and_every_tenth_step_have_a_row_and_seeds_differ(tokens):
     assert other["history"][0]["validation_loss"] != found["history"][0]["validation_loss"]
 
 
-def test_the_balance_benchmark_trains_each_coefficient_with_three_seeds_and_the_page_shows_them(tokens):
+def test_the_balance_benchmark_trains_each_coefficient_with_three_seeds(tokens):
     settings = make_settings({"balance_coefficient": 0.0, "training": {"early_stopping_patience": 1}})
     benchmark_balance.main(settings)
     found, reference = read_record("reports/benchmarks/balance.json"), run_one("reference")
@@ -135,14 +132,6 @@ def test_the_balance_benchmark_trains_each_coefficient_with_three_seeds_and_the_
     ]
     assert (found["reference"], found["rows"][3]["lru"]) == (reference["run"], reference["hit_rate"]["lru"])
     assert len({row["test_loss"] for row in found["rows"]}) == 6
-    resolve_variants.main(settings)
-    train_dwr_run.main(settings, "other")
-    shutil.copy(REPOSITORY / "reports/reference.yaml", "reports")
-    report_dwr_runs.main(settings)
-    text = Path("reports/dwr_runs.md").read_text()
-    assert "that takes two seeds and two layers at least" in text  # the default pipeline has one here
-    assert "The same over three seeds" in text
-    assert len(Path("reports/dwr/losses.csv").read_text().splitlines()) == 1 + 2  # of 15 steps
 
 
 def test_a_run_may_differ_in_shape_and_is_told_when_windows_are_too_few(tokens):

@@ -48,10 +48,10 @@ def test_recover_mends_an_empty_lock_file_also_where_git_has_none(repository, tm
         assert "stages" in (tmp_path / "dvc.lock").read_text()  # what is not empty stays
 
 
-def test_recover_waits_for_no_lock_but_that_of_a_stage_at_work_also_of_the_gpu_pipeline(repository, tmp_path):
+def test_recover_waits_for_no_lock_but_that_of_a_stage_at_work(repository, tmp_path):
     script = tmp_path / "recover.sh"
     script.write_text(script.read_text().replace("--timeout 60", "--timeout 0.1"))
-    lock = tmp_path / "gpu/.scratch/running_train_dwr/lock"
+    lock = tmp_path / ".scratch/running_train_dwr/lock"
     lock.parent.mkdir(parents=True)
     lock.write_text("17")
     repository.run("sh", "recover.sh")
@@ -59,7 +59,7 @@ def test_recover_waits_for_no_lock_but_that_of_a_stage_at_work_also_of_the_gpu_p
         fcntl.flock(file, fcntl.LOCK_EX)
         refused = repository.run("sh", "recover.sh", check=False)
     assert refused.returncode
-    assert "gpu/.scratch/running_train_dwr/lock: process 17 is at work" in refused.stdout
+    assert ".scratch/running_train_dwr/lock: process 17 is at work" in refused.stdout
 
 
 @pytest.mark.parametrize("own", [False, True])

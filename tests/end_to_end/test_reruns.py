@@ -23,7 +23,14 @@ def test_nothing_runs_when_nothing_changed_and_only_what_depends_on_a_change_doe
     assert ran(workspace.run("dvc", "repro").stdout) == {LOCATE, "resolve_variants"}  # which reads all of the file
     workspace.set_params({"dwr": {**TINY["dwr"], "top_k": 1}, "dagformer": {**TINY["dagformer"], "prefix_tokens": 11}})
     changed = set(json.loads(workspace.run("dvc", "status", "--json", "dvc.yaml").stdout))
-    read = {"encode_windows@evaluation", "analyze_topology@P1", "train_dwr", "report_dwr_runs", "resolve_variants"}
+    read = {
+        "encode_windows@evaluation",
+        "analyze_topology@P1",
+        "train_dwr",
+        "plot_dwr",
+        "report_dwr",
+        "resolve_variants",
+    }
     read |= {"analyze_planted"}
     assert changed == read
 
@@ -97,7 +104,7 @@ def test_results_that_dvc_did_not_live_to_record_are_recorded_without_training_a
 def test_the_core_of_the_published_scale_has_a_report_of_its_own(tmp_path):
     """The command of docs/paper-scale.md, which leaves out the variants that take longest."""
     workspace = Workspace.create(tmp_path)
-    shutil.copyfile(REPOSITORY / "params.paper.yaml", workspace.root / "params.yaml")
+    shutil.copyfile(REPOSITORY / "params/paper.yaml", workspace.root / "params.yaml")
     (command,) = re.findall(r"^sed -i .*$", (REPOSITORY / "docs/paper-scale.md").read_text(), re.MULTILINE)
     workspace.run("bash", "-c", command)
     assert list(load_settings(workspace.root / "params.yaml").variants) == ["S1", "S2", "P1"]

@@ -96,6 +96,6 @@ def test_yaml_comes_back_as_it_was_written_whether_it_is_read_as_1_1_or_1_2(data
         assert repr(read_record(f"{folder}/a.yaml")) == repr(read_yaml(f"{folder}/a.yaml")) == repr(data)
 
 
-@pytest.mark.parametrize("name", ["reports/reference.yaml", "gpu/cards.yaml"])
-def test_yaml_that_is_written_by_hand_reads_the_same_as_1_1_and_as_1_2(name):
-    assert repr(read_record(REPOSITORY / name)) == repr(read_yaml(REPOSITORY / name))
+def test_yaml_that_is_written_by_hand_reads_the_same_as_1_1_and_as_1_2():
+    path = REPOSITORY / "reports/reference.yaml"
+    assert repr(read_record(path)) == repr(read_yaml(path))

@@ -13,7 +13,7 @@ from dynaroute.config import read_yaml
 from dynaroute.pipeline import closure
 from dynaroute.pipeline.closure import EXEMPT, closures
 
-FILES = ("dvc.yaml", "benchmarks/dvc.yaml", "gpu/dvc.yaml")
+FILES = ("dvc.yaml", "benchmarks/dvc.yaml")
 STAGES = [
     (name, stage)
     for file in FILES

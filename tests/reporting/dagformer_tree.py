@@ -1,6 +1,5 @@
 """A tree of files as the DAGFormer stages write them, made up, for reports to be made from."""
 
-import itertools
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from repository import REPOSITORY
 
 from dynaroute.config import Settings, load_settings
 from dynaroute.config.dagformer import MODES, PROTOCOLS
+from dynaroute.dagformer.gates import dag_mask
 from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.training.checkpoints import save_checkpoint
 
@@ -84,7 +84,12 @@ def write_evaluation(folder: Path, run: str, index: int, soft: float, hard: floa
     for protocol, text in zip(PROTOCOLS, (np.random.default_rng(99), np.random.default_rng(98)), strict=True):
         for window in range(WINDOWS):
             baseline, noise = BASELINE + float(text.normal(0, 0.3)), own.normal(0, 0.004, 4)
-            row = {"protocol": protocol, "window": window, "document": window // 2, "source": "numpy"}
+            row = {
+                "protocol": protocol,
+                "window": window,
+                "document": window // 2,
+                "source": ("numpy", "python")[window // 2 % 2],
+            }
             row |= {"nll_soft": baseline + soft + noise[0], "nll_hard": baseline + hard + noise[1]}
             row |= {"nll_random": baseline + noise[2], "nll_least_gradient": baseline - 0.02 + noise[3]}
             rows.append(row | {"nll_baseline": baseline})
@@ -114,14 +119,9 @@ def topology(name: str, scale: float, layers: int) -> dict:
     varied = {key: value * scale for key, value in (varied | {"effective_rank": 7.7}).items()}
     varied["distinct"] = WINDOWS if scale else 1
     domains = {"sources": ["numpy", "python"], "windows_per_source": 21, "documents": [5, 6]}
-    for mode in MODES:
-        distances = [[0.11 * scale, 0.22 * scale], [0.22 * scale, 0.12 * scale]]
-        domains[mode] = {"separation": chance(0.0321 * scale), "mean_distances": distances}
+    domains["mean_distances"] = [[0.11 * scale, 0.22 * scale], [0.22 * scale, 0.12 * scale]]
+    domains["separation"] = chance(0.0321 * scale)
     domains |= {"probe": chance(0.5 + 0.4 * scale, 0.49), "text_probe": chance(0.97, 0.48)}
-    domains["layer_pairs"] = [
-        {"source": s, "target": t, "explained": 0.31 / (1 + t), "chance": 0.11, "p": 0.5, "means": [0.6, 0.7]}
-        for s, t in itertools.combinations(range(layers), 2)
-    ]
     read = {"read": estimate(0.021), "not_read": estimate(0.0276), "read_minus_not_read": estimate(-0.0066 * scale)}
     return {
         "run": f"{name}0123456789abcd",
@@ -138,9 +138,13 @@ def write_wirings(root: Path, seed: int, layers: int = LAYERS, heads: int = HEAD
     generator, nodes = torch.Generator().manual_seed(seed), layers * heads
     gates = {f"window.mean_{mode}": torch.rand(nodes, nodes, generator=generator) for mode in MODES}
     save_checkpoint(root / DATA / "eval/P1/gates.safetensors", gates, {"num_heads": heads})
-    tensors = {"variance": 0.1 * torch.rand(nodes, nodes, generator=generator)}
-    tensors |= {"distances": torch.rand(66, generator=generator), "same_text": torch.rand(12, generator=generator)}
-    save_checkpoint(root / DATA / "analysis/P1/wirings.safetensors", tensors, {"num_heads": heads})
+    tensors = {"distances": torch.rand(66, generator=generator), "same_text": torch.rand(12, generator=generator)}
+    save_checkpoint(root / DATA / "analysis/P1/wirings.safetensors", tensors, {})
+    masks = (torch.rand(2, nodes, nodes, generator=generator) > 0.5) & dag_mask(layers, heads)
+    save_checkpoint(root / DATA / "train/planted/masks.safetensors", {"masks": masks}, {"sources": ["numpy", "python"]})
+    logits = {"prefix.logits": torch.randn(WINDOWS, int(dag_mask(layers, heads).sum()), generator=generator)}
+    found = root / DATA / "eval/planted_P1_open/gates.safetensors"
+    save_checkpoint(found, logits, {"num_layers": layers, "num_heads": heads})
 
 
 def write_planted(folder: Path, settings: Settings) -> None:
@@ -148,12 +152,18 @@ def write_planted(folder: Path, settings: Settings) -> None:
     known = {name: {"minus_own": {key: estimate(cost) for key, cost in costs.items()}} for name in PROTOCOLS}
     signs = {"closed_positive": 0.81, "open_positive": 0.32, "ranked": 0.89}
     write_json(folder / "planted/known.json", known | {"gradients": signs, "sources": ["numpy", "python"]})
-    found = {"above_own": estimate(0.1234), "escape": estimate(0.93, 0.02), "probe": chance(0.77, 0.5)}
+    found = {
+        "above_own": estimate(0.1234),
+        "agreement": 0.61,
+        "escape": estimate(0.93, 0.02),
+        "probe": chance(0.77, 0.5),
+    }
     methods = {}
     for name in (name for name in settings.variants if settings.base_of(name) == "planted"):
         control = "planted_C1_open" if name == "planted_P1_open" else None
         own = found | {"context": estimate(0.44, 0.1) if control else None}
-        methods[name] = {"run": f"{name}0123456789abcd", "control": control, "prefix": own}
+        own |= {"above_own": estimate(0.0912)} if control else {}
+        methods[name] = {"run": f"{name}0123456789abcd", "control": control, "window": own, "prefix": own}
     write_json(folder / "planted/methods.json", methods)
 
 
@@ -162,17 +172,21 @@ def removed(mean: float, **names) -> dict:
 
 
 def write_sensitivity(folder: Path, layers: int, heads: int) -> None:
-    pairs = list(itertools.combinations(range(layers), 2))
-    shape = {"n": 53, "documents": 17, "gates": len(pairs) * heads**2, "size": 4.14e-4, "size_of_mean": 7.27e-5}
-    shape |= {"size_by_chance": 6.9e-5, "p": 0.237, "sign_consistency": 0.123, "sign_consistency_by_chance": 0.101}
+    gates = layers * (layers - 1) // 2 * heads**2
+    shape = {"n": 53, "documents": 17, "gates": gates, "size": 4.14e-4, "size_of_mean": 7.27e-5}
+    shape |= {"size_by_chance": 6.9e-5, "p": 0.237}
     oracle = {text: estimate(mean) for text, mean in {"same": -0.2717, "next": -0.022, "other": 0.0357}.items()}
     summary = {
         "base": "b" * 64,
         "flatness": shape,
-        "adjacent_minus_skip": {**estimate(1.7e-4), "adjacent": 5.4e-4, "skip": 3.7e-4},
         "all_closed": {**estimate(0.0431), "nll_closed": 3.5, "nll_open": BASELINE},
         "removal_windows": 13,
-        "oracle": {"steps": 33, "lr": 0.05, "windows": 9, **oracle},
+        "groups": [
+            {"kind": kind, "first": 1, "second": 2, "promising": promising, "expected": -0.01, **estimate(-0.007)}
+            for kind in ("layers", "head")
+            for promising in (True, False)
+        ],
+        "oracle": {"steps": 33, "windows": 9, "closed": 0.37, **oracle},
         "checks": {"gradients_and_removals_are_of_different_documents": True},
     }
     write_json(folder / "summary.json", summary)
@@ -184,6 +198,3 @@ def write_sensitivity(folder: Path, layers: int, heads: int) -> None:
         for fraction in (0.1, 0.5, 1.0)
     ]
     write_csv(folder / "removal.csv", rows)
-    write_csv(folder / "layer_pairs.csv", [removed(0.01 * (t - s), source=s, target=t) for s, t in pairs])
-    nodes = itertools.product(range(layers), range(heads))
-    write_csv(folder / "heads.csv", [removed(0.001 * (layer + head), layer=layer, head=head) for layer, head in nodes])

@@ -53,3 +53,10 @@ def unmarked(text: str) -> str:
             marked_columns = {index for index, cell in enumerate(cells) if "published" in cell}
         kept.append("|".join(cell for index, cell in enumerate(cells) if index not in marked_columns))
     return "\n".join(kept)
+
+
+def assert_readable(text: str, words: int) -> None:
+    """A page has no placeholder, at most so many words of prose, and no table longer than a screen."""
+    assert not re.search(r"\bnan\b|None|\{|\}|\bTrue\b|\bFalse\b|Undefined|\n\n\n", text)
+    assert len(re.sub(r"^[|>!#].*$", "", text, flags=re.MULTILINE).split()) <= words
+    assert max(table.count("\n") for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)) <= 32

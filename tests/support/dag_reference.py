@@ -1,9 +1,8 @@
 """The formulas of `DagForward`'s docstring, node by node, as slowly as they are written there."""
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import Olmo2ForCausalLM
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 def rms_norm(x: Tensor, weight: Tensor | float, eps: float) -> Tensor:
@@ -28,24 +27,24 @@ def normed(gated: Tensor, input_norm: str, eps: float) -> Tensor:
     return gated
 
 
-def reference_forward(base: Olmo2ForCausalLM, tokens: Tensor, adjacency: Tensor, input_norm: str = "none") -> Tensor:
+def reference_forward(base: PreTrainedModel, tokens: Tensor, adjacency: Tensor, input_norm: str = "none") -> Tensor:
     """Logits [B, T, V]; tokens [B, T], adjacency [B, N, N]."""
     return torch.stack([_one_sequence(base, t, a, input_norm) for t, a in zip(tokens, adjacency, strict=True)])
 
 
-def _one_sequence(base: Olmo2ForCausalLM, tokens: Tensor, A: Tensor, input_norm: str) -> Tensor:
+def _one_sequence(base: PreTrainedModel, tokens: Tensor, A: Tensor, input_norm: str) -> Tensor:
     config, eps = base.config, base.config.rms_norm_eps
+    pre_norm = config.model_type in ("llama", "qwen3")
     H, T = config.num_attention_heads, len(tokens)
+    G = H // config.num_key_value_heads
     causal = torch.ones(T, T, dtype=torch.bool).tril()
     embedding = base.model.embed_tokens.weight[tokens]
     heads: list[Tensor] = []  # node i = n * H + h, head h of layer n -> [T, D]
-    mlps: list[Tensor] = []
+    ungated: list[Tensor] = []  # MLPs, and biases of attention outputs
     for n, layer in enumerate(base.model.layers):
         attention = layer.self_attn
-        of_head = [w.weight.chunk(H) for w in (attention.q_proj, attention.k_proj, attention.v_proj)]
-        q, k, v = [], [], []
-        for h in range(H):
-            j = n * H + h
+        inputs = []
+        for j in range(n * H, (n + 1) * H):
             gated = torch.zeros_like(embedding)
             for i in range(n * H):
                 head = heads[i]
@@ -54,22 +53,43 @@ def _one_sequence(base: Olmo2ForCausalLM, tokens: Tensor, A: Tensor, input_norm:
                 gated = gated + A[i, j] * head
             if input_norm == "gate_mean" and n > 0:
                 gated = gated / A[: n * H, j].mean()
-            node_input = embedding + sum(mlps) + normed(gated, input_norm, eps)
-            for out, weights in zip((q, k, v), of_head, strict=True):
-                out.append(node_input @ weights[h].T)
-        q = rms_norm(torch.cat(q, dim=-1), attention.q_norm.weight, eps).chunk(H, dim=-1)
-        k = rms_norm(torch.cat(k, dim=-1), attention.k_norm.weight, eps).chunk(H, dim=-1)
+            inputs.append(embedding + sum(ungated) + normed(gated, input_norm, eps))
+        shared = [sum(inputs[h : h + G]) / G for h in range(0, H, G)]
+        if pre_norm:
+            weight = layer.input_layernorm.weight
+            inputs, shared = ([rms_norm(x, weight, eps) for x in group] for group in (inputs, shared))
+        q = linear(inputs, attention.q_proj)
+        k, v = (linear(shared, projection) for projection in (attention.k_proj, attention.v_proj))
+        if config.model_type == "olmo2":  # over all heads
+            q = rms_norm(torch.cat(q, dim=-1), attention.q_norm.weight, eps).chunk(H, dim=-1)
+            k = rms_norm(torch.cat(k, dim=-1), attention.k_norm.weight, eps).chunk(H // G, dim=-1)
+        if config.model_type == "qwen3":
+            q = [rms_norm(x, attention.q_norm.weight, eps) for x in q]
+            k = [rms_norm(x, attention.k_norm.weight, eps) for x in k]
         raw = []
         for h in range(H):
-            query, key = (rotate(x[h], config.rope_parameters["rope_theta"]) for x in (q, k))
+            query, key = (rotate(x, config.rope_parameters["rope_theta"]) for x in (q[h], k[h // G]))
             scores = query @ key.T / query.shape[-1] ** 0.5
-            z = scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v[h]
+            z = scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v[h // G]
             raw.append(z @ attention.o_proj.weight.chunk(H, dim=1)[h].T)
+        if attention.o_proj.bias is not None:
+            ungated.append(attention.o_proj.bias.expand_as(embedding))
         norm = layer.post_attention_layernorm
-        r = torch.sqrt((sum(raw) ** 2).mean(-1, keepdim=True) + eps)
-        heads += [norm.weight * x / r for x in raw]
-        x = embedding + sum(mlps) + sum(heads)
-        x = layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x))
-        mlps.append(rms_norm(x, layer.post_feedforward_layernorm.weight, eps))
-    x = rms_norm(embedding + sum(mlps) + sum(heads), base.model.norm.weight, eps)
+        if not pre_norm:
+            r = torch.sqrt((sum(raw) ** 2).mean(-1, keepdim=True) + eps)
+            raw = [norm.weight * x / r for x in raw]
+        heads += raw
+        x = embedding + sum(ungated) + sum(heads)
+        if pre_norm:
+            ungated.append(layer.mlp(rms_norm(x, norm.weight, eps)))
+        else:
+            ungated.append(rms_norm(layer.mlp(x), layer.post_feedforward_layernorm.weight, eps))
+    x = rms_norm(embedding + sum(ungated) + sum(heads), base.model.norm.weight, eps)
     return base.lm_head(x)
+
+
+def linear(inputs: list[Tensor], projection: nn.Linear) -> list[Tensor]:
+    """The outputs of each head from an input of its own, [T, K]."""
+    weights = projection.weight.chunk(len(inputs))
+    biases = [0.0] * len(inputs) if projection.bias is None else projection.bias.chunk(len(inputs))
+    return [x @ weight.T + bias for x, weight, bias in zip(inputs, weights, biases, strict=True)]

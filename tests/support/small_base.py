@@ -1,7 +1,7 @@
 """A tiny random base for tests, in which wiring matters."""
 
 import torch
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedModel
 
 from dynaroute.dagformer.decoder import Decoder, DecoderConfig
 
@@ -29,7 +29,7 @@ def make_base(seed: int = 0) -> Olmo2ForCausalLM:
     return Olmo2ForCausalLM(config).requires_grad_(False).eval()
 
 
-def as_decoder(base: Olmo2ForCausalLM) -> Decoder:
+def as_decoder(base: PreTrainedModel) -> Decoder:
     """The same model as a plain module, in the same dtype, frozen."""
     decoder = Decoder(DecoderConfig(**base.config.to_dict())).to(base.dtype)
     decoder.load_state_dict(base.state_dict())

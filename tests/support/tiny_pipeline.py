@@ -51,7 +51,8 @@ TINY = {
             "p": {"question": "?", "left": ["planted_P1"], "right": ["random"], "mode": "hard", "protocol": "prefix"},
         },
         "variants": ["P1"], "permutations": 99, "swaps": 1, "domain_windows": 8, "gradient_windows": 8,
-        "removal_windows": 4, "removal_fractions": [0.5], "random_removals": 1, "oracle_windows": 2, "oracle_steps": 2,
+        "removal_windows": 4, "removal_fractions": [0.5], "random_removals": 1, "group_removals": 1, "group_windows": 2,
+        "oracle_windows": 2, "oracle_steps": 2,
     },
 }  # fmt: skip
 VARIANTS = {"P1": {"from": "base"}, "P2": {"from": "P1"}}

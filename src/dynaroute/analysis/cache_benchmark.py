@@ -54,7 +54,7 @@ class Pass(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Peaks over a decoding, in bytes. Where the system does not tell the kinds apart, only the first is measured."""
+    """Peaks over a decoding, in bytes. Only Linux distinguishes the kinds; elsewhere only the first is measured."""
 
     resident: int  # all physical memory of the process, Python and the libraries included
     anonymous: int | None  # allocated: the backbone, resident experts, activations

@@ -1,4 +1,4 @@
-"""The cache benchmark's tables, of what is the same on every run and of what was measured, and its checks."""
+"""Tables of the cache benchmark: decisions, which repeat exactly, and measurements; and its checks."""
 
 from collections.abc import Iterable
 from statistics import fmean, median

@@ -4,10 +4,9 @@ Windows of one document are alike whatever its source. So documents are the unit
 do not count, a probe is tested on documents that it was not fitted on, and permutations exchange the sources of whole
 documents.
 
-n windows   m documents   E features, such as the gates of a wiring   P layer pairs   C sources
+n windows   m documents   E features, such as the gates of a wiring   C sources
 """
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,7 @@ import numpy as np
 
 from dynaroute.analysis.nll import Wiring
 from dynaroute.analysis.statistics import PermutationTest, permutation_test
-from dynaroute.analysis.topology import by_layer_pair, jaccard_distances
-from dynaroute.config.dagformer import MODES
+from dynaroute.analysis.topology import jaccard_distances
 from dynaroute.data.tokens.documents import DomainWindows
 
 RIDGE = 0.1  # of the linear probe, relative to the mean square of a window's centred features
@@ -86,27 +84,12 @@ class Domains:
 
         return self._test(statistic)
 
-    def explained(self, values: np.ndarray) -> PermutationTest:
-        """The share of the variance of each column of [n, P] that lies between sources (eta squared), a test each."""
-        centred = values - values.mean(0)
-        total = np.square(centred).sum(0)
-        varies = total > ROUNDING * np.square(values).sum(0)
-        sums = np.eye(len(self.labels))[self.documents].T @ centred  # [m, P]
-        sizes = np.bincount(self.documents)
-
-        def statistic(labels: np.ndarray) -> np.ndarray:
-            source = np.eye(self.num_sources)[labels]  # [m, C]
-            between = (np.square(source.T @ sums) / (sizes @ source)[:, None]).sum(0)
-            return np.divide(between, total, out=np.zeros_like(total), where=varies)
-
-        return self._test(statistic)
-
-    def _test(self, statistic: Callable[[np.ndarray], float | np.ndarray]) -> PermutationTest:
+    def _test(self, statistic: Callable[[np.ndarray], float]) -> PermutationTest:
         return permutation_test(statistic, self.labels, self.permutations, self.seed)
 
 
 def describe_domains(
-    wiring: Wiring, vectors: np.ndarray, drawn: DomainWindows, num_heads: int, permutations: int, seed: int
+    wiring: Wiring, vectors: np.ndarray, drawn: DomainWindows, permutations: int, seed: int
 ) -> dict[str, Any]:
     """What sources tell about wirings.
 
@@ -114,14 +97,12 @@ def describe_domains(
         wiring: of the n windows.
         vectors: float [n, E] that the wirings were predicted from, each entry on the scale that the predictor reads.
         drawn: the windows.
-        num_heads: H.
         permutations: of every test.
         seed: of those.
 
     Returns:
-        sources, windows_per_source, documents (per source); per mode separation (test) and mean_distances [C, C]; the
-        probe of soft gates and the text_probe of the vectors (tests); layer_pairs, for each the share of its mean
-        gate's variance that lies between sources (test), and the means by source.
+        sources, windows_per_source, documents (per source); of soft gates separation (test), mean_distances [C, C] and
+        the probe (test); the text_probe of the vectors (test).
     """
     domains = Domains(drawn.documents, drawn.labels, permutations, seed)
     found: dict[str, Any] = {
@@ -129,28 +110,12 @@ def describe_domains(
         "windows_per_source": len(drawn.windows) // len(drawn.sources),
         "documents": np.bincount(drawn.labels).tolist(),
     }
-    for mode in MODES:
-        gates = wiring.gates(mode)
-        distances = jaccard_distances(gates, gates).numpy()
-        separation, means = domains.separation(distances), domains.mean_distances(distances)
-        found[mode] = {"separation": _plain(separation), "mean_distances": means.tolist()}
-    found["probe"] = _plain(domains.probe(wiring.gates("soft").numpy()))
+    gates = wiring.gates("soft")
+    distances = jaccard_distances(gates, gates).numpy()
+    found["separation"] = _plain(domains.separation(distances))
+    found["mean_distances"] = domains.mean_distances(distances).tolist()
+    found["probe"] = _plain(domains.probe(gates.numpy()))
     found["text_probe"] = _plain(domains.probe(vectors))
-    means = by_layer_pair(wiring.soft, num_heads).double().numpy()  # [n, L, L]
-    pairs = list(itertools.combinations(range(means.shape[-1]), 2))
-    values = np.stack([means[:, source, target] for source, target in pairs], axis=1)  # [n, P]
-    explained, source_of = domains.explained(values), drawn.labels[drawn.documents]
-    found["layer_pairs"] = [
-        {
-            "source": source,
-            "target": target,
-            "explained": float(explained.observed[index]),
-            "chance": float(explained.chance[index]),
-            "p": float(explained.p[index]),
-            "means": [float(values[source_of == own, index].mean()) for own in range(len(drawn.sources))],
-        }
-        for index, (source, target) in enumerate(pairs)
-    ]
     return found
 
 

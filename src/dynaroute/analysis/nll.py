@@ -5,16 +5,18 @@ Windows are whole: each has T targets. Nothing here draws noise: the same weight
     n windows   B batch   T tokens   V vocabulary   N nodes
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.windows import WindowSet
-from dynaroute.training.nll import token_nll
+from dynaroute.training.nll import kl_divergence, token_nll
 
 if TYPE_CHECKING:
     from dynaroute.dagformer.predictor import StructurePredictor
@@ -89,6 +91,36 @@ def position_nll(graph: DagForward, windows: WindowSet, adjacency: Tensor) -> Te
         wirings = adjacency[indices.start : indices.stop].to(graph.base.device)
         losses.append(token_nll(graph(tokens, wirings), targets).cpu())
     return torch.cat(losses)
+
+
+@torch.no_grad()
+def compare_to_base(
+    graph: DagForward, base: DagForward, windows: WindowSet, wirings: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """NLL of every target under several wirings, and the KL divergence of what they predict from what the base does.
+
+    Args:
+        graph: what the wirings wire.
+        base: the model as it is: with all its gates at 1.
+        windows: n of them.
+        wirings: [n, N, N] each.
+
+    Returns:
+        NLL and KL(base || wired), in nats, float32 [n, T] each on the CPU, by the names of the wirings; NLL also of
+        `baseline`, the base.
+    """
+    opened = dag_mask(base.num_layers, base.num_heads).float()
+    nll: dict[str, list[Tensor]] = {name: [] for name in ("baseline", *wirings)}
+    kl: dict[str, list[Tensor]] = {name: [] for name in wirings}
+    for indices in tqdm(list(batches(len(windows))), desc="evaluation", unit="batch", disable=None):
+        tokens, targets = (part.to(graph.base.device) for part in windows.batch(indices))
+        expected = base(tokens, opened.expand(len(tokens), -1, -1).to(tokens.device))
+        nll["baseline"].append(token_nll(expected, targets).cpu())
+        for name, adjacency in wirings.items():
+            logits = graph(tokens, adjacency[indices.start : indices.stop].to(tokens.device))
+            nll[name].append(token_nll(logits, targets).cpu())
+            kl[name].append(kl_divergence(expected, logits).cpu())
+    return {name: torch.cat(parts) for name, parts in nll.items()}, {name: torch.cat(own) for name, own in kl.items()}
 
 
 def batches(n: int) -> Iterator[range]:

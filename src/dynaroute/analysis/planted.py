@@ -1,4 +1,4 @@
-"""What methods find on the planted base, where the best wiring of each source's texts is known.
+"""How close methods come on the planted base, where the best wiring of each source's texts is known.
 
 n windows   N nodes   E valid entries   C sources
 """

@@ -1,4 +1,4 @@
-"""Replays a trace of routing through the decisions of a cache, for policies, sizes and machines not at hand.
+"""Replays a trace of routing through the decisions of a cache, to simulate other policies, sizes and machines.
 
 Hits and misses are those of `experts.residency`, as in the cache itself, and predictions those of its prefetchers.
 Times come from a model in which everything is bound by bytes: computing with weights takes their size over one

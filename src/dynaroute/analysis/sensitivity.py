@@ -6,9 +6,7 @@ each text gets the best that descent finds for it.
     n windows   B batch   T tokens   L layers   H heads   N nodes   E valid entries
 """
 
-from collections.abc import Sequence
-from itertools import combinations
-from math import comb
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynaroute.analysis.nll import batches, window_nll
-from dynaroute.analysis.statistics import Interval, document_means, mean_vector_test, paired_difference
+from dynaroute.analysis.statistics import Interval, mean_vector_test, paired_difference
 from dynaroute.config.dagformer import Analysis
-from dynaroute.dagformer.gates import dag_mask, layer_distance
+from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
 from dynaroute.data.tokens.shards import Windows
 from dynaroute.data.tokens.windows import Subset, WindowSet
@@ -38,34 +36,6 @@ def gate_gradients(graph: DagForward, windows: WindowSet) -> Tensor:
     return torch.cat(gradients)
 
 
-def describe_gradients(gradients: np.ndarray, documents: np.ndarray) -> dict[str, np.ndarray]:
-    """What the gradients of each gate are over n windows, [E] each.
-
-    Args:
-        gradients: [n, E].
-        documents: [n], which document each window is of.
-
-    Returns:
-        mean: over documents, of the mean over a document's windows, which are alike: one number for each document.
-        spread, size: standard deviation and mean absolute value over windows.
-        sign_consistency: |positive - negative| / n: 1 if all windows agree, see `chance_consistency`.
-
-    Raises:
-        DynarouteError: there are fewer than two documents.
-    """
-    return {
-        "mean": document_means(gradients, documents).mean(0),
-        "spread": gradients.std(0, ddof=1),
-        "size": np.abs(gradients).mean(0),
-        "sign_consistency": np.abs(np.sign(gradients).mean(0)),
-    }
-
-
-def chance_consistency(n: int) -> float:
-    """The expected sign consistency of n signs that are thrown like coins: E|sum| / n of n numbers of +1 or -1."""
-    return comb(n - 1, (n - 1) // 2) / 2 ** (n - 1)
-
-
 def flatness(gradients: np.ndarray, documents: np.ndarray, permutations: int, seed: int) -> dict[str, Any]:
     """Whether NLL has a slope at A = 1: how the mean gradient compares with chance.
 
@@ -77,44 +47,18 @@ def flatness(gradients: np.ndarray, documents: np.ndarray, permutations: int, se
 
     Returns:
         n, documents, gates; size, the mean absolute gradient of a gate in a window; size_of_mean, that of a gate's
-        mean over windows, with size_by_chance and p, see `mean_vector_test`; sign_consistency and
-        sign_consistency_by_chance.
+        mean over windows, with size_by_chance and p, see `mean_vector_test`.
     """
-    found = describe_gradients(gradients, documents)
     together = mean_vector_test(gradients, documents, permutations, seed)
     return {
         "n": len(gradients),
         "documents": len(set(documents.tolist())),
         "gates": gradients.shape[1],
-        "size": float(found["size"].mean()),
+        "size": float(np.abs(gradients).mean()),
         "size_of_mean": together.observed,
         "size_by_chance": together.chance,
         "p": together.p,
-        "sign_consistency": float(found["sign_consistency"].mean()),
-        "sign_consistency_by_chance": chance_consistency(len(gradients)),
     }
-
-
-def gradients_by_layer_pair(graph: DagForward, gradients: np.ndarray, documents: np.ndarray) -> list[dict[str, Any]]:
-    """A row for each layer pair: source, target, gates, and means over its gates of `describe_gradients`."""
-    found = describe_gradients(gradients, documents)
-    layer = torch.arange(graph.num_layers * graph.num_heads) // graph.num_heads
-    valid = dag_mask(graph.num_layers, graph.num_heads)
-    sources, targets = (part.expand(valid.shape)[valid].numpy() for part in (layer[:, None], layer[None, :]))
-    rows = []
-    for source, target in combinations(range(graph.num_layers), 2):
-        own = (sources == source) & (targets == target)
-        row = {"source": source, "target": target, "gates": int(own.sum())}
-        rows.append(row | {key: float(values[own].mean()) for key, values in found.items()})
-    return rows
-
-
-def adjacent_minus_skip(graph: DagForward, gradients: np.ndarray, documents: np.ndarray) -> dict[str, float]:
-    """Mean size of gradients of gates between adjacent layers, of those that skip layers, and their difference."""
-    adjacent = (layer_distance(graph.num_layers, graph.num_heads) == 1)[dag_mask(graph.num_layers, graph.num_heads)]
-    sizes = [np.abs(gradients[:, part]).mean(1) for part in (adjacent.numpy(), ~adjacent.numpy())]
-    means = {"adjacent": float(sizes[0].mean()), "skip": float(sizes[1].mean())}
-    return paired_difference(*sizes, documents)._asdict() | means
 
 
 def closing_all(graph: DagForward, windows: WindowSet, documents: np.ndarray) -> dict[str, float | int]:
@@ -149,20 +93,6 @@ def without_edges(num_layers: int, num_heads: int, edges: np.ndarray) -> Tensor:
     return adjacency
 
 
-def without_layer_pair(num_layers: int, num_heads: int, source: int, target: int) -> Tensor:
-    """A = 1 without what one layer sends to another, [N, N]."""
-    adjacency = dag_mask(num_layers, num_heads).float()
-    adjacency.view(num_layers, num_heads, num_layers, num_heads)[source, :, target] = 0
-    return adjacency
-
-
-def without_head(num_layers: int, num_heads: int, node: int) -> Tensor:
-    """A = 1 without all edges into and out of a head, [N, N]. It still adds to MLPs and output, which are not gated."""
-    adjacency = dag_mask(num_layers, num_heads).float()
-    adjacency[node], adjacency[:, node] = 0, 0
-    return adjacency
-
-
 def removals(
     graph: DagForward,
     windows: WindowSet,
@@ -170,51 +100,70 @@ def removals(
     mean_gradient: np.ndarray,
     analysis: Analysis,
     seed: int,
-) -> dict[str, list[dict[str, Any]]]:
-    """NLL minus that at A = 1, without edges by order and fraction, without each layer pair, and without each head.
+) -> list[dict[str, Any]]:
+    """NLL without edges, by order and fraction, minus that at A = 1.
 
     Args:
         graph: the base.
         windows: n of them.
         documents: [n], the document of each window.
-        mean_gradient: [E], from other windows, by which orders of removal go.
+        mean_gradient: [E], from other windows; the orders of removal follow from it.
         analysis: fractions, and the number of random orders.
         seed: of those.
 
     Returns:
-        Rows by kind: removal, layer_pairs, heads. Each has mean, low, high and documents of `paired_difference`; those
-        of removal also draws, whose mean a random order is, and over_random, low_over_random and high_over_random, the
-        difference to the random order at the same fraction.
+        A row for each order and fraction: mean, low, high and documents of `paired_difference`; draws, over which a
+        random order is averaged; and over_random, low_over_random and high_over_random, the difference to the random
+        order at the same fraction.
     """
-    layers, heads = graph.num_layers, graph.num_heads
-
-    def scored(name: str, wirings: Sequence[Tensor]) -> np.ndarray:
-        """NLL of every window under each of some wirings, [wirings, n]."""
-        bar = tqdm(wirings, desc=name, unit="wiring", disable=None)
-        return np.stack([window_nll(graph, windows, adjacency) for adjacency in bar])
-
-    def row(names: dict[str, Any], nll: np.ndarray) -> dict[str, Any]:
-        return names | _columns(paired_difference(nll, whole, documents))
-
-    (whole,) = scored("no edge removed", [dag_mask(layers, heads).float()])
+    shape = graph.num_layers, graph.num_heads
+    whole, rows, random = window_nll(graph, windows, dag_mask(*shape).float()), [], {}  # random: NLL [n] by fraction
     orders = removal_orders(mean_gradient, analysis.random_removals, seed)
-    by_order, random = [], {}  # NLL [n] of the random order by fraction
-    for order, drawn in orders.items():
-        for fraction in analysis.removal_fractions:
-            wirings = [without_edges(layers, heads, one[: round(fraction * len(one))]) for one in drawn]
-            nll = scored(f"{order} {fraction:g}", wirings).mean(0)
-            names = {"order": order, "fraction": fraction, "draws": len(drawn)}
-            apart = paired_difference(nll, random.setdefault(fraction, nll), documents)
-            over = {"over_random": apart.mean, "low_over_random": apart.low, "high_over_random": apart.high}
-            by_order.append(row(names, nll) | over)
-    pairs = list(combinations(range(layers), 2))
-    cut = scored("layer pairs", [without_layer_pair(layers, heads, *pair) for pair in pairs])
-    alone = scored("heads", [without_head(layers, heads, node) for node in range(layers * heads)])
-    return {
-        "removal": by_order,
-        "layer_pairs": [row({"source": s, "target": t}, nll) for (s, t), nll in zip(pairs, cut, strict=True)],
-        "heads": [row({"layer": node // heads, "head": node % heads}, nll) for node, nll in enumerate(alone)],
-    }
+    for order, fraction in tqdm(list(product(orders, analysis.removal_fractions)), desc="removals", disable=None):
+        wirings = [without_edges(*shape, one[: round(fraction * len(one))]) for one in orders[order]]
+        nll = np.mean([window_nll(graph, windows, adjacency) for adjacency in wirings], axis=0)
+        apart = paired_difference(nll, random.setdefault(fraction, nll), documents)
+        row = {"order": order, "fraction": fraction, "draws": len(wirings)}
+        row |= _columns(paired_difference(nll, whole, documents))
+        rows.append(row | {"over_random": apart.mean, "low_over_random": apart.low, "high_over_random": apart.high})
+    return rows
+
+
+def group_removals(
+    graph: DagForward, windows: WindowSet, documents: np.ndarray, mean_gradient: np.ndarray, number: int
+) -> list[dict[str, Any]]:
+    """NLL without groups of edges, minus that at A = 1: all edges from one layer to another, or all that leave a head.
+
+    Args:
+        graph: the base.
+        windows: n of them.
+        documents: [n], the document of each window.
+        mean_gradient: [E], from other windows. To first order, NLL falls by the sum of a group's.
+        number: the groups of each kind to remove that promise most, and as many that promise least.
+
+    Returns:
+        A row for each group: kind (layers or head); first and second, its source and target layer, or its layer and
+        head; promising, whether it is of those that promise most; expected, the change of NLL to first order; and
+        mean, low, high and documents of `paired_difference`.
+    """
+    L, H = graph.num_layers, graph.num_heads
+    source, target = np.nonzero(dag_mask(L, H).numpy())  # nodes, in the order of valid entries
+    keys = {"layers": np.stack([source // H, target // H], 1), "head": np.stack([source // H, source % H], 1)}
+    chosen = []
+    for kind, key in keys.items():
+        groups, group_of = np.unique(key, axis=0, return_inverse=True)
+        expected = -np.bincount(group_of.ravel(), mean_gradient)
+        order = np.argsort(expected, kind="stable")
+        ends = min(number, len(order) // 2)
+        for own in [*order[:ends], *order[len(order) - ends :]]:
+            row = {"kind": kind, "first": int(groups[own][0]), "second": int(groups[own][1])}
+            row |= {"promising": bool(own in order[:ends]), "expected": float(expected[own])}
+            chosen.append((row, np.flatnonzero(group_of.ravel() == own)))
+    whole, rows = window_nll(graph, windows, dag_mask(L, H).float()), []
+    for row, edges in tqdm(chosen, desc="groups of edges", disable=None):
+        nll = window_nll(graph, windows, without_edges(L, H, edges))
+        rows.append(row | _columns(paired_difference(nll, whole, documents)))
+    return rows
 
 
 def _columns(found: Interval) -> dict[str, float | int]:
@@ -246,8 +195,8 @@ def optimise_gates(graph: DagForward, windows: WindowSet, steps: int, lr: float)
 
 def score_oracle(
     graph: DagForward, windows: Windows, own: list[int], documents: np.ndarray, gates: Tensor
-) -> list[dict[str, Any]]:
-    """Gates optimised on a window each, scored on it, on the window after it, and on one of another document.
+) -> dict[str, dict[str, float | int]]:
+    """NLL of gates optimised on a window each, minus that at A = 1, on three texts.
 
     Args:
         graph: the base.
@@ -257,27 +206,16 @@ def score_oracle(
         gates: [n, N, N].
 
     Returns:
-        A row for each text (same, next, other) and window: document, scored_window, nll_oracle, nll_baseline.
+        By text (same, the window itself; next, the one after it; other, one of another document): mean, low, high and
+        documents of the interval.
     """
-    others = [own[index] for index in other_texts(documents[own])]
-    texts, rows = {"same": own, "next": [window + 1 for window in own], "other": others}, []
+    texts = {"same": own, "next": [window + 1 for window in own]}
+    texts["other"] = [own[index] for index in other_texts(documents[own])]
+    opened, found = dag_mask(graph.num_layers, graph.num_heads).float(), {}
     for text, indices in texts.items():
         scored = Subset(windows, indices)
-        oracle = window_nll(graph, scored, gates)
-        baseline = window_nll(graph, scored, dag_mask(graph.num_layers, graph.num_heads).float())
-        for index, window in enumerate(own):
-            row = {"window": window, "document": int(documents[window]), "text": text, "scored_window": indices[index]}
-            rows.append(row | {"nll_oracle": float(oracle[index]), "nll_baseline": float(baseline[index])})
-    return rows
-
-
-def summarise_oracle(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """NLL of optimised gates minus that at A = 1, on each text: mean, low, high and documents of the interval."""
-    found = {}
-    for text in ("same", "next", "other"):
-        own = [row for row in rows if row["text"] == text]
-        columns = (np.array([row[key] for row in own]) for key in ("nll_oracle", "nll_baseline", "document"))
-        found[text] = _columns(paired_difference(*columns))
+        nll = (window_nll(graph, scored, adjacency) for adjacency in (gates, opened))
+        found[text] = _columns(paired_difference(*nll, documents[own]))
     return found
 
 

@@ -5,11 +5,9 @@ n texts   L layers   H heads   N nodes = L * H   E valid entries
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dynaroute.analysis.statistics import PermutationTest, permutation_test
 from dynaroute.dagformer.gates import dag_mask, density, gate_fraction, layer_distance
 
 ROUNDING = torch.finfo(torch.float64).eps
@@ -136,26 +134,6 @@ def effective_rank(gates: Tensor) -> float:
     squares = squares[squares > len(gates) * ROUNDING * gates.square().sum()]
     shares = squares.sqrt() / squares.sqrt().sum()
     return float(torch.special.entr(shares).sum().exp()) if len(squares) else 0.0
-
-
-def same_text_test(one: Tensor, other: Tensor, permutations: int, seed: int) -> PermutationTest:
-    """Whether two wirings of the same text, from different parts of it, are more alike than of two texts.
-
-    Any map of a text's vector passes but a constant one, so this shows that wirings follow the text, not that they are
-    of use to it.
-
-    Args:
-        one: gates of n texts, [n, E].
-        other: gates of the same texts in the same order, predicted from another part of each.
-        permutations: random pairings of the texts.
-        seed: of those.
-
-    Returns:
-        By how much the mean distance of two wirings of one text is below that of two of any; by chance: 0.
-    """
-    distances = jaccard_distances(one, other).numpy()
-    rows, mean = np.arange(len(distances)), distances.mean()
-    return permutation_test(lambda order: mean - distances[rows, order].mean(), rows, permutations, seed)
 
 
 def _mean(values: Tensor) -> float:

@@ -116,7 +116,8 @@ class Variant(Training):
 
     seed: Seed  # of initialisation, data order and noise
     steps: Positive
-    predictor_input: Literal["text", "none"]  # none: one learned topology for all texts, as a control
+    # none: one learned topology for all texts, as a control; edges: the same with a free logit for every edge.
+    predictor_input: Literal["text", "none", "edges"]
     predictor_hidden: Size
     rank: Size  # of U V^T
     init_logit: Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -124,6 +125,7 @@ class Variant(Training):
     tau_final: Moderate
     lambda_init: LossWeight  # weight of mean_A in the loss
     lambda_final: LossWeight  # reached over the first fifth of the steps
+    loss: Literal["nll", "kl"]  # kl: from what the base predicts
     gates: Literal["logistic", "straight_through", "hard_concrete"]  # see `dagformer.gates.gumbel_sigmoid`
     target_density: Annotated[float, Field(gt=0, lt=1)] | None  # to which a Lagrangian holds mean_A; null: none
     flip_gradients: bool  # of the loss by the gates, of each window at random: a control whose gates can only drift
@@ -184,6 +186,15 @@ class Analysis(Section):
     # Of all edges.
     removal_fractions: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1), Distinct]
     random_removals: Positive  # random orders of removal
+    group_removals: Positive  # layer pairs, and heads, to remove that promise most, and as many that promise least
+    group_windows: TwoOrMore  # of removal_windows, scored without them
     oracle_windows: TwoOrMore  # whose gates are optimised directly
     oracle_steps: Positive
     oracle_lr: PositiveFloat
+
+    @model_validator(mode="after")
+    def _groups_are_scored_on_windows_of_removals(self) -> Self:
+        if self.group_windows > self.removal_windows:
+            allowed = f"must be at most removal_windows = {self.removal_windows}"
+            raise invalid("analysis.group_windows", self.group_windows, allowed)
+        return self

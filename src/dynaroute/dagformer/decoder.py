@@ -1,18 +1,19 @@
-"""The base as a plain module: the computation of transformers' `Olmo2ForCausalLM`, without importing transformers.
+"""The base as a plain module: transformers' `Olmo2ForCausalLM`, `LlamaForCausalLM` and `Qwen3ForCausalLM`.
 
-That import takes seconds. Only `prepare_base` needs it; later stages read the folder that it wrote back into this
-module. Modules, tensors and settings have transformers' names, so both load the same folder, and `DagForward` runs on
-both.
+Importing transformers takes seconds. Only `prepare_base` needs it; later stages read the folder that it wrote back into
+this module. Modules, tensors and settings have transformers' names, so both load the same folder, and `DagForward` runs
+on both.
 
-    B batch   T tokens   D model   H heads   K head size   V vocabulary
+    B batch   T tokens   D model   H heads   G query heads of a key/value head   K head size   V vocabulary
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,6 +22,21 @@ from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_record, write_json
 from dynaroute.pipeline.machine import require_device
 from dynaroute.training.checkpoints import load_weights
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How the supported architectures differ."""
+
+    pre_norm: bool  # x + f(norm(x)), for attention and MLP alike; else x + norm(f(x))
+    qk_norm: Literal["layer", "head", None]  # RMS norm of q and of k: over all heads of the layer, or each head's own
+
+
+ARCHITECTURES = {  # by transformers' model_type
+    "olmo2": Architecture(pre_norm=False, qk_norm="layer"),
+    "llama": Architecture(pre_norm=True, qk_norm=None),
+    "qwen3": Architecture(pre_norm=True, qk_norm="head"),
+}
 
 
 class RopeParameters(BaseModel):
@@ -33,31 +49,58 @@ class RopeParameters(BaseModel):
 
 
 class DecoderConfig(BaseModel):
-    """The architecture, from config.json. A `Literal` lists all supported values; other keys are kept unread.
-
-    Post-norm: a layer adds norm(attention(x)) and norm(MLP(x)). q_norm and k_norm span all heads of a layer.
-    """
+    """The sizes, from config.json. A `Literal` lists all supported values; other keys are kept unread."""
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
-    model_type: Literal["olmo2"]
+    model_type: Literal["olmo2", "llama", "qwen3"]
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
     num_hidden_layers: PositiveInt
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt
+    head_dim: PositiveInt | None = None
     max_position_embeddings: PositiveInt
     rms_norm_eps: float
     rope_parameters: RopeParameters
     hidden_act: Literal["silu"] = "silu"
-    attention_bias: Literal[False] = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    layer_types: list[Literal["full_attention"]] | None = None
     tie_word_embeddings: bool = False
+
+    @model_validator(mode="after")
+    def _is_supported(self) -> Self:
+        if self.attention_bias and not self.architecture.pre_norm:
+            raise ValueError(f"attention_bias = True: must be False for {self.model_type}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            allowed = f"must divide num_attention_heads = {self.num_attention_heads}"
+            raise ValueError(f"num_key_value_heads = {self.num_key_value_heads}: {allowed}")
+        return self
+
+    @property
+    def architecture(self) -> Architecture:
+        """The family that the model belongs to."""
+        return ARCHITECTURES[self.model_type]
 
     @property
     def head_size(self) -> int:
         """K."""
-        return self.hidden_size // self.num_attention_heads
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+def read_config(values: dict[str, Any], name: str) -> DecoderConfig:
+    """The sizes in a transformers config; raises DynarouteError, which begins with `name`, if it is not supported."""
+    try:
+        return DecoderConfig.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key, reason = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "value_error":  # it names its key
+            raise DynarouteError(f"{name}: {reason}") from error
+        found = key if problem["type"] == "missing" else f"{key} = {problem['input']!r}"
+        raise DynarouteError(f"{name}: {found}: {reason}") from error
 
 
 def load_base(folder: Path, device: str) -> "Decoder":
@@ -71,13 +114,7 @@ def load_base(folder: Path, device: str) -> "Decoder":
     path = folder / "config.json"
     if not path.is_file():
         raise DynarouteError(f"{folder}: no base model: run the stage prepare_base")
-    try:
-        config = DecoderConfig.model_validate(read_record(path))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        found = key if problem["type"] == "missing" else f"{key} = {problem['input']!r}"
-        raise DynarouteError(f"{path}: {found}: {problem['msg']}") from error
+    config = read_config(read_record(path), str(path))
     index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
     if index.is_file():
         names = set(read_record(index)["weight_map"].values())
@@ -99,7 +136,7 @@ def load_base(folder: Path, device: str) -> "Decoder":
 
 
 class Decoder(nn.Module):
-    """A causal language model with the parts of `Olmo2ForCausalLM`."""
+    """A causal language model with the parts of transformers' own."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -155,20 +192,31 @@ class Stack(nn.Module):
         x = self.embed_tokens(tokens)
         position = self.rotary_emb(x, torch.arange(tokens.shape[1], device=tokens.device)[None])
         for layer in self.layers:
-            x = x + layer.post_attention_layernorm(layer.self_attn(x, *position))
-            x = x + layer.post_feedforward_layernorm(layer.mlp(x))
+            x = layer(x, *position)
         return self.norm(x)
 
 
 class Layer(nn.Module):
-    """The parts of one layer, which `Stack` calls."""
+    """Attention and MLP, each with its norm and its residual connection."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
+        self.pre_norm = config.architecture.pre_norm
         self.self_attn = Attention(config, index)
         self.mlp = MLP(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norms = ["post_attention_layernorm", "post_feedforward_layernorm"]
+        if self.pre_norm:  # the second is before the MLP, whatever it is called
+            norms = ["input_layernorm", "post_attention_layernorm"]
+        for name in norms:
+            self.add_module(name, RMSNorm(config.hidden_size, config.rms_norm_eps))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[B, T, D] from [B, T, D], with cos and sin of the positions, [1, T, K]."""
+        if self.pre_norm:
+            x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin))
+        return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
 class Attention(nn.Module):
@@ -176,18 +224,40 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
-        D = config.hidden_size
-        self.num_heads, self.layer_idx, self.scaling = config.num_attention_heads, index, config.head_size**-0.5
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D, bias=False) for _ in range(4))
-        self.q_norm, self.k_norm = (RMSNorm(D, config.rms_norm_eps) for _ in range(2))
+        D, H, K, bias = config.hidden_size, config.num_attention_heads, config.head_size, config.attention_bias
+        of_kv = config.num_key_value_heads * K
+        self.layer_idx, self.scaling = index, K**-0.5
+        self.qk_norm = config.architecture.qk_norm
+        self.q_proj = nn.Linear(D, H * K, bias)
+        self.k_proj, self.v_proj = (nn.Linear(D, of_kv, bias) for _ in range(2))
+        self.o_proj = nn.Linear(H * K, D, bias)
+        if self.qk_norm is not None:
+            sizes = (K, K) if self.qk_norm == "head" else (H * K, of_kv)
+            self.q_norm, self.k_norm = (RMSNorm(size, config.rms_norm_eps) for size in sizes)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, T, D] from [B, T, D], with cos and sin of the positions, [1, T, K]."""
-        q, k, v = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))  # [B, H, T, K]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scaling)
-        return self.o_proj(z.transpose(1, 2).flatten(2))
+        return self.o_proj(attend(self, self.qk_norm, self.q_proj(x), self.k_proj(x), self.v_proj(x), cos, sin))
+
+
+def attend(
+    attention: nn.Module, qk_norm: Literal["layer", "head", None], q: Tensor, k: Tensor, v: Tensor, *position: Tensor
+) -> Tensor:
+    """What heads attend to, [B, T, H*K], before `o_proj`; q [B, T, H*K], k and v [B, T, H/G*K].
+
+    `attention` is this file's or transformers' own; `position` the cos and sin of the positions, [1, T, K].
+    """
+    if qk_norm == "layer":
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k, v = (x.unflatten(-1, (-1, position[0].shape[-1])) for x in (q, k, v))
+    if qk_norm == "head":
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H or H/G, T, K]
+    q, k = rotate(q, *position), rotate(k, *position)
+    if (shared := q.shape[1] // k.shape[1]) > 1:  # G
+        k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
+    z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling)
+    return z.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -195,9 +265,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        D, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj, self.up_proj = nn.Linear(D, width, bias), nn.Linear(D, width, bias)
+        self.down_proj = nn.Linear(width, D, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] from [B, T, D]."""
@@ -205,7 +275,10 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, in fp32 whatever the dtype of x: float64 is rounded, as in transformers."""
+    """x / sqrt(mean(x^2) + eps) * weight, in fp32 whatever the dtype of x: float64 is rounded, as in transformers.
+
+    Llama's and Qwen3's round to the dtype of x before they apply the weight too.
+    """
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -240,10 +313,10 @@ def rotary_embedding(config: DecoderConfig) -> nn.Module:
     with torch.device("cpu"):  # also where the weights are on the meta device: no file holds the frequencies
         if config.rope_parameters.rope_type == "default":
             return RotaryEmbedding(config.head_size, config.rope_parameters.rope_theta)
-        from transformers import Olmo2Config
-        from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding
+        from transformers import AutoConfig
+        from transformers.models.olmo2.modeling_olmo2 import Olmo2RotaryEmbedding  # as the others', but not rounded
 
-        return Olmo2RotaryEmbedding(Olmo2Config(**config.model_dump(exclude_unset=True)))
+        return Olmo2RotaryEmbedding(AutoConfig.for_model(**config.model_dump(exclude_unset=True)))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,9 +1,19 @@
-"""The DAG forward: a frozen OLMo-2 whose attention heads are wired by an adjacency instead of the residual stream.
+"""The DAG forward: a frozen base whose attention heads are wired by an adjacency instead of the residual stream.
 
-`DagForward` states the formulas. It knows nothing of predictors, data or training. The base's own modules are called
-wherever their input is one tensor; where every head has an input of its own, their weights are read.
+`DagForward` states the formulas. It knows nothing of predictors, data or training. The base's own modules are called,
+but for projections of which every head has an input or an output of its own: their weights are read. Architectures
+differ in the following, and `decoder.ARCHITECTURES` says which is which:
 
-    B batch   T tokens   D model   H heads   K head size   L layers   N nodes = L * H
+                      OLMo-2                      Llama                Qwen3
+    norm of a layer   of its output: post-norm    of its input: pre-norm, in both
+    a head sends      its share of the norm       W_o[:, h] z_h, in both
+    norm of q and k   over all heads of a layer   none                 of each head
+    biases            none                        of q, k, v and o     of q, k, v and o
+                                                  and of the MLP
+All may have fewer key/value heads than query heads, whose size need not be D / H in Llama and Qwen3.
+
+    B batch   T tokens   D model   H query heads   G of them share a key/value head   K head size
+    L layers   N nodes = L * H
     S senders of a layer = H + 1: its heads, and the increment that it adds to every later `base`, at a gate of 1
 
 How it is fast. Mixing is bound by memory traffic: done layer by layer, every later layer reads a layer's head outputs
@@ -22,7 +32,7 @@ last s layers, s the largest power of two that divides n, are mixed into the nex
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -30,12 +40,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dynaroute.dagformer.decoder import Decoder, rotate
+from dynaroute.dagformer.decoder import ARCHITECTURES, Decoder, attend, read_config
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.errors import DynarouteError
 
 if TYPE_CHECKING:
-    from transformers import Olmo2ForCausalLM  # at run time only where bases are made: slow to import
+    from transformers import PreTrainedModel  # at run time only where bases are made: slow to import
 
 InputNorm = Literal["none", "gate_mean", "rms_post", "ln_post", "rms_pre"]
 
@@ -43,20 +53,25 @@ _SCRATCH = 2**21  # elements of the intermediate product on a CPU, so that it st
 
 
 class DagForward(nn.Module):
-    """Logits of a frozen Olmo2 base under a given wiring of its attention heads.
+    """Logits of a frozen base under a given wiring of its attention heads.
 
-    For node j = (l, h), which is head h of layer l and has index l * H + h, and with an adjacency A:
+    For node j = (l, h), which is query head h of layer l and has index l * H + h, and with an adjacency A:
 
         base_l     = embedding + sum_{l' < l} mlp_l'                         never gated
         gated_j    = sum_{i: layer(i) < l} A[i, j] * head_i
         input_j    = base_l + gated_j                                        every head has an input of its own
-        q, k, v    = W_q[h] input_j, W_k[h] input_j, W_v[h] input_j; then the base's q_norm and k_norm over all
-                     heads of the layer at once, RoPE and causal attention give z_h
+        q          = W_q[h] input_norm(input_j)                              input_norm: pre-norm only
+        k, v       = W_k input_norm(shared), W_v input_norm(shared)          shared: the mean of input_j over the G
+                                                                             query heads that share them
+                     then biases, q_norm and k_norm, RoPE and causal attention give z_h
         raw_h      = W_o[:, h] z_h
-        head_(l,h) = w * raw_h / sqrt(mean((sum_h raw_h)^2) + eps)           w, eps: the base's post-attention norm,
-                                                                             of which every head takes its share
-        mlp_l      = post_ffn_norm(MLP(base_l + sum_{l' <= l} sum_h head_(l',h)))     not gated
-        logits     = lm_head(norm(embedding + all mlp + all heads))                   not gated
+        head_(l,h) = raw_h                                                   pre-norm
+                   = w * raw_h / sqrt(mean((sum_h raw_h)^2) + eps)           post-norm: w, eps are the base's, and
+                                                                             every head takes its share
+        mlp_l      = the base's, of base_l + sum_{l' <= l} sum_h head_(l',h), with its norm          not gated
+        logits     = lm_head(norm(embedding + all mlp + all heads))                                  not gated
+
+    The bias of W_o is no head's: it counts as part of mlp_l, but that MLP_l reads it too.
 
     With A = 1 and input_norm "none" or "gate_mean" this is the base model. Entries of A whose target does not lie in
     a later layer than their source are never read.
@@ -70,12 +85,12 @@ class DagForward(nn.Module):
 
     The base computes as in eval mode, without dropout. It is frozen in place (requires_grad False), and its weights
     must not change afterwards, because the q, k, v weights are stacked once, here; move or cast this module, not the
-    base. With `trainable` it is the other way round: all of the base's parameters take gradients, and may change; a
-    second backward pass through one forward, whose first has overwritten what it needs, then raises DynarouteError.
-    The dtype of all work is the base's own: autocast is switched off inside.
+    base. With `trainable` it is the other way round: all of the base's parameters take gradients, and may change. A
+    second backward pass through one forward raises DynarouteError where the first has overwritten what it needs: with
+    `trainable`, and on a pre-norm base. The dtype of all work is the base's own: autocast is switched off inside.
 
     Args:
-        base: the model, a `Decoder` or transformers' own; multi-head attention without biases.
+        base: the model, a `Decoder` or transformers' own.
         input_norm: see above.
         trainable: see above.
 
@@ -83,7 +98,7 @@ class DagForward(nn.Module):
         DynarouteError: a base or an input_norm that is not supported.
     """
 
-    def __init__(self, base: "Olmo2ForCausalLM | Decoder", input_norm: InputNorm = "none", trainable: bool = False):
+    def __init__(self, base: "PreTrainedModel | Decoder", input_norm: InputNorm = "none", trainable: bool = False):
         super().__init__()
         _check_base(base)
         if input_norm not in get_args(InputNorm):
@@ -91,13 +106,18 @@ class DagForward(nn.Module):
         self.base = base.requires_grad_(trainable)
         self.input_norm = input_norm
         self.trainable = trainable
+        self.architecture = ARCHITECTURES[base.config.model_type]
         self.num_layers, self.num_heads = base.config.num_hidden_layers, base.config.num_attention_heads
         # With these, input_j is mixed as hidden - sum_i (1 - A[i, j]) * head_i, where hidden is the residual stream of
         # the base: the same sum, but at A = 1 nothing is left of it that rounds differently from the base.
         self._complement = input_norm in ("none", "gate_mean")
         self._spare: Tensor | None = None  # the buffer of a finished pass, for the next one
+        self._stacked: list[list[str]] = []  # buffers, by layer
         for i in range(0 if trainable else self.num_layers):
-            self.register_buffer(f"w_qkv_{i}", self._stack_w_qkv(i), persistent=False)  # [H, 3K, D]
+            stacks = {f"w_{i}_{len(w)}": w for w in self._weights(i)}
+            for name, w in stacks.items():
+                self.register_buffer(name, w, persistent=False)
+            self._stacked.append(list(stacks))
 
     def forward(self, tokens: Tensor, adjacency: Tensor) -> Tensor:
         """Computes logits; differentiable once with respect to the adjacency.
@@ -128,58 +148,67 @@ class DagForward(nn.Module):
         exchange = _Exchange(self, gates, hidden)
         base = increment = hidden
         for n, layer in enumerate(model.layers):
-            w_qkv = self._stack_w_qkv(n) if self.trainable else getattr(self, f"w_qkv_{n}")  # [H, 3K, D]
+            weights = self._weights(n)
+            norm = layer.input_layernorm if self.architecture.pre_norm else None
             if n == 0:  # base_0 is the embedding, and there is nothing to receive
-                inputs = hidden.view(1, B * T, D).expand(self.num_heads, -1, -1)
-                qkv = torch.bmm(inputs, w_qkv.transpose(1, 2))
+                projected = _project(hidden.view(B * T, 1, D).expand(-1, self.num_heads, -1), norm, weights)
             elif self.input_norm in ("rms_post", "ln_post"):
-                gated = _Receive.apply(gates, increment, exchange, n, None)  # [B*T, H, D]
-                norm = F.rms_norm if self.input_norm == "rms_post" else F.layer_norm
-                inputs = base.view(B * T, 1, D) + norm(gated, (D,), eps=exchange.eps)
-                qkv = torch.bmm(inputs.transpose(0, 1), w_qkv.transpose(1, 2))
+                (gated,) = _Receive.apply(gates, increment, exchange, n, None)  # [B*T, H, D]
+                normed = F.rms_norm if self.input_norm == "rms_post" else F.layer_norm
+                projected = _project(base.view(B * T, 1, D) + normed(gated, (D,), eps=exchange.eps), norm, weights)
+            elif self.trainable and norm is not None:  # whose weights' gradients are autograd's
+                projected = _project(*_Receive.apply(gates, increment, exchange, n, None), norm, weights)
             else:
-                qkv = _Receive.apply(gates, increment, exchange, n, w_qkv)  # [H, B*T, 3K]
-            qkv = qkv.unflatten(-1, (3, -1)).permute(2, 1, 0, 3).reshape(3, B, T, -1)  # [3, B, T, H*K]
-            hidden, attended, mlp = self._block(layer, qkv, hidden, position, exchange)
+                projected = _Receive.apply(gates, increment, exchange, n, norm, *weights)
+            hidden, attended, ungated = self._block(layer, projected, hidden, position, exchange)
             # What later layers get of this one ungated; that of layer 0 includes the embedding.
             if self._complement:
-                increment = attended + mlp if n > 0 else hidden
+                increment = attended + ungated if n > 0 else hidden
             else:
-                base = base + mlp
-                increment = mlp if n > 0 else base
+                base = base + ungated
+                increment = ungated if n > 0 else base
         return self.base.lm_head(model.norm(hidden))
 
-    def _stack_w_qkv(self, n: int) -> Tensor:
-        """The weights of layer n's q, k and v, of each head together, [H, 3K, D]."""
-        attention = self.base.model.layers[n].self_attn
-        projections = attention.q_proj, attention.k_proj, attention.v_proj
-        return torch.cat([p.weight.unflatten(0, (self.num_heads, -1)) for p in projections], dim=1)
+    def _weights(self, n: int) -> list[Tensor]:
+        """The weights of layer n's q, k and v, of each head together: [H, 3K, D]; or [H, K, D] and [H/G, 2K, D]."""
+        if n < len(self._stacked):
+            return [getattr(self, name) for name in self._stacked[n]]
+        attention, of_kv = self.base.model.layers[n].self_attn, self.base.config.num_key_value_heads
+        q = attention.q_proj.weight.unflatten(0, (self.num_heads, -1))
+        k, v = (p.weight.unflatten(0, (of_kv, -1)) for p in (attention.k_proj, attention.v_proj))
+        return [torch.cat([q, k, v], dim=1)] if of_kv == self.num_heads else [q, torch.cat([k, v], dim=1)]
 
     def _block(
-        self, layer: nn.Module, qkv: Tensor, hidden: Tensor, position: Any, exchange: "_Exchange"
+        self, layer: nn.Module, projected: Sequence[Tensor], hidden: Tensor, position: Any, exchange: "_Exchange"
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One layer after its q, k and v: the new `hidden`, and what attention and MLP have added to it, [B, T, D].
+        """One layer after its projections: the new `hidden`, and what its heads add to it and what else, [B, T, D].
 
         The base's own computation step by step, but that every head sends its share of the attention.
         """
-        attention, norm = layer.self_attn, layer.post_attention_layernorm
-        q, k, v = qkv.unbind()
-        q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, T, K]
-        q, k = rotate(q, *position), rotate(k, *position)
-        z = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=attention.scaling)
-        z = z.transpose(1, 2).flatten(2)  # [B, T, H*K]
-        n = attention.layer_idx
+        attention, pre_norm, (B, T, _) = layer.self_attn, self.architecture.pre_norm, hidden.shape
+        size = len(attention.q_proj.weight) // self.num_heads  # K
+        qkv = (part.transpose(0, 1).reshape(B, T, -1) for x in projected for part in x.split(size, dim=-1))
+        modules = (attention.q_proj, attention.k_proj, attention.v_proj)
+        qkv = (x if p.bias is None else x + p.bias for x, p in zip(qkv, modules, strict=True))
+        z = attend(attention, self.architecture.qk_norm, *qkv, *position)  # [B, T, H*K]
+        n, w_o, bias = attention.layer_idx, attention.o_proj.weight, attention.o_proj.bias
+        norm = None if pre_norm else layer.post_attention_layernorm
         if n == self.num_layers - 1:  # nobody listens to its heads
-            total = attention.o_proj(z)
+            total = F.linear(z, w_o)
         elif exchange.in_one_pass:
-            total = _send_in_one_pass(z, exchange, n, attention.o_proj, norm)
+            total = _send_in_one_pass(z, exchange, n, w_o, norm)
         else:
-            total = _Send.apply(z, exchange, n, attention.o_proj.weight, norm.weight, norm.variance_epsilon)
-        attended = norm(total)
+            w, eps = (None, None) if pre_norm else (norm.weight, norm.variance_epsilon)
+            total = _Send.apply(z, exchange, n, w_o, w, eps)
+        attended = total if pre_norm else norm(total)
         hidden = hidden + attended
-        mlp = layer.post_feedforward_layernorm(layer.mlp(hidden))
-        return hidden + mlp, attended, mlp
+        if bias is not None:
+            hidden = hidden + bias
+        if pre_norm:
+            ungated = layer.mlp(layer.post_attention_layernorm(hidden))
+        else:
+            ungated = layer.post_feedforward_layernorm(layer.mlp(hidden))
+        return hidden + ungated, attended, ungated if bias is None else ungated + bias
 
     def _gates(self, adjacency: Tensor) -> Tensor:
         """What senders are multiplied by, [B, (L-1)*S, (L-1)*H]: layers 0 .. L-2 send, layers 1 .. L-1 receive."""
@@ -198,16 +227,11 @@ class DagForward(nn.Module):
 
 def _check_base(base: nn.Module) -> None:
     """Refuses what the forward would get wrong; RoPE variants and activations are the base's own modules."""
-    config = getattr(base, "config", None)
-    if getattr(config, "model_type", None) != "olmo2" or not hasattr(base, "lm_head"):
-        raise DynarouteError(f"base of type {type(base).__name__}: only Olmo2ForCausalLM is supported")
-    if config.num_key_value_heads != config.num_attention_heads:
-        raise DynarouteError(
-            f"num_key_value_heads = {config.num_key_value_heads}: only multi-head attention is supported,"
-            f" with as many as num_attention_heads = {config.num_attention_heads}"
-        )
-    if config.attention_bias:
-        raise DynarouteError("attention_bias = True: only attention without biases is supported")
+    config, name = getattr(base, "config", None), f"base of type {type(base).__name__}"
+    if getattr(config, "model_type", None) not in ARCHITECTURES or not hasattr(base, "lm_head"):
+        raise DynarouteError(f"{name}: must be a causal language model of type {', '.join(ARCHITECTURES)}")
+    if not isinstance(base, Decoder):
+        read_config(config.to_dict() | {"hidden_act": "silu"}, name)
 
 
 class _Exchange:
@@ -313,18 +337,25 @@ class _Exchange:
 
 
 class _Send(torch.autograd.Function):
-    """Layer n sends its heads. Returns the sum of the raw ones, [B, T, D]: the base's o_proj(z)."""
+    """Layer n sends its heads. Returns the sum of the raw ones, [B, T, D]: the base's o_proj(z), without its bias.
+
+    w [D] and eps are of a post-norm, and None on a pre-norm base, whose heads are sent raw.
+    """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, exchange: _Exchange, n: int, w_o: Tensor, w: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, z: Tensor, exchange: _Exchange, n: int, w_o: Tensor, w: Tensor | None, eps: float | None
+    ) -> Tensor:
         B, T, _ = z.shape
-        H, D = exchange.H, len(w)
+        H, D = exchange.H, len(w_o)
         w_o = w_o.view(D, H, -1).permute(1, 2, 0)  # [H, K, D]
         heads = exchange.heads(exchange.sent, n)
         torch.bmm(z.view(B * T, H, -1).transpose(0, 1), w_o, out=heads.transpose(0, 1))
         total = heads.sum(1)  # [B*T, D]
-        inverse = torch.rsqrt(_wide(total).square().mean(-1, keepdim=True) + eps)  # [B*T, 1]
-        heads.mul_((inverse * w)[:, None])
+        inverse = None
+        if w is not None:
+            inverse = torch.rsqrt(_wide(total).square().mean(-1, keepdim=True) + eps)  # [B*T, 1]
+            heads.mul_((inverse * w)[:, None])
         ctx.inverse_of_head = None
         if exchange.normalise_sent:
             ctx.inverse_of_head = torch.rsqrt(_wide(heads).square().mean(-1, keepdim=True) + exchange.eps)
@@ -337,7 +368,7 @@ class _Send(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        """By now all later layers have added to `d_sent` what they owe to these heads = w * raw * inverse."""
+        """By now all later layers have added to `d_sent` what they owe to these heads = w * raw * inverse, or raw."""
         total, inverse, w_o, w, z = ctx.saved_tensors
         exchange, (B, T, D) = ctx.exchange, d_total.shape
         H = exchange.H
@@ -345,14 +376,17 @@ class _Send(torch.autograd.Function):
         if exchange.normalise_sent:
             d_heads.sub_(heads * (heads * d_heads).mean(-1, keepdim=True)).mul_(ctx.inverse_of_head)
             heads = heads / ctx.inverse_of_head
-        d_w = None
+        d_w, d_total = None, d_total.reshape(B * T, D)
         if ctx.needs_input_grad[4]:  # through raw * inverse, and not as head / w, which may be 0 / 0
             scaled = z.reshape(B * T, H, -1) * inverse[:, None]
             d_w = (w_o * torch.bmm(scaled.permute(1, 2, 0), d_heads.transpose(0, 1))).sum((0, 1))  # [H, K, D] -> [D]
-        d_log_inverse = exchange.inner(heads, d_heads)  # [B*T, 1]
-        d_total = d_total.reshape(B * T, D) - d_log_inverse * inverse.square() / D * total
-        scale = (inverse * w).to(total.dtype)
-        d_raw = torch.addcmul(d_total.to(total.dtype)[:, None], d_heads, scale[:, None], out=d_heads)  # in place
+        if w is None:
+            d_raw = d_heads.add_(d_total[:, None])
+        else:
+            d_log_inverse = exchange.inner(heads, d_heads)  # [B*T, 1]
+            d_total = d_total - d_log_inverse * inverse.square() / D * total
+            scale = (inverse * w).to(total.dtype)
+            d_raw = torch.addcmul(d_total.to(total.dtype)[:, None], d_heads, scale[:, None], out=d_heads)  # in place
         d_z = torch.bmm(d_raw.transpose(0, 1), w_o.transpose(1, 2))  # [H, B*T, K]
         d_w_o = None
         if ctx.needs_input_grad[3]:
@@ -361,17 +395,18 @@ class _Send(torch.autograd.Function):
         return d_z.transpose(0, 1).reshape(B, T, -1), None, None, d_w_o, d_w, None
 
 
-def _send_in_one_pass(z: Tensor, exchange: _Exchange, n: int, o_proj: nn.Linear, norm: nn.Module) -> Tensor:
+def _send_in_one_pass(z: Tensor, exchange: _Exchange, n: int, w_o: Tensor, norm: nn.Module | None) -> Tensor:
     """What `_Send` computes, with the heads written once and the gradients at them read once, and nothing else done to
-    them: `inverse`, the norm's factor for each token, is applied to z, and its weight w to W_o.
+    them: `inverse`, the post-norm's factor for each token, is applied to z, and its weight w to W_o.
 
     head = (inverse * z_h) (w * W_o[:, h])^T. The gradient of `inverse` is then an inner product over z, of a head's
     size instead of H * D.
     """
-    total = o_proj(z)
-    inverse = torch.rsqrt(_wide(total).square().mean(-1, keepdim=True) + norm.variance_epsilon)  # [B, T, 1]
-    w_o = (o_proj.weight * norm.weight[:, None]).view(len(norm.weight), exchange.H, -1).permute(1, 2, 0)  # [H, K, D]
-    return _SendScaled.apply((z * inverse).to(z.dtype), total, exchange, n, w_o)
+    total = F.linear(z, w_o)
+    if norm is not None:
+        inverse = torch.rsqrt(_wide(total).square().mean(-1, keepdim=True) + norm.variance_epsilon)  # [B, T, 1]
+        z, w_o = (z * inverse).to(z.dtype), w_o * norm.weight[:, None]
+    return _SendScaled.apply(z, total, exchange, n, w_o.view(len(w_o), exchange.H, -1).permute(1, 2, 0))  # [H, K, D]
 
 
 class _SendScaled(torch.autograd.Function):
@@ -405,42 +440,84 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _shared(inputs: Tensor, readers: int) -> Tensor:
+    """What key/value heads read of the inputs of query heads, [B*T, H, D] -> [B*T, readers, D]: the mean of G."""
+    return inputs if readers == inputs.shape[1] else inputs.unflatten(1, (readers, -1)).mean(2)
+
+
+def _project(inputs: Tensor, norm: nn.Module | None, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The inputs of query heads, [B*T, H, D], by weights [readers, x, D]: for each, [readers, B*T, x]."""
+    read = [_shared(inputs, len(w)) for w in weights]
+    read = read if norm is None else [norm(x) for x in read]
+    return tuple(torch.bmm(x.transpose(0, 1), w.transpose(1, 2)) for x, w in zip(read, weights, strict=True))
+
+
 class _Receive(torch.autograd.Function):
-    """Layer n-1 sends its increment, and layer n >= 1 receives: its q, k, v, [H, B*T, 3K], or its gated sums."""
+    """Layer n-1 sends its increment, and layer n >= 1 receives. Returns `_project` of that; without weights, that."""
 
     @staticmethod
     def forward(
-        ctx: Any, gates: Tensor, increment: Tensor, exchange: _Exchange, n: int, w_qkv: Tensor | None
-    ) -> Tensor:
+        ctx: Any,
+        gates: Tensor,
+        increment: Tensor,
+        exchange: _Exchange,
+        n: int,
+        norm: nn.Module | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
         exchange.sent[:, :, exchange.senders(n - 1)][:, :, -1] = increment
         exchange.mix(n)
-        ctx.exchange, ctx.n, ctx.w_qkv, ctx.dtype = exchange, n, w_qkv, gates.dtype
         received = exchange.received[:, :, exchange.receivers(n)].flatten(0, 1)  # [B*T, H, D], a view
-        return received.clone() if w_qkv is None else torch.bmm(received.transpose(0, 1), w_qkv.transpose(1, 2))
+        projected = _project(received, norm, weights) if weights else (received.clone(),)
+        ctx.exchange, ctx.n, ctx.norm, ctx.weights, ctx.dtype = exchange, n, norm, weights, gates.dtype
+        ctx.save_for_backward(*(projected if norm is not None else [None] * len(weights)))
+        return projected
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        exchange, n = ctx.exchange, ctx.n
+    def backward(ctx: Any, *d_projected: Tensor) -> tuple[Tensor | None, ...]:
+        exchange, n, weights = ctx.exchange, ctx.n, ctx.weights
+        needs = ctx.needs_input_grad[5:]
         if n == exchange.L - 1:  # the first to come
-            if ctx.needs_input_grad[4] and exchange.d_gates is not None:
+            if (any(needs) or ctx.norm is not None) and exchange.d_gates is not None:
                 raise DynarouteError(
-                    "a second backward pass through one forward of a trainable base: what its q, k and v received is "
-                    "overwritten by the first: compute the forward again"
+                    "a second backward pass through one forward: what its q, k and v received is overwritten by the "
+                    "first: compute the forward again"
                 )
             dtype = torch.promote_types(exchange.gates.dtype, torch.float32)
             exchange.d_gates = torch.zeros_like(exchange.gates, dtype=dtype)
-        d_received = exchange.received[:, :, exchange.receivers(n)].flatten(0, 1)  # until it is overwritten: received
-        d_w_qkv = None
-        if ctx.needs_input_grad[4]:
-            d_w_qkv = torch.bmm(d_out.transpose(1, 2), d_received.transpose(0, 1))
-        if ctx.w_qkv is None:
-            d_received.copy_(d_out)
+        received = exchange.received[:, :, exchange.receivers(n)].flatten(0, 1)  # until it becomes its gradient
+        d_weights: list[Tensor | None] = [None] * len(weights)
+        if not weights:
+            received.copy_(d_projected[0])
         else:
-            torch.bmm(d_out, ctx.w_qkv, out=d_received.transpose(0, 1))
+            reads = [_shared(received, len(w)) for w in weights]
+            for i, (x, y, d_y, w) in enumerate(zip(reads, ctx.saved_tensors, d_projected, weights, strict=True)):
+                if needs[i]:
+                    d_weights[i] = torch.bmm(d_y.transpose(1, 2), x.transpose(0, 1))
+                _overwrite_with_gradient(x, ctx.norm, w, y, d_y)
+            for d_shared in reads[1:]:
+                each = d_shared[:, :, None] * (d_shared.shape[1] / exchange.H)  # 1 / G
+                received.unflatten(1, (d_shared.shape[1], -1)).add_(each)
         exchange.mix_backward(n)
         d_gates = exchange.d_gates.to(ctx.dtype) if n == 1 else None  # the last to come
         d_increment = None
         if n > exchange.first_sender:
             d_increment = exchange.d_sent[:, :, exchange.senders(n - 1)][:, :, -1].clone()
-        return d_gates, d_increment, None, None, d_w_qkv
+        return d_gates, d_increment, None, None, None, *d_weights
+
+
+def _overwrite_with_gradient(x: Tensor, norm: nn.Module | None, w: Tensor, y: Tensor | None, d_y: Tensor) -> None:
+    """Puts into x [B*T, h, D] the gradient at x, from d_y at y = norm(x) w^T; w [h, o, D], y and d_y [h, B*T, o].
+
+    With norm(x) = v * x * r and r = 1 / sqrt(mean(x^2) + eps), that is  r * (d_y w v) - x * r^2 * (y . d_y) / D.
+    """
+    if norm is None:
+        torch.bmm(d_y, w, out=x.transpose(0, 1))
+        return
+    D = x.shape[-1]
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)) ** 2
+    inverse = torch.rsqrt(square / D + norm.variance_epsilon).transpose(0, 1)  # [h, B*T, 1]
+    inner = (_wide(y) * d_y).sum(-1, keepdim=True)
+    x.mul_((inner * inverse.square() / -D).transpose(0, 1))
+    x.transpose(0, 1).baddbmm_((d_y * inverse).to(x.dtype), w * norm.weight)

@@ -1,6 +1,7 @@
 """The training loss of a predictor: the NLL of a frozen base under the predicted wiring, and the wiring's density.
 
-The loss of step t is `NLL + lambda_t * mean_A`, and with a `target_density` a constraint on mean_A. Temperature and
+The loss of step t is `NLL + lambda_t * mean_A`, and with a `target_density` a constraint on mean_A. A variant may
+minimise the KL divergence from the base instead of NLL, as Edge Pruning does. Temperature and
 lambda follow the schedules below; noise is a function of (seed, step, window), so it does not depend on batches or
 processes.
 """
@@ -16,7 +17,7 @@ from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.predictor import StructurePredictor, sequence_noise, sequence_signs
 from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.training.loop import Batch
-from dynaroute.training.nll import nll, token_nll
+from dynaroute.training.nll import kl_divergence, nll, token_nll
 
 RAMP = 0.2  # of all steps, while lambda rises
 
@@ -69,7 +70,11 @@ class DagObjective:
         embeddings = self.training_embeddings[batch.windows.cpu()].to(device)
         noise = sequence_noise(self.noise_seed, step, batch.windows, len(self.valid)).to(device)
         adjacency = model(embeddings, tau, "train", noise)  # [B, N, N]
-        loss = nll(self.graph(batch.tokens, adjacency), batch.targets)
+        with torch.no_grad():
+            expected = self.dense(batch.tokens, torch.ones_like(adjacency)) if self.variant.loss == "kl" else None
+        logits = self.graph(batch.tokens, adjacency)
+        loss = nll(logits, batch.targets)
+        minimised = loss if expected is None else kl_divergence(expected, logits).mean()
         mean_a = density(adjacency, self.valid).mean()
         gradient = torch.zeros((), device=device)
         processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -85,7 +90,7 @@ class DagObjective:
         with torch.no_grad():
             slope = gate_slope(_bare(model).logits(embeddings), tau, noise, self.variant.gates)
             slope = density(slope, self.valid).mean()
-        total = loss + weight * mean_a
+        total = minimised + weight * mean_a
         if self.variant.target_density is not None:
             total = total + self._constraint(_bare(model).multipliers, mean_a, step)
         return total, {

@@ -35,7 +35,8 @@ class StructurePredictor(nn.Module):
     the training texts (`fit_normalisation`; stored with the weights), and scaled to a mean square of 1, so that no text
     has an outlying norm, not even a short one.
 
-    With `predictor_input: none` a learned constant replaces the normalised x: one topology for all texts.
+    With `predictor_input: none` a learned constant replaces the normalised x: one topology for all texts. With `edges`
+    Z is learned directly, entry by entry, from init_logit on.
 
     All work is in the parameters' dtype, without autocast: in bf16, numbers near an init_logit of 15 lie 0.06 apart.
     """
@@ -47,9 +48,13 @@ class StructurePredictor(nn.Module):
         self.num_nodes = num_layers * num_heads
         hidden, outputs = variant.predictor_hidden, self.num_nodes * variant.rank
         self.constant = nn.Parameter(torch.randn(embedding_size)) if variant.predictor_input == "none" else None
-        self.first = nn.Linear(embedding_size, hidden)
-        self.second = nn.Linear(hidden, hidden)
-        self.u, self.v = nn.Linear(hidden, outputs), nn.Linear(hidden, outputs)
+        self.edges = None
+        if variant.predictor_input == "edges":
+            self.edges = nn.Parameter(torch.zeros(self.num_nodes, self.num_nodes))
+        else:
+            self.first = nn.Linear(embedding_size, hidden)
+            self.second = nn.Linear(hidden, hidden)
+            self.u, self.v = nn.Linear(hidden, outputs), nn.Linear(hidden, outputs)
         self.init_logit = nn.Parameter(torch.tensor(variant.init_logit))
         # As a logarithm, k stays positive.
         learnable = variant.cascade == "learnable"
@@ -60,7 +65,8 @@ class StructurePredictor(nn.Module):
         self.register_buffer("embedding_mean", torch.zeros(embedding_size))
         self.register_buffer("embedding_inverse_std", torch.ones(embedding_size))
         self.register_buffer("invalid", ~dag_mask(num_layers, num_heads), persistent=False)
-        self._initialise()
+        if self.edges is None:
+            self._initialise()
 
     def _initialise(self) -> None:
         """Normal weights, zero biases. h has a mean square of 1, so the entries of U and V have the head's std * |h|.
@@ -98,10 +104,13 @@ class StructurePredictor(nn.Module):
             embeddings: [B, E] of any scale and float dtype. With `predictor_input: none` only B is read.
         """
         with torch.autocast(self.init_logit.device.type, enabled=False):
-            x = self._normalise(embeddings) if self.constant is None else self.constant[None]  # [B or 1, E]
-            h = F.gelu(self.second(F.gelu(self.first(x))))  # [B or 1, F]
-            u, v = (head(h).unflatten(-1, (self.num_nodes, -1)) for head in (self.u, self.v))  # [B or 1, N, r]
-            logits = torch.baddbmm(self.init_logit, u, v.transpose(1, 2))
+            if self.edges is not None:
+                logits = (self.init_logit + self.edges)[None]
+            else:
+                x = self._normalise(embeddings) if self.constant is None else self.constant[None]  # [B or 1, E]
+                h = F.gelu(self.second(F.gelu(self.first(x))))  # [B or 1, F]
+                u, v = (head(h).unflatten(-1, (self.num_nodes, -1)) for head in (self.u, self.v))  # [B or 1, N, r]
+                logits = torch.baddbmm(self.init_logit, u, v.transpose(1, 2))
             logits = logits.masked_fill(self.invalid, -torch.inf)
         return logits.expand(len(embeddings), -1, -1)
 

@@ -23,8 +23,8 @@ CLOSED_PIPE = 128 + signal.SIGPIPE  # the status that a shell gives to a program
 def program(name: str) -> Iterator[None]:
     """Runs a program in its block. Characters that stdout cannot encode are printed as question marks.
 
-    Ends the process with status 1 and one line on stderr when the user or the disk is at fault, and with status 141
-    and nothing when the reader of stdout or stderr has closed it, as `head` does.
+    When the user or the disk is at fault, the process ends with status 1 and one line on stderr. When the reader of
+    stdout or stderr has closed it, as `head` does, it ends with status 141 and prints nothing.
     """
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed before the start: `print(file=None)` would print to the other one

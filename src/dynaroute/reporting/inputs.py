@@ -1,10 +1,8 @@
 """Reads results of stages for reports, with errors that name the file."""
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynaroute.config import read_yaml
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import REMEDY, Record
 from dynaroute.pipeline.artifacts import read_record as read_record
@@ -51,18 +49,14 @@ def check_same_run(expected: str, *records: Record) -> None:
             raise DynarouteError(f"{record.path}: belongs to run {record['run']}, not {expected}: run dvc repro")
 
 
-def changed_since_measured(stage: str) -> list[str] | None:
-    """A benchmark's dependencies that have changed since it ran; None if DVC has no record of the run."""
-    path = Path("benchmarks/dvc.lock")
-    recorded = Record(read_yaml(path), path)["stages"].get(stage) if path.exists() else None
-    if recorded is None:
-        return None
-    files = {Path(one["path"]): one["md5"] for one in recorded["deps"] if not one["md5"].endswith(".dir")}
-    return [
-        path.as_posix()
-        for path, md5 in files.items()
-        if not path.is_file() or hashlib.md5(path.read_bytes()).hexdigest() != md5
-    ]
+def read_benchmark(name: str) -> Record | None:
+    """Reads the results of a benchmark, which the default pipeline does not run; None if there are none.
+
+    Raises:
+        DynarouteError: the file is damaged.
+    """
+    path = Path("reports/benchmarks") / f"{name}.json"
+    return read_record(path) if path.exists() else None
 
 
 def file_size(path: str | Path) -> int:

@@ -1,8 +1,8 @@
 """The one training loop. What is trained, and on what loss, is an `Objective`'s business.
 
-Every random draw is a function of (seed, step, micro-batch), and data order of (seed, epoch), so a run that was killed
-and resumed from its last checkpoint takes the very steps that an uninterrupted one takes. Devices, mixed precision
-and several processes are accelerate's.
+Every random draw is a function of (seed, step, micro-batch), and data order of (seed, epoch). So a run that was killed
+and resumed from its last checkpoint takes the same steps as an uninterrupted one. Devices, mixed precision and several
+processes are accelerate's.
 """
 
 import contextlib

@@ -34,7 +34,7 @@ def fetch_compressed(address: str, path: Path, stop: threading.Event) -> None:
     between two streams looks whole: only the length that the server states can tell. If it states none or a wrong one,
     the cut goes unnoticed.
 
-    Failed, dropped, stalled and very slow connections, server errors, and truncated or altered content are retried with
+    Failed, dropped, stalled and slow connections, server errors, and truncated or altered content are retried with
     growing delays. A broken download resumes where it stopped, also in a later process. Content that arrives twice with
     the same damage is refused, since it must be damaged on the server. A file from an earlier process is checked again,
     and fetched again if it is damaged.

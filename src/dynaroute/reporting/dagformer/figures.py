@@ -4,11 +4,10 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynaroute.config.dagformer import PROTOCOLS
 from dynaroute.reporting.dagformer.page import ORDERS
-from dynaroute.reporting.dagformer.results import CONTROL, DATA, MAIN, Comparisons, Variant
-from dynaroute.reporting.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, saved_figure
-from dynaroute.reporting.inputs import read_checkpoint
+from dynaroute.reporting.dagformer.results import CONTROL, DATA, MAIN, Comparisons, Results, Variant
+from dynaroute.reporting.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, saved_figure
+from dynaroute.reporting.inputs import Record, read_checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,25 +15,31 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
-LINES = [
-    {"color": BLUE, "linestyle": "-", "marker": "o"},
-    {"color": VERMILION, "linestyle": "--", "marker": "s"},
-    {"color": BLACK, "linestyle": "-.", "marker": "D"},
-    {"color": GREEN, "linestyle": ":", "marker": "^"},
-    {"color": ORANGE, "linestyle": "-", "marker": "v"},
-    {"color": PURPLE, "linestyle": "--", "marker": "P"},
-    {"color": SKY, "linestyle": "-.", "marker": "X"},
-]
-MINUS_BASELINE = "NLL minus baseline (nats per token)"
+CURVES = {
+    "random": {"color": BLUE, "linestyle": "-", "marker": "o"},
+    "least_gradient": {"color": VERMILION, "linestyle": "--", "marker": "s"},
+}
+POINTS = {  # variants by kind
+    MAIN: {"marker": "D", "color": BLACK, "label": f"{MAIN} and its seeds"},
+    CONTROL: {"marker": "*", "color": GREEN, "markersize": 9, "label": f"{CONTROL} and its seeds"},
+    "": {"marker": "x", "color": GREY, "label": "other variants"},
+}
 
 
 class Wirings(NamedTuple):
     """One variant's wirings of the held-out texts, by the window protocol."""
 
-    mean_hard: "np.ndarray"  # [N, N], over texts
-    variance: "np.ndarray"  # [N, N], of soft gates over texts
+    by_layer: "np.ndarray"  # [L, L], mean hard gate over texts and heads, NaN where there is none
     distances: "np.ndarray"  # of all pairs of texts
     same_text: "np.ndarray"  # of each text to its own prefix
+
+
+class Recovered(NamedTuple):
+    """The planted wirings of the sources, and those that a variant gives to their texts."""
+
+    sources: list[str]
+    planted: "np.ndarray"  # [C, N, N] of 0 and 1
+    found: "np.ndarray"  # [C, N, N], mean hard gate over the texts of a source
     num_heads: int
 
 
@@ -44,38 +49,50 @@ def read_wirings(name: str) -> Wirings:
     Raises:
         DynarouteError: a file is missing or damaged.
     """
+    from dynaroute.analysis.topology import by_layer_pair  # torch is slow to import
+
     gates, state = read_checkpoint(DATA / "eval" / name / "gates.safetensors")
     tensors, _ = read_checkpoint(DATA / "analysis" / name / "wirings.safetensors")
-    found = [tensors[key].numpy() for key in ("variance", "distances", "same_text")]
-    return Wirings(gates["window.mean_hard"].numpy(), *found, state["num_heads"])
+    by_layer = by_layer_pair(gates["window.mean_hard"], state["num_heads"]).numpy()
+    return Wirings(by_layer, *(tensors[key].numpy() for key in ("distances", "same_text")))
 
 
-def plot_wiring(wirings: Wirings, path: str | Path) -> None:
-    """Mean hard gates over texts: from every head (row) to every other (column), and from layer to layer."""
-    with saved_figure(path, 7.2, 3.9) as figure:
-        heads, layers = figure.subplots(1, 2)
-        image = _map(heads, wirings.mean_hard, wirings.num_heads, vmin=0, vmax=1)
-        heads.set_title(f"from head to head ({wirings.num_heads} in each layer)")
-        figure.colorbar(image, ax=heads, label="share of texts whose gate is open", shrink=0.8)
-        means = _by_layer_pair(wirings.mean_hard, wirings.num_heads)
-        image = _map(layers, means, 1)  # on a scale of its own: what differs from pair to pair is seen
-        layers.set_title("from layer to layer")
-        for source, target in itertools.combinations(range(len(means)), 2):
-            value, (low, high) = means[source, target], image.get_clim()
-            style = {"ha": "center", "va": "center", "fontsize": 8 if len(means) <= 8 else 5}
+def read_recovered(best: Variant) -> Recovered:
+    """Reads the planted wirings, and those of a variant, by the prefix protocol.
+
+    Raises:
+        DynarouteError: a file is missing or damaged.
+    """
+    import numpy as np
+    import torch
+
+    from dynaroute.dagformer.gates import cascade, dag_mask
+    from dynaroute.dagformer.planted import load_masks
+
+    masks, sources = load_masks(DATA / "train/planted")
+    gates, state = read_checkpoint(DATA / "eval" / best.name / "gates.safetensors")
+    hard = torch.zeros(len(gates["prefix.logits"]), *masks.shape[1:])
+    hard[:, dag_mask(state["num_layers"], state["num_heads"])] = (gates["prefix.logits"] > 0).float()
+    if best.knobs["cascade"] != "off":
+        hard = cascade(hard, 0.0, state["num_heads"], hard=True, exempt_first_layer=best.knobs["exempt_first_layer"])
+    windows = best.windows[best.windows["protocol"] == "prefix"]
+    found = [hard[torch.from_numpy(windows["source"].to_numpy() == source)].mean(0).numpy() for source in sources]
+    return Recovered(sources, masks.float().numpy(), np.stack(found), state["num_heads"])
+
+
+def plot_topology(wirings: Wirings, path: str | Path) -> None:
+    """Mean hard gates from layer to layer; and distances of the wirings of different texts and of the same text."""
+    with saved_figure(path, 7.2, 3.3) as figure:
+        layers, distances = figure.subplots(1, 2)
+        image = _map(layers, wirings.by_layer, 1)  # on a scale of its own, which shows what differs
+        layers.set_title("share of hard gates that are open")
+        low, high = image.get_clim()
+        for source, target in itertools.combinations(range(len(wirings.by_layer)), 2):
+            value = wirings.by_layer[source, target]
+            style = {"ha": "center", "va": "center", "fontsize": 8 if len(wirings.by_layer) <= 8 else 5}
             color = "black" if value > (low + high) / 2 else "white"
             layers.text(target, source, f"{value:.2f}".removeprefix("0"), color=color, **style)
-        figure.colorbar(image, ax=layers, label="density", shrink=0.8)
-
-
-def plot_distances(wirings: Wirings, path: str | Path) -> None:
-    """X1: variance of soft gates over texts by layer pair, and distances of wirings of different texts and the same."""
-    with saved_figure(path, 7.2, 3.3) as figure:
-        gates, distances = figure.subplots(1, 2)
-        image = _map(gates, _by_layer_pair(wirings.variance, wirings.num_heads), 1)
-        gates.set_title("variance of a gate over texts")
-        figure.colorbar(image, ax=gates, label="mean over heads", shrink=0.8)
-        shown = {"different texts": wirings.distances, "same text: window, prefix": wirings.same_text}
+        shown = {"of different texts": wirings.distances, "of a window and its prefix": wirings.same_text}
         most = max(1e-6, *(float(values.max()) for values in shown.values()))
         for (label, values), color, hatch in zip(shown.items(), (BLUE, ORANGE), ("", "////"), strict=True):
             style = {"color": color, "alpha": 0.55, "hatch": hatch, "edgecolor": BLACK, "linewidth": 0.4}
@@ -87,114 +104,81 @@ def plot_distances(wirings: Wirings, path: str | Path) -> None:
         distances.legend()
 
 
-def plot_nll(curves: dict[str, "pd.DataFrame"], path: str | Path) -> None:
-    """Validation NLL with soft and hard gates minus the baseline's, by step; a panel for each variant, one scale."""
-    columns = min(3, len(curves))
-    rows = -(-len(curves) // columns)
-    with saved_figure(path, 0.4 + 2.25 * columns, 0.7 + 1.6 * rows) as figure:
-        panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-        for axes, (name, curve) in zip(panels, curves.items(), strict=False):
-            axes.axhline(0, color=BLACK, linestyle=":", linewidth=0.9, label="baseline")
-            for mode, style in zip(("soft", "hard"), LINES, strict=False):
-                difference = curve[f"validation_nll_{mode}"] - curve["validation_nll_baseline"]
-                axes.plot(curve["step"], difference, markevery=1 + len(curve) // 12, label=f"{mode} gates", **style)
-            axes.set_title(name)
-        for axes in panels[len(curves) :]:
-            axes.remove()
-        figure.supxlabel("optimizer step", fontsize=9)
-        figure.supylabel("validation NLL minus baseline", fontsize=9)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-
-
-def plot_gate_gradients(curves: dict[str, "pd.DataFrame"], named: list[str], alarm: float, path: str | Path) -> None:
-    """Gradient that reaches the gates, and the gates' slope with its alarm, by step; variants not named are grey."""
-    with saved_figure(path, 7.2, 3.4) as figure:
-        gradient, slope = figure.subplots(1, 2)
-        for axes, column in ((gradient, "train_gate_gradient"), (slope, "train_gate_slope")):
-            others = [name for name in curves if name not in named]
-            for name in others:
-                label = "the other variants" if name == others[0] else None
-                axes.plot(*_trained(curves[name], column), color="#BDBDBD", linewidth=0.8, label=label)
-            for name, style in zip(named, itertools.cycle(LINES), strict=False):
-                steps, values = _trained(curves[name], column)
-                axes.plot(steps, values, markevery=1 + len(steps) // 12, label=name, **style)
-            axes.set_xlabel("optimizer step")
-        gradient.set_ylim(bottom=0)
-        slope.set_yscale("log")
-        gradient.set_ylabel("gradient norm at the gates")
-        slope.set_ylabel("mean slope dA/dZ of the gates")
-        slope.axhline(alarm, color=BLACK, linestyle=":", linewidth=0.9, label="alarm")
-        figure.legend(*slope.get_legend_handles_labels(), loc="outside lower center", ncols=5, handlelength=3)
-
-
-def plot_variants(comparisons: Comparisons, labels: dict[str, str], path: str | Path) -> None:
-    """Hard NLL minus baseline with its 95 % interval for every variant, by both protocols; P1's seeds as a band."""
-    hard = comparisons.differences.xs("hard", level="mode")
-    sizes = hard["difference"].abs()
-    # What is far from all others (such as the layer-0 bug) would flatten them: it is written at the margin instead.
-    limit = 10 * float(sizes.quantile(0.75))
-    with saved_figure(path, 7.2, 1.3 + 0.2 * len(labels)) as figure:
-        panels = figure.subplots(1, 2, sharex=True, sharey=True)
-        for axes, protocol in zip(panels, PROTOCOLS, strict=True):
-            if len(comparisons.seeds["seeds"]) > 1:
-                seeds = comparisons.seeds[protocol]["hard"]["differences"].values()
-                axes.axvspan(min(seeds), max(seeds), color=SKY, alpha=0.35, label="range of P1's seeds")
-            axes.axvline(0, color=BLACK, linewidth=0.9, label="baseline")
-            rows = hard.xs(protocol, level="protocol").loc[list(labels)].reset_index()
-            near = rows[rows["difference"].abs() <= limit]
-            spread = [near["difference"] - near["low"], near["high"] - near["difference"]]
-            style = {"color": BLUE, "linestyle": "none", "marker": "o", "markersize": 3, "capsize": 2.5}
-            axes.errorbar(near["difference"], near.index, xerr=spread, elinewidth=0.9, **style)
-            for row, value in rows.loc[rows["difference"].abs() > limit, "difference"].items():
-                transform = axes.get_yaxis_transform()  # x in parts of the panel's width
-                side = {"x": 0.98, "ha": "right"} if value > 0 else {"x": 0.02, "ha": "left"}
-                axes.text(y=row, s=f"{value:+.2g}", va="center", fontsize=7, color=BLUE, transform=transform, **side)
-            axes.set_title(f"{protocol} protocol")
-        panels[0].set_yticks(range(len(labels)), labels.values())
-        panels[0].set_ylim(len(labels) - 0.5, -0.5)
-        figure.supxlabel(f"hard {MINUS_BASELINE}", fontsize=9)
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+def plot_planted(recovered: Recovered | None, path: str | Path) -> None:
+    """A column for each source: its planted wiring, and the mean hard gates of its texts under that of a predictor."""
+    with saved_figure(path, 7.2, 3.7) as figure:
+        if recovered is None:
+            figure.text(0.5, 0.5, "no planted base was trained", ha="center")
+            return
+        number = min(4, len(recovered.sources))
+        panels = figure.subplots(2, number, squeeze=False)
+        for column in range(number):
+            for row, wirings in zip(panels, (recovered.planted, recovered.found), strict=True):
+                image = _map(row[column], wirings[column], recovered.num_heads, vmin=0, vmax=1)
+                row[column].set(xlabel=None, ylabel=None)
+            panels[0, column].set_title(recovered.sources[column])
+            panels[1, column].set_xlabel("target layer")
+        panels[0, 0].set_ylabel("planted\nsource layer")
+        panels[1, 0].set_ylabel("found\nsource layer")
+        figure.colorbar(image, ax=panels, label="share of texts whose gate is open", shrink=0.6)
 
 
 def plot_edges_closed(
-    removal: "pd.DataFrame", variants: dict[str, Variant], comparisons: Comparisons, path: str | Path
+    removal: "pd.DataFrame", results: Results, comparisons: Comparisons, oracle: Record, path: str | Path
 ) -> None:
-    """Hard NLL minus baseline by the share of edges closed: two orders of removal with 95 % intervals, and variants.
+    """Hard NLL minus baseline by the share of edges closed, with 95 % intervals: in two orders, and by every variant.
 
-    The order by expected gain is left out: it is so much worse that nothing else could be seen.
+    Left: all of it, with gates that were optimised on the scored text. Right: where the variants are. The order by
+    expected gain is left out, and so are bases that were trained on.
     """
-    with saved_figure(path, 6.0, 3.8) as figure:
-        axes = figure.subplots()
-        for order, style in zip(("random", "least_gradient"), LINES, strict=False):
-            own = removal[removal["order"] == order].sort_values("fraction")
-            axes.plot(own["fraction"], own["mean"], label=f"edges closed, {ORDERS[order]}", **style)
-            axes.fill_between(own["fraction"], own["low"], own["high"], color=style["color"], alpha=0.12, linewidth=0)
-        points = {
-            name: (1 - variant.evaluation["window"]["density_hard"], comparisons.hard.loc[name, "difference"])
-            for name, variant in variants.items()
-            if variant.knobs["base_lr"] == 0
-        }
-        for name, style in ((MAIN, {"marker": "D", "color": BLACK}), (CONTROL, {"marker": "*", "color": GREEN})):
-            if name in points:
-                axes.plot(*points.pop(name), linestyle="none", label=name, **style)
-        if points:
-            axes.plot(*zip(*points.values(), strict=True), "x", color=GREY, label="other variants")
-        axes.axhline(0, color=BLACK, linewidth=0.8)
-        axes.set_xlabel("share of edges closed")
-        axes.set_ylabel(f"hard {MINUS_BASELINE}")
-        axes.legend()
-
-
-def _trained(curve: "pd.DataFrame", column: str) -> "tuple[pd.Series, pd.Series]":
-    """Steps and values of a column; a mean since the previous row belongs to the middle of those steps."""
-    trained = curve.index[curve["step"] > 0]
-    return curve["step"].rolling(2).mean().loc[trained], curve.loc[trained, column]
-
-
-def _by_layer_pair(gates: "np.ndarray", heads: int) -> "np.ndarray":
-    """Mean gate from each layer to each other, [L, L] from [N, N]."""
-    layers = len(gates) // heads
-    return gates.reshape(layers, heads, layers, heads).mean((1, 3))
+    seeds = [{*found["seeds"]} for found in (comparisons.seeds, comparisons.control_seeds)]
+    rows = comparisons.hard
+    points = {
+        name: (1 - variant.evaluation["window"]["density_hard"], *rows.loc[name, ["difference", "low", "high"]])
+        for name, variant in results.variants.items()
+        if variant.knobs["base_lr"] == 0
+    }
+    with saved_figure(path, 7.2, 3.7) as figure:
+        panels = figure.subplots(1, 2)
+        for axes in panels:
+            axes.axhline(0, color=BLACK, linewidth=0.8)
+            for order, style in CURVES.items():
+                own = removal[removal["order"] == order].sort_values("fraction")
+                axes.plot(own["fraction"], own["mean"], label=f"closed in order: {ORDERS[order]}", **style)
+                axes.fill_between(
+                    own["fraction"], own["low"], own["high"], color=style["color"], alpha=0.1, linewidth=0
+                )
+            for name, (closed, difference, low, high) in points.items():
+                kind = MAIN if name in seeds[0] else CONTROL if name in seeds[1] else ""
+                label = POINTS[kind]["label"] if name in (MAIN, CONTROL) or not kind else None
+                axes.plot(closed, difference, **POINTS[kind] | {"label": label}, linestyle="none")
+                if axes is panels[1]:
+                    axes.vlines(closed, low, high, color=POINTS[kind]["color"], linewidth=0.7)
+            axes.set_xlabel("share of edges closed")
+        for text, marker in (("same", "P"), ("next", "X")):
+            words = {"same": "optimised on the scored window", "next": "optimised on the window before"}[text]
+            found = oracle[text]
+            style = {
+                "color": PURPLE,
+                "marker": marker,
+                "linestyle": "none",
+                "capsize": 2,
+                "markersize": 7,
+                "label": words,
+            }
+            margin = [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
+            panels[0].errorbar(oracle["closed"], found["mean"], yerr=margin, **style)
+        closed, difference = ([point[part] for point in points.values()] for part in (0, 1))
+        width, height = max(0.1, max(closed)), max(1e-3, max(difference) - min(0.0, *difference))
+        panels[1].set_xlim(-0.08 * width, 1.15 * width)
+        panels[1].set_ylim(min(0.0, *difference) - 0.25 * height, max(difference) + 0.3 * height)
+        for name, (x, y, *_) in points.items():  # in a crowd, only P1 has its name
+            near = (abs(x - u) < 0.06 * width and abs(y - v) < 0.05 * height for u, v, *_ in points.values())
+            if name == MAIN or sum(near) == 1:
+                panels[1].annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=7)
+        panels[0].set_ylabel("hard NLL minus baseline (nats per token)")
+        handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
 
 
 def _map(axes: "Axes", values: "np.ndarray", heads: int, **scale: float) -> "AxesImage":

@@ -1,17 +1,15 @@
-"""The DAGFormer section of reports/measured.md: times and memory. The sentences stand in templates/."""
+"""The DAGFormer section of reports/measured.md: times and memory. The sentences are in templates/."""
 
-from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from dynaroute.reporting.dagformer.results import DATA, MAIN, Results
-from dynaroute.reporting.inputs import Record, changed_since_measured, read_record
+from dynaroute.reporting.inputs import Record, read_benchmark, read_record
 from dynaroute.reporting.pages import render
-
-BENCHMARK = Path("reports/benchmarks/dag.json")
 
 
 class Measurements(NamedTuple):
-    """What was measured, on which machine."""
+    """What was measured."""
 
     base: Record
     variants: dict[str, Record]  # by name
@@ -25,24 +23,16 @@ def read_measurements(results: Results) -> Measurements:
         DynarouteError: a file is missing or damaged.
     """
     variants = {name: read_record(DATA / "measured" / f"{name}.json") for name in results.variants}
-    benchmark = read_record(BENCHMARK) if BENCHMARK.exists() else None
-    return Measurements(read_record(DATA / "measured/base.json"), variants, benchmark)
+    return Measurements(read_record(DATA / "measured/base.json"), variants, read_benchmark("dag"))
 
 
 def section(results: Results, measured: Measurements, reference: Record) -> str:
     """The section as Markdown; `reference` is the published timing."""
     curve, ours = results.main.curve, measured.variants[MAIN]
-    machines: dict[str, list[str]] = {}  # what ran on each
-    for name, timing in {"base": measured.base, **measured.variants}.items():
-        machines.setdefault(_machine(timing), []).append(name)
     every = curve["step"].iloc[-1] / (len(curve) - 1)  # steps between validations
     return render(
         "dagformer_measured.md",
         {
-            "machines": [
-                {"ran": "all" if len(machines) == 1 else ", ".join(ran), "machine": machine}
-                for machine, ran in machines.items()
-            ],
             "base": measured.base,
             "ours": ours,
             "reference": reference,
@@ -50,31 +40,26 @@ def section(results: Results, measured: Measurements, reference: Record) -> str:
             "setup": results.setup,
             "every": every,
             "evaluated": ours["seconds_per_step"] + ours["validation_seconds"] / every,
-            "variants": [{"id": name, **timing} for name, timing in measured.variants.items()],
+            "variants": len(measured.variants),
+            "per_step": sorted(timing["seconds_per_step"] for timing in measured.variants.values()),
+            "median": median(timing["seconds_per_step"] for timing in measured.variants.values()),
+            "memory": max(timing["peak_memory_bytes"] for timing in measured.variants.values()),
             "benchmark": measured.benchmark,
-            "benchmark_machine": None if measured.benchmark is None else _machine(measured.benchmark),
-            "sizes": [] if measured.benchmark is None else [
-                _size(result) for result in measured.benchmark["results"] if result["candidates"]  # others: too large
-            ],
-            "changed": changed_since_measured("benchmark_dag"),
+            "rows": [row for result in (measured.benchmark or {"results": []})["results"] for row in _size(result)],
         },
-    )  # fmt: skip
+    )
 
 
-def _machine(timing: Record) -> str:
-    return ", ".join(f"{part} {value}" for part, value in timing["machine"].items())
-
-
-def _size(result: Record) -> dict[str, Any]:
-    """The benchmark at one size: a row for each candidate, and its bounds."""
+def _size(result: Record) -> list[dict[str, Any]]:
+    """The benchmark at one size: a row for each candidate; none where the size was too large."""
+    size = result["size"]
     rows = []
     for name, candidate in result["candidates"].items():
-        row: dict[str, Any] = {"candidate": name, "memory": None}
+        row = {"size": f"L{size['L']} H{size['H']} D{size['D']} B{size['B']} T{size['T']}", "candidate": name}
         for part in ("forward", "forward_backward"):
             low, high = candidate[part]["ratio_to_dense_quartiles"]
             row[part] = candidate[part]["milliseconds"] / 1000
             row[f"{part}_ratio"] = f"{candidate[part]['ratio_to_dense']:.2f} ({low:.2f}–{high:.2f})"
-        if "forward_backward_peak_mib" in candidate:
-            row["memory"] = candidate["forward_backward_peak_mib"] * 2**20
-        rows.append(row)
-    return {"rows": rows, "difference": result["largest_difference_to_reference"], **result}
+        peak = candidate.get("forward_backward_peak_mib")
+        rows.append(row | {"memory": None if peak is None else peak * 2**20, "bound": result["bounds"]["flop_bound"]})
+    return rows

@@ -113,8 +113,6 @@ class Analyses(NamedTuple):
     topology: dict[str, Record]  # topology.json by variant
     sensitivity: Record  # summary.json
     removal: "pd.DataFrame"  # a row for each order and fraction
-    layer_pairs: "pd.DataFrame"
-    heads: "pd.DataFrame"
     planted: Record | None  # known.json
     methods: Record | None  # methods.json
 
@@ -193,14 +191,12 @@ def read_analyses(settings: Settings, results: Results) -> Analyses:
     topology = {name: read_record(DATA / "analysis" / name / "topology.json") for name in settings.analysis.variants}
     for name, found in topology.items():
         check_same_run(results.variants[name].run["run"], found)
-    folder, columns = DATA / "sensitivity", ["mean", "low", "high", "documents"]
+    folder = DATA / "sensitivity"
     sensitivity = read_record(folder / "summary.json")
     if sensitivity["base"] != results.main.run["identity"]["base"]:
         raise DynarouteError(f"{sensitivity.path}: of another base than {results.main.run.path}: run dvc repro")
-    names = {"removal": ["fraction", "draws", "over_random"], "layer_pairs": ["source", "target"]}
-    names |= {"heads": ["layer", "head"]}
-    tables = (read_csv(folder / f"{name}.csv", own + columns) for name, own in names.items())
+    removal = read_csv(folder / "removal.csv", ["fraction", "draws", "mean", "low", "high", "over_random"])
     planted, methods = (read_record(DATA / f"planted/{name}.json") for name in ("known", "methods"))
     for name, variant in results.planted.items():
         check_same_run(variant.run["run"], Record(methods[name], methods.path))
-    return Analyses(topology, sensitivity, *tables, planted or None, methods or None)
+    return Analyses(topology, sensitivity, removal, planted or None, methods or None)

@@ -4,8 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynaroute.reporting.dwr.findings import initial_gate_norm, initial_spread, relative_load
-from dynaroute.reporting.dwr.runs import curve, gate_norms
+from dynaroute.reporting.dwr.findings import curve, gate_norms, initial_gate_norm, initial_spread
 from dynaroute.reporting.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, saved_figure
 from dynaroute.reporting.inputs import Record
 
@@ -35,12 +34,14 @@ def plot_training(seeds: list[Record], path: str | Path) -> None:
             losses = [row["train_loss"] for row in run["losses"]]
             axes.plot(epochs, losses, color=ORANGE, linewidth=0.7, alpha=alpha, label="training, every tenth step")
             rows = curve(run)
-            axes.plot(rows["epoch"], rows["validation_loss"], "o-", color=BLUE, alpha=alpha, label="validation")
             middles = rows["epoch"].rolling(2).mean()  # of the steps whose mean a training loss is
-            label = "training, mean between validations"
-            axes.plot(middles, rows["train_loss"], "s--", color=VERMILION, alpha=alpha, label=label)
+            axes.plot(
+                middles, rows["train_loss"], "s--", color=VERMILION, alpha=alpha, label="training, mean of an epoch"
+            )
+            axes.plot(rows["epoch"], rows["validation_loss"], "o-", color=BLUE, alpha=alpha, label="validation")
         best = seeds[0]["best_epoch"], seeds[0]["validation_loss"]
-        axes.plot(*best, "*", color=BLACK, markersize=11, label=f"best validation: {best[1]:.3f}, epoch {best[0]:.3g}")
+        axes.plot(*best, "*", color=BLACK, markersize=11, label=f"best validation: epoch {best[0]:.3g}")
+        axes.set_title("lighter: other seeds" if len(seeds) > 1 else "")
         axes.set_xlabel("epoch")
         axes.set_ylabel("loss (nats per token)")
         axes.legend(handles=axes.lines[-4:])
@@ -65,33 +66,13 @@ def plot_gate_norms(run: Record, path: str | Path) -> None:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
 
 
-def plot_routers(router: "pd.DataFrame", d_model: int, path: str | Path) -> None:
-    """Gate norm and load of every expert by layer, with each layer's mean and what an untrained router has."""
-    load = relative_load(router).reset_index(name="relative")
-    initial, means = initial_gate_norm(d_model), router.groupby("layer")["gate_norm"].mean()
-    experts = {"marker": "o", "linestyle": "", "color": SKY, "alpha": 0.7}
-    with saved_figure(path, 7.2, 3.2) as figure:
-        norms, loads = figure.subplots(1, 2)
-        norms.plot(router["layer"], router["gate_norm"], **experts, label="one expert")
-        norms.plot(means.index, means, "D-", color=BLACK, label="mean")
-        norms.axhline(initial, color=GREY, linestyle=":", label=f"expected at initialisation ({initial:.2f})")
-        norms.set_ylabel("gate norm (L2 norm of router row)")
-        loads.plot(load["layer"], load["relative"], **experts)
-        loads.axhline(1, color=GREY, linestyle="--", label="uniform load")
-        loads.set_ylabel("load / uniform load")
-        for axes in (norms, loads):
-            axes.set_xlabel("layer")
-            axes.set_xticks(means.index)
-        figure.legend(loc="outside upper center", ncols=4)
-
-
 def plot_hit_rates(hits: "pd.DataFrame", num_experts: int, path: str | Path) -> None:
     """Hit rates of the replayed trace by capacity: every policy with one budget, LRU also with a share per layer."""
     one_budget, shares = hits[~hits["per_layer"]], hits[hits["per_layer"] & (hits["policy"] == "lru")]
     with saved_figure(path, 6.4, 3.9) as figure:
         axes = figure.subplots()
         axes.plot(
-            [0, num_experts], [0, 1], color=GREY, linestyle=":", label="uniform routing, most of any online policy"
+            [0, num_experts], [0, 1], color=GREY, linestyle=":", label="bound of online policies, uniform routing"
         )
         for policy, rows in one_budget.groupby("policy", sort=False):
             axes.plot(rows["capacity"], rows["hit_rate"], **POLICIES[policy], markerfacecolor="none")
@@ -106,8 +87,7 @@ def plot_hit_rates(hits: "pd.DataFrame", num_experts: int, path: str | Path) -> 
 
 
 def plot_runs(swept: list[Record], seeds: list[Record], path: str | Path) -> None:
-    """Test perplexity against hit rate at a third of the experts, by policy: a point for each balance coefficient, and
-    in a lighter colour for other seeds of the reference."""
+    """Test perplexity against hit rate, by policy: a point for each balance coefficient, lighter for other seeds."""
     with saved_figure(path, 6.4, 3.2) as figure:
         axes = figure.subplots()
         for policy, marker in (("lru", "o"), ("next_use", "s")):

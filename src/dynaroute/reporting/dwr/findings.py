@@ -1,22 +1,19 @@
-"""What the numbers of a DWR run say: one function for each finding, with an answer for each outcome.
-
-The rules stand here and in the templates, which choose the sentence.
-"""
+"""What the numbers of DWR runs say: one function for each finding. The rules are here, the sentences in templates/."""
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from dynaroute.analysis.statistics import paired_difference
+from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import REMEDY, Record
 
 if TYPE_CHECKING:
     import pandas as pd
 
 LEVEL = 0.01  # nats: validation losses that are no further apart count as level
-SPIKE = 0.5  # nats: a loss that rises by more from one row to the next counts as a spike
-COLLAPSED = 0.1  # of the uniform share: an expert with less load has collapsed
+BALANCE, PATIENCE = "balance_coefficient", "training.early_stopping_patience"
 
 
 class Course(NamedTuple):
@@ -24,33 +21,40 @@ class Course(NamedTuple):
 
     best: "pd.Series"  # rows of the training curve
     last: "pd.Series"
-    training_loss_fell: bool  # meanwhile
+    overfits: bool  # the validation loss ends more than LEVEL above its best, and training loss fell meanwhile
 
     @property
     def rise(self) -> float:
         """Of the validation loss from the best to the last validation, in nats."""
         return self.last.validation_loss - self.best.validation_loss
 
-    @property
-    def outcome(self) -> str:
-        """`overfits`, `unstable` (training loss rose as well), `level` or `lowest` (the last is the best)."""
-        if self.rise > LEVEL:
-            return "overfits" if self.training_loss_fell else "unstable"
-        return "level" if self.rise > 0 else "lowest"
+
+def curve(run: Record) -> "pd.DataFrame":
+    """The validations of a DWR run, a row each.
+
+    Raises:
+        DynarouteError: there is none after the first step.
+    """
+    import pandas as pd  # it is slow to import
+
+    rows = pd.DataFrame([dict(row) for row in run["history"]])
+    if "train_loss" not in rows:
+        raise DynarouteError(f"{run.path}: 'history' must have a row after step 0: {REMEDY}")
+    return rows
 
 
 def course(curve: "pd.DataFrame") -> Course:
-    """Whether validation loss turned, and whether training loss kept falling."""
+    """Whether validation loss turned while training loss kept falling."""
     best = curve["validation_loss"].idxmin()
     meanwhile = curve.loc[best:, "train_loss"].dropna()  # there is none of step 0
-    return Course(curve.loc[best], curve.iloc[-1], bool(meanwhile.iloc[-1] < meanwhile.iloc[0]))
+    found = Course(curve.loc[best], curve.iloc[-1], False)
+    return found._replace(overfits=bool(found.rise > LEVEL and meanwhile.iloc[-1] < meanwhile.iloc[0]))
 
 
-def stability(curve: "pd.DataFrame") -> dict[str, float]:
-    """The largest rise of each loss between two rows, in nats, and the range of gradient norms before clipping."""
-    norms = curve["train_gradient_norm"].dropna()
-    rises = {f"{name}_rise": float(curve[f"{name}_loss"].diff().max()) for name in ("train", "validation")}
-    return {**rises, "lowest_norm": norms.min(), "highest_norm": norms.max()}
+def gate_norms(run: Record, measure: str) -> np.ndarray:
+    """The `min`, `max` or `mean` gate norm of each layer at each validation, [rows, L]."""
+    names = [f"validation_gate_norm_{measure}_layer{layer}" for layer in range(run["settings"]["num_layers"])]
+    return np.array([[row[name] for name in names] for row in run["history"]])
 
 
 def initial_gate_norm(d_model: int) -> float:
@@ -87,22 +91,32 @@ def relative_load(router: "pd.DataFrame") -> "pd.Series":
     return loads * loads.groupby("layer").transform("size")
 
 
-def best_online(rates: Mapping[str, float]) -> str:
-    """The policy with the highest hit rate but for MIN, which knows the future."""
-    return max((policy for policy in rates if policy != "min"), key=rates.__getitem__)
+def changes(run: Record, reference: Record) -> dict[str, Any]:
+    """The settings that differ from the reference's, by their names in params.yaml."""
+    own, theirs = (
+        {**record["settings"], **{f"training.{key}": value for key, value in record["settings"]["training"].items()}}
+        for record in (run, reference)
+    )
+    return {key: value for key, value in own.items() if key != "training" and value != theirs[key]}
 
 
-def gap_closed(hits: "pd.DataFrame", per_layer: bool, better: bool = False) -> "pd.DataFrame":
-    """The share of the gap between LRU and MIN that each other policy closes, by capacity; NaN where there is none.
+def differing_in(runs: list[Record], *keys: str) -> list[Record]:
+    """The reference, and the runs that differ from it in some of these settings alone."""
+    return [run for run in runs if changes(run, runs[0]).keys() <= {*keys}]
 
-    With `better`, LRU is that with one budget or that with a share per layer, whichever hits more at a capacity.
+
+def sweep(runs: list[Record]) -> list[Record]:
+    """The runs that differ in the balance coefficient alone, by it; when a run stops does not count."""
+    return sorted(differing_in(runs, BALANCE, PATIENCE), key=lambda run: run["settings"][BALANCE])
+
+
+def gap_closed(hits: "pd.DataFrame", per_layer: bool, capacity: int, better: bool = False) -> dict[str, float]:
+    """The share of the gap between LRU and MIN that each other policy closes; empty where there is no gap.
+
+    With `better`, LRU is that with one budget or that with a share for each layer, whichever hits more.
     """
-    rates = hits[hits["per_layer"] == per_layer].pivot(index="capacity", columns="policy", values="hit_rate")
-    if "lru" not in rates:
-        return rates.iloc[:, :0]
-    others = [name for name in hits["policy"].unique() if name in rates and name not in ("lru", "min")]
-    lru = rates["lru"]
-    if better:
-        lru = hits[hits["policy"] == "lru"].groupby("capacity")["hit_rate"].max()
-    gap = rates["min"] - lru
-    return rates[others].sub(lru, axis=0).div(gap.where(gap > 0), axis=0)
+    hits = hits[hits["capacity"] == capacity]
+    rates = hits[hits["per_layer"] == per_layer].set_index("policy")["hit_rate"]
+    lru = (hits if better else hits[hits["per_layer"] == per_layer]).query("policy == 'lru'")["hit_rate"].max()
+    gap = rates.get("min", lru) - lru  # NaN without LRU
+    return {name: (rate - lru) / gap for name, rate in rates.items() if name not in ("lru", "min") and gap > 0}

@@ -1,7 +1,7 @@
 """The DWR section of reports/measured.md: times, speeds and memory, in the sentences of templates/dwr_measured.md."""
 
 from dynaroute.reporting.dwr.results import Measurements
-from dynaroute.reporting.inputs import Record, changed_since_measured
+from dynaroute.reporting.inputs import Record
 from dynaroute.reporting.pages import render
 
 
@@ -14,12 +14,12 @@ def section(measured: Measurements, cached: Record, moe: Record | None, referenc
         moe: the benchmark of the MoE layer, which the default pipeline does not run; None if there is no result.
         reference: the published timing.
     """
+    import pandas as pd  # it is slow to import
+
     third, cells = cached["capacity_nearest_a_third"], measured.cells
-    machines = {"training": measured.training["machine"], "decoding": measured.cache["machine"]}
-    parts = dict.fromkeys(part for machine in machines.values() for part in machine)
-    plain = cells[
+    plain = (
         (cells["policy"] == cells["policy"].iloc[0]) & (cells["prefetch"] == "none") & (cells["page_cache"] == "warm")
-    ].sort_values("capacity")
+    )
     return render(
         "dwr_measured.md",
         {
@@ -28,16 +28,15 @@ def section(measured: Measurements, cached: Record, moe: Record | None, referenc
             "cached": cached,
             "third": third,
             "policy": cells["policy"].iloc[0],
-            "ordered": bool((plain["ratio_lowest"].iloc[1:].to_numpy() > plain["ratio_highest"].iloc[:-1]).all()),
             "reference": reference,
             "moe": moe,
-            "changed": changed_since_measured("benchmark_moe"),
             "rows": {
-                "machines": [
-                    {"part": part, **{name: machine.get(part) for name, machine in machines.items()}} for part in parts
+                "capacities": [
+                    {**measured.resident, "capacity": "all, resident"},
+                    *cells[plain].sort_values("capacity").to_dict("records"),
                 ],
-                "capacities": [{**measured.resident, "capacity": "all, resident"}, *plain.to_dict("records")],
-                "cells": cells[cells["capacity"] == third],
+                "cells": cells[(cells["capacity"] == third) & ~plain],
+                "layers": pd.DataFrame([dict(row) for row in moe["rows"]]) if moe else None,
             },
         },
     )

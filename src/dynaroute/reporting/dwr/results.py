@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynaroute.config import Settings
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import sha256
 from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_csv, read_record
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 REPORTS = Path("reports/dwr")  # what `dvc plots` shows
 DATA = Path("data/dwr")  # everything else
 REFERENCE = Path("reports/reference.yaml")
-BENCHMARKS = Path("reports/benchmarks")
 
 
 class Training(NamedTuple):
@@ -73,6 +73,21 @@ def read_training() -> Training:
     return Training(run, summary, curve, router)
 
 
+def read_runs(settings: Settings) -> list[Record]:
+    """Reads what every run beside the main model found, the reference first.
+
+    Raises:
+        DynarouteError: a file is missing, damaged or of other settings.
+    """
+    runs = []
+    for name in sorted(settings.dwr_runs, key=lambda name: name != "reference"):
+        run = read_record(DATA / f"run_results/{name}.json")
+        if run["settings"] != settings.dwr_run(name).model_dump():
+            raise DynarouteError(f"{run.path}: of other settings than dwr_runs.{name}: run dvc repro")
+        runs.append(run)
+    return runs
+
+
 def read_corpus(run: Record) -> Corpus:
     """Reads what is known of the corpus of a run.
 
@@ -97,8 +112,7 @@ def read_cached() -> Cached:
         read_record(DATA / name / "summary.json") for name in ("export", "cache", "simulation")
     )
     check_same_run(export["run"], summary, simulation)
-    rates, counts = ["prefill_hit_rate", "decode_hit_rate"], ["misses", "evictions", "prefetched", "prefetch_evictions"]
-    cells = read_csv(DATA / "cache/cells.csv", ["capacity", *rates, *counts], names=["policy", "prefetch"])
+    cells = read_csv(DATA / "cache/cells.csv", ["capacity", "decode_hit_rate"], names=["policy", "prefetch"])
     names = ["machine", "model", "policy", "prefetch"]
     speeds = read_csv(DATA / "simulation/speed.csv", ["capacity", "hit_rate", "ratio_to_resident"], names=names)
     return Cached(export, summary, cells, simulation, read_hits(), speeds)
@@ -131,13 +145,3 @@ def read_measurements(run: str) -> Measurements:
         if name not in rows or rows[name].notna().tolist() != [False, *[True] * (len(rows) - 1)]:
             raise DynarouteError(f"{path}: {name!r} must be empty in the first row, of the resident model: {REMEDY}")
     return Measurements(training, cache, rows.iloc[0], rows.iloc[1:].astype({"capacity": int}))
-
-
-def read_benchmark(name: str) -> Record | None:
-    """Reads the results of a benchmark, which the default pipeline does not run; None if there are none.
-
-    Raises:
-        DynarouteError: the file is damaged.
-    """
-    path = BENCHMARKS / f"{name}.json"
-    return read_record(path) if path.exists() else None

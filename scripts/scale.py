@@ -1,0 +1,89 @@
+"""Runs the pipeline at another scale, and copies its pages to reports/NAME/.
+
+    make scale NAME=smollm          or: python scripts/scale.py smollm [TARGET ...]
+
+params/NAME.yaml replaces params.yaml in a git worktree, .scales/NAME, of the current commit. The worktree has its own
+dvc.lock; it shares DVC's cache and the folder inputs/, for text and models of your own. Stop it at any time: the same
+command resumes. A later commit replaces the code there, and DVC runs again what that changes. The files of the default
+run stay as they are.
+
+TARGET  DVC targets, instead of those that params/scales.yaml names for this scale
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from dynaroute.config import read_yaml
+from dynaroute.errors import DynarouteError
+from dynaroute.pipeline.artifacts import output_directory
+from dynaroute.pipeline.terminal import program
+
+KEPT = ("dvc.lock", "benchmarks/dvc.lock", "reports")  # results of a scale, whatever the commit
+
+
+def main() -> None:
+    """Prepares the worktree, runs DVC there and copies what changed under reports/."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("targets", nargs="*", metavar="TARGET")
+    given = parser.parse_args()
+    params = Path("params") / f"{given.name}.yaml"
+    if not params.is_file() or given.name == "scales":
+        known = sorted({path.stem for path in Path("params").glob("*.yaml")} - {"scales"})
+        raise DynarouteError(f"scale {given.name}: there is no {params}; scales: {', '.join(known)}")
+    if output("git", "status", "--porcelain", "src", "stages", "dvc.yaml", "stages/data/dvc.yaml", "benchmarks"):
+        print("uncommitted changes of code are not part of this run: it takes the current commit", file=sys.stderr)
+    worktree = Path(".scales") / given.name
+    prepare(worktree)
+    shutil.copyfile(params, worktree / "params.yaml")
+    targets = given.targets or read_yaml("params/scales.yaml").get(given.name, [])
+    output("sh", "scripts/recover.sh", cwd=worktree)
+    status = subprocess.run(["dvc", "repro", "--keep-going", *targets], cwd=worktree, check=False).returncode
+    if status:
+        raise DynarouteError(f"dvc repro failed in {worktree}; its finished stages are kept")
+    with output_directory(Path("reports") / given.name) as folder:
+        for name in changed(worktree, "reports"):
+            target = folder / Path(name).relative_to("reports")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(worktree / name, target)
+    print(f"pages: reports/{given.name}/")
+
+
+def prepare(worktree: Path) -> None:
+    """Makes the worktree, or moves it to the current commit and keeps the results it has."""
+    commit = output("git", "rev-parse", "HEAD")
+    if not (worktree / ".git").exists():
+        output("git", "worktree", "prune")
+        output("git", "worktree", "add", "--quiet", "--force", "--detach", str(worktree), commit)
+    elif output("git", "rev-parse", "HEAD", cwd=worktree) != commit:
+        results = {name: (worktree / name).read_bytes() for name in changed(worktree, *KEPT)}
+        output("git", "checkout", "--quiet", "--force", "--detach", commit, cwd=worktree)
+        for name, data in results.items():
+            (worktree / name).parent.mkdir(parents=True, exist_ok=True)
+            (worktree / name).write_bytes(data)
+    Path("inputs").mkdir(exist_ok=True)
+    if not (worktree / "inputs").is_symlink():
+        (worktree / "inputs").symlink_to(Path("inputs").resolve())
+    output("dvc", "cache", "dir", "--local", output("dvc", "cache", "dir"), cwd=worktree)
+
+
+def changed(worktree: Path, *paths: str) -> list[str]:
+    """The files below `paths` that are not as in the worktree's commit, and still exist."""
+    found = output("git", "ls-files", "-z", "--modified", "--others", "--", *paths, cwd=worktree).split("\0")
+    return [name for name in found if name and (worktree / name).is_file()]
+
+
+def output(*command: str, cwd: Path | None = None) -> str:
+    """What a command prints. Raises DynarouteError if it fails; its own message is shown."""
+    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise DynarouteError(f"{' '.join(command)} failed with status {done.returncode}: {done.stdout.strip()}")
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    with program("scale"):
+        main()

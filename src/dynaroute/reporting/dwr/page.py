@@ -1,0 +1,251 @@
+"""What reports/dwr.md and its part of reports/summary.md show. The sentences are in templates/.
+
+Nothing here depends on time, machine or measured speed, so the pages have the same bytes on every run. Published
+numbers appear in columns headed "published" and in quotations that begin with "Published", and nowhere else.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dynaroute.config import Settings
+from dynaroute.reporting.dwr import findings
+from dynaroute.reporting.dwr.results import (
+    DATA,
+    REFERENCE,
+    Cached,
+    Corpus,
+    Training,
+    read_cached,
+    read_corpus,
+    read_runs,
+    read_training,
+)
+from dynaroute.reporting.inputs import Record, check_same_run, file_size, read_benchmark, read_record
+from dynaroute.reporting.tables import NONE, fmt, interval, outcome, shared_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BENCHMARKED = ("test_loss", "smallest_load", "largest_load", "lru", "next_use")  # of the balance benchmark
+
+
+class Results(NamedTuple):
+    """Everything that the report is made from."""
+
+    training: Training  # of the main model; so is `cached`
+    corpus: Corpus
+    cached: Cached
+    runs: list[Record]  # beside the main model, the reference first
+    balance: Record | None  # the benchmark of the balance loss over several seeds; None if it was not run
+    reference: Record  # the published numbers
+
+
+def read_results(settings: Settings) -> Results:
+    """Reads everything.
+
+    Raises:
+        DynarouteError: a file is missing, damaged, of another run or of other settings.
+    """
+    training, cached, runs = read_training(), read_cached(), read_runs(settings)
+    check_same_run(training.run["run"], cached.export)
+    balance = read_benchmark("balance")
+    if balance is not None and balance["reference"] != runs[0]["run"]:
+        balance = None
+    return Results(training, read_corpus(training.run), cached, runs, balance, read_record(REFERENCE)["dwr"])
+
+
+def values(results: Results) -> dict[str, Any]:
+    """What the templates show."""
+    (run, training, curve, router), corpus, cached, runs, balance, published = results
+    load, seeds = findings.relative_load(router), findings.differing_in(runs, "seed")
+    curves = [findings.curve(one) for one in seeds]
+    norms = (findings.gate_norms(one, "max")[-1] - findings.gate_norms(one, "min")[-1] for one in seeds)
+    spreads, theirs = np.stack([*norms]), np.array([[row["spread"] for row in published["gate_norms"]["rows"]]])
+    made, hits = checks(results), cached.hits
+    third, rates = cached.simulation["capacity_nearest_a_third"], cached.simulation["hit_rate"]
+    shares = hits[hits["per_layer"] & (hits["capacity"] == third)].set_index("policy")["hit_rate"]
+    norms = curves[0]["train_gradient_norm"].dropna()
+    return {
+        "run": run,
+        "summary": training,
+        "published": published,
+        "corpus": corpus,
+        "shared": shared_text(corpus.tokens["splits"]["test"]),
+        "cached": cached,
+        "third": third,
+        "rates": rates,
+        "best_policy": max((policy for policy in rates if policy != "min"), key=rates.__getitem__),
+        "lru_per_layer": shares.get("lru"),
+        "rules": findings,
+        "load": load,
+        "files": {name: file_size(DATA / f"train/{name}.safetensors") for name in ("best", "last")},
+        "reference": runs[0],
+        "runs": runs,
+        "seeds": seeds,
+        "swept": findings.sweep(runs),
+        "courses": [findings.course(one) for one in curves],
+        "largest_rise": {name: curves[0][f"{name}_loss"].diff().max() for name in ("train", "validation")},
+        "gradient_norms": (norms.min(), norms.max()),
+        "depth": findings.over_seeds(findings.depth_slopes(spreads)) if spreads.shape[1] > 1 else None,
+        "published_slope": findings.depth_slopes(theirs)[0],
+        "weakest": max(runs, key=lambda one: one["test_loss"] - one["test_unigram_entropy"]),
+        "failed": [check["check"] for check in made if "failed" in check["outcome"]],
+        "measured": sum(check["outcome"] != outcome(None) for check in made),
+        "balance": [] if balance is None else list(_balance(balance["rows"], runs[0]["settings"][findings.BALANCE])),
+        "rows": {
+            "configuration": _configuration(results),
+            "epochs": _epochs(curves[0], published["training_curve"]),
+            "gates": _gates(runs[0], spreads, published["gate_norms"]),
+            "routers": _routers(curve, router, load, run["config"]["top_k"]),
+            "runs": list(_runs(runs)),
+            "checks": made,
+            "splits": [
+                {"split": name, **split, **{("of", source): n for source, n in split["tokens_by_source"].items()}}
+                for name, split in corpus.tokens["splits"].items()
+            ],
+        },
+        "by_source": [(("of", source), f"tokens of {source}") for source in corpus.tokens["sources"]],
+    }
+
+
+def summary(results: Results) -> dict[str, float]:
+    """The numbers that people ask for first."""
+    training, found = results.training.summary, values(results)
+    return {
+        "validation_loss": training["best_validation_loss"],
+        "validation_perplexity": math.exp(training["best_validation_loss"]),
+        "test_perplexity": math.exp(training["test_loss"]),
+        **{f"hit_rate_{policy}": found["rates"].get(policy) for policy in ("lru", "next_use", "min")},
+        "hit_rate_lru_per_layer": found["lru_per_layer"],
+        "failed_checks": len(found["failed"]),
+    }
+
+
+def checks(results: Results) -> list[dict[str, str]]:
+    """The outcome of every check that a stage made."""
+    cached = results.cached
+    records = {
+        "train_dwr": results.training.summary,
+        "export_experts": cached.export,
+        "benchmark_cache": cached.summary,
+        "simulate_cache": cached.simulation,
+    }
+    return [
+        {"outcome": outcome(passed), "check": name.replace("_", " "), "stage": f"`{stage}`"}
+        for stage, record in records.items()
+        for name, passed in record["checks"].items()
+    ]
+
+
+def _configuration(results: Results) -> list[dict[str, Any]]:
+    """Settings and sizes of the main model and of the reference run, beside the published ones."""
+    (run, training, *_), corpus, _, (reference, *_), _, published = results
+    theirs, main = published["configuration"], {**run["config"], **run["identity"]["dwr"]}
+    precision = {"precision": training["precision"]}  # what is set may be slow on this device
+    columns = {
+        "main": _settings(main | main["training"] | precision),
+        "runs": _settings(reference["settings"] | reference["settings"]["training"]),
+        "theirs": _settings(theirs),
+    }
+    rows = [{"parameter": label, **{key: own[label] for key, own in columns.items()}} for label in columns["main"]]
+    embedding = run["config"]["vocab_size"] * run["config"]["d_model"]
+    name = corpus.place.get("name") or corpus.place.get("path") or f"{corpus.name} (section 9)"
+    tokenizer = f"{_tokenizer_name(corpus)}, {run['config']['vocab_size']:,}"
+    others = [
+        ("Corpus", name, reference["settings"]["corpus"], theirs["corpus"]),
+        ("Tokenizer, vocabulary", tokenizer, None, f"{theirs['tokenizer']}, {theirs['vocab_size']:,}"),
+        ("Training tokens", training["training_tokens"], reference["training_tokens"], theirs["training_tokens"]),
+        ("Parameters", training["parameters"], reference["parameters"], theirs["parameters"]),
+        ("Active per token, without embedding", training["active_parameters"] - embedding, None,
+         theirs["active_parameters"]),
+        ("Steps", training["steps"], reference["steps"], theirs["steps"]),
+        ("Hardware", run["identity"]["device"], run["identity"]["device"], theirs["hardware"]),
+    ]  # fmt: skip
+    return [dict(zip(("parameter", "main", "runs", "theirs"), row, strict=True)) for row in others] + rows
+
+
+def _settings(of: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as text, in the same words for ours and the published ones."""
+    beta_1, beta_2 = of["betas"]
+    return {
+        "d_model": fmt(of["d_model"]),
+        "d_ff of an expert": fmt(of["d_ff"]),
+        "Layers, heads": f"{of['num_layers']}, {of['num_heads']}",
+        "Experts per layer, top_k": f"{of['num_experts']}, {of['top_k']}",
+        "Expert capacity factor": fmt(of["capacity_factor"]),
+        "Sequence length, batch": f"{of['max_seq_len']}, {of['batch_size']}",
+        "AdamW betas, weight decay": f"{beta_1:g}, {beta_2:g}, {of['weight_decay']:g}",
+        "Learning rate": f"{of['lr']:g}, {of['warmup_steps']} warm-up steps, cosine to {of['min_lr']:g}",
+        "Gradient clipping": f"{of['clip_norm']:g}",
+        "Dropout": f"{of['dropout']:g}",
+        "Balance coefficient λ": f"{of['balance_coefficient']:g}",
+        "Epochs": f"{of['epochs']:g}",
+        "Precision": of["precision"],
+        "Early stopping after validations": fmt(of["early_stopping_patience"]),
+    }
+
+
+def _tokenizer_name(corpus: Corpus) -> str:
+    tokenizer = corpus.tokens["tokenizer"]
+    names = {"bpe": "byte-level BPE, trained on the corpus", "gpt2": "GPT-2 BPE (tiktoken)"}
+    return names.get(tokenizer["kind"]) or tokenizer["path"]
+
+
+def _epochs(curve: "pd.DataFrame", published: Record) -> "pd.DataFrame":
+    """A row for each validation, beside the published row of the same epoch."""
+    losses = curve["validation_loss"]
+    best = ["best" if loss == losses.min() else None for loss in losses]
+    return _beside(curve.assign(status=best).set_index("epoch"), published)
+
+
+def _gates(reference: Record, spreads: np.ndarray, published: Record) -> "pd.DataFrame":
+    """Gate norms after the last epoch, a row for each layer, beside the published ones."""
+    import pandas as pd
+
+    least, most, mean = (findings.gate_norms(reference, measure) for measure in ("min", "max", "mean"))  # [rows, L]
+    columns = {"initial": most[0] - least[0], "min": least[-1], "max": most[-1], "mean": mean[-1], "spread": spreads[0]}
+    columns["seeds"] = [interval(findings.over_seeds(layer), 3, "") for layer in spreads.T]
+    return _beside(pd.DataFrame(columns).rename_axis("layer"), published)
+
+
+def _beside(ours: "pd.DataFrame", published: Record) -> "pd.DataFrame":
+    """A table with the published rows of the same index beside ours, as columns that begin with `their_`."""
+    import pandas as pd
+
+    theirs = pd.DataFrame([dict(row) for row in published["rows"]]).set_index(ours.index.name)
+    return ours.join(theirs.add_prefix("their_"), how="outer").reset_index()
+
+
+def _routers(curve: "pd.DataFrame", router: "pd.DataFrame", load: "pd.Series", top_k: int) -> "pd.DataFrame":
+    """Gate norms, load and balance loss of each layer of the main model's best checkpoint."""
+    best = curve.loc[curve["validation_loss"].idxmin()]
+    rows = router.groupby("layer")["gate_norm"].agg(["min", "max", "mean"])
+    rows = rows.assign(least=load.groupby("layer").min(), most=load.groupby("layer").max()).reset_index()
+    balance = [best[f"validation_balance_layer{layer}"] for layer in rows["layer"]]
+    return rows.assign(balance=balance, as_trained=[value * top_k for value in balance])
+
+
+def _runs(runs: list[Record]) -> Iterable[dict[str, Any]]:
+    """A row for each run, and one for uniform routing, which has hit rates alone."""
+    for run in runs:
+        last = findings.curve(run).iloc[-1]
+        changed = ", ".join(f"{key} {fmt(value)}" for key, value in findings.changes(run, runs[0]).items())
+        gap = last["validation_loss"] - last["train_loss"]
+        yield {**run, **run["hit_rate"], "changes": changed or NONE, "gap": gap}
+    unknown = dict.fromkeys(("changes", "epochs", "gap", "test_loss", "smallest_load", "largest_load"))
+    yield {**unknown, "name": "uniform routing", **runs[0]["uniform_hit_rate"]}
+
+
+def _balance(rows: list[Record], reference: float) -> Iterable[dict[str, Any]]:
+    """A row for each coefficient: means over seeds with their intervals, and the hits of LRU minus the reference's."""
+
+    def by_seed(coefficient: float, name: str) -> np.ndarray:
+        return np.array([row[name] for row in rows if row["lambda"] == coefficient])
+
+    for coefficient in sorted({row["lambda"] for row in rows}):
+        means = {name: interval(findings.over_seeds(by_seed(coefficient, name)), 3, "") for name in BENCHMARKED}
+        more = interval(findings.over_seeds(by_seed(coefficient, "lru") - by_seed(reference, "lru")), 3)
+        yield {"lambda": coefficient, **means, "more": None if coefficient == reference else more}
