@@ -4,8 +4,8 @@
 
 A line of the trace is a call: the number of its token or forward pass, the layer and the experts it used, all from 0,
 with spaces or commas between them ("17,3,40,12" or "17 3 40 12"). Calls are replayed in the order of the lines. The
-last column is the share of the gap that a policy closes from the better of two LRUs, with one budget or with an equal
-share for each layer, to MIN, which knows the future.
+last column is the share that a policy closes of the gap between LRU and MIN, which knows the future. LRU has one budget
+or an equal share for each layer, whichever hits more.
 """
 
 import argparse
