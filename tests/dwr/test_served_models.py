@@ -66,7 +66,7 @@ def test_no_capacity_policy_or_prefetcher_changes_a_logit(tmp_path, monkeypatch,
     assert sum(map(sum, model.store.usage.transitions[0])) == 2 * 2 * 40
     cells = itertools.product(
         [(1, False), (3, False), (9, True)],
-        ["lru", "lfu", "pinned", "next_use"],
+        ["lru", "pinned", "next_use", "least_stale", "token_path"],
         ["none", "transition", "gate"],
     )
     for (capacity, per_layer), policy, prefetch in cells:
@@ -148,6 +148,8 @@ def test_a_model_of_the_hub_is_fetched_at_its_commit(tmp_path, monkeypatch):
     assert asked["revision"] == "0" * 40
     with pytest.raises(DynarouteError, match=r"^--model.revision = None: .* a commit must be named"):
         locate_checkpoint("some/model", None)
+    with pytest.raises(DynarouteError, match=r"--revision main: must be a commit of some/model"):
+        locate_checkpoint("some/model", "main")
     with pytest.raises(DynarouteError, match="no such folder"):
         locate_checkpoint("./nowhere", None)
     with pytest.raises(DynarouteError, match=r"--revision main: .* is a local folder"):
@@ -174,13 +176,15 @@ group = Path(sys.argv[2])
 (group / "cgroup.procs").write_text("0")
 def usage(): return int((group / "memory.usage_in_bytes").read_text())
 from dynaroute.dwr.export_model import export_model
+from typing import get_args
+from dynaroute.config.dwr import PolicyName
 from dynaroute.dwr.hub import HubModel
 from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.policies import make_policy
 from dynaroute.dwr.experts.prefetch import make_prefetcher
 model = HubModel(Path(sys.argv[1]))
 config, size = model.store.config, model.store.expert_bytes
-tokens = torch.randint(300, (420,), generator=torch.Generator().manual_seed(0)).tolist()
+tokens = torch.randint(300, (410,), generator=torch.Generator().manual_seed(0)).tolist()
 @torch.inference_mode()
 def run(capacity, policy="lru", prefetch="none"):
     prefetcher = make_prefetcher(prefetch, model.store, model.routers(), config.top_k)
@@ -197,8 +201,8 @@ limit = base - size + kv + {CONSTANT} + {MEMORY}
 assert limit < base + model.store.num_experts * size / 2, "the limit must be below what all experts take"
 (group / "memory.limit_in_bytes").write_text(str(limit))
 (group / "memory.failcnt").write_text("0")
-for policy, prefetch in (("lru", "none"), ("lfu", "gate"), ("weighted_lru", "gate"), ("next_use", "gate")):
-    assert run({MEMORY} // size, policy, prefetch) == expected
+for policy in get_args(PolicyName):
+    assert run({MEMORY} // size, policy, "none" if policy == "lru" else "gate") == expected
 print((group / "memory.failcnt").read_text())
 """
 

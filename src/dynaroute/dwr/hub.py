@@ -6,6 +6,7 @@ compute in 32-bit floats, in the same order: to the bit from a checkpoint of 32-
 rounding, as a product is then done in blocks of rows. Only weights and configuration are read, never code.
 """
 
+import re
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -62,6 +63,8 @@ def locate_checkpoint(path: str, revision: str | None) -> Path:
             raise DynarouteError(f"--revision {revision}: {path} is a local folder, which has none")
         return Path(path)
     Hosted(path=path, revision=revision).refuse_unpinned("--model")
+    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):  # a branch or tag can move
+        raise DynarouteError(f"--revision {revision}: must be a commit of {path}, 40 hexadecimal digits")
     from huggingface_hub import snapshot_download
 
     try:
