@@ -11,6 +11,7 @@ TARGET  DVC targets, instead of those that params/scales.yaml names for this sca
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,10 @@ def main() -> None:
     shutil.copyfile(params, worktree / "params.yaml")
     targets = given.targets or read_yaml("params/scales.yaml").get(given.name, [])
     output("sh", "scripts/recover.sh", cwd=worktree)
-    status = subprocess.run(["dvc", "repro", "--keep-going", *targets], cwd=worktree, check=False).returncode
+    # Beside other work, threads that wait by spinning would stall one another.
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    command = ["dvc", "repro", "--keep-going", *targets]
+    status = subprocess.run(command, cwd=worktree, env=environment, check=False).returncode
     if status:
         raise DynarouteError(f"dvc repro failed in {worktree}; its finished stages are kept")
     with output_directory(Path("reports") / given.name) as folder:
