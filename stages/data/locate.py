@@ -8,7 +8,7 @@ Reads   params.yaml, the scripts and modules of this repository, and what corpor
 Writes  data/inputs/code/<script>.json   the hash of the syntax tree of a script, and of each module that it imports
         data/inputs/<key>.json           for each section of params.yaml that may name packages or files: versions or
                                          hashes, or `refused` with the reason
-        data/inputs/scales.json          by scale, what `make scale` has copied to reports/<scale>/: the primary questions
+        data/inputs/scales.json          by scale, the primary questions that `make scale` copied to reports/<scale>/
 """
 
 import csv
