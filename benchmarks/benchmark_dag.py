@@ -4,7 +4,8 @@
 
 Writes  reports/benchmarks/dag.json
 
-Random OLMo-2 bases with an MLP of width 4 * D; sizes depend on `device`; fp32 on a CPU, bf16 on CUDA:
+Random bases, OLMo-2 or, with fewer key/value heads than heads, Llama; sizes depend on `device`; fp32 on a CPU, bf16 on
+CUDA:
     dense      transformers' own forward; backward to its embeddings, weights frozen
     ours       dynaroute.dagformer.graph on the same weights; backward to the adjacency
     reference  every layer concatenates the outputs of all earlier heads and mixes them by einsum in the adjacency's
@@ -23,7 +24,7 @@ import copy
 import functools
 import gc
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from count_step_memory import MemoryCount
 from timing import columns, failure, interleaved, milliseconds, quartiles, ratios, show
 from torch import Tensor, nn
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb
 
 from dynaroute.config import Settings
@@ -49,7 +50,8 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Size:
-    """Layers, heads, model width, batch, tokens and vocabulary; whether to time compiled candidates too."""
+    """Layers, heads, model width, batch, tokens, vocabulary, key/value heads (None: H) and the MLP's width (None: 4 D);
+    whether to time compiled candidates too."""
 
     L: int
     H: int
@@ -57,11 +59,26 @@ class Size:
     B: int
     T: int
     V: int = 2048
+    KV: int | None = None
+    F: int | None = None
     compiled: bool = False
+
+    def shape(self) -> dict[str, int]:
+        """What the report says of it."""
+        return {
+            **{key: getattr(self, key) for key in ("L", "H", "D", "B", "T")},
+            "key_value_heads": self.KV or self.H,
+            "intermediate_size": self.F or 4 * self.D,
+            "vocabulary": self.V,
+        }
 
 
 SIZES = {
-    "cpu": (Size(L=8, H=8, D=512, B=1, T=256), Size(L=12, H=16, D=1024, B=1, T=256)),
+    "cpu": (
+        Size(L=8, H=8, D=512, B=1, T=256),
+        Size(L=12, H=16, D=1024, B=1, T=256),
+        Size(L=30, H=9, D=576, B=1, T=256, V=49152, KV=3, F=1536),  # SmolLM2-135M
+    ),
     # The published research code's 300M model, and OLMo-2-0425-1B, by its config.json on the hub.
     "cuda": tuple(
         Size(**shape, B=batch, T=1024, compiled=batch == 8)
@@ -74,13 +91,14 @@ SIZES = {
 class ConcatenatingDag(nn.Module):
     """The DAG forward as it is usually written: every layer concatenates all earlier head outputs."""
 
-    def __init__(self, base: Olmo2ForCausalLM) -> None:
+    def __init__(self, base: PreTrainedModel) -> None:
         super().__init__()
         self.base = base
 
     def forward(self, tokens: Tensor, adjacency: Tensor) -> Tensor:
         """Tokens [B, T] and adjacency [B, N, N] to logits [B, T, V]."""
-        model, H = self.base.model, self.base.config.num_attention_heads
+        model, H, KV = self.base.model, self.base.config.num_attention_heads, self.base.config.num_key_value_heads
+        pre_norm = self.base.config.model_type == "llama"
         base = hidden = model.embed_tokens(tokens)
         B, T, D = base.shape
         cos_sin = model.rotary_emb(base, torch.arange(T, device=tokens.device)[None])
@@ -92,34 +110,45 @@ class ConcatenatingDag(nn.Module):
                 gates = adjacency[:, : n * H, n * H : (n + 1) * H]
                 heads = torch.cat(sent, dim=1).to(adjacency.dtype)
                 inputs = inputs + torch.einsum("bij,bitd->bjtd", gates, heads).to(base.dtype)
+            shared = inputs.unflatten(1, (KV, -1)).mean(2)
+            if pre_norm:
+                inputs, shared = layer.input_layernorm(inputs), layer.input_layernorm(shared)
             q, k, v = (
-                torch.einsum("bhtd,hkd->bthk", inputs, p.weight.view(H, -1, D)).flatten(2)
-                for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+                torch.einsum("bhtd,hkd->bthk", x, p.weight.view(x.shape[1], -1, D)).flatten(2)
+                for x, p in ((inputs, attention.q_proj), (shared, attention.k_proj), (shared, attention.v_proj))
             )
-            q, k = attention.q_norm(q), attention.k_norm(k)
-            q, k, v = (x.unflatten(-1, (H, -1)).transpose(1, 2) for x in (q, k, v))
+            if not pre_norm:
+                q, k = attention.q_norm(q), attention.k_norm(k)
+            q, k, v = (x.unflatten(-1, (-1, D // H)).transpose(1, 2) for x in (q, k, v))
             q, k = apply_rotary_pos_emb(q, k, *cos_sin)
+            k, v = (x.repeat_interleave(H // KV, 1) for x in (k, v))
             z = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, H, T, K]
             raw = torch.einsum("bhtk,dhk->bhtd", z, attention.o_proj.weight.view(D, H, -1))
-            square = raw.sum(1).float().square().mean(-1)
-            rms = torch.sqrt(square + norm.variance_epsilon)[:, None, :, None]
-            sent.append((norm.weight * raw / rms).to(base.dtype))
+            if not pre_norm:
+                square = raw.sum(1).float().square().mean(-1)
+                rms = torch.sqrt(square + norm.variance_epsilon)[:, None, :, None]
+                raw = norm.weight * raw / rms
+            sent.append(raw.to(base.dtype))
             hidden = hidden + sent[-1].sum(1)
-            mlp = layer.post_feedforward_layernorm(layer.mlp(hidden))
+            if pre_norm:
+                mlp = layer.mlp(norm(hidden))
+            else:
+                mlp = layer.post_feedforward_layernorm(layer.mlp(hidden))
             base, hidden = base + mlp, hidden + mlp
         return self.base.lm_head(model.norm(hidden))
 
 
-def make_base(size: Size, device: str) -> Olmo2ForCausalLM:
+def make_base(size: Size, device: str) -> PreTrainedModel:
     """A random frozen base."""
     torch.manual_seed(0)
-    config = Olmo2Config(
-        vocab_size=size.V, hidden_size=size.D, intermediate_size=4 * size.D, num_hidden_layers=size.L,
-        num_attention_heads=size.H, max_position_embeddings=size.T, pad_token_id=None, eos_token_id=None,
+    config = AutoConfig.for_model(
+        "llama" if size.KV else "olmo2", vocab_size=size.V, hidden_size=size.D, num_hidden_layers=size.L,
+        intermediate_size=size.F or 4 * size.D, num_attention_heads=size.H, num_key_value_heads=size.KV or size.H,
+        max_position_embeddings=size.T, pad_token_id=None, eos_token_id=None,
     )  # fmt: skip
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):  # drawing a billion weights takes a GPU no time
-        base = Olmo2ForCausalLM(config)
+        base = AutoModelForCausalLM.from_config(config)
     return base.to(dtype).eval().requires_grad_(False)
 
 
@@ -156,7 +185,7 @@ def candidates(size: Size, device: str, compiled: bool = False) -> dict[str, Cal
     return found
 
 
-def with_compiled_modules(base: Olmo2ForCausalLM) -> Olmo2ForCausalLM:
+def with_compiled_modules(base: PreTrainedModel) -> PreTrainedModel:
     """A copy whose norms and MLPs are compiled."""
     base = copy.deepcopy(base)
     for module in base.model.modules():
@@ -198,7 +227,8 @@ def mixing_traffic(layers: int) -> int:
 
 def bounds(size: Size, dense_seconds: float, bytes_per_second: float, item_size: int) -> dict[str, float]:
     """Lower bounds on forward + backward, as ratios to dense."""
-    block = 4 * size.D**2 + 3 * size.D * 4 * size.D + size.D * size.T  # multiply-adds of a token; attention is causal
+    projections = (2 + 2 * (size.KV or size.H) / size.H) * size.D**2  # of q, k, v and o
+    block = projections + 3 * size.D * (size.F or 4 * size.D) + size.D * size.T  # multiply-adds; attention is causal
     dense = 2 * (size.L * block + size.D * size.V)
     mixing = 3 * size.H**2 * size.D * size.L * (size.L - 1) // 2
     moved = mixing_traffic(size.L) * size.B * size.T * size.H * size.D * item_size  # bytes
@@ -231,10 +261,8 @@ def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
         for name, step in steps.items()
         if (reason := failure(lambda step=step: (step(True), step(False))))  # each is compiled for itself
     }
-    sizes = {key: value for key, value in asdict(size).items() if key not in ("V", "compiled")}
-    sizes |= {"intermediate_size": 4 * size.D, "vocabulary": size.V}
     if "dense" in failed or "ours" in failed:
-        return {"size": sizes, "candidates": {}, "failed": failed}
+        return {"size": size.shape(), "candidates": {}, "failed": failed}
     for name in failed:
         del steps[name]
     difference = None
@@ -254,7 +282,7 @@ def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
             row["forward_backward_peak_mib"] = step_memory(size, name, device)
     limits = bounds(size, quartiles(both["dense"])[0], bytes_per_second, 2 if device == "cuda" else 4)
     return {
-        "size": sizes,
+        "size": size.shape(),
         "candidates": found,
         "failed": failed,
         "bounds": limits,

@@ -8,27 +8,28 @@ import benchmark_dag as benchmark
 import pytest
 import torch
 from small_settings import default_settings
-from transformers import Olmo2Config
 
 from dynaroute.errors import DynarouteError
 
 TINY = benchmark.Size(L=3, H=2, D=32, B=2, T=9, V=64)
 
 
-def test_ours_and_the_concatenating_formulation_that_it_is_timed_against_compute_the_same():
-    steps = benchmark.candidates(benchmark.Size(L=5, H=2, D=32, B=2, T=9), "cpu")
+@pytest.mark.parametrize("key_value_heads", [None, 2])
+def test_ours_and_the_concatenating_formulation_that_it_is_timed_against_compute_the_same(key_value_heads):
+    steps = benchmark.candidates(benchmark.Size(L=5, H=4, D=32, B=2, T=9, KV=key_value_heads), "cpu")
     ours, reference = (steps[name](True) for name in ("ours", "reference"))
     assert (ours - reference).abs().max() < 1e-5
     assert (ours - steps["dense"](True)).abs().max() > 1e-4
 
 
 def test_the_flop_bounds_are_those_of_the_design():
-    small, large = (
+    small, large, llama = (
         benchmark.bounds(size, dense_seconds=1, bytes_per_second=1e10, item_size=4)["flop_bound"]
         for size in benchmark.SIZES["cpu"]
     )
     assert small == pytest.approx(1.04, abs=0.005)
     assert large == pytest.approx(1.13, abs=0.005)
+    assert llama == pytest.approx(1.22, abs=0.005)
 
 
 def test_squares_move_less_than_layer_by_layer_mixing():
@@ -39,12 +40,8 @@ def test_squares_move_less_than_layer_by_layer_mixing():
 
 def test_the_largest_gpu_size_is_the_published_1b_model():
     size = benchmark.SIZES["cuda"][-1]
-    config = Olmo2Config(
-        vocab_size=size.V, hidden_size=size.D, intermediate_size=4 * size.D, num_hidden_layers=size.L,
-        num_attention_heads=size.H,
-    )  # fmt: skip
     with torch.device("meta"):
-        base = benchmark.Olmo2ForCausalLM(config)
+        base = benchmark.make_base(size, "meta")
     assert sum(parameter.numel() for parameter in base.parameters()) == 1_484_916_736
 
 
@@ -64,7 +61,8 @@ def test_every_size_is_recorded_with_what_failed(quick, monkeypatch):
     monkeypatch.setattr(benchmark.ConcatenatingDag, "forward", too_large)
     benchmark.main(default_settings())
     (result,) = json.loads(Path("reports/benchmarks/dag.json").read_text())["results"]
-    assert result["size"] == {"L": 3, "H": 2, "D": 32, "B": 2, "T": 9, "intermediate_size": 128, "vocabulary": 64}
+    others = {"key_value_heads": 2, "intermediate_size": 128, "vocabulary": 64}
+    assert result["size"] == {"L": 3, "H": 2, "D": 32, "B": 2, "T": 9, **others}
     assert result["failed"] == {"reference": "OutOfMemoryError: CUDA out of memory."}
     assert list(result["candidates"]) == ["dense", "ours"]
     assert result["largest_difference_to_reference"] is None

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 InputNorm = Literal["none", "gate_mean", "rms_post", "ln_post", "rms_pre"]
 
 _SCRATCH = 2**21  # elements of the intermediate product on a CPU, so that it stays in the cache
+_TOKENS = 128  # normed at a time on a CPU, for the same reason
 
 
 class DagForward(nn.Module):
@@ -447,6 +448,9 @@ def _shared(inputs: Tensor, readers: int) -> Tensor:
 
 def _project(inputs: Tensor, norm: nn.Module | None, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The inputs of query heads, [B*T, H, D], by weights [readers, x, D]: for each, [readers, B*T, x]."""
+    if norm is not None and not inputs.is_cuda and len(inputs) > _TOKENS:
+        parts = [_project(part, norm, weights) for part in inputs.split(_TOKENS)]
+        return tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     read = [_shared(inputs, len(w)) for w in weights]
     read = read if norm is None else [norm(x) for x in read]
     return tuple(torch.bmm(x.transpose(0, 1), w.transpose(1, 2)) for x, w in zip(read, weights, strict=True))
