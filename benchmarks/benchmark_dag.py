@@ -130,10 +130,7 @@ class ConcatenatingDag(nn.Module):
                 raw = norm.weight * raw / rms
             sent.append(raw.to(base.dtype))
             hidden = hidden + sent[-1].sum(1)
-            if pre_norm:
-                mlp = layer.mlp(norm(hidden))
-            else:
-                mlp = layer.post_feedforward_layernorm(layer.mlp(hidden))
+            mlp = layer.mlp(norm(hidden)) if pre_norm else layer.post_feedforward_layernorm(layer.mlp(hidden))
             base, hidden = base + mlp, hidden + mlp
         return self.base.lm_head(model.norm(hidden))
 
