@@ -46,7 +46,10 @@ def main() -> None:
     # Beside other work, threads that wait by spinning would stall one another.
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
     command = ["dvc", "repro", "--keep-going", *targets]
-    status = subprocess.run(command, cwd=worktree, env=environment, check=False).returncode
+    try:
+        status = subprocess.run(command, cwd=worktree, env=environment, check=False).returncode
+    except KeyboardInterrupt:
+        raise DynarouteError(f"stopped; make scale NAME={given.name} resumes") from None
     if status:
         raise DynarouteError(f"dvc repro failed in {worktree}; its finished stages are kept")
     with output_directory(Path("reports") / given.name) as folder:
