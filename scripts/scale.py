@@ -11,6 +11,7 @@ TARGET  DVC targets, instead of those that params/scales.yaml names for this sca
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -21,11 +22,12 @@ from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import output_directory
 from dynaroute.pipeline.terminal import program
 
-KEPT = ("dvc.lock", "benchmarks/dvc.lock", "reports")  # results of a scale, whatever the commit
+LOCKS = ("dvc.lock", "benchmarks/dvc.lock")
+REFERENCE = Path("reports/reference.yaml")  # read by stages, written by none
 
 
 def main() -> None:
-    """Prepares the worktree, runs DVC there and copies what changed under reports/."""
+    """Prepares the worktree, runs DVC there and copies its reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("targets", nargs="*", metavar="TARGET")
@@ -41,14 +43,20 @@ def main() -> None:
     shutil.copyfile(params, worktree / "params.yaml")
     targets = given.targets or read_yaml("params/scales.yaml").get(given.name, [])
     output("sh", "scripts/recover.sh", cwd=worktree)
-    status = subprocess.run(["dvc", "repro", "--keep-going", *targets], cwd=worktree, check=False).returncode
+    # Beside other work, threads that wait by spinning would stall one another.
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    command = ["dvc", "repro", "--keep-going", *targets]
+    try:
+        status = subprocess.run(command, cwd=worktree, env=environment, check=False).returncode
+    except KeyboardInterrupt:
+        raise DynarouteError(f"stopped; make scale NAME={given.name} resumes") from None
     if status:
         raise DynarouteError(f"dvc repro failed in {worktree}; its finished stages are kept")
     with output_directory(Path("reports") / given.name) as folder:
-        for name in changed(worktree, "reports"):
-            target = folder / Path(name).relative_to("reports")
+        for path in reports(worktree):
+            target = folder / path.relative_to(worktree / "reports")
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(worktree / name, target)
+            shutil.copyfile(path, target)
     print(f"pages: reports/{given.name}/")
 
 
@@ -58,22 +66,30 @@ def prepare(worktree: Path) -> None:
     if not (worktree / ".git").exists():
         output("git", "worktree", "prune")
         output("git", "worktree", "add", "--quiet", "--force", "--detach", str(worktree), commit)
+        discard_reports(worktree)
     elif output("git", "rev-parse", "HEAD", cwd=worktree) != commit:
-        results = {name: (worktree / name).read_bytes() for name in changed(worktree, *KEPT)}
+        locks = [path for name in LOCKS if (path := worktree / name).is_file()]
+        results = {path: path.read_bytes() for path in [*locks, *reports(worktree)]}
         output("git", "checkout", "--quiet", "--force", "--detach", commit, cwd=worktree)
-        for name, data in results.items():
-            (worktree / name).parent.mkdir(parents=True, exist_ok=True)
-            (worktree / name).write_bytes(data)
+        discard_reports(worktree)
+        for path, data in results.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
     Path("inputs").mkdir(exist_ok=True)
     if not (worktree / "inputs").is_symlink():
         (worktree / "inputs").symlink_to(Path("inputs").resolve())
     output("dvc", "cache", "dir", "--local", output("dvc", "cache", "dir"), cwd=worktree)
 
 
-def changed(worktree: Path, *paths: str) -> list[str]:
-    """The files below `paths` that are not as in the worktree's commit, and still exist."""
-    found = output("git", "ls-files", "-z", "--modified", "--others", "--", *paths, cwd=worktree).split("\0")
-    return [name for name in found if name and (worktree / name).is_file()]
+def reports(worktree: Path) -> list[Path]:
+    """What stages have written under reports/."""
+    return [path for path in (worktree / "reports").rglob("*") if path.is_file() and path != worktree / REFERENCE]
+
+
+def discard_reports(worktree: Path) -> None:
+    """Removes the pages of the default run and of other scales, so that what is there is of this scale."""
+    for path in reports(worktree):
+        path.unlink()
 
 
 def output(*command: str, cwd: Path | None = None) -> str:

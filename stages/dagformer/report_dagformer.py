@@ -7,13 +7,14 @@ Reads   data/dagformer/{train,eval,analysis}/<id>/ of the variants in params.yam
         reports/dagformer/variants.csv, reports/reference.yaml, data/tokens/<dagformer.corpus>/metadata.json;
         reports/benchmarks/{dag,stability}.json and benchmarks/dvc.lock, if they were run
 Writes  reports/dagformer.md            the same bytes on every run
+        reports/dagformer/primary.csv   the primary questions and their answers, as the page shows them
         data/dagformer/report/          summary.md, summary.json and measured.md, for the stage summarize
 """
 
 from pathlib import Path
 
 from dynaroute.config import Settings
-from dynaroute.pipeline.artifacts import write_json, write_text
+from dynaroute.pipeline.artifacts import write_csv, write_json, write_text
 from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dagformer.measured import read_measurements, section
 from dynaroute.reporting.dagformer.page import summary, values
@@ -30,6 +31,8 @@ def main(settings: Settings) -> None:
     reference = read_record("reports/reference.yaml")["dagformer"]
     found = values(results, comparisons, analyses, tokens, reference, read_benchmark("stability"))
     write_text("reports/dagformer.md", render("dagformer.md", found))
+    shown = ("question", "answer", "interval", "detectable", "headroom")
+    write_csv("reports/dagformer/primary.csv", [{key: row[key] for key in shown} for row in found["rows"]["primary"]])
     write_text(DATA / "report/summary.md", render("dagformer_summary.md", found))
     write_text(DATA / "report/measured.md", section(results, read_measurements(results), reference["timing"]))
     write_json(DATA / "report/summary.json", summary(results, comparisons, analyses))

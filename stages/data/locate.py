@@ -8,8 +8,10 @@ Reads   params.yaml, the scripts and modules of this repository, and what corpor
 Writes  data/inputs/code/<script>.json   the hash of the syntax tree of a script, and of each module that it imports
         data/inputs/<key>.json           for each section of params.yaml that may name packages or files: versions or
                                          hashes, or `refused` with the reason
+        data/inputs/scales.json          by scale, the primary questions that `make scale` copied to reports/<scale>/
 """
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ def main(settings: Settings) -> None:
     scripts = [path for folder in ("stages", "benchmarks") for path in (SOURCES.parent / folder).rglob("*.py")]
     for name, modules in closures(scripts, Path(".scratch/locate/trees.json")).items():
         write(INPUTS / "code" / f"{name}.json", modules)
+    pages = sorted(Path("reports").glob("*/dagformer/primary.csv"))
+    write(INPUTS / "scales.json", {path.parts[1]: list(csv.DictReader(path.open(encoding="utf-8"))) for path in pages})
     named = {key: section for corpus in settings.corpora for key, section in sections(settings, corpus).items()}
     for key, section in named.items():
         try:

@@ -4,6 +4,7 @@
 
 Reads   data/<system>/report/  summary.md, summary.json and measured.md of each system
         data/dwr/measured/training.json  for the machine
+        data/inputs/scales.json  what other scales found
 Writes  reports/summary.md     the page that everybody reads
         reports/summary.json   the metrics of `dvc metrics show`
         reports/measured.md
@@ -26,6 +27,7 @@ def main(settings: Settings) -> None:
     write_json("reports/summary.json", {name: read_record(folder / "summary.json") for name, folder in folders.items()})
     machine = read_record("data/dwr/measured/training.json")["machine"]
     shown = {"machine": ", ".join(f"{part} {value}" for part, value in machine.items())}
+    shown["scales"] = read_record("data/inputs/scales.json")
     for page in ("summary.md", "measured.md"):
         shown["sections"] = [(folder / page).read_text("utf-8") for folder in folders.values()]
         write_text(f"reports/{page}", render(page, shown))

@@ -1,13 +1,17 @@
 """The generation command: what it prints, and what it refuses."""
 
+import io
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small_moe import save_moe
 from small_store import make_model, uniform_usage
 
 from dynaroute.config.data import ByteBPE
@@ -57,7 +61,7 @@ def test_padding_of_the_vocabulary_never_comes(monkeypatch, capsys, store, tmp_p
         model.output.weight[270:] *= 100
     export_store(model, "run", uniform_usage(model), tmp_path / "store", tokenizer=store / "tokenizer")
     ids = []
-    monkeypatch.setattr(generate, "stream", lambda tokenizer, tokens, _: ids.extend(tokens))
+    monkeypatch.setattr(generate, "stream", lambda text, tokens, output: ids.extend(tokens))
     run(monkeypatch, capsys, tmp_path / "store", *choice)
     assert len(ids) > 30
     assert max(ids) < 270
@@ -73,7 +77,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(monkeypatch, cap
 def test_the_summary_says_what_the_cache_did(monkeypatch, capsys, store):
     line = run(monkeypatch, capsys, store, "--tokens", "12", "--cache", "3", "--prefetch", "gate").err
     assert re.fullmatch(
-        r"12 tokens in [\d.]+ s \([\d.]+ tokens/s\); hit rate 0\.\d{3} of \d+ requests, \d+ of the hits late; "
+        r"12 tokens in [\d.]+ s \([\d.]+ tokens/s\), the first after [\d.]+ s; "
+        r"hit rate 0\.\d{3} of \d+ requests, \d+ of the hits late; "
         r"[\d.]+ MiB read, of which [\d.]+ ahead; waited [\d.]+ s for experts\n",
         line,
     )
@@ -111,6 +116,97 @@ def test_a_reader_that_closes_the_pipe_ends_generation_quietly(store):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_budget_in_bytes_gives_the_same_text(monkeypatch, capsys, store, tmp_path, precision):
+    export_store(
+        make_model(vocab_size=270, max_seq_len=48),
+        "run",
+        uniform_usage(make_model()),
+        tmp_path / "store",
+        precision,
+        store / "tokenizer",
+    )
+    resident = run(monkeypatch, capsys, tmp_path / "store")
+    found = run(monkeypatch, capsys, tmp_path / "store", "--memory", "90KB", "--prefetch", "gate")
+    assert found.out == resident.out
+    assert 0.1 < float(re.search(r"hit rate ([\d.]+)", found.err)[1]) < 0.99
+
+
+# --- a model of transformers ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory, store) -> Path:
+    folder = tmp_path_factory.mktemp("moe")
+    save_moe(folder, "qwen2_moe", torch.bfloat16, "40KB", vocab_size=272)
+    shutil.copytree(store / "tokenizer", folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").write_text("{% for turn in messages %}cat {{ turn.content }} sat{% endfor %}")
+    return folder
+
+
+def serve(monkeypatch, capsys, moe, *arguments, text="", prompt=("--prompt", PROMPT)):
+    monkeypatch.setattr(sys, "argv", ["generate", "--model", str(moe), *prompt, *arguments])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    generate.main()
+    return capsys.readouterr()
+
+
+def test_a_checkpoint_gives_the_same_text_in_any_memory(monkeypatch, capsys, moe, tmp_path):
+    whole = serve(monkeypatch, capsys, moe, "--save-usage", str(tmp_path / "usage"))
+    assert re.search(r"^64 tokens in .* the first after [\d.]+ s; hit rate 0\.\d+ of \d+ requests; ", whole.err)
+    for arguments in (
+        ["--memory", "9.3KB"],  # one expert
+        ["--memory", "40 KiB", "--policy", "next_use", "--prefetch", "gate"],
+        ["--cache", "5", "--per-layer", "--usage", str(tmp_path / "usage"), "--policy", "pinned"],
+        ["--memory", "1TiB", "--usage", str(tmp_path / "usage"), "--prefetch", "transition"],
+    ):
+        assert serve(monkeypatch, capsys, moe, *arguments).out == whole.out
+
+
+def test_a_profile_is_kept_on_top_of_an_earlier_one(monkeypatch, capsys, moe, tmp_path):
+    loads = []
+    for _ in range(2):
+        again = ["--usage", str(tmp_path / "usage")] if loads else []
+        serve(monkeypatch, capsys, moe, "--save-usage", str(tmp_path / "usage"), *again)
+        loads.append(json.loads((tmp_path / "usage").read_text())["usage"]["load"])
+    assert loads[1] == [[2 * tokens for tokens in layer] for layer in loads[0]]
+
+
+def test_prompts_of_a_file_share_a_warm_cache(monkeypatch, capsys, moe, tmp_path):
+    alone = serve(monkeypatch, capsys, moe)
+    (tmp_path / "prompts").write_text(f"{PROMPT}\n\n{PROMPT}\n")
+    both = serve(monkeypatch, capsys, moe, prompt=("--prompts", str(tmp_path / "prompts")))
+    assert both.out == 2 * alone.out
+    first, second = both.err.splitlines()
+    assert "; 0.0 MiB read;" not in first
+    assert "hit rate 1.000" in second
+    assert "; 0.0 MiB read;" in second
+
+
+def test_interactive_prompts_go_on_after_one_that_is_too_long(monkeypatch, capsys, moe):
+    alone = serve(monkeypatch, capsys, moe)
+    found = serve(monkeypatch, capsys, moe, text=f"{PROMPT * 60}\n{PROMPT}\n", prompt=("--interactive",))
+    assert found.out == alone.out
+    assert re.match(r"generate: --prompt: \d+ tokens; the model has 128 positions\n64 tokens in", found.err)
+
+
+def test_a_chat_uses_the_models_template(monkeypatch, capsys, moe):
+    plain = serve(monkeypatch, capsys, moe, prompt=("--prompt", f"cat {PROMPT} sat"))
+    assert serve(monkeypatch, capsys, moe, "--chat").out == plain.out
+
+
+def test_a_stop_token_ends_the_text(monkeypatch, capsys, moe, tmp_path):
+    ids = []
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "stream", lambda text, tokens, output: ids.extend(tokens))
+        serve(monkeypatch, capsys, moe)
+    shutil.copytree(moe, tmp_path / "moe")
+    stop = ids[5]
+    (tmp_path / "moe" / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop, 271]}))
+    assert serve(monkeypatch, capsys, tmp_path / "moe").err.startswith(f"{ids.index(stop)} tokens in")
+    assert max(ids) < 270  # the vocabulary is padded
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -128,13 +224,17 @@ def test_a_reader_that_closes_the_pipe_ends_generation_quietly(store):
         (["--threads", "100000"], "--threads 100000: must be 1 to 1024"),
         (["--tokens", "0"], "--tokens 0: must be positive"),
         (["--cache", "2", "--prefetch", "gate", "--lookahead", "9"], "--lookahead 9: must be 1 to 5"),
-        (["--policy", "lru"], "--policy: needs --cache N"),
+        (["--policy", "lru"], "--policy: needs --cache N or --memory SIZE"),
         (["--prefetch", "gate"], "--prefetch: needs --cache N"),
         (["--per-layer"], "--per-layer: needs --cache N"),
         (["--lookahead", "2"], "--lookahead: needs --cache N"),
         (["--cache", "2", "--lookahead", "2"], "--lookahead: needs --prefetch frequency"),
         (["--prompt", PROMPT * 30], r"--prompt: \d+ tokens; the model has 48 positions"),
         (["--store", "nowhere"], "nowhere/manifest.json: cannot be read"),
+        (["--memory", "4"], "--memory 4: must be a number with a unit: B, KB"),
+        (["--memory", "20KB"], "--memory 20KB: must be at least 45KiB, for experts: 1"),
+        (["--chat"], "--chat: .* has no chat template"),
+        (["--revision", "main"], "--revision main: .* is a local folder"),
     ],
 )
 def test_a_mistake_ends_it_with_one_line(monkeypatch, capsys, store, arguments, message):

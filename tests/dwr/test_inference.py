@@ -19,6 +19,7 @@ from dynaroute.dwr.inference import (
     read_text,
     routers,
     sample,
+    start_text,
 )
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.errors import DynarouteError
@@ -170,7 +171,8 @@ def test_decoding_uses_all_positions_and_no_more(tmp_path):
 def drawn(model, temperature, top_p, seed, count=12, allowed=None):
     generator = torch.Generator().manual_seed(seed)
     allowed = torch.arange(model.config.vocab_size) if allowed is None else allowed
-    return list(itertools.islice(sample(model, [5, 9, 2], temperature, top_p, generator, allowed), count))
+    forward, positions = start_text(model), model.config.max_seq_len
+    return list(itertools.islice(sample(forward, positions, [5, 9, 2], temperature, top_p, generator, allowed), count))
 
 
 def test_greedy_sampling_is_greedy_decoding():

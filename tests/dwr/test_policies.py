@@ -8,13 +8,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynaroute.dwr.experts.policies import LFU, LRU, Belady, NextUse, Pinned, WeightedLRU, make_policy
+from dynaroute.dwr.experts.policies import (
+    LFRU,
+    LFU,
+    LRU,
+    Belady,
+    LeastStale,
+    NextUse,
+    Pinned,
+    TokenPath,
+    WeightedLRU,
+    make_policy,
+)
 from dynaroute.dwr.experts.residency import CacheStatistics, Residency
 from dynaroute.errors import DynarouteError
 
 LAYERS, EXPERTS, TOP_K = 3, 4, 2
 LOAD = [[0.4, 0.1, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]]
-ONLINE = ("lru", "lfu", "weighted_lru", "pinned", "next_use")
+ONLINE = ("lru", "lfu", "weighted_lru", "pinned", "next_use", "least_stale", "lfru", "token_path")
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
@@ -184,6 +195,33 @@ def test_next_use_learns_which_expert_follows_which():
         policy.record(0, needed)
     policy.record(0, [0])
     assert policy.rank((0, 1)) > max(policy.rank((0, expert)) for expert in range(EXPERTS) if expert != 1)
+
+
+def test_least_stale_ranks_by_calls_of_the_experts_layer_then_by_the_distance_of_the_layer():
+    policy = LeastStale(LAYERS)
+    for layer, needed in ((0, [0, 1]), (1, [0]), (2, [0]), (0, [1]), (1, [2])):
+        policy.record(layer, needed)
+    keys = [(0, 0), (0, 1), (1, 0), (1, 2), (2, 0)]  # stale are 0 of layer 0 and 0 of layer 1, which runs last
+    assert sorted(keys, key=policy.rank) == [(1, 0), (0, 0), (1, 2), (0, 1), (2, 0)]
+
+
+def test_lfru_ranks_by_uses_over_the_age_of_the_last():
+    policy = LFRU(1)
+    for needed in ([0, 1], [0], [0], [2], [3]):
+        policy.record(0, needed)
+    assert [policy.rank((0, expert)) for expert in range(4)] == [3 / 3, 1 / 5, 1 / 2, 1]
+
+
+def test_token_path_learns_which_expert_follows_which_of_the_layer_before():
+    policy, generator = TokenPath(2, 6), random.Random(0)
+    for _ in range(80):  # layer 1 uses what layer 0 has used, plus one
+        expert = generator.randrange(6)
+        policy.record(0, [expert])
+        policy.record(1, [(expert + 1) % 6])
+    for expert in range(6):
+        policy.record(0, [expert])
+        assert max(range(6), key=lambda other: policy.rank((1, other))) == (expert + 1) % 6
+        policy.record(1, [(expert + 1) % 6])
 
 
 def test_held_experts_are_used_before_any_is_evicted():

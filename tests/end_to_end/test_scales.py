@@ -17,6 +17,8 @@ def test_a_scale_runs_beside_the_default_resumes_and_follows_commits(finished, t
     assert page.read_text() != (workspace.root / "reports/dagformer.md").read_text()
     changed = workspace.run("git", "status", "--porcelain", "--untracked-files=all").stdout.split()[1::2]
     assert all(name.startswith(("params/other.yaml", "reports/other/")) for name in changed)
+    assert ran(workspace.run("dvc", "repro").stdout) == {LOCATE, "summarize"}
+    assert "[other](other/dagformer.md)" in (workspace.root / "reports/summary.md").read_text()
     workspace.commit("a later commit")
     shutil.rmtree(page.parent)
     assert ran(workspace.run(*scale).stdout) == {LOCATE}

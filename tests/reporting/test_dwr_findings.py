@@ -48,3 +48,5 @@ def test_the_gap_closed_may_be_negative_or_not_there():
     ]
     assert gap_closed(pd.DataFrame(rows), False, 2) == pytest.approx({"next_use": -0.25})
     assert gap_closed(pd.DataFrame(rows), False, 4) == gap_closed(pd.DataFrame(rows[1:3]), False, 2) == {}
+    rows.append({"capacity": 2, "per_layer": True, "policy": "lru", "hit_rate": 0.4})
+    assert gap_closed(pd.DataFrame(rows), False, 2, better=True) == pytest.approx({"next_use": -1.5})

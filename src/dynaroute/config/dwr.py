@@ -75,7 +75,7 @@ class DWRRun(DWR):
 
 
 Precision = Literal["fp32", "bf16", "int8"]  # of stored experts
-PolicyName = Literal["lru", "lfu", "weighted_lru", "pinned", "next_use"]
+PolicyName = Literal["lru", "lfu", "weighted_lru", "pinned", "next_use", "least_stale", "lfru", "token_path"]
 PrefetchName = Literal["none", "frequency", "transition", "gate"]
 
 

@@ -3,12 +3,14 @@
 Both run `expert_ffn` on the same tokens with equally aligned weights, so their logits are equal to the bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynaroute.dwr.experts.cache import CachedExperts, ExpertCache
+from dynaroute.dwr.experts.prefetch import Router
 from dynaroute.dwr.experts.store import ExpertStore, model_without_weights
 from dynaroute.dwr.model import DWRTransformer, KVCache
 
@@ -44,9 +46,9 @@ def bind_experts(model: DWRTransformer, cache: ExpertCache) -> None:
         layer.moe.experts = CachedExperts(cache, index)
 
 
-def routers(model: DWRTransformer) -> list[nn.Module]:
-    """The router of each layer."""
-    return [layer.moe.router for layer in model.layers]
+def routers(model: DWRTransformer) -> list[Router]:
+    """The router of each layer, without its hooks, of which one would ask for a prediction again."""
+    return [layer.moe.router.forward for layer in model.layers]
 
 
 @torch.inference_mode()
@@ -75,9 +77,29 @@ def read_text(model: DWRTransformer, text: Tensor, prompt_tokens: int) -> Iterat
         yield model(tokens, cache).logits
 
 
+class Text(NamedTuple):
+    """How a model reads and writes text."""
+
+    encode: Callable[[str, bool], list[int]]  # a prompt, as a turn of a chat or not
+    decode: Callable[[list[int]], str]
+    stop: set[int]  # tokens that end a text
+    allowed: Tensor  # int64, the tokens that may come
+
+
+Forward = Callable[[list[int]], Tensor]  # tokens that follow those of the calls before to the last one's logits [V]
+
+
+def start_text(model: DWRTransformer) -> Forward:
+    """A forward pass over a new text, for `sample`. The model is resident, or its experts are bound to a cache."""
+    weight = model.token_embedding.weight
+    cache = KVCache(model.config, 1, like=weight)
+    return lambda tokens: model(torch.tensor([tokens], device=weight.device), cache).logits[0, -1]
+
+
 @torch.inference_mode()
 def sample(
-    model: DWRTransformer,
+    forward: Forward,
+    positions: int,
     prompt: list[int],
     temperature: float,
     top_p: float,
@@ -87,7 +109,8 @@ def sample(
     """Continues a prompt token by token, until the model has no more positions.
 
     Args:
-        model: resident, or with its experts bound to a cache.
+        forward: of a new text.
+        positions: of the model.
         prompt: at least one token.
         temperature: divides the logits; 0: always the most probable token.
         top_p: samples from the most probable tokens whose probabilities add up to this, at least one (nucleus
@@ -95,14 +118,12 @@ def sample(
         generator: on the CPU, where tokens are sampled on any device.
         allowed: int64, ids that may come: a vocabulary that is padded, or has gaps, has others without text.
     """
-    weight = model.token_embedding.weight
-    cache = KVCache(model.config, 1, like=weight)
-    tokens = torch.tensor([prompt], device=weight.device)
-    while cache.length + tokens.shape[1] <= model.config.max_seq_len:
-        logits = model(tokens, cache).logits[0, -1].cpu()[allowed]
+    tokens, length = prompt, len(prompt)
+    while length <= positions:
+        logits = forward(tokens).cpu()[allowed]
         token = int(allowed[_choose(logits, temperature, top_p, generator)])
         yield token
-        tokens = torch.tensor([[token]], device=weight.device)
+        tokens, length = [token], length + 1
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

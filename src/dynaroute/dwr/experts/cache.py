@@ -14,11 +14,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from dynaroute.dwr.experts.checkpoint import CheckpointStore
 from dynaroute.dwr.experts.policies import LRU, Key, Policy
 from dynaroute.dwr.experts.precision import dequantize
 from dynaroute.dwr.experts.prefetch import Prefetcher
 from dynaroute.dwr.experts.residency import CacheStatistics, Load, Residency
 from dynaroute.dwr.experts.store import ExpertStore
+from dynaroute.dwr.experts.usage import UsageCounter
 from dynaroute.dwr.model import ExpertWeights
 from dynaroute.errors import DynarouteError
 
@@ -58,16 +60,18 @@ class ExpertCache:
     Attributes:
         store: where experts are read from.
         device: where they are put: cpu or cuda.
+        counter: of what the tokens use, or None.
     """
 
     def __init__(
         self,
-        store: ExpertStore,
+        store: ExpertStore | CheckpointStore,
         capacity: int,
         policy: Policy | None = None,
         per_layer: bool = False,
         prefetcher: Prefetcher | None = None,
         device: str = "cpu",
+        counter: UsageCounter | None = None,
     ) -> None:
         """An empty cache; the default policy is `LRU`, and without a prefetcher nothing is prefetched.
 
@@ -79,7 +83,7 @@ class ExpertCache:
         self._residency = Residency(capacity, policy or LRU(), config.num_layers, config.top_k, per_layer)
         self._slots: dict[Key, _Slot] = {}
         self._empty: list[_Slot] = []  # of experts that could not be read
-        self._prefetcher = prefetcher
+        self._prefetcher, self.counter = prefetcher, counter
         self._predictions: dict[int, list[int]] = {}  # by layer, until it is called
         self._ahead: set[Key] = set()  # prefetched for these layers
         self._failure: Exception | None = None  # of a prefetch
@@ -125,6 +129,8 @@ class ExpertCache:
 
     def observe(self, layer: int, state: Tensor, scores: Tensor) -> None:
         """Shows the prefetcher the input [S, D] and output [S, E] of a layer's router, before that layer's `fetch`."""
+        if self.counter:
+            self.counter.count(layer, scores.topk(self.store.config.top_k).indices)
         if self._prefetcher and (prediction := self._prefetcher.predict(layer, state, scores)):
             self._predictions[prediction.layer] = prediction.experts
 
@@ -201,7 +207,7 @@ class ExpertCache:
         return slot
 
     def _new_slot(self) -> _Slot:
-        in_place = self.store.precision == "fp32" and self.device == "cpu"
+        in_place = self.store.in_place and self.device == "cpu"
         return _Slot(None if in_place else self.store.new_weights(self.device))
 
     def _weights(self, key: Key) -> ExpertWeights:
@@ -237,14 +243,13 @@ class ExpertCache:
             with self._counting:
                 self.statistics.reads += 1
                 self.statistics.reads_ahead += ahead
-            file = self.store.map(*key)
             if self._stream:
-                self._copy_to_gpu(file, slot)
-            elif slot.memory:
-                dequantize(self.store.views(file), slot.memory)
+                self._copy_to_gpu(self.store.map(*key), slot)
+                weights = slot.memory
+            else:
+                weights = self.store.load(*key, slot.memory)
             slot.read_ahead = ahead
-            slot.content = key, slot.memory or ExpertWeights(**self.store.views(file))
-            del file  # before another thread has the lock, and maps the next one
+            slot.content = key, weights
 
     @torch.inference_mode()  # as pinned memory may have been allocated in that mode
     def _copy_to_gpu(self, file: Tensor, slot: _Slot) -> None:

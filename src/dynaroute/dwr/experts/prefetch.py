@@ -1,13 +1,16 @@
 """Predictions of the experts that the next layer will need, made while a layer computes, for a cache to prefetch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynaroute.config.dwr import PrefetchName
+from dynaroute.dwr.experts.checkpoint import CheckpointStore
 from dynaroute.dwr.experts.store import ExpertStore
+
+Router = Callable[[Tensor], Tensor]  # states [S, D] to scores [S, E]
 
 
 class Prediction(NamedTuple):
@@ -63,7 +66,7 @@ class GatePrefetcher:
     With `ahead = 0` it predicts the layer's own choice: always right, and a check of how accuracy is counted.
     """
 
-    def __init__(self, routers: Sequence[nn.Module], m: int, ahead: int = 1) -> None:
+    def __init__(self, routers: Sequence[Router], m: int, ahead: int = 1) -> None:
         self._routers, self._m, self._ahead = routers, m, ahead
 
     def predict(self, layer: int, state: Tensor, scores: Tensor) -> Prediction | None:
@@ -71,12 +74,13 @@ class GatePrefetcher:
         target = layer + self._ahead
         if target >= len(self._routers):
             return None
-        # Not by calling the module, whose hook would ask for a prediction again.
-        probability = self._routers[target].forward(state).softmax(-1, dtype=torch.float32)  # [S, E]
+        probability = self._routers[target](state).softmax(-1, dtype=torch.float32)  # [S, E]
         return Prediction(target, probability.sum(0).topk(self._m).indices.tolist())
 
 
-def make_prefetcher(name: PrefetchName, store: ExpertStore, routers: Sequence[nn.Module], m: int) -> Prefetcher | None:
+def make_prefetcher(
+    name: PrefetchName, store: ExpertStore | CheckpointStore, routers: Sequence[Router], m: int
+) -> Prefetcher | None:
     """A prefetcher of `m` experts by name, for the model in a store; `routers` are those of its layers."""
     match name:
         case "none":

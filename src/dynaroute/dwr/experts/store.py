@@ -52,6 +52,13 @@ class Usage(Section):
     load: list[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]]  # [L][E], share of the layer's assignments
     transitions: list[list[list[Annotated[int, Field(ge=0)]]]]  # [L-1][E][E], tokens that use i in l and j in l + 1
 
+    def refuse_other_sizes(self, layers: int, experts: int) -> None:
+        """Raises a validation error unless it is of a model with so many layers, and experts in each."""
+        if not _is_matrix(self.load, layers, experts):
+            raise invalid("usage.load", self.load, f"must be {layers} layers of {experts} experts")
+        if len(self.transitions) != layers - 1 or not all(_is_matrix(m, experts, experts) for m in self.transitions):
+            raise invalid("usage.transitions", "...", f"must be {layers - 1} times {experts} x {experts} experts")
+
 
 class Manifest(Section):
     """Content of manifest.json."""
@@ -67,17 +74,13 @@ class Manifest(Section):
 
     @model_validator(mode="after")
     def _describes_its_model(self) -> Self:
-        layers, experts, usage = self.config.num_layers, self.config.num_experts, self.usage
         if self.format == 2 and self.config.top_k == 1:
             raise invalid("format", self.format, "must be 3 or 4 with top_k = 1, whose router could not learn before")
         if (self.tokenizer is None) != (self.format < 4):
             raise invalid(
                 "tokenizer", self.tokenizer, "must be the hashes of its files from format 4 on, and only then"
             )
-        if not _is_matrix(usage.load, layers, experts):
-            raise invalid("usage.load", usage.load, f"must be {layers} layers of {experts} experts")
-        if len(usage.transitions) != layers - 1 or not all(_is_matrix(m, experts, experts) for m in usage.transitions):
-            raise invalid("usage.transitions", "...", f"must be {layers - 1} times {experts} x {experts} experts")
+        self.usage.refuse_other_sizes(self.config.num_layers, self.config.num_experts)
         contents = file_contents(self.config, self.run, self.precision)
         if {name: entry.tensors for name, entry in self.files.items()} != {name: c[0] for name, c in contents.items()}:
             raise invalid("files", sorted(self.files), "names and tensors must be those of the config's model")
@@ -172,10 +175,14 @@ class ExpertStore:
         num_experts: in all layers together.
         expert_bytes: weights of one expert in memory.
         file_bytes: size of one expert's file, all of which one read reads.
+        in_place: whether experts are used where they are mapped; otherwise they are copied to memory.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, drop_pages: bool = False) -> None:
         """Opens the store in a folder.
+
+        With `drop_pages`, experts are copied to memory and their files dropped from the page cache, so that they take
+        no more memory than what holds them.
 
         Raises:
             DynarouteError: the manifest is damaged; or a file is missing, has another size or other tensors than the
@@ -188,6 +195,8 @@ class ExpertStore:
         self.num_experts = self.config.num_layers * self.config.num_experts
         self.expert_bytes = 4 * self.config.num_params_per_expert()
         self.file_bytes = manifest.files[expert_file(0, 0)].bytes
+        self._drop_pages = drop_pages
+        self.in_place = self.precision == "fp32" and not drop_pages
         self._read: dict[str, tuple[Version, bool]] = {}  # by file: version when hashed; whether later writes must show
         self._held: dict[tuple[int, int], Tensor] = {}  # files that `hold_in_memory` has read
         self._places = _places(stored_tensors(self.config, self.precision), self.file_bytes)
@@ -258,14 +267,28 @@ class ExpertStore:
         """An expert's tensors, as stored, from the bytes of its file."""
         return _views(content, self._places)
 
+    def load(self, layer: int, expert: int, memory: ExpertWeights | None) -> ExpertWeights:
+        """An expert as float32, in the memory given, or where it is mapped. Thread-safe.
+
+        Raises:
+            DynarouteError: see `map`.
+        """
+        views = self.views(self.map(layer, expert))
+        if memory is None:
+            return ExpertWeights(**views)
+        dequantize(views, memory)
+        if self._drop_pages:
+            del views
+            drop_from_page_cache(self.path / expert_file(layer, expert))
+        return memory
+
     def read(self, layer: int, expert: int) -> ExpertWeights:
         """A copy of one expert, as float32.
 
         Raises:
             DynarouteError: see `map`.
         """
-        dequantize(self.views(self.map(layer, expert)), weights := self.new_weights())
-        return weights
+        return self.load(layer, expert, self.new_weights())
 
     def read_backbone(self) -> dict[str, Tensor]:
         """A copy of everything but the experts, by name in the model.

@@ -17,6 +17,8 @@ NEAR = 0.9  # of the resident speed
 
 def values(cached: Cached, peers: Record | None) -> dict[str, Any]:
     """What the template shows; `peers` is the benchmark against them, None if it was not run."""
+    import pandas as pd
+
     simulation, hits = cached.simulation, cached.hits
     third, rates = simulation["capacity_nearest_a_third"], simulation["hit_rate"]
     policy = max((name for name in rates if name != "min"), key=rates.__getitem__)
@@ -33,6 +35,11 @@ def values(cached: Cached, peers: Record | None) -> dict[str, Any]:
         "faster": sum(place["best"] != "none" for place in places),
         "rows": {
             "hits": hits[~hits["per_layer"]],
+            "closed": pd.DataFrame(
+                {"capacity": capacity, "policy": name, "closed": share}
+                for capacity in hits["capacity"].unique()
+                for name, share in gap_closed(hits, False, capacity, better=True).items()
+            ),
             "third": _at_a_third(hits, third),
             "decoding": cached.cells.assign(setting=cached.cells["policy"] + ", " + cached.cells["prefetch"]),
             "accuracies": _accuracies(cached),

@@ -13,9 +13,12 @@ if TYPE_CHECKING:
 
 POLICIES: dict[str, dict[str, Any]] = {
     "min": {"color": BLACK, "linestyle": "--", "label": "MIN, which knows the future"},
+    "token_path": {"color": GREY, "linestyle": "-", "marker": "P", "label": "path of the token"},
     "next_use": {"color": VERMILION, "linestyle": "-", "marker": "s", "label": "next use"},
     "weighted_lru": {"color": GREEN, "linestyle": "-.", "marker": "^", "label": "frequency-weighted LRU"},
     "lru": {"color": BLUE, "linestyle": "-", "marker": "o", "label": "LRU"},
+    "least_stale": {"color": SKY, "linestyle": "-.", "marker": "x", "label": "Least-Stale"},
+    "lfru": {"color": GREY, "linestyle": ":", "marker": "+", "label": "LFRU"},
     "lfu": {"color": ORANGE, "linestyle": ":", "marker": "v", "label": "LFU"},
     "pinned": {"color": PURPLE, "linestyle": ":", "marker": "D", "label": "pinned by frequency"},
 }

@@ -110,8 +110,13 @@ def sweep(runs: list[Record]) -> list[Record]:
     return sorted(differing_in(runs, BALANCE, PATIENCE), key=lambda run: run["settings"][BALANCE])
 
 
-def gap_closed(hits: "pd.DataFrame", per_layer: bool, capacity: int) -> dict[str, float]:
-    """The share of the gap between LRU and MIN that each other policy closes; empty where there is no gap."""
-    rates = hits[(hits["per_layer"] == per_layer) & (hits["capacity"] == capacity)].set_index("policy")["hit_rate"]
-    gap = rates["min"] - rates["lru"] if {"lru", "min"} <= {*rates.index} else 0.0
-    return {name: (rate - rates["lru"]) / gap for name, rate in rates.items() if name not in ("lru", "min") and gap > 0}
+def gap_closed(hits: "pd.DataFrame", per_layer: bool, capacity: int, better: bool = False) -> dict[str, float]:
+    """The share of the gap between LRU and MIN that each other policy closes; empty where there is no gap.
+
+    With `better`, LRU is that with one budget or that with a share for each layer, whichever hits more.
+    """
+    hits = hits[hits["capacity"] == capacity]
+    rates = hits[hits["per_layer"] == per_layer].set_index("policy")["hit_rate"]
+    lru = (hits if better else hits[hits["per_layer"] == per_layer]).query("policy == 'lru'")["hit_rate"].max()
+    gap = rates.get("min", lru) - lru  # NaN without LRU
+    return {name: (rate - lru) / gap for name, rate in rates.items() if name not in ("lru", "min") and gap > 0}
