@@ -1,1 +1,1 @@
-"""DAGFormer: a predictor wires the attention heads of a frozen OLMo-2 into a context-dependent DAG."""
+"""DAGFormer: a predictor wires the attention heads of a frozen language model into a context-dependent DAG."""

@@ -129,7 +129,7 @@ def test_a_hub_tokenizer_that_cannot_be_used_is_named(tmp_path, bpe_folder):
         folder.mkdir()
         (folder / "tokenizer.json").write_text(content)
         (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-        with pytest.raises(DynarouteError, match=r"tokenizer\.path: .*broken\d cannot be loaded"):
+        with pytest.raises(DynarouteError, match=r"tokenizer\.path: .*broken\d: cannot be loaded"):
             save_tokenizer(HubTokenizer(kind="hub", path=str(folder), revision=None), [], tmp_path / "out")
     endless = AutoTokenizer.from_pretrained(bpe_folder)
     endless.eos_token = None
