@@ -53,9 +53,12 @@ def section(results: Results, measured: Measurements, reference: Record) -> str:
 def _size(result: Record) -> list[dict[str, Any]]:
     """The benchmark at one size: a row for each candidate; none where the size was too large."""
     size = result["size"]
+    heads = f"H{size['H']}"
+    if size.get("key_value_heads", size["H"]) != size["H"]:
+        heads += f" ({size['key_value_heads']} of keys and values)"
     rows = []
     for name, candidate in result["candidates"].items():
-        row = {"size": f"L{size['L']} H{size['H']} D{size['D']} B{size['B']} T{size['T']}", "candidate": name}
+        row = {"size": f"L{size['L']} {heads} D{size['D']} B{size['B']} T{size['T']}", "candidate": name}
         for part in ("forward", "forward_backward"):
             low, high = candidate[part]["ratio_to_dense_quartiles"]
             row[part] = candidate[part]["milliseconds"] / 1000
