@@ -1,0 +1,61 @@
+"""The README keeps its word: its numbers are those of the committed reports, and its commands and examples run."""
+
+import re
+
+import pytest
+from repository import REPOSITORY
+from ruamel.yaml import YAML
+
+from dynaroute.config import read_yaml
+
+README = (REPOSITORY / "README.md").read_text("utf-8")
+# They make the environment, test, or need a GPU or the hub.
+ELSEWHERE = re.compile(r"make (repro|test|smoke|scale)|--model")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    lines = "".join(blocks("sh")).replace("\\\n", "").splitlines()
+    return [line.partition(" #")[0].strip() for line in lines if not ELSEWHERE.search(line)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "page"), [(r"^\| .*\]\(reports/.*$", "summary"), (r"[\d.]+ MiB of memory", "measured")]
+)
+def test_the_numbers_of_the_readme_are_those_of_the_reports(lines, page):
+    found = re.findall(r"[+-]?\d+(?:\.\d+)?", " ".join(re.findall(lines, README, re.MULTILINE)).replace("P1", ""))
+    reported = set(re.findall(r"[+-]?\d+(?:\.\d+)?", (REPOSITORY / f"reports/{page}.md").read_text("utf-8")))
+    assert found
+    assert [number for number in found if number not in reported] == []
+
+
+def test_the_commands_of_the_readme_run_in_order_and_change_no_setting_that_they_do_not_name(finished, tmp_path):
+    workspace = finished.copy(tmp_path / "readme")
+    expected = read_yaml(workspace.root / "params.yaml")
+    for command in commands():
+        workspace.run("sh", "-c", command)
+        expected |= {name: float(value) for name, value in re.findall(r"-S (\w+)=(\S+)", command)}
+    assert expected["tau_final"] == 0.05
+    assert read_yaml(workspace.root / "params.yaml") == expected
+
+
+@pytest.mark.parametrize("example", blocks("python"))
+def test_an_example_of_the_readme_runs(finished, example):
+    finished.run("python", "-c", example)
+
+
+def test_the_text_of_your_own_of_the_readme_is_tokenized(finished, tmp_path):
+    workspace = finished.copy(tmp_path / "own")
+    texts = workspace.root / "inputs/mine"
+    texts.mkdir(parents=True)
+    for number in range(40):
+        texts.joinpath(f"{number}.txt").write_text("".join(f"word{number * word % 997} " for word in range(2000)))
+    params = read_yaml(workspace.root / "params.yaml")
+    (entry,) = blocks("yaml")
+    params["corpora"] |= YAML(typ="safe").load(entry)["corpora"]
+    YAML(typ="safe").dump(params, workspace.root / "params.yaml")
+    workspace.run("dvc", "repro", "tokenize@mine")
+    assert (workspace.root / "data/tokens/mine/metadata.json").is_file()
