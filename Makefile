@@ -5,13 +5,16 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro scale status test lint benchmarks faults recover env
+.PHONY: repro smoke scale status test lint benchmarks faults recover env
 
 repro: env  ## the default pipeline: data/ and reports/
 	dvc repro
 
 scale: env  ## the pipeline with params/NAME.yaml, in a worktree of its own: make scale NAME=smollm
 	python scripts/scale.py $(NAME)
+
+smoke: env  ## the whole pipeline at tiny settings, in about two minutes: does it work here?
+	python scripts/scale.py smoke
 
 status: env  ## what `dvc repro` would run, also after edits of code or of models and text on disk
 	dvc repro --quiet stages/data/dvc.yaml
