@@ -5,6 +5,7 @@ import re
 import pytest
 from repository import REPOSITORY
 from ruamel.yaml import YAML
+from tiny_pipeline import LOCATE, VARIANTS, ran
 
 from dynaroute.config import read_yaml
 
@@ -32,14 +33,21 @@ def test_the_numbers_of_the_readme_are_those_of_the_reports(lines, page):
     assert [number for number in found if number not in reported] == []
 
 
-def test_the_commands_of_the_readme_run_in_order_and_change_no_setting_that_they_do_not_name(finished, tmp_path):
+def test_the_commands_of_the_readme_run_and_its_experiment_retrains_the_variants_that_inherit_its_knob(
+    finished, tmp_path
+):
     workspace = finished.copy(tmp_path / "readme")
     expected = read_yaml(workspace.root / "params.yaml")
-    for command in commands():
-        workspace.run("sh", "-c", command)
-        expected |= {name: float(value) for name, value in re.findall(r"-S (\w+)=(\S+)", command)}
-    assert expected["tau_final"] == 0.05
-    assert read_yaml(workspace.root / "params.yaml") == expected
+    output = {command: workspace.run("sh", "-c", command).stdout for command in commands()}
+    # J1 has its own.
+    inherits = [f"{stage}@{name}" for stage in ("train_dagformer", "evaluate_nll") for name in VARIANTS if name != "J1"]
+    collected = {LOCATE, "resolve_variants", "compare_variants", "plot_dagformer", "report_dagformer", "summarize"}
+    collected |= {"analyze_topology@P1", "analyze_planted"}
+    assert ran(output["dvc exp run -S tau_final=0.05"]) == collected.union(inherits)
+    shown = [line.split() for line in output["dvc params diff"].splitlines() if line]
+    assert shown[1:] == [["params.yaml", "tau_final", str(expected["tau_final"]), "0.05"]]
+    assert "benchmarks" not in workspace.run("dvc", "metrics", "show").stdout
+    assert read_yaml(workspace.root / "params.yaml") == expected | {"tau_final": 0.05}
 
 
 @pytest.mark.parametrize("example", blocks("python"))

@@ -6,7 +6,7 @@ import shutil
 
 from repository import REPOSITORY
 from ruamel.yaml import YAML
-from tiny_pipeline import LOCATE, SMOKE, VARIANTS, Workspace, ran
+from tiny_pipeline import LOCATE, VARIANTS, Workspace, ran
 
 from dynaroute.config import load_settings, read_yaml
 
@@ -35,17 +35,9 @@ def test_nothing_runs_when_nothing_changed_and_only_what_depends_on_a_change_doe
     assert changed == read
 
 
-def test_a_knob_retrains_the_variants_that_inherit_it_and_a_new_variant_trains_alone(finished, tmp_path):
-    workspace = finished.copy(tmp_path / "experiment")
-    output = workspace.run("dvc", "exp", "run", "-S", "tau_final=0.5").stdout
-    inheriting = ("P1", "P2", "planted_P1", "planted_C1")
-    inherits = {f"{stage}@{name}" for stage in ("train_dagformer", "evaluate_nll") for name in inheriting}
-    collected = {LOCATE, "resolve_variants", "compare_variants", "plot_dagformer", "report_dagformer", "summarize"}
-    assert ran(output) == inherits | collected | {"analyze_topology@P1", "analyze_planted"}
-    shown = workspace.run("dvc", "params", "diff", "HEAD").stdout
+def test_a_new_variant_trains_alone(finished, tmp_path):
+    workspace = finished.copy(tmp_path / "variant")
     path = workspace.root / "params.yaml"
-    before = str(SMOKE["tau_final"])
-    assert [line.split() for line in shown.splitlines()[1:]] == [["params.yaml", "tau_final", before, "0.5"]]
     params = YAML(typ="safe").load(path.read_text())
     params["variants"]["A8"] = {"from": "base", "lambda_final": 0.0}
     YAML(typ="safe").dump(params, path)
