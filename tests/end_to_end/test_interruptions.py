@@ -5,11 +5,11 @@ import signal
 import subprocess
 
 import pytest
-from tiny_pipeline import TINY
+from tiny_pipeline import SMOKE
 
 from dynaroute.training.checkpoints import load_checkpoint
 
-LONGER = {"dwr.training": {**TINY["dwr.training"], "epochs": 0.4}}
+LONGER = {"dwr.training": {**SMOKE["dwr"]["training"], "epochs": 0.4}}
 
 
 @pytest.fixture(scope="module")

@@ -28,4 +28,4 @@ def test_a_scale_runs_beside_the_default_resumes_and_follows_commits(finished, t
 def test_a_scale_that_is_not_there_is_refused_with_those_that_are(finished):
     refused = finished.run("python", "scripts/scale.py", "papers", check=False)
     assert refused.returncode == 1
-    assert refused.stderr == "scale: scale papers: there is no params/papers.yaml; scales: gpu, paper\n"
+    assert refused.stderr == "scale: scale papers: there is no params/papers.yaml; scales: gpu, paper, smoke, smollm\n"

@@ -1,6 +1,9 @@
 """The real pipeline at tiny settings, in a copy of the repository."""
 
 import contextlib
+import copy
+import functools
+import operator
 import os
 import shutil
 import subprocess
@@ -12,55 +15,10 @@ from pathlib import Path
 from repository import REPOSITORY
 from ruamel.yaml import YAML
 
-TINY = {
-    "num_threads": 1,
-    "corpora": {
-        "docs": {
-            "source": {
-                "kind": "installed_text",
-                "characters": 200_000,
-                "domains": {
-                    "prose": {"read": "docstrings", "paths": ["fsspec/**/*.py", "pydantic/**/*.py"]},
-                    "code": {"read": "text", "paths": ["pydantic/**/*.py"]},
-                },
-            },
-            "split": {"validation": 0.05, "test": 0.1},
-            "tokenizer": {"kind": "bpe", "vocab_size": 512},
-        }
-    },
-    "dwr": {"d_model": 32, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "max_seq_len": 32},
-    "dwr.training": {"epochs": 0.05, "warmup_steps": 5, "validate_every": 10, "checkpoint_every": 3},
-    "benchmark_cache": {"capacities": [1, 3], "num_prompts": 2, "prompt_tokens": 8, "new_tokens": 8, "repeats": 1},
-    "simulate_cache": {"capacities": [1, 3, 8]},
-    "trace_routing": {"windows": 2},
-    "dagformer": {
-        "seq_len": 32, "train_windows": 64, "validation_windows": 8, "eval_windows": 12, "prefix_tokens": 12,
-    },
-    "dagformer.base": {"hidden_size": 32, "intermediate_size": 32, "num_layers": 3, "num_heads": 2},
-    "dagformer.base.training": {"epochs": 0.02, "warmup_steps": 5, "validate_every": 10},
-    "dagformer.planted": {"hidden_size": 32, "intermediate_size": 32, "num_layers": 3, "num_heads": 2},
-    "dagformer.planted.training": {"epochs": 0.02, "warmup_steps": 5, "validate_every": 10},
-    "rank": 2,
-    "predictor_hidden": 16,
-    "steps": 12,
-    "validate_every": 6,
-    "checkpoint_every": 3,
-    "analysis": {
-        "primary": {
-            "q": {"question": "Better?", "left": ["P1"], "right": ["baseline"], "mode": "hard", "protocol": "window"},
-            "p": {"question": "?", "left": ["planted_P1"], "right": ["random"], "mode": "hard", "protocol": "prefix"},
-        },
-        "variants": ["P1"], "permutations": 99, "swaps": 1, "domain_windows": 8, "gradient_windows": 8,
-        "removal_windows": 4, "removal_fractions": [0.5], "random_removals": 1, "group_removals": 1, "group_windows": 2,
-        "oracle_windows": 2, "oracle_steps": 2,
-    },
-}  # fmt: skip
-VARIANTS = {"P1": {"from": "base"}, "P2": {"from": "P1"}}
-VARIANTS |= {"J1": {"from": "base", "base_lr": 1e-3, "tau_final": 0.2}}  # its base is trained as well
-VARIANTS |= {"planted_P1": {"from": "planted", "gates": "hard_concrete", "target_density": 0.5}}
-VARIANTS |= {"planted_C1": VARIANTS["planted_P1"] | {"predictor_input": "none"}}
-RUNS = {"reference": {"corpus": "docs", "train_windows": 32, "validation_windows": 4, "eval_windows": 4}}
-RUNS["reference"]["training"] = {"epochs": 2, "validate_every": 2, "warmup_steps": 1}
+from dynaroute.config import read_yaml
+
+SMOKE = read_yaml(REPOSITORY / "params/smoke.yaml")
+VARIANTS = SMOKE["variants"]
 LOCATE = "stages/data/dvc.yaml:locate"  # runs every time
 # What is measured differs from run to run, and lives in files of its own.
 MEASURED = ("measured",)
@@ -111,20 +69,12 @@ class Workspace:
         shutil.copytree(self.root, root, symlinks=True)
         return Workspace(root)
 
-    def set_params(self, changes: dict) -> None:
-        path = self.root / "params.yaml"
-        params = YAML(typ="safe").load((REPOSITORY / "params.yaml").read_text())
-        params |= {"variants": dict(VARIANTS), "dwr_runs": dict(RUNS)}
-        for section, values in (
-            {"": {k: v for k, v in TINY.items() if k in params and not isinstance(v, dict)}}
-            | {section: values for section, values in TINY.items() if isinstance(values, dict)}
-            | changes
-        ).items():
-            at = params
-            for part in filter(None, section.split(".")):
-                at = at[part]
-            at.update(values)
-        YAML(typ="safe").dump(params, path)
+    def set_params(self, changes: dict[str, dict]) -> None:
+        """Writes params.yaml: the tiny settings, with values changed in some sections, such as `dwr.training`."""
+        params = copy.deepcopy(SMOKE)
+        for section, values in changes.items():
+            functools.reduce(operator.getitem, section.split("."), params).update(values)
+        YAML(typ="safe").dump(params, self.root / "params.yaml")
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess:
         done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True)
