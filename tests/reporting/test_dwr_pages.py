@@ -264,6 +264,7 @@ def test_the_sweep_is_what_differs_in_the_balance_coefficient_alone_by_that():
 
 def draw_and_write() -> None:
     write_json("data/dagformer/report/summary.json", {"nll_P1": 5.0})
+    write_json("data/inputs/scales.json", {})
     for name in ("measured", "summary"):
         write_text(f"data/dagformer/report/{name}.md", "## DAGFormer\n")
     for name in ("plot_dwr", "report_dwr", "report_cached_inference", "summarize"):
