@@ -103,7 +103,7 @@ def prepare(root: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_text_that_is_not_trained_on_is_not_learned(workspace):
-    last = read_csv("reports/dwr/training.csv", ["validation_loss", "validation_wikitext_loss"]).iloc[-1]
+    last = read_csv("reports/dwr/training.csv", "validation_loss", "validation_wikitext_loss").iloc[-1]
     assert last["validation_loss"] < last["validation_wikitext_loss"]
 
 

@@ -79,7 +79,7 @@ def methods(
     vectors = load_embeddings(DATA / "embeddings/evaluation")
     nll = {}
     for name in names:
-        rows = read_csv(DATA / "eval" / name / "nll.csv", ["nll_hard"])
+        rows = read_csv(DATA / "eval" / name / "nll.csv", "nll_hard")
         nll[name] = {protocol: own["nll_hard"].to_numpy() for protocol, own in rows.groupby("protocol")}
     found: dict[str, Any] = {}
     for name in names:

@@ -58,7 +58,7 @@ def main(settings: Settings, name: str) -> None:
     stored, state = load_checkpoint(DATA / "eval" / name / "gates.safetensors")
     valid = dag_mask(predictor.num_layers, predictor.num_heads)
     same = (torch.equal(wirings[protocol].logits[:, valid], stored[f"{protocol}.logits"]) for protocol in TEXTS)
-    rows = read_csv(DATA / "eval" / name / "nll.csv", ["document", *(f"nll_{mode}" for mode in (*MODES, "baseline"))])
+    rows = read_csv(DATA / "eval" / name / "nll.csv", "nll_soft", "nll_hard", "nll_baseline")
     evaluated = {
         protocol: {mode: own[f"nll_{mode}"].to_numpy() for mode in (*MODES, "baseline")}
         for protocol, own in rows.groupby("protocol")

@@ -17,7 +17,7 @@ from dynaroute.reporting.dagformer.results import MAIN, REPORTS, read_analyses, 
 def main(settings: Settings) -> None:
     """Reads what the other stages found, and draws it."""
     results = read_results(settings)
-    comparisons, analyses = read_comparisons(results), read_analyses(settings, results)
+    comparisons, analyses = read_comparisons(), read_analyses(settings)
     figures.plot_topology(figures.read_wirings(MAIN), REPORTS / "topology.png")
     oracle = analyses.sensitivity["oracle"]
     figures.plot_edges_closed(analyses.removal, results, comparisons, oracle, REPORTS / "edges_closed.png")

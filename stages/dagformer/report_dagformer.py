@@ -26,7 +26,7 @@ from dynaroute.reporting.pages import render
 def main(settings: Settings) -> None:
     """Reads all variants' results, and writes the page and its parts of the others."""
     results = read_results(settings)
-    comparisons, analyses = read_comparisons(results), read_analyses(settings, results)
+    comparisons, analyses = read_comparisons(), read_analyses(settings)
     tokens = read_record(Path("data/tokens") / settings.dagformer.corpus / "metadata.json")
     reference = read_record("reports/reference.yaml")["dagformer"]
     found = values(results, comparisons, analyses, tokens, reference, read_benchmark("stability"))

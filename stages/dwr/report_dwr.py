@@ -22,7 +22,7 @@ from dynaroute.reporting.pages import render
 def main(settings: Settings) -> None:
     """Reads the results, and writes what they say."""
     results = read_results(settings)
-    found, measured = values(results), read_measurements(results.training.run["run"])
+    found, measured = values(results), read_measurements()
     text = section(measured, results.cached.summary, read_benchmark("moe"), results.reference["timing"])
     write_text("reports/dwr.md", render("dwr.md", found))
     write_text(DATA / "report/summary.md", render("dwr_summary.md", found))

@@ -6,7 +6,7 @@ from importlib import import_module as stage
 from pathlib import Path
 
 import pytest
-from dwr_tree import RUN, edit_csv, edit_json, edit_yaml, settings_with_runs
+from dwr_tree import edit_csv, edit_json, edit_yaml, settings_with_runs
 from report_checks import STRANGE, assert_readable, hashes, strange, unmarked
 
 from dynaroute.errors import DynarouteError
@@ -53,7 +53,7 @@ def page(name: str) -> str:
             found = cached_inference.values(read_cached(), read_benchmark("cached_inference"))
             return render("cached_inference.md", found)
     found = (
-        read_measurements(RUN),
+        read_measurements(),
         read_cached().summary,
         read_benchmark("moe"),
         read_record("reports/reference.yaml")["dwr"]["timing"],
@@ -254,30 +254,6 @@ def test_an_input_that_is_missing_or_damaged_is_named(name, path, content):
         return
     with pytest.raises(DynarouteError, match=rf"^{re.escape(str(path))}[:,] [^\n]*$"):
         page(name)
-
-
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [("dwr", TRAINING), ("dwr", EXPORT), ("cached_inference", CACHE), ("dwr", SIMULATION), ("measured", TIMED)],
-)
-def test_results_of_another_run_are_refused(name, path):
-    set_key(path, "run", "fedcba")
-    with pytest.raises(DynarouteError, match="belongs to run "):
-        page(name)
-
-
-def test_results_that_do_not_fit_their_settings_or_tokens_are_refused():
-    set_key(RUN_RESULTS / "strong.json", "settings.dropout", 0.3)
-    with pytest.raises(DynarouteError, match=r"strong\.json: of other settings than dwr_runs\.strong: run dvc repro"):
-        page("dwr")
-    set_key(RUN_RESULTS / "strong.json", "settings.dropout", settings_with_runs().dwr_run("strong").dropout)
-    path = Path("data/tokens/docs/metadata.json")
-    path.write_text(path.read_text() + "\n")
-    with pytest.raises(DynarouteError, match=rf"^{path}: not the tokens"):
-        page("dwr")
-    edit_csv(TIMES, lambda timing: timing.drop(columns="policy"))
-    with pytest.raises(DynarouteError, match=r"cells\.csv: 'policy' must be empty in the first row"):
-        page("measured")
 
 
 def test_the_sweep_is_what_differs_in_the_balance_coefficient_alone_by_that():

@@ -1,12 +1,12 @@
-"""The files that the DAGFormer stages wrote, as one consistent set: variants are compared only on the same base."""
+"""The files that the DAGFormer stages wrote. DVC sees to it that all of them are of one run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynaroute.config import Settings
-from dynaroute.config.dagformer import BASES, CONTROLS, MODES
+from dynaroute.config.dagformer import BASES
 from dynaroute.errors import DynarouteError
-from dynaroute.reporting.inputs import REMEDY, Record, check_same_run, read_csv, read_record
+from dynaroute.reporting.inputs import Record, read_csv, read_record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,12 +18,6 @@ MAIN, CONTROL = "P1", "C1"  # every variant is P1 with overrides; C1 has one wir
 JOINT = ("J1", "J0")  # the base trained jointly with the predictor, and trained on with all gates held open
 # What may differ between a variant and the same one at another budget.
 BUDGET = {"steps", "validate_every", "checkpoint_every", "micro_batch_size"}
-BASELINE_COLUMNS = ["protocol", "window", "document", "source", "nll_baseline"]  # of nll.csv; the same for all variants
-VALIDATED = [
-    *("step", "tokens", "validation_nll_soft", "validation_nll_hard", "validation_nll_baseline", "validation_mean_A"),
-    *("validation_density_hard", "validation_tau", "validation_lambda"),
-]
-TRAINED = ["train_loss", "train_gate_gradient", "train_gate_slope"]  # no value at step 0
 
 
 class Variant(NamedTuple):
@@ -121,7 +115,7 @@ def read_results(settings: Settings) -> Results:
     """Reads what training and evaluation left of the variants that the settings name.
 
     Raises:
-        DynarouteError: a file is missing, damaged or of another run, or the variants do not share base and text.
+        DynarouteError: a file is missing or damaged, or the settings do not name the main variant.
     """
     for key, names in (("variants", settings.variants), ("analysis.variants", settings.analysis.variants)):
         if MAIN not in names:
@@ -129,23 +123,7 @@ def read_results(settings: Settings) -> Results:
     by_base: dict[str, dict[str, Variant]] = {base: {} for base in BASES}
     for name in settings.variants:
         by_base[settings.base_of(name)][name] = read_variant(name)
-    setup, main = Record(settings.dagformer.model_dump(), "params.yaml"), by_base["base"][MAIN]
-    for variants in by_base.values():
-        for variant in variants.values():
-            first = next(iter(variants.values()))
-            for key in ("dagformer", "base"):
-                if variant.run["identity"][key] != first.run["identity"][key]:
-                    raise DynarouteError(f"{variant.run.path}: {key} is not that of {first.run.path}: run dvc repro")
-            if not variant.windows[BASELINE_COLUMNS].equals(first.windows[BASELINE_COLUMNS]):
-                path = DATA / "eval" / variant.name / "nll.csv"
-                raise DynarouteError(
-                    f"{path}: its windows or baseline NLL are not those of {first.name}: run dvc repro"
-                )
-    for key, value in main.run["identity"]["dagformer"].items():
-        if setup[key] not in (value, None):  # null: all windows, and embeddings and training depend on how many
-            raise DynarouteError(
-                f"{main.run.path}: trained with dagformer.{key} = {value}, not {setup[key]}: run dvc repro"
-            )
+    setup = Record(settings.dagformer.model_dump(), "params.yaml")
     return Results(*by_base.values(), read_record(DATA / "base.json"), setup)
 
 
@@ -153,50 +131,39 @@ def read_variant(name: str) -> Variant:
     """Reads all of one variant.
 
     Raises:
-        DynarouteError: a file is missing, damaged or of another run.
+        DynarouteError: a file is missing or damaged.
     """
     trained, evaluated = DATA / "train" / name, DATA / "eval" / name
-    run, training = read_record(trained / "run.json"), read_record(trained / "training.json")
-    evaluation = read_record(evaluated / "nll.json")
-    check_same_run(run["run"], training, evaluation)
-    path = trained / "training.csv"
-    curve = read_csv(path, VALIDATED)
-    for column in TRAINED:
-        if column not in curve or len(curve) < 2 or curve.loc[curve["step"] > 0, column].isna().any():
-            raise DynarouteError(f"{path}: {column!r} must hold a number in every row after step 0: {REMEDY}")
-    numbers = ["window", "document", *(f"nll_{mode}" for mode in (*MODES, *CONTROLS, "least_gradient"))]
-    return Variant(name, run, training, curve, evaluation, read_csv(evaluated / "nll.csv", numbers, ["protocol"]))
+    return Variant(
+        name,
+        run=read_record(trained / "run.json"),
+        training=read_record(trained / "training.json"),
+        curve=read_csv(trained / "training.csv", "step", "train_loss", "validation_nll_hard"),
+        evaluation=read_record(evaluated / "nll.json"),
+        windows=read_csv(evaluated / "nll.csv", "protocol", "document", "nll_soft", "nll_hard"),
+    )
 
 
-def read_comparisons(results: Results) -> Comparisons:
+def read_comparisons() -> Comparisons:
     """Reads what was compared.
 
     Raises:
-        DynarouteError: a file is missing, damaged, or of other variants.
+        DynarouteError: a file is missing or damaged.
     """
-    path = REPORTS / "variants.csv"
-    found, rows = read_record(DATA / "comparisons.json"), read_csv(path, ["nll", "difference", "low", "high"])
-    if list(rows["variant"].unique()) != [*results.variants, *results.planted]:
-        raise DynarouteError(f"{path}: not of the variants of params.yaml: {REMEDY}")
+    found = read_record(DATA / "comparisons.json")
+    rows = read_csv(REPORTS / "variants.csv", "variant", "protocol", "mode", "difference", "low", "high")
     indexed = rows.set_index(["variant", "protocol", "mode"])
     return Comparisons(found["primary"], found["seeds"], found["control_seeds"], found["headroom"], indexed)
 
 
-def read_analyses(settings: Settings, results: Results) -> Analyses:
+def read_analyses(settings: Settings) -> Analyses:
     """Reads all analyses.
 
     Raises:
-        DynarouteError: a file is missing, damaged, or of another base or run than the results.
+        DynarouteError: a file is missing or damaged.
     """
     topology = {name: read_record(DATA / "analysis" / name / "topology.json") for name in settings.analysis.variants}
-    for name, found in topology.items():
-        check_same_run(results.variants[name].run["run"], found)
-    folder = DATA / "sensitivity"
-    sensitivity = read_record(folder / "summary.json")
-    if sensitivity["base"] != results.main.run["identity"]["base"]:
-        raise DynarouteError(f"{sensitivity.path}: of another base than {results.main.run.path}: run dvc repro")
-    removal = read_csv(folder / "removal.csv", ["fraction", "draws", "mean", "low", "high", "over_random"])
+    sensitivity = read_record(DATA / "sensitivity/summary.json")
+    removal = read_csv(DATA / "sensitivity/removal.csv", "order", "fraction", "draws", "mean", "low", "high")
     planted, methods = (read_record(DATA / f"planted/{name}.json") for name in ("known", "methods"))
-    for name, variant in results.planted.items():
-        check_same_run(variant.run["run"], Record(methods[name], methods.path))
     return Analyses(topology, sensitivity, removal, planted or None, methods or None)

@@ -23,7 +23,7 @@ from dynaroute.reporting.dwr.results import (
     read_runs,
     read_training,
 )
-from dynaroute.reporting.inputs import Record, check_same_run, file_size, read_benchmark, read_record
+from dynaroute.reporting.inputs import Record, file_size, read_benchmark, read_record
 from dynaroute.reporting.tables import NONE, fmt, interval, outcome, shared_text
 
 if TYPE_CHECKING:
@@ -47,10 +47,9 @@ def read_results(settings: Settings) -> Results:
     """Reads everything.
 
     Raises:
-        DynarouteError: a file is missing, damaged, of another run or of other settings.
+        DynarouteError: a file is missing or damaged.
     """
     training, cached, runs = read_training(), read_cached(), read_runs(settings)
-    check_same_run(training.run["run"], cached.export)
     balance = read_benchmark("balance")
     if balance is not None and balance["reference"] != runs[0]["run"]:
         balance = None
