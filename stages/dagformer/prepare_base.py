@@ -24,7 +24,6 @@ from dynaroute.analysis.base import measure_base
 from dynaroute.config import Settings
 from dynaroute.config.dagformer import LoadedBase
 from dynaroute.dagformer.bases import load_existing, make_trainer
-from dynaroute.dagformer.decoder import load_base
 from dynaroute.dagformer.windows import variant_windows
 from dynaroute.data.locate import locate
 from dynaroute.data.tokens.shards import TokenShards, open_splits
@@ -67,7 +66,6 @@ def main(settings: Settings) -> None:
         with output_directory(BASE) as folder:
             model.to(dtype).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            load_base(folder, "cpu")  # refuses what later stages could not read
         history, timing = [{"step": None, "validation_loss": None}], {}
     else:
         model, history, timing = pretrain(settings, accelerator, shards, report["run"], dtype)

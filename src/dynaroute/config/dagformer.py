@@ -67,7 +67,7 @@ class PlantedBase(NewBase):
 
 
 class LoadedBase(Hosted):
-    """An OLMo-2 from the hub or from a local directory; the corpus must be tokenized with its tokenizer."""
+    """A model from the hub, a local directory or a GGUF file; the corpus must be tokenized with its tokenizer."""
 
     kind: Literal["load"]
 

@@ -1,5 +1,6 @@
 """Settings of corpora: their sources, splits and tokenizers, on disk or on the hub."""
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -10,25 +11,51 @@ from dynaroute.config.schema import Distinct, Fraction, NonNegative, Positive, S
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.scratch import hint_of_copy
 
+PACKAGE = "package:"
+
 
 class Hosted(Section):
-    """A model, tokenizer or dataset under an id of the hub, or in a local directory."""
+    """A model, tokenizer or dataset under an id of the hub, or in a local directory.
+
+    A model and its tokenizer may also be in a GGUF file. `package:NAME/FILE` is a file of the installed package NAME.
+    """
 
     path: Annotated[str, Field(min_length=1)]
-    revision: str | None  # a commit hash, which pins the content; null for a local directory
+    revision: str | None  # a commit hash, which pins the content; null for what is local
 
     @model_validator(mode="after")
-    def _a_local_directory_has_no_revisions(self) -> Self:
-        if self.revision is not None and Path(self.path).is_dir():
-            raise invalid("revision", self.revision, f"must be null, since path = {self.path!r} is a local directory")
+    def _what_is_local_has_no_revisions(self) -> Self:
+        if self.revision is not None and (self.path.startswith(PACKAGE) or self.is_gguf or Path(self.path).is_dir()):
+            raise invalid("revision", self.revision, f"must be null, since path = {self.path!r} is local")
         return self
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether this is one file with config, weights and tokenizer."""
+        return self.path.endswith(".gguf")
+
+    @property
+    def place(self) -> str:
+        """What `path` names: an id of the hub, or a path on this machine. Packages are not imported."""
+        name, _, rest = self.path.removeprefix(PACKAGE).partition("/")
+        if not self.path.startswith(PACKAGE) or not name.isidentifier():
+            return self.path
+        spec = importlib.util.find_spec(name)
+        return self.path if spec is None or spec.origin is None else str(Path(spec.origin).parent / rest)
+
     def refuse_unpinned(self, key: str) -> None:
-        """Raises DynarouteError if this is neither a local folder nor has a revision; `key` starts the message."""
-        if self.revision is not None or Path(self.path).is_dir():
+        """Raises DynarouteError if this is neither local nor has a revision; `key` starts the message."""
+        place, line = self.place, f"{key}.path = {self.path!r}"
+        if self.revision is not None or (Path(place).is_file() if self.is_gguf else Path(place).is_dir()):
             return
-        if (hint := hint_of_copy(self.path)) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.path):
-            raise DynarouteError(f"{key}.path = {self.path!r}: no such folder (seen from {Path.cwd()}){hint}")
+        if place.startswith(PACKAGE):
+            name = place.removeprefix(PACKAGE).partition("/")[0]
+            command = f"`pip install --constraint constraints.txt --no-deps {name}`"
+            raise DynarouteError(f"{line}: no package {name} is installed: run {command}")
+        hint = hint_of_copy(self.path)
+        if hint or place != self.path or self.is_gguf or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.path):
+            what = "file" if self.is_gguf else "folder"
+            raise DynarouteError(f"{line}: no such {what} (seen from {Path.cwd()}){hint}")
         kind = "datasets/" if isinstance(self, HostedData) else ""
         raise DynarouteError(
             f"{key}.revision = None: {self.path!r} is no folder here, and of the hub a commit must be named: "
@@ -160,7 +187,7 @@ class GPT2(Section):
 
 
 class HubTokenizer(Hosted):
-    """The fast tokenizer of a hub id or a local directory.
+    """The fast tokenizer of a hub id, a local directory or a GGUF file.
 
     If it splits text first, as GPT-2's, Llama 3's, OLMo 2's or Qwen's do, it reads documents of any length in pieces.
     Others, such as Llama 2's, read documents whole, up to four million characters.

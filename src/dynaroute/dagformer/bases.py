@@ -1,7 +1,7 @@
 """Where the base that a DAGFormer wires comes from: a small one pretrained here, or an existing one.
 
-Both are transformers' models. `prepare_base` saves them as an ordinary transformers folder, from which all other stages
-read them back with `dynaroute.dagformer.decoder`.
+`prepare_base` saves either as an ordinary transformers folder, from which all other stages read it back with
+`dynaroute.dagformer.decoder`.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynaroute.config import Settings
 from dynaroute.config.dagformer import LoadedBase, NewBase
-from dynaroute.dagformer.graph import DagForward
+from dynaroute.dagformer.decoder import Decoder, as_decoder
 from dynaroute.dagformer.hub import load_model, load_tokenizer
 from dynaroute.data.tokens.shards import IGNORED_TARGET, TokenShards, Windows
 from dynaroute.errors import DynarouteError
@@ -21,7 +21,7 @@ from dynaroute.training.loop import Batch, Trainer, steps_in_epochs
 from dynaroute.training.nll import nll
 
 if TYPE_CHECKING:
-    from transformers import Olmo2ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase  # slow to import
+    from transformers import Olmo2ForCausalLM, PreTrainedTokenizerBase  # slow to import
 
 SAMPLE = "The function returns 3.14159, or raises:\n\tdef naïve(x): return x ** 2  # Ω"  # two tokenizers differ on it
 
@@ -53,7 +53,7 @@ def new_base(settings: NewBase, vocab_size: int, max_seq_len: int, eot_id: int) 
 
 def load_existing(
     wanted: LoadedBase, shards: TokenShards, corpus: str, seq_len: int
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+) -> "tuple[Decoder, PreTrainedTokenizerBase]":
     """A base that somebody trained, in fp32 on the CPU, and its tokenizer.
 
     Args:
@@ -63,11 +63,11 @@ def load_existing(
         seq_len: of the windows.
 
     Raises:
-        DynarouteError: it cannot be loaded, `DagForward` does not support it, or it does not fit tokens or windows.
+        DynarouteError: it cannot be loaded, its architecture is not supported, or it does not fit tokens or windows.
     """
     name = f"dagformer.base.path: {wanted.path}"
-    model = load_model(name, "AutoModelForCausalLM", wanted.path, "cpu", torch.float32, wanted.revision)
-    DagForward(model)  # refuses other architectures
+    model = load_model(name, "AutoModelForCausalLM", wanted.place, "cpu", torch.float32, wanted.revision)
+    model = as_decoder(model, name)
     config = model.config
     if config.vocab_size < shards.vocab_size:
         raise DynarouteError(
@@ -82,7 +82,7 @@ def load_existing(
         raise DynarouteError(
             f"{name} has {config.num_hidden_layers} layers: must have at least 3, so that a connection can skip one"
         )
-    tokenizer = load_tokenizer(name, wanted.path, wanted.revision)
+    tokenizer = load_tokenizer(name, wanted.place, wanted.revision)
     (own,) = shards.tokenizer().encode_batch([SAMPLE])
     if tokenizer.encode(SAMPLE, add_special_tokens=False) != own.tolist():
         raise DynarouteError(f"{name} has another tokenizer than corpus {corpus}: tokenize the corpus with the base's")

@@ -126,13 +126,30 @@ def load_base(folder: Path, device: str) -> "Decoder":
                 tensors |= {key: file.get_tensor(key).to(device, copy=True) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise DynarouteError(f"{shard}: cannot be read: {error}: run the stage prepare_base") from error
+    return _assemble(config, tensors, folder).to(device)
+
+
+def as_decoder(model: nn.Module, name: str) -> "Decoder":
+    """A transformers model as a plain module that shares its weights, in their dtype; for inference.
+
+    Of weights that were quantized, as in GGUF files, transformers saves no folder; this does.
+
+    Raises:
+        DynarouteError: the architecture is not supported; the error begins with `name`.
+    """
+    values = model.config.to_dict()
+    values.pop("quantization_config", None)
+    return _assemble(read_config(values, name), model.state_dict(), name)
+
+
+def _assemble(config: DecoderConfig, tensors: dict[str, Tensor], name: str | Path) -> "Decoder":
     if config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     with torch.device("meta"):
         model = Decoder(config)
-    load_weights(model, tensors, folder, assign=True)
+    load_weights(model, tensors, name, assign=True)
     model.tie()
-    return model.requires_grad_(False).eval().to(device)
+    return model.requires_grad_(False).eval()
 
 
 class Decoder(nn.Module):

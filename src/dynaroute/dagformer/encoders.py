@@ -149,5 +149,5 @@ def load_encoder(
     if isinstance(settings, BaseEncoder):
         return BaseStates(load_base(base, device))
     name = f"dagformer.encoder.path: {settings.path}" + (f" at {settings.revision}" if settings.revision else "")
-    model = load_model(name, "AutoModel", settings.path, device, dtype, settings.revision)
-    return TextEncoder(model, load_tokenizer(name, settings.path, settings.revision), corpus, name)
+    model = load_model(name, "AutoModel", settings.place, device, dtype, settings.revision)
+    return TextEncoder(model, load_tokenizer(name, settings.place, settings.revision), corpus, name)

@@ -1,4 +1,4 @@
-"""Models and tokenizers loaded by transformers, from the hub or a folder: safetensors only, without remote code."""
+"""Models and tokenizers loaded by transformers: safetensors or GGUF only, without remote code."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from dynaroute.data.tokens.tokenizers import pretrained
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.machine import require_device
 
@@ -26,7 +27,7 @@ def load_model(
     Args:
         name: what errors call it.
         kind: without or with the language model head.
-        path: a hub id or a folder.
+        path: a hub id, a folder or a GGUF file.
         device: cpu or cuda.
         dtype: of its weights and its computation; auto: the one it was saved in.
         revision: a commit on the hub.
@@ -44,7 +45,7 @@ def load_model(
         name,
         getattr(transformers, kind),
         path,
-        revision=revision or "main",
+        revision,
         dtype=dtype,
         use_safetensors=True,
         trust_remote_code=False,
@@ -65,12 +66,12 @@ def load_tokenizer(name: str, path: str | Path, revision: str | None = None) -> 
     """
     from transformers import AutoTokenizer
 
-    return _load(name, AutoTokenizer, path, revision=revision or "main", trust_remote_code=False)
+    return _load(name, AutoTokenizer, path, revision, trust_remote_code=False)
 
 
-def _load(name: str, cls: Any, path: str | Path, **options: Any) -> Any:
+def _load(name: str, cls: Any, path: str | Path, revision: str | None, **options: Any) -> Any:
     try:
-        return cls.from_pretrained(path, **options)
+        return cls.from_pretrained(**pretrained(path, revision), **options)
     except Exception as error:  # missing or damaged files raise a dozen types without a common base class
         reason = str(error).strip().partition("\n")[0]
         raise DynarouteError(f"{name}: cannot be loaded: {reason}") from error

@@ -40,7 +40,9 @@ def locate(section: Section, key: str) -> dict[str, Any]:
 
 def _files_of(section: Hosted) -> dict[str, Path]:
     """The files that are read from a local folder, by their path in it; none for an id of the hub."""
-    folder = Path(section.path)
+    folder = Path(section.place)
+    if section.is_gguf:  # a tokenizer's too
+        return {folder.name: folder}
     if isinstance(section, DolmaStream):
         found = [folder / section.addresses]
     elif isinstance(section, HostedData):

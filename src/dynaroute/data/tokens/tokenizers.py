@@ -7,6 +7,7 @@ marks the end of a document.
 
 import base64
 import functools
+import importlib.util
 import itertools
 import os
 import re
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tiktoken
@@ -197,13 +198,22 @@ def _save_gpt2(folder: Path) -> None:
     write_text(folder / GPT2_FILE, "".join(lines))
 
 
+def pretrained(path: str | Path, revision: str | None) -> dict[str, Any]:
+    """The arguments of transformers' `from_pretrained` for a hub id, a folder or a GGUF file."""
+    if not str(path).endswith(".gguf"):
+        return {"pretrained_model_name_or_path": path, "revision": revision or "main"}
+    if importlib.util.find_spec("gguf") is None:
+        raise DynarouteError(f"{path}: reading it needs a package: run `pip install --constraint constraints.txt gguf`")
+    return {"pretrained_model_name_or_path": Path(path).parent, "gguf_file": Path(path).name}
+
+
 def _save_hub_tokenizer(settings: HubTokenizer, folder: Path) -> None:
     from transformers import AutoTokenizer  # takes seconds to import
 
     name = settings.path + (f" at {settings.revision}" if settings.revision else "")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            settings.path, revision=settings.revision or "main", trust_remote_code=False
+            **pretrained(settings.place, settings.revision), trust_remote_code=False
         )
     except Exception as error:  # a folder with other content can raise anything
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
