@@ -14,8 +14,7 @@ Training: whole optimizer steps of params.yaml's model as train_dwr takes them, 
 split. `plain_loop` starts with the same weights and differs only in its dispatch: both route, respect the capacity,
 record router statistics, and minimise NLL and balance loss. `dense` has an FFN of width top_k * d_ff in place of every
 MoE layer, so as many of its parameters are active, and no router. CUDA adds `_compiled` models, torch.compile on every
-block, and peak memory with weights, gradients and optimizer states. Ours runs its experts one after another on a CPU,
-and all at once in bf16 on CUDA (`ResidentExperts.run_all`).
+block. Ours runs its experts one after another on a CPU, and all at once in bf16 on CUDA (`ResidentExperts.run_all`).
 
 Candidates take turns, and medians over rounds are reported. Ratios compare times of the same round.
 """
@@ -145,9 +144,8 @@ def layer_rows(device: str) -> list[dict[str, Any]]:
         medians = {name: quartiles(values)[0] for name, values in times.items()}
         for name, values in times.items():
             own_dense = medians["gated_dense" if name.startswith(("gated", "transformers")) else "dense"]
-            median, (low, high) = quartiles(values)
-            own = {"milliseconds": 1e3 * median, "interquartile_milliseconds": 1e3 * (high - low)}
-            rows.append({"tokens": tokens, "layer": name, **own, "ratio_to_dense": median / own_dense})
+            ratio = {"ratio_to_dense": medians[name] / own_dense}
+            rows.append({"tokens": tokens, "layer": name} | milliseconds(values) | ratio)
     show(rows, "tokens", "layer", "milliseconds", "ratio_to_dense")
     return rows
 
@@ -182,7 +180,6 @@ def training_steps(
     A model that cannot take a step is only among the facts, with the reason.
     """
     dwr, device = settings.dwr, accelerator.device
-    cuda = device.type == "cuda"
     shards = TokenShards(Path("data/tokens") / dwr.corpus, "train")
     sizes = dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"})
     config = DWRConfig(vocab_size=shards.padded_vocab_size, **sizes)
@@ -192,28 +189,18 @@ def training_steps(
     batch = Batch(tokens, targets, torch.tensor(indices, device=device))
 
     models = training_models(config)
-    if cuda:
+    if device.type == "cuda":
         models |= {f"{name}_compiled": compiled(models[name]) for name in ("dynaroute", "dense")}
     objective = DWRObjective(config, dwr.balance_coefficient)
     steps, known = {}, {}
     for name in list(models):
         known[name] = {"parameters": sum(parameter.numel() for parameter in models[name].parameters())}
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() if cuda else 0
         step = training_step(models.pop(name), objective, [batch], dwr.training, accelerator)
         if reason := failure(step) or failure(step):  # twice: the first step allocates the optimizer's states
             known[name]["failed"] = reason
             continue
         steps[name] = step
-        known[name]["peak_memory_bytes"] = torch.cuda.max_memory_allocated() - before if cuda else None
     return steps, known, config
-
-
-def flops_per_token(config: DWRConfig) -> int:
-    """Forward and backward: 6 N + 12 L D T, N the active parameters without the embedding table (PaLM, appendix B)."""
-    active = config.num_active_params() - config.vocab_size * config.d_model
-    return 6 * active + 12 * config.num_layers * config.d_model * config.max_seq_len
 
 
 def training_comparison(settings: Settings, accelerator: Accelerator) -> dict[str, Any]:
@@ -232,8 +219,6 @@ def training_comparison(settings: Settings, accelerator: Accelerator) -> dict[st
     return {
         "tokens_per_step": tokens,
         "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
-        "active_parameters": config.num_active_params(),
-        "flops_per_token": flops_per_token(config),
         "models": models,
         "tokens_per_second_ratios": found,
     }

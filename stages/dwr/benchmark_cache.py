@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dynaroute.analysis.cache_benchmark import Cell, control_accuracy, held_out_texts, make_cells, peak_memory, sweep
+from dynaroute.analysis.cache_benchmark import Cell, held_out_texts, make_cells, peak_memory, sweep
 from dynaroute.analysis.cache_results import checks, exact_row, timing_row, timing_summary
 from dynaroute.config import Settings
 from dynaroute.dwr.experts.residency import nearest_a_third
@@ -37,8 +37,6 @@ def main(settings: Settings) -> None:
     passes = sweep(store, texts, benchmark.prompt_tokens, [*warm, *cold], benchmark.lookahead, benchmark.repeats)
     memory = peak_memory(STORE, texts, benchmark.prompt_tokens, benchmark.capacities)
 
-    control = control_accuracy(store, texts[:1], benchmark.prompt_tokens)
-
     rows = [exact_row(store, cell, passes[cell][0]) for cell in warm]
     with output_directory("data/dwr/cache") as folder:
         write_csv(folder / "cells.csv", rows)
@@ -53,7 +51,7 @@ def main(settings: Settings) -> None:
                 "expert_file_bytes": store.file_bytes,
                 "lookahead": benchmark.lookahead,
                 "capacity_nearest_a_third": third,
-                "checks": checks(passes, control),
+                "checks": checks(passes),
             },
         )
     timing = [

@@ -27,7 +27,7 @@ from dynaroute.pipeline.machine import describe_machine, peak_memory
 from dynaroute.pipeline.scratch import run_id
 from dynaroute.pipeline.stage import run
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
-from dynaroute.training.loop import Trainer, make_accelerator, own_share, with_all_columns
+from dynaroute.training.loop import make_accelerator, own_share, with_all_columns
 
 REPORTS = Path("reports/dwr")
 
@@ -63,9 +63,6 @@ def main(settings: Settings) -> None:
             "best_checkpoint_reproduces_its_validation_loss": validated["loss"] == best["validation_loss"],
             "validation_loss_is_below_unigram_entropy": validated["loss"] < shards["validation"].unigram_entropy,
         }
-        if dwr.training.weight_decay:
-            matrices = {name for name, p in model.named_parameters() if p.dim() == 2 and "embedding" not in name}
-            checks["weight_decay_is_on_all_matrices_and_nothing_else"] = decayed_parameters(trainer) == matrices
         with output_directory("data/dwr/train") as folder:
             shutil.copyfile(trainer.best_path, folder / "best.safetensors")
             shutil.copyfile(trainer.last_path, folder / "last.safetensors")
@@ -101,13 +98,6 @@ def main(settings: Settings) -> None:
             },
         )
         trainer.discard_scratch()
-
-
-def decayed_parameters(trainer: Trainer) -> set[str]:
-    """The names of the parameters on which weight decay acts."""
-    model = trainer.unwrapped
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {names[id(p)] for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def trained(tmp_path, monkeypatch):
 @pytest.fixture
 def no_processes(monkeypatch):
     """Memory is measured in fresh processes, which take seconds to start."""
-    memory = benchmark.Memory(4, 3, 1, 1)
+    memory = benchmark.Memory(4, 3, 1)
     module = stage("benchmark_cache")
     monkeypatch.setattr(
         module, "peak_memory", lambda _, __, ___, sizes: {Cell(size): memory for size in (None, *sizes)}
@@ -163,7 +163,7 @@ def test_a_check_without_a_measurement_is_neither_passed_nor_failed(trained, no_
     assert checks("measured/cache") == {
         "no_more_experts_are_in_memory_than_the_capacity": True
     }  # LRU, whatever the grid
-    unknown = benchmark.Memory(4, None, None, None)
+    unknown = benchmark.Memory(4, None, None)
     monkeypatch.setattr(no_processes, "peak_memory", lambda *arguments: {Cell(size): unknown for size in (None, 1, 3)})
     no_processes.main(tiny_settings(**grid))
     assert checks("measured/cache") == {"no_more_experts_are_in_memory_than_the_capacity": None}

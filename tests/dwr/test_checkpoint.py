@@ -53,26 +53,24 @@ def test_tensors_are_read_as_the_library_wrote_them(folder, monkeypatch, chunk):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h: h["a"].update(data_offsets=[0, 64]), r"tensor a: data_offsets \[0, 64\] do not fit F32 \[3, 5\]"),
-        (lambda h: h["a"].update(shape=[3, 6]), r"do not fit F32 \[3, 6\]"),
-        (lambda h: h["a"].update(data_offsets=[8, 68]), "overlap or gap"),
-        (lambda h: h["a"].update(data_offsets=[-60, 0]), "not an entry of a safetensors header"),
-        (lambda h: h["a"].update(data_offsets=[10**9, 10**9 + 60]), "overlap or gap"),
-        (lambda h: h["a"].update(shape=[15.0]), "not an entry"),
-        (lambda h: h["a"].update(dtype="F8_E4M3"), "tensor a: dtype 'F8_E4M3': must be one of F32, BF16"),
-        (lambda h: h["a"].pop("dtype") and None, "not an entry"),
-        (lambda h: h.update(d=h["a"]), "overlap or gap"),  # two tensors in the same place
-        (lambda h: h.pop("c") and None, "overlap or gap|its tensors need"),
+        (lambda h: h["a"].update(data_offsets=[0, 64]), "damaged: "),
+        (lambda h: h["a"].update(shape=[3, 6]), "damaged: "),
+        (lambda h: h["a"].update(data_offsets=[8, 68]), "damaged: "),
+        (lambda h: h["a"].update(data_offsets=[-60, 0]), "damaged: "),
+        (lambda h: h["a"].update(data_offsets=[10**9, 10**9 + 60]), "damaged: "),
+        (lambda h: h["a"].update(shape=[15.0]), "damaged: "),
+        (lambda h: h["a"].update(dtype="I32"), "tensor a: dtype 'I32': must be one of F32, BF16"),
+        (lambda h: h["a"].pop("dtype") and None, "damaged: "),
+        (lambda h: h.update(d=h["a"]), "damaged: "),  # two tensors in the same place
+        (lambda h: h.pop("c") and None, "damaged: "),
         (lambda h: json.dumps(h)[:-1] + ', "a": ' + json.dumps(h["a"]) + "}", "names a twice"),
-        (lambda h: "[1]", "must be a mapping, not list"),
-        (lambda h: "{" * 9, "damaged, not valid JSON"),
+        (lambda h: "[1]", "damaged: "),
+        (lambda h: "{" * 9, "damaged: "),
     ],
 )
 def test_a_header_that_lies_is_refused(folder, change, message):
     rewrite(folder / SINGLE, change)
-    with pytest.raises(DynarouteError, match=message) as caught:
-        Checkpoint(folder)
-    assert str(caught.value).startswith(str(folder / SINGLE))
+    assert refusal(folder).startswith(f"{folder / SINGLE}: {message}")
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
@@ -98,7 +96,7 @@ def test_no_damage_to_a_header_gives_a_place_outside_of_the_file(tmp_path_factor
 @pytest.mark.parametrize("size", [0, 7, 20, -1])
 def test_a_truncated_file_is_refused(folder, size):
     os.truncate(folder / SINGLE, size % (folder / SINGLE).stat().st_size)
-    assert refusal(folder).startswith(f"{folder / SINGLE}: has ")
+    assert refusal(folder).startswith(f"{folder / SINGLE}: damaged: ")
     (folder / SINGLE).unlink()
     assert refusal(folder) == f"{folder / SINGLE}: cannot be read: No such file or directory"
 

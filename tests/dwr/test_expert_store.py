@@ -284,31 +284,21 @@ def test_a_missing_file_is_refused_at_open(tmp_path, name):
         ExpertStore(path)
 
 
-def test_an_expert_of_another_run_is_refused_at_open(tmp_path):
+@pytest.mark.parametrize(("run", "d_ff"), [("fedcba9876543210", 48), (RUN, 64)])
+def test_an_expert_of_another_store_is_refused_at_open(tmp_path, run, d_ff):
     path = export(tmp_path / "store").path
-    other = export(tmp_path / "other", make_model(seed=1), run="fedcba9876543210").path
+    other = export(tmp_path / "other", make_model(d_ff=d_ff), run=run).path
     shutil.copy(other / expert_file(1, 0), path)
-    message = refusal(lambda: ExpertStore(path))
-    assert f"{expert_file(1, 0)}: belongs to run fedcba9876543210, not {RUN}" in message
+    assert f"{expert_file(1, 0)}: belongs to another expert or store" in refusal(lambda: ExpertStore(path))
 
 
-@pytest.mark.parametrize(
-    ("source", "target", "found"), [((0, 1), (0, 2), "expert 1, not 2"), ((0, 1), (1, 1), "layer 0, not 1")]
-)
-def test_an_expert_in_the_place_of_another_is_refused_at_open(tmp_path, source, target, found):
+@pytest.mark.parametrize(("source", "target"), [((0, 1), (0, 2)), ((0, 1), (1, 1))])
+def test_an_expert_in_the_place_of_another_is_refused_at_open(tmp_path, source, target):
     path = export(tmp_path / "store").path
     shutil.copy(path / expert_file(*source), path / expert_file(*target))
-    assert f"{expert_file(*target)}: belongs to {found}" in refusal(lambda: ExpertStore(path))
-
-
-def test_an_expert_of_another_shape_is_refused_at_open(tmp_path):
-    path = export(tmp_path / "store").path
-    other = export(tmp_path / "other", make_model(d_ff=64)).path
-    shutil.copy(other / expert_file(0, 0), path)
-    message = refusal(lambda: ExpertStore(path))
-    assert f"{expert_file(0, 0)}: tensor w1 is " in message
-    assert "[32, 64]" in message
-    assert "[32, 48]" in message
+    assert f"{expert_file(*target)}: belongs to another expert or store, or is damaged" in refusal(
+        lambda: ExpertStore(path)
+    )
 
 
 @pytest.mark.parametrize(

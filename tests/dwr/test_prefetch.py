@@ -5,7 +5,13 @@ import torch
 from small_store import export, make_model, uniform_usage
 
 from dynaroute.dwr.experts.cache import ExpertCache
-from dynaroute.dwr.experts.prefetch import FrequencyPrefetcher, GatePrefetcher, TransitionPrefetcher, make_prefetcher
+from dynaroute.dwr.experts.prefetch import (
+    FrequencyPrefetcher,
+    GatePrefetcher,
+    Prediction,
+    TransitionPrefetcher,
+    make_prefetcher,
+)
 from dynaroute.dwr.experts.store import ExpertStore, export_store
 from dynaroute.dwr.inference import bind_experts, greedy_decode, load_backbone, routers
 
@@ -50,8 +56,12 @@ def decode(store: ExpertStore, prefetcher, backbone) -> ExpertCache:
 def test_without_staleness_every_prediction_is_right(tmp_path, model):
     store = export(tmp_path / "store", model)
     backbone = load_backbone(store)
-    control = GatePrefetcher(routers(backbone), model.config.top_k, ahead=0)
-    found = decode(store, control, backbone).statistics
+
+    class Oracle:
+        def predict(self, layer, state, scores):
+            return Prediction(layer, scores.topk(model.config.top_k).indices.flatten().tolist())
+
+    found = decode(store, Oracle(), backbone).statistics
     assert found.accuracy == 1.0
     assert found.predicted == 16 * 3 * 2  # tokens, layers, top_k
     assert found.prefetched == 0  # what is needed now is no prefetch

@@ -26,7 +26,7 @@ from dynaroute.data.tokens.shards import TokenShards
 from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
 from dynaroute.dwr.experts.policies import make_policy
-from dynaroute.dwr.experts.prefetch import GatePrefetcher, make_prefetcher
+from dynaroute.dwr.experts.prefetch import make_prefetcher
 from dynaroute.dwr.experts.residency import CacheStatistics, nearest_a_third
 from dynaroute.dwr.experts.store import ExpertStore
 from dynaroute.dwr.inference import bind_experts, load_backbone, load_resident, read_text, routers
@@ -58,8 +58,7 @@ class Memory(NamedTuple):
 
     resident: int  # all physical memory of the process, Python and the libraries included
     anonymous: int | None  # allocated: the backbone, resident experts, activations
-    file_backed: int | None  # pages of mapped files: experts of a cache, code of libraries
-    mapped_experts: int | None  # of these, pages of expert files; None: a cache of experts that shows none
+    mapped_experts: int | None  # pages of expert files; None: a cache of experts that shows none
 
 
 def make_cells(settings: BenchmarkCache, num_experts: int) -> tuple[list[Cell], list[Cell]]:
@@ -140,16 +139,6 @@ def sweep(
             passes[cell].append(total[cell])
     progress.close()
     return passes
-
-
-def control_accuracy(store: ExpertStore, text: Tensor, prompt_tokens: int) -> float:
-    """The accuracy of a prefetcher that predicts the router's own choice: it shows that accuracy is counted rightly."""
-    model = load_backbone(store)
-    control = GatePrefetcher(routers(model), store.config.top_k, ahead=0)
-    with ExpertCache(store, store.num_experts, prefetcher=control) as cache:
-        bind_experts(model, cache)
-        result, _ = run_passes(read_text(model, text, prompt_tokens), cache)
-    return result.decode.accuracy
 
 
 def is_exact(logits: Tensor, reference: Tensor, device: str, what: str) -> bool:
@@ -237,8 +226,8 @@ def _measure_memory(
             mapped.append(sum(entry.rss for entry in process.memory_maps() if entry.path in experts))
     resident = max(sample.rss for sample in samples)
     if sys.platform != "linux":
-        return Memory(resident, None, None, None)
+        return Memory(resident, None, None)
     anonymous = max(sample.rss - sample.shared for sample in samples)
     # A cache maps what it holds: zero means that the maps were not recognised, or that weights are decoded copies.
     mapped_experts = max(mapped) if capacity is None else max(mapped) or None
-    return Memory(resident, anonymous, max(sample.shared for sample in samples), mapped_experts)
+    return Memory(resident, anonymous, mapped_experts)

@@ -27,7 +27,6 @@ def measure(soft: Tensor, hard: Tensor, num_heads: int) -> dict[str, float | int
         density_hard: mean hard gate.
         entropy_bits: mean of `gate_entropy`; 1 where a gate is undecided, 0 where it is open or shut.
         dead_heads: how many nodes are mute or deaf, see `mute_and_deaf`.
-        mute_heads, deaf_heads: how many are each.
     """
     num_layers = soft.shape[-1] // num_heads
     valid, distance = dag_mask(num_layers, num_heads), layer_distance(num_layers, num_heads)
@@ -39,8 +38,6 @@ def measure(soft: Tensor, hard: Tensor, num_heads: int) -> dict[str, float | int
         "density_hard": _mean(density(hard, valid)),
         "entropy_bits": _mean(density(gate_entropy(soft), valid)),
         "dead_heads": int((mute | deaf).sum()),
-        "mute_heads": int(mute.sum()),
-        "deaf_heads": int(deaf.sum()),
     }
 
 

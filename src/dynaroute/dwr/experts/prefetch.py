@@ -61,17 +61,14 @@ class TransitionPrefetcher:
 
 
 class GatePrefetcher:
-    """Gate lookahead: the output of a later layer's router for this layer's state.
+    """Gate lookahead: the output of the next layer's router for this layer's state."""
 
-    With `ahead = 0` it predicts the layer's own choice: always right, and a check of how accuracy is counted.
-    """
-
-    def __init__(self, routers: Sequence[Router], m: int, ahead: int = 1) -> None:
-        self._routers, self._m, self._ahead = routers, m, ahead
+    def __init__(self, routers: Sequence[Router], m: int) -> None:
+        self._routers, self._m = routers, m
 
     def predict(self, layer: int, state: Tensor, scores: Tensor) -> Prediction | None:
         """See `Prefetcher`."""
-        target = layer + self._ahead
+        target = layer + 1
         if target >= len(self._routers):
             return None
         probability = self._routers[target](state).softmax(-1, dtype=torch.float32)  # [S, E]
