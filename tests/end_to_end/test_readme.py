@@ -64,7 +64,7 @@ def test_the_text_of_your_own_of_the_readme_is_tokenized(finished, tmp_path):
     for number, path in enumerate(sorted(REPOSITORY.glob("src/dynaroute/**/*.py"))):
         shutil.copyfile(path, texts / f"{number}.txt")
     params = read_yaml(workspace.root / "params.yaml")
-    (entry,) = blocks("yaml")
+    (entry,) = (block for block in blocks("yaml") if block.startswith("corpora:"))
     params["corpora"] |= YAML(typ="safe").load(entry)["corpora"]
     YAML(typ="safe").dump(params, workspace.root / "params.yaml")
     workspace.run("dvc", "repro", "tokenize@mine")

@@ -9,8 +9,9 @@ from tiny_pipeline import VARIANTS
 def test_the_pipeline_writes_every_output_and_its_checks_hold(finished):
     for path in finished.hashes():
         assert (finished.root / path).exists(), path
-    # A few steps need not learn that much.
+    # A few steps on a few windows need not show that much.
     learned = {"validation_loss_is_below_unigram_entropy", "removing_all_head_connections_raises_nll"}
+    learned |= {"optimised_gates_are_better_on_their_own_window"}
     names = [f"data/dwr/{name}/summary" for name in ("train", "export", "cache", "simulation")]
     names += [f"data/dagformer/{name}" for name in ("base", "analysis/P1/topology", "sensitivity/summary")]
     names += [f"data/dagformer/{name}" for own in VARIANTS for name in (f"train/{own}/training", f"eval/{own}/nll")]
