@@ -16,7 +16,8 @@ reason recorded. If dense or ours fails, the whole size is left out.
 
 Candidates take turns. A ratio is the median over rounds of a candidate's time to dense's time in the same round.
 
-The bound by FLOPs is a ratio to dense too: dense has two units of work, mixing three (forward, heads, gates).
+The bounds are ratios to dense too. By FLOPs: dense has two units of work, mixing three (forward, heads, gates). By
+bytes: dense's time, plus the head outputs, inputs and gradients that mixing has to move, at the bandwidth of a copy.
 """
 
 import copy
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from count_step_memory import MemoryCount
-from timing import columns, failure, interleaved, milliseconds, ratios, show
+from timing import columns, failure, interleaved, milliseconds, quartiles, ratios, show
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb
@@ -204,13 +205,44 @@ def step_memory(size: Size, name: str, device: str) -> float:
     return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
-def flop_bound(size: Size) -> float:
-    """The lower bound on forward + backward, as a ratio to dense."""
+def mixing_traffic(layers: int) -> int:
+    """How often mixing in squares reads or writes one layer's head outputs, inputs or their gradients.
+
+    Forward and backward as `dynaroute.dagformer.graph` does them. Temporaries and norms are not counted.
+    """
+    total = 3 * (layers - 1) + (layers - 2)  # outside mixing: heads, inputs, and the gradients of both
+    for n in range(1, layers):
+        size = n & -n
+        sources, targets = size, min(n + size, layers) - n
+        differentiable = n - max(n - size, 1)  # layer 0 depends on no gate
+        total += sources + targets * (1 if n == size else 2)  # the first square of a target only writes
+        total += sources + targets
+        if differentiable:
+            total += targets + differentiable * (1 if n + size >= layers else 2)
+    return total
+
+
+def bounds(size: Size, dense_seconds: float, bytes_per_second: float, item_size: int) -> dict[str, float]:
+    """Lower bounds on forward + backward, as ratios to dense."""
     projections = (2 + 2 * (size.KV or size.H) / size.H) * size.D**2  # of q, k, v and o
     block = projections + 3 * size.D * (size.F or 4 * size.D) + size.D * size.T  # multiply-adds; attention is causal
     dense = 2 * (size.L * block + size.D * size.V)
     mixing = 3 * size.H**2 * size.D * size.L * (size.L - 1) // 2
-    return (dense + mixing) / dense
+    moved = mixing_traffic(size.L) * size.B * size.T * size.H * size.D * item_size  # bytes
+    return {
+        "flop_bound": (dense + mixing) / dense,
+        "squares_mib": moved / MIB,
+        "squares_byte_bound": 1 + moved / bytes_per_second / dense_seconds,
+    }
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second, read and written, of a copy larger than any cache."""
+    # Large enough on a GPU that the 20 us around a copy do not count.
+    source = torch.ones((2048 if device == "cuda" else 256) * MIB // 4, device=device)
+    target = torch.empty_like(source)
+    times = interleaved({"copy": lambda: target.copy_(source)}, ROUNDS, WARM_UP, device, "copy")["copy"]
+    return 2 * source.nbytes / quartiles(times)[0]
 
 
 def speed(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
@@ -218,7 +250,7 @@ def speed(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
     return milliseconds(seconds[name]) | columns("ratio_to_dense", ratios(seconds[name], seconds["dense"]))
 
 
-def measure(size: Size, device: str) -> dict[str, Any]:
+def measure(size: Size, device: str, bytes_per_second: float) -> dict[str, Any]:
     """All results of one size; where dense or ours cannot run, only the reasons."""
     steps = candidates(size, device, size.compiled)
     failed = {
@@ -245,11 +277,13 @@ def measure(size: Size, device: str) -> dict[str, Any]:
     for name, row in found.items():
         if not name.endswith("_compiled"):
             row["forward_backward_peak_mib"] = step_memory(size, name, device)
+    limits = bounds(size, quartiles(both["dense"])[0], bytes_per_second, 2 if device == "cuda" else 4)
     return {
         "size": size.shape(),
         "candidates": found,
         "failed": failed,
-        "bounds": {"flop_bound": flop_bound(size)},
+        "bounds": limits,
+        "fraction_of_byte_bound": limits["squares_byte_bound"] / found["ours"]["forward_backward"]["ratio_to_dense"],
         "largest_difference_to_reference": difference,
     }
 
@@ -259,9 +293,10 @@ def main(settings: Settings) -> None:
     device = settings.device
     require_device(device)
     torch.set_num_threads(settings.num_threads)
+    bytes_per_second = copy_bandwidth(device)
     results = []
     for size in SIZES[device]:
-        result = measure(size, device)
+        result = measure(size, device, bytes_per_second)
         print(result["size"], result["failed"], result.get("bounds"))
         rows = [{"candidate": name} | row["forward_backward"] for name, row in result["candidates"].items()]
         show(rows, "candidate", "milliseconds", "ratio_to_dense")
@@ -272,6 +307,7 @@ def main(settings: Settings) -> None:
     report = {
         "dtype": "bfloat16" if device == "cuda" else "float32",
         "rounds": ROUNDS,
+        "copy_gigabytes_per_second": bytes_per_second / 1e9,
         "results": results,
         "machine": describe_machine(device),
     }

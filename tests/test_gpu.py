@@ -38,6 +38,7 @@ MODULES = {
     benchmark_dag: {
         "SIZES": {"cpu": tuple(benchmark_dag.Size(L=3, H=2, D=16, B=batch, T=8, V=32) for batch in (1, 2))},
         "ROUNDS": 2,
+        "copy_bandwidth": lambda device: 1e9,
     },
     benchmark_dagformer_step: {
         "VOCABULARY": 32,

@@ -1,4 +1,4 @@
-"""The benchmark of the DAG forward: what it compares computes the same, and its bound and records are right."""
+"""The benchmark of the DAG forward: what it compares computes the same, and its bounds and records are right."""
 
 import json
 from dataclasses import replace
@@ -23,10 +23,19 @@ def test_ours_and_the_concatenating_formulation_that_it_is_timed_against_compute
 
 
 def test_the_flop_bounds_are_those_of_the_design():
-    small, large, llama = (benchmark.flop_bound(size) for size in benchmark.SIZES["cpu"])
+    small, large, llama = (
+        benchmark.bounds(size, dense_seconds=1, bytes_per_second=1e10, item_size=4)["flop_bound"]
+        for size in benchmark.SIZES["cpu"]
+    )
     assert small == pytest.approx(1.04, abs=0.005)
     assert large == pytest.approx(1.13, abs=0.005)
     assert llama == pytest.approx(1.22, abs=0.005)
+
+
+def test_squares_move_less_than_layer_by_layer_mixing():
+    for layers in (8, 12, 16):
+        outside = 3 * (layers - 1) + layers - 2
+        assert benchmark.mixing_traffic(layers) < outside + sum(layers + n + 2 for n in range(1, layers))
 
 
 def test_the_largest_gpu_size_is_the_published_1b_model():
@@ -42,6 +51,7 @@ def quick(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(benchmark.SIZES, "cpu", (TINY,))
     monkeypatch.setattr(benchmark, "ROUNDS", 2)
+    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device: 1e9)
 
 
 def test_every_size_is_recorded_with_what_failed(quick, monkeypatch):
@@ -56,6 +66,8 @@ def test_every_size_is_recorded_with_what_failed(quick, monkeypatch):
     assert result["failed"] == {"reference": "OutOfMemoryError: CUDA out of memory."}
     assert list(result["candidates"]) == ["dense", "ours"]
     assert result["largest_difference_to_reference"] is None
+    ours = result["candidates"]["ours"]["forward_backward"]["ratio_to_dense"]
+    assert result["fraction_of_byte_bound"] == pytest.approx(result["bounds"]["squares_byte_bound"] / ours)
 
 
 def test_a_size_that_the_memory_cannot_hold_is_named_and_the_others_are_measured(quick, monkeypatch):
