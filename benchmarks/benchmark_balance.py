@@ -3,7 +3,7 @@
     PYTHONPATH=src python benchmarks/benchmark_balance.py  (dvc repro benchmarks/dvc.yaml:benchmark_balance)
 
 Reads   data/tokens/<corpus of the runs>
-Writes  reports/benchmarks/balance.json  a row for each coefficient and seed; report_dwr_runs shows it
+Writes  reports/benchmarks/balance.json  a row for each coefficient and seed; report_dwr shows it
 """
 
 from typing import Any

@@ -9,7 +9,6 @@ Writes  reports/benchmarks/stability.json   runs, a row for each repetition: see
             as `compare_variants` answers them); changed, the questions whose answer is not the same in all of them
 """
 
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,9 @@ from typing import Any
 from tqdm import tqdm
 
 from dynaroute.config import Settings
-from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import read_record, write_json
 from dynaroute.pipeline.stage import run
+from dynaroute.pipeline.terminal import output_of
 
 SEEDS = (11, 12, 13)  # none is that of a variant: the seed of P1s1 is 1 whatever the global one
 
@@ -39,22 +38,14 @@ def main(settings: Settings) -> None:
 
 def answers(overrides: dict[str, int]) -> list[dict[str, Any]]:
     """The primary questions of a run with some settings of params.yaml replaced."""
-    cache = _output("dvc", "cache", "dir")
+    cache = output_of("dvc", "cache", "dir")
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "copy"
-        _output("git", "clone", "--quiet", "--shared", ".", str(copy))
-        _output("dvc", "cache", "dir", "--local", cache, cwd=copy)
+        output_of("git", "clone", "--quiet", "--shared", ".", str(copy))
+        output_of("dvc", "cache", "dir", "--local", cache, cwd=copy)
         assignments = [f"--set-param={key}={value}" for key, value in overrides.items()]
-        _output("dvc", "exp", "run", *assignments, "compare_variants", cwd=copy)
+        output_of("dvc", "exp", "run", *assignments, "compare_variants", cwd=copy)
         return read_record(copy / "data/dagformer/comparisons.json")["primary"]
-
-
-def _output(*command: str, cwd: Path | None = None) -> str:
-    """What a command prints; its messages are shown."""
-    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise DynarouteError(f"{' '.join(command)} failed with status {done.returncode}")
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

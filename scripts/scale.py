@@ -20,7 +20,7 @@ from pathlib import Path
 from dynaroute.config import read_yaml
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import output_directory
-from dynaroute.pipeline.terminal import program
+from dynaroute.pipeline.terminal import output_of, program
 
 LOCKS = ("dvc.lock", "benchmarks/dvc.lock")
 REFERENCE = Path("reports/reference.yaml")  # read by stages, written by none
@@ -29,20 +29,20 @@ REFERENCE = Path("reports/reference.yaml")  # read by stages, written by none
 def main() -> None:
     """Prepares the worktree, runs DVC there and copies its reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name")
-    parser.add_argument("targets", nargs="*", metavar="TARGET")
+    parser.add_argument("name", help="of a file in params/")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help="DVC targets")
     given = parser.parse_args()
     params = Path("params") / f"{given.name}.yaml"
     if not params.is_file() or given.name == "scales":
         known = sorted({path.stem for path in Path("params").glob("*.yaml")} - {"scales"})
         raise DynarouteError(f"scale {given.name}: there is no {params}; scales: {', '.join(known)}")
-    if output("git", "status", "--porcelain", "src", "stages", "dvc.yaml", "stages/data/dvc.yaml", "benchmarks"):
+    if output_of("git", "status", "--porcelain", "src", "stages", "dvc.yaml", "stages/data/dvc.yaml", "benchmarks"):
         print("uncommitted changes of code are not part of this run: it takes the current commit", file=sys.stderr)
     worktree = Path(".scales") / given.name
     prepare(worktree)
     shutil.copyfile(params, worktree / "params.yaml")
     targets = given.targets or read_yaml("params/scales.yaml").get(given.name, [])
-    output("sh", "scripts/recover.sh", cwd=worktree)
+    output_of("sh", "scripts/recover.sh", cwd=worktree)
     # Beside other work, threads that wait by spinning would stall one another.
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
     command = ["dvc", "repro", "--keep-going", *targets]
@@ -62,15 +62,15 @@ def main() -> None:
 
 def prepare(worktree: Path) -> None:
     """Makes the worktree, or moves it to the current commit and keeps the results it has."""
-    commit = output("git", "rev-parse", "HEAD")
+    commit = output_of("git", "rev-parse", "HEAD")
     if not (worktree / ".git").exists():
-        output("git", "worktree", "prune")
-        output("git", "worktree", "add", "--quiet", "--force", "--detach", str(worktree), commit)
+        output_of("git", "worktree", "prune")
+        output_of("git", "worktree", "add", "--quiet", "--force", "--detach", str(worktree), commit)
         discard_reports(worktree)
-    elif output("git", "rev-parse", "HEAD", cwd=worktree) != commit:
+    elif output_of("git", "rev-parse", "HEAD", cwd=worktree) != commit:
         locks = [path for name in LOCKS if (path := worktree / name).is_file()]
         results = {path: path.read_bytes() for path in [*locks, *reports(worktree)]}
-        output("git", "checkout", "--quiet", "--force", "--detach", commit, cwd=worktree)
+        output_of("git", "checkout", "--quiet", "--force", "--detach", commit, cwd=worktree)
         discard_reports(worktree)
         for path, data in results.items():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def prepare(worktree: Path) -> None:
     Path("inputs").mkdir(exist_ok=True)
     if not (worktree / "inputs").is_symlink():
         (worktree / "inputs").symlink_to(Path("inputs").resolve())
-    output("dvc", "cache", "dir", "--local", output("dvc", "cache", "dir"), cwd=worktree)
+    output_of("dvc", "cache", "dir", "--local", output_of("dvc", "cache", "dir"), cwd=worktree)
 
 
 def reports(worktree: Path) -> list[Path]:
@@ -90,14 +90,6 @@ def discard_reports(worktree: Path) -> None:
     """Removes the pages of the default run and of other scales, so that what is there is of this scale."""
     for path in reports(worktree):
         path.unlink()
-
-
-def output(*command: str, cwd: Path | None = None) -> str:
-    """What a command prints. Raises DynarouteError if it fails; its own message is shown."""
-    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise DynarouteError(f"{' '.join(command)} failed with status {done.returncode}: {done.stdout.strip()}")
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def main(settings: Settings) -> None:
     for name, modules in closures(scripts, Path(".scratch/locate/trees.json")).items():
         write(INPUTS / "code" / f"{name}.json", modules)
     pages = sorted(Path("reports").glob("*/dagformer/primary.csv"))
+    pages = [path for path in pages if path.parts[1] != "smoke"]  # which learns nothing
     write(INPUTS / "scales.json", {path.parts[1]: list(csv.DictReader(path.open(encoding="utf-8"))) for path in pages})
     named = {key: section for corpus in settings.corpora for key, section in sections(settings, corpus).items()}
     for key, section in named.items():

@@ -1,4 +1,4 @@
-"""Ends a program in one line when the user, the disk or the reader of its output is at fault."""
+"""How programs start others, and end in one line when the user, the disk or the reader of their output is at fault."""
 
 import contextlib
 import errno
@@ -6,6 +6,7 @@ import io
 import os
 import select
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,14 @@ def program(name: str) -> Iterator[None]:
             status = status or (CLOSED_PIPE if error.errno == errno.EPIPE else f"{name}: stdout: {error.strerror}")
     if status:
         sys.exit(status)
+
+
+def output_of(*command: str, cwd: Path | None = None) -> str:
+    """What a command prints; its messages are shown. Raises DynarouteError if it fails."""
+    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise DynarouteError(f"{' '.join(command)} failed with status {done.returncode}: {done.stdout.strip()}")
+    return done.stdout.strip()
 
 
 def _a_reader_is_gone() -> bool:
