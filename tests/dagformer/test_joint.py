@@ -32,7 +32,7 @@ def train(scratch, seed=0, **knobs):
     trainer = Trainer(
         model, objective, RandomWindows(0), RandomWindows(1), variant, total_steps=STEPS,
         accelerator=make_accelerator("cpu", "fp32"), seed=variant.seed, scratch=scratch,
-        parameter_groups=model.parameter_groups(variant),
+        parameter_groups=model.parameter_groups(),
     )  # fmt: skip
     with trainer:
         trainer.run()

@@ -137,6 +137,16 @@ def test_multipliers_ascend_the_constraint_on_density_that_the_predictor_descend
     torch.testing.assert_close(ascent, -torch.stack([excess, excess**2]))
 
 
+@pytest.mark.parametrize(("constrained", "target"), [(False, None), (True, 0.4)])
+def test_multipliers_have_a_learning_rate_of_their_own(constrained, target):
+    predictor = make(lr=2e-3, target_density=target)[0]
+    groups = predictor.parameter_groups()
+    found = [id(weight) for group in groups for weight in group["params"]]
+    assert sorted(found) == sorted(map(id, predictor.parameters()))
+    assert [group.get("lr_factor") for group in groups] == [None, None] + [50.0] * constrained
+    assert [group["params"] for group in groups[2:]] == [[predictor.multipliers]] * constrained
+
+
 @pytest.mark.parametrize("knobs", [{"base_lr": 0.01}, {"target_density": 0.5}])
 def test_what_processes_would_not_share_is_trained_by_one(tmp_path, knobs):
     (key,) = knobs

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dynaroute.config.dagformer import Variant
 from dynaroute.dagformer.predictor import StructurePredictor
 from dynaroute.errors import DynarouteError
 from dynaroute.training.schedules import decay_groups
@@ -30,9 +29,10 @@ class JointModel(nn.Module):
         """The adjacency, see `StructurePredictor.forward`."""
         return self.predictor(*arguments)
 
-    def parameter_groups(self, variant: Variant) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of the predictor, and of the base at `base_lr`; in both, only matrices decay."""
+        variant = self.predictor.variant
         base = decay_groups(self.base, variant.weight_decay)
         for group in base:
             group["lr_factor"] = variant.base_lr / variant.lr
-        return decay_groups(self.predictor, variant.weight_decay) + base
+        return self.predictor.parameter_groups() + base

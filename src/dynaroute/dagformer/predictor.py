@@ -6,6 +6,7 @@ It knows nothing of the base, the encoder or the training. Gates and cascade are
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 
 from dynaroute.config.dagformer import Variant
 from dynaroute.dagformer.gates import Mode, cascade, dag_mask, gumbel_sigmoid, logistic_noise
+from dynaroute.training.schedules import decay_groups
 
 # The standard deviation over entries of U V^T at initialisation. Every logit then starts within about 1 of init_logit:
 # at 15 all gates are open, and sigmoid(15 / 5) is the same for all to 1 %.
 INITIAL_SPREAD = 0.1
 GELU_GAIN = 1.5335  # 1 / sqrt(E[gelu(z)^2]) for a standard normal z: keeps the mean square at 1 through a layer
+# Multipliers must reach the slope of the loss over density, a few nats, whatever the learning rate of the weights.
+MULTIPLIER_LR = 0.1
 STATISTICS_ROWS = 2**16  # enough for a mean and a standard deviation; more would only cost memory
 
 
@@ -91,6 +95,16 @@ class StructurePredictor(nn.Module):
         varies = std > 1e-6 * mean.abs()  # the resolution of float32, in which x - mean is taken
         self.embedding_mean.copy_(mean)
         self.embedding_inverse_std.copy_(torch.where(varies, 1 / std, 0))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups: of the weights only matrices decay; multipliers learn at MULTIPLIER_LR."""
+        groups = decay_groups(self, self.variant.weight_decay)
+        if self.multipliers is not None:
+            for group in groups:
+                group["params"] = [weight for weight in group["params"] if weight is not self.multipliers]
+            factor = MULTIPLIER_LR / self.variant.lr
+            groups.append({"params": [self.multipliers], "weight_decay": 0.0, "lr_factor": factor})
+        return groups
 
     @property
     def cascade_k(self) -> float | Tensor:

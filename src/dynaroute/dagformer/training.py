@@ -92,7 +92,7 @@ def make_trainer(
         seed=seed,
         scratch=scratch_folder("train_dagformer", run_id(identity)),
         start=trained,
-        parameter_groups=model.parameter_groups(variant) if joint else None,
+        parameter_groups=model.parameter_groups(),
         remark=lambda history: alarm(history, variant.alarm_steps),
         keep_best=False,  # the result is the weights at the final tau and lambda
     )
