@@ -36,8 +36,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     path = Path(".dvc/tmp/plots.html")
     path.parent.mkdir(exist_ok=True)
-    names = ("vega", "vegaLite", "vegaEmbed")
-    vega = vl_convert.javascript_bundle("".join(f"window.{name} = {name};" for name in names))
+    vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version="5.21")  # DVC's templates are for 5
     path.write_text(PAGE.replace("VEGA", vega), "utf-8")
     output_of("dvc", "config", "--quiet", "--local", "plots.html_template", "tmp/plots.html")
 
