@@ -218,7 +218,7 @@ def test_the_report_can_be_made_of_p1_alone():
         "nll_baseline",
         "nll_P1",
         "hard_density_P1",
-        "learned_difference",
+        "P1_minus_baseline",
         "failed_checks",
     ]
 
