@@ -271,6 +271,23 @@ def test_an_interrupted_export_resumes(tmp_path, monkeypatch):
     assert all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "export" / name).read_bytes() for name in names)
 
 
+def test_an_export_killed_while_it_hashes_keeps_its_files(tmp_path, monkeypatch):
+    folder = save_moe(tmp_path / "model")
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "sha256", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_model(folder, tmp_path / "export", "bf16")
+    monkeypatch.delattr(export_module, "contents")  # no file is written again
+    export_model(folder, tmp_path / "export", "bf16")
+    assert not (tmp_path / "export" / "source.json").exists()
+    assert "source.json" not in json.loads((tmp_path / "export" / "manifest.json").read_text())["files"]
+    HubModel(tmp_path / "export")
+
+
 def test_an_export_is_refused_without_room_and_in_place_of_another(tmp_path, monkeypatch):
     folder = save_moe(tmp_path / "model")
     with pytest.raises(DynarouteError, match=f"--output {folder}: exists"):

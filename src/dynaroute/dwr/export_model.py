@@ -83,9 +83,10 @@ def export_model(folder: Path, output: Path, precision: str) -> None:
             shutil.copyfile(path, partial / path.name)
     weight_map = {tensor: name for name in entries for tensor in entries[name]}
     write_json(partial / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-    (partial / "source.json").unlink()
-    hashes = {path.name: sha256(path) for path in tqdm(sorted(partial.iterdir()), desc="SHA-256", disable=None)}
+    written = sorted(path for path in partial.iterdir() if path.name not in {"source.json", MANIFEST})
+    hashes = {path.name: sha256(path) for path in tqdm(written, desc="SHA-256", disable=None)}
     write_json(partial / MANIFEST, {"precision": precision, "files": hashes})
+    (partial / "source.json").unlink()  # last: without it, the next run would begin anew
     move_directory(partial, output)
 
 
