@@ -89,11 +89,17 @@ def test_a_prompt_is_read_in_waves(tmp_path, monkeypatch):
         assert lengths[14:] == [10, 10, 7] + [1] * 13
 
 
-def test_gate_lookahead_predicts_as_the_next_layers_router(tmp_path):
-    model = HubModel(save_moe(tmp_path))
-    state = torch.randn(5, 32)
-    scores = model.routers()[1](state)
-    assert torch.equal(scores, state @ model.model.model.layers[1].mlp.gate.weight.T)
+@pytest.mark.parametrize("kind", MODELS)
+def test_gate_lookahead_predicts_what_the_next_layers_router_chooses(tmp_path, kind):
+    groups = {"n_group": 2, "topk_method": "group_limited_greedy"} if kind == "deepseek_v2" else {}
+    model = HubModel(save_moe(tmp_path, kind, **groups))
+    gate = list(hub.expert_blocks(model.model).values())[1].gate
+    if kind == "deepseek_v3":
+        gate.e_score_correction_bias.normal_(generator=torch.Generator().manual_seed(1))
+    prefetcher = make_prefetcher("gate", model.store, model.routers(), 5)
+    for state in torch.randn(20, 1, 32, generator=torch.Generator().manual_seed(2)):
+        chosen = gate.forward(state)[2].flatten().tolist()
+        assert {*prefetcher.predict(0, state, None).experts[:2]} == {*chosen}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])

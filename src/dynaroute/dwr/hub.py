@@ -165,8 +165,8 @@ class HubModel:
             block.experts.source = CachedExperts(cache, index)
 
     def routers(self) -> list[Router]:
-        """The router of each layer with experts."""
-        return [lambda state, gate=block.gate: gate.forward(state)[0] for block in self._blocks.values()]
+        """The router of each layer with experts, as scores of which those of the experts it chooses are the highest."""
+        return [lambda state, gate=block.gate: _scores(gate, state) for block in self._blocks.values()]
 
     def start_text(self) -> Forward:
         """A forward pass over a new text, for `sample`; a long prompt is read in waves, with a progress bar."""
@@ -210,6 +210,15 @@ class HubModel:
 
         ids = [token for token in tokenizer.get_vocab().values() if token < self.model.config.vocab_size]
         return Text(encode, decode, stop, torch.tensor(sorted(set(ids))))
+
+
+def _scores(gate: nn.Module, state: Tensor) -> Tensor:
+    """A router's scores [S, E], raised for its own choice, which may also depend on a bias and on groups of experts."""
+    logits, _, chosen = gate.forward(state)
+    bias = getattr(gate, "e_score_correction_bias", None)
+    scores = logits if bias is None else logits.sigmoid() + bias
+    above = 1 + scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True)
+    return scores.scatter_add(1, chosen, above.expand_as(chosen))
 
 
 def _read_config(folder: Path) -> "PretrainedConfig":
