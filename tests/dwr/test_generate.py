@@ -17,6 +17,7 @@ from small_store import make_model, uniform_usage
 from dynaroute.config.data import ByteBPE
 from dynaroute.data.tokens.tokenizers import save_tokenizer
 from dynaroute.dwr import generate
+from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.store import export_store
 
 PROMPT = "the cat sat"
@@ -188,6 +189,27 @@ def test_interactive_prompts_go_on_after_one_that_is_too_long(monkeypatch, capsy
     found = serve(monkeypatch, capsys, moe, text=f"{PROMPT * 60}\n{PROMPT}\n", prompt=("--interactive",))
     assert found.out == alone.out
     assert re.match(r"generate: --prompt: \d+ tokens; the model has 128 positions\n64 tokens in", found.err)
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_interactive_prompts_go_on_after_ctrl_c_within_the_cache(monkeypatch, capsys, moe, call, when):
+    alone, calls, assign = serve(monkeypatch, capsys, moe), [], ExpertCache._assign
+
+    def interrupted(cache, load):
+        calls.append(load)
+        if len(calls) == call and when == "before":
+            raise KeyboardInterrupt
+        slot = assign(cache, load)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return slot
+
+    monkeypatch.setattr(ExpertCache, "_assign", interrupted)
+    arguments = ["--cache", "4", "--prefetch", "gate"]
+    found = serve(monkeypatch, capsys, moe, *arguments, text=f"{PROMPT}\n{PROMPT}\n", prompt=("--interactive",))
+    assert found.out.endswith(alone.out)
+    assert len(calls) > call
 
 
 def test_a_chat_uses_the_models_template(monkeypatch, capsys, moe):

@@ -316,6 +316,8 @@ def generate(arguments: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             print(flush=True)  # ends the unfinished line
             interrupted = True
+        if interrupted and cache is not None:
+            cache.clear()
         statistics = None if cache is None else cache.take_statistics()
         print(summary(output, statistics, store.file_bytes), file=sys.stderr)
         return interrupted
