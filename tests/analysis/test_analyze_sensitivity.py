@@ -87,7 +87,9 @@ def test_a_head_or_layer_pair_is_removed_with_all_its_edges(tree):
 @pytest.mark.parametrize("asked", [2, 99])
 def test_groups_are_removed_from_evenly_chosen_windows_or_all_there_are(tree, monkeypatch, asked):
     seen = []
-    monkeypatch.setattr(stage, "group_removals", lambda graph, windows, documents, *_: seen.extend([windows, documents]))
+    monkeypatch.setattr(
+        stage, "group_removals", lambda graph, windows, documents, *_: seen.extend([windows, documents])
+    )
     stage.main(changed(settings(), analysis={**ANALYSIS, "removal_windows": 99, "group_windows": asked}))
     windows, documents = seen
     of_windows = windows_of_documents(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN)

@@ -184,6 +184,21 @@ def test_prompts_of_a_file_share_a_warm_cache(monkeypatch, capsys, moe, tmp_path
     assert "; 0.0 MiB read;" in second
 
 
+def test_a_profile_is_kept_when_a_later_prompt_is_refused(monkeypatch, capsys, moe, tmp_path):
+    serve(monkeypatch, capsys, moe, "--save-usage", str(tmp_path / "one"))
+    (tmp_path / "prompts").write_text(f"{PROMPT}\n{PROMPT * 60}\n")
+    with pytest.raises(SystemExit, match="--prompt: .* tokens; the model has 128 positions"):
+        serve(
+            monkeypatch,
+            capsys,
+            moe,
+            "--save-usage",
+            str(tmp_path / "two"),
+            prompt=("--prompts", str(tmp_path / "prompts")),
+        )
+    assert (tmp_path / "two").read_text() == (tmp_path / "one").read_text()
+
+
 def test_interactive_prompts_go_on_after_one_that_is_too_long(monkeypatch, capsys, moe):
     alone = serve(monkeypatch, capsys, moe)
     found = serve(monkeypatch, capsys, moe, text=f"{PROMPT * 60}\n{PROMPT}\n", prompt=("--interactive",))

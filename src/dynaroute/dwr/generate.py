@@ -322,18 +322,20 @@ def generate(arguments: argparse.Namespace) -> None:
         print(summary(output, statistics, store.file_bytes), file=sys.stderr)
         return interrupted
 
-    with nullcontext() if cache is None else cache:
-        for prompt in prompts(arguments):
-            try:
-                interrupted = answer(prompt)
-            except DynarouteError as error:
-                if not arguments.interactive:
-                    raise
-                print(f"generate: {error}", file=sys.stderr)
-            if interrupted and not arguments.interactive:
-                break
-    if cache is not None and cache.counter:
-        cache.counter.save(arguments.save_usage)
+    try:
+        with nullcontext() if cache is None else cache:
+            for prompt in prompts(arguments):
+                try:
+                    interrupted = answer(prompt)
+                except DynarouteError as error:
+                    if not arguments.interactive:
+                        raise
+                    print(f"generate: {error}", file=sys.stderr)
+                if interrupted and not arguments.interactive:
+                    break
+    finally:
+        if cache is not None and cache.counter:
+            cache.counter.save(arguments.save_usage)
     if interrupted:
         sys.exit(130)
 
