@@ -187,15 +187,9 @@ def test_prompts_of_a_file_share_a_warm_cache(monkeypatch, capsys, moe, tmp_path
 def test_a_profile_is_kept_when_a_later_prompt_is_refused(monkeypatch, capsys, moe, tmp_path):
     serve(monkeypatch, capsys, moe, "--save-usage", str(tmp_path / "one"))
     (tmp_path / "prompts").write_text(f"{PROMPT}\n{PROMPT * 60}\n")
-    with pytest.raises(SystemExit, match="--prompt: .* tokens; the model has 128 positions"):
-        serve(
-            monkeypatch,
-            capsys,
-            moe,
-            "--save-usage",
-            str(tmp_path / "two"),
-            prompt=("--prompts", str(tmp_path / "prompts")),
-        )
+    prompts = "--prompts", str(tmp_path / "prompts")
+    with pytest.raises(SystemExit, match=r"--prompt: \d+ tokens; the model has 128 positions"):
+        serve(monkeypatch, capsys, moe, "--save-usage", str(tmp_path / "two"), prompt=prompts)
     assert (tmp_path / "two").read_text() == (tmp_path / "one").read_text()
 
 
@@ -225,6 +219,23 @@ def test_interactive_prompts_go_on_after_ctrl_c_within_the_cache(monkeypatch, ca
     found = serve(monkeypatch, capsys, moe, *arguments, text=f"{PROMPT}\n{PROMPT}\n", prompt=("--interactive",))
     assert found.out.endswith(alone.out)
     assert len(calls) > call
+
+
+def test_the_status_is_that_of_the_last_prompt(monkeypatch, capsys, moe):
+    interrupting = iter([True])
+
+    def stream(*arguments):
+        if next(interrupting, False):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "stream", stream)
+    for later in (PROMPT * 60, PROMPT):
+        interrupting = iter([True])
+        serve(monkeypatch, capsys, moe, text=f"{PROMPT}\n{later}\n", prompt=("--interactive",))
+    interrupting = iter([True])
+    with pytest.raises(SystemExit) as caught:
+        serve(monkeypatch, capsys, moe, text=f"{PROMPT}\n", prompt=("--interactive",))
+    assert caught.value.code == 130
 
 
 def test_a_chat_uses_the_models_template(monkeypatch, capsys, moe):

@@ -325,6 +325,7 @@ def generate(arguments: argparse.Namespace) -> None:
     try:
         with nullcontext() if cache is None else cache:
             for prompt in prompts(arguments):
+                interrupted = False
                 try:
                     interrupted = answer(prompt)
                 except DynarouteError as error:
