@@ -193,6 +193,12 @@ def test_a_profile_is_kept_when_a_later_prompt_is_refused(monkeypatch, capsys, m
     assert (tmp_path / "two").read_text() == (tmp_path / "one").read_text()
 
 
+def test_a_line_of_prompts_ends_only_at_a_newline(monkeypatch, capsys, moe, tmp_path):
+    (tmp_path / "prompts").write_bytes("the cat\u2028sat\x0con\r\n\na mat".encode())
+    found = serve(monkeypatch, capsys, moe, "--tokens", "1", prompt=("--prompts", str(tmp_path / "prompts")))
+    assert len(found.err.splitlines()) == 2
+
+
 def test_interactive_prompts_go_on_after_one_that_is_too_long(monkeypatch, capsys, moe):
     alone = serve(monkeypatch, capsys, moe)
     found = serve(monkeypatch, capsys, moe, text=f"{PROMPT * 60}\n{PROMPT}\n", prompt=("--interactive",))

@@ -224,7 +224,7 @@ def prompts(arguments: argparse.Namespace) -> Iterator[str]:
         yield arguments.prompt
     elif arguments.prompts:
         try:
-            lines = Path(arguments.prompts).read_text("utf-8", errors="replace").splitlines()
+            lines = Path(arguments.prompts).read_text("utf-8", errors="replace").split("\n")
         except OSError as error:
             raise DynarouteError(f"--prompts {arguments.prompts}: cannot be read: {error.strerror}") from error
         if not any(line.strip() for line in lines):
