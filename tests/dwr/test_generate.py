@@ -282,6 +282,7 @@ def test_a_stop_token_ends_the_text(monkeypatch, capsys, moe, tmp_path):
         (["--prefetch", "gate"], "--prefetch: needs --cache N"),
         (["--per-layer"], "--per-layer: needs --cache N"),
         (["--lookahead", "2"], "--lookahead: needs --cache N"),
+        (["--lookahead", "0"], "--lookahead 0: must be positive"),
         (["--cache", "2", "--lookahead", "2"], "--lookahead: needs --prefetch frequency"),
         (["--prompt", PROMPT * 30], r"--prompt: \d+ tokens; the model has 48 positions"),
         (["--store", "nowhere"], "nowhere/manifest.json: cannot be read"),

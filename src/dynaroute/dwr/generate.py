@@ -108,6 +108,7 @@ def check(arguments: argparse.Namespace) -> None:
     temperature, (coldest, hottest) = arguments.temperature, TEMPERATURES
     for name, holds, allowed in (
         ("tokens", arguments.tokens > 0, "must be positive"),
+        ("lookahead", arguments.lookahead is None or arguments.lookahead > 0, "must be positive"),
         ("threads", 0 < arguments.threads <= MAX_THREADS, f"must be 1 to {MAX_THREADS}"),
         (
             "temperature",
@@ -185,7 +186,7 @@ def make_cache(arguments: argparse.Namespace, served: Served) -> ExpertCache | N
         return None
     if arguments.lookahead and arguments.prefetch in (None, "none"):
         raise DynarouteError("--lookahead: needs --prefetch frequency, transition or gate")
-    if arguments.lookahead is not None and not 0 < arguments.lookahead <= config.num_experts:
+    if arguments.lookahead and arguments.lookahead > config.num_experts:
         raise DynarouteError(f"--lookahead {arguments.lookahead}: must be 1 to {config.num_experts}")
     if arguments.cache is not None and arguments.cache > store.num_experts:
         raise DynarouteError(f"--cache {arguments.cache}: the model has {store.num_experts} experts in all")
