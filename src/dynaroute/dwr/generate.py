@@ -3,9 +3,10 @@
     python -m dynaroute.dwr.generate --store data/dwr/expert_store --prompt "The function returns" --cache 11
     python -m dynaroute.dwr.generate --model allenai/OLMoE-1B-7B-0924 --revision COMMIT --memory 4GiB --prompt "The"
 
-A model is an expert store, or a checkpoint of transformers (OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 and -V3)
-in a folder or on the hub, whose own shards are read. `--memory` bounds its experts, pages of their files included; the
-rest of the model and the keys and values of the text come on top, and what a pass over 128 tokens needs.
+A model is an expert store, or a checkpoint of transformers in a folder or on the hub, whose own shards are read (OLMoE,
+Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, and DeepSeek-V3 in bf16: it is published in fp8). `--memory` bounds its
+experts, pages of their files included; the rest of the model and the keys and values of the text come on top, and what
+a pass over 128 tokens needs.
 
 Prints the text to stdout as it is generated, and a summary of what the cache did to stderr. Greedy text
 (`--temperature 0`, the default) and text sampled with a seed are the same at every cache size, with every policy and
