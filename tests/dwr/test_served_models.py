@@ -124,6 +124,14 @@ def edit_config(folder: Path, **changes) -> None:
             "model_type = 'gpt_oss': supported are deepseek_v2, deepseek_v3, mixtral,",
         ),
         ({"model_type": None}, "model_type = None: supported are"),
+        ({"model_type": []}, r"config.json: model_type = \[\]: supported are"),
+        ({"hidden_act": "tilu"}, "config.json: hidden_act = 'tilu': must be one of gelu, "),
+        (
+            {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+            "config.json: rope_type = 'spiral': must be one of default,",
+        ),
+        ({"num_experts_per_tok": 9}, "config.json: num_experts_per_tok = 9: must be 1 to 8, the experts of a layer"),
+        ({"num_experts_per_tok": 0}, "config.json: num_experts_per_tok = 0: must be 1 to 8"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: the weights must be fp32, bf16 or"),
         ({"num_experts": 9}, r"no file has the tensor model.layers.0.mlp.experts.8.gate_proj.weight"),
         ({"vocab_size": 301}, r"embed_tokens.weight is \[300, 32\], not \[301, 32\] as config.json says"),
@@ -301,6 +309,26 @@ def test_an_export_is_refused_without_room_and_in_place_of_another(tmp_path, mon
     monkeypatch.setattr(export_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(DynarouteError, match=r"export: 0.00 GiB are needed, 0.00 GiB are free"):
         export_model(folder, tmp_path / "export", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], r"files = \[\]: must be the SHA-256 of each file"),
+        ({"../m/config.json": "0" * 64}, "files names '../m/config.json': must be the name of a file beside it"),
+        ({"..": "0" * 64}, "files names '..': must be the name of a file beside it"),
+        ({"a\nb": "0" * 64}, r"files names 'a\\nb': must be the name of a file beside it"),
+        ({"config.json": None}, "files.config.json = None: must be a SHA-256"),
+        ({"config.json": "0"}, "files.config.json = '0': must be a SHA-256"),
+        (None, "lacks 'files'"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused(tmp_path, files, message):
+    folder = save_moe(tmp_path / "m")
+    (folder / "manifest.json").write_text(json.dumps({} if files is None else {"files": files}))
+    with pytest.raises(DynarouteError, match=f"manifest.json: {message}") as caught:
+        HubModel(folder)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("file", ["expert_layer1_id2.safetensors", "backbone.safetensors", "config.json"])

@@ -83,7 +83,7 @@ def open_checkpoint(folder: Path) -> tuple["PreTrainedModel", CheckpointStore]:
     """
     config = _read_config(folder)
     layout, checkpoint = LAYOUTS[config.model_type], Checkpoint(folder)
-    model = _build(config)
+    model = _load(folder, "model", lambda *_, **__: _build(config))
     names = [
         [
             [f"{start}.{expert}.{part}.{kind}" for kind in KINDS for part in layout.parts]
@@ -96,8 +96,10 @@ def open_checkpoint(folder: Path) -> tuple["PreTrainedModel", CheckpointStore]:
         raise DynarouteError(f"{folder / 'config.json'}: no layer of the model has experts")
     if names[0][0][-1] not in checkpoint.places:  # no scales: the experts are not quantized
         names = [[parts[: len(layout.parts)] for parts in layer] for layer in names]
-    manifest = folder / MANIFEST
-    hashes = read_record(manifest)["files"] if manifest.exists() else {}
+    if config.num_experts_per_tok not in range(1, len(names[0]) + 1):
+        found = f"num_experts_per_tok = {config.num_experts_per_tok}"
+        raise DynarouteError(f"{folder / 'config.json'}: {found}: must be 1 to {len(names[0])}, the experts of a layer")
+    hashes = _read_hashes(folder)
     store = CheckpointStore(checkpoint, names, config.num_experts_per_tok, hashes)
     for name in hashes.keys() - store.files():
         if sha256(folder / name) != hashes[name]:
@@ -224,13 +226,40 @@ def _scores(gate: nn.Module, state: Tensor) -> Tensor:
 def _read_config(folder: Path) -> "PretrainedConfig":
     path = folder / "config.json"
     config = read_record(path)
-    if (kind := config.get("model_type")) not in LAYOUTS:
-        raise DynarouteError(f"{path}: model_type = {kind!r}: supported are {', '.join(LAYOUTS)}")
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in LAYOUTS:
+        raise DynarouteError(f"{path}: model_type = {kind!r:.80}: supported are {', '.join(LAYOUTS)}")
     if config.get("quantization_config"):
         raise DynarouteError(f"{path}: quantization_config: the weights must be fp32, bf16 or fp16, not quantized")
     from transformers import AutoConfig
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    return _load(folder, "config.json", AutoConfig.from_pretrained)
+    config = _load(folder, "config.json", AutoConfig.from_pretrained)
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    for key, value, allowed in (
+        ("hidden_act", config.hidden_act, sorted(ACT2FN)),
+        ("rope_type", rope, sorted({"default", *ROPE_INIT_FUNCTIONS})),
+    ):
+        if value not in allowed:
+            raise DynarouteError(f"{path}: {key} = {value!r:.80}: must be one of {', '.join(allowed)}")
+    return config
+
+
+def _read_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of the files of an export, by its manifest; none without one."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return {}
+    hashes, present = read_record(path)["files"], {file.name for file in folder.iterdir()}
+    if not isinstance(hashes, dict):
+        raise DynarouteError(f"{path}: files = {hashes!r:.80}: must be the SHA-256 of each file by its name")
+    for name, digest in hashes.items():
+        if name not in present:
+            raise DynarouteError(f"{path}: files names {name!r:.80}: must be the name of a file beside it")
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise DynarouteError(f"{path}: files.{name} = {digest!r:.80}: must be a SHA-256, 64 hexadecimal digits")
+    return hashes
 
 
 def _load(folder: Path, what: str, load: Callable[..., Any]) -> Any:
