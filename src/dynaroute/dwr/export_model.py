@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynaroute.dwr.experts.checkpoint import INDEX, CheckpointStore
-from dynaroute.dwr.experts.precision import DTYPES, TensorEntry
+from dynaroute.dwr.experts.precision import DTYPES, TensorEntry, to_int8
 from dynaroute.dwr.experts.store import BACKBONE, MANIFEST, expert_file, safetensors_header
 from dynaroute.dwr.hub import locate_checkpoint, open_checkpoint
 from dynaroute.errors import DynarouteError
@@ -116,8 +116,8 @@ def contents(store: CheckpointStore, file: str, entries: dict[str, TensorEntry],
             dtype = place.dtype if file == BACKBONE or precision != "int8" else torch.float32
             store.checkpoint.read(name, tensor := torch.empty(place.shape, dtype=dtype))
             if file != BACKBONE and precision == "int8":
-                scales.append(tensor.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127)
-                tensor = (tensor / scales[-1][:, None]).round()
+                tensor, scale = to_int8(tensor, 1)
+                scales.append(scale)
             yield tensor.to(DTYPES[entries[name].dtype])
     yield from scales
 
