@@ -214,15 +214,6 @@ class HubModel:
         return Text(encode, decode, stop, torch.tensor(sorted(set(ids))))
 
 
-def _scores(gate: nn.Module, state: Tensor) -> Tensor:
-    """A router's scores [S, E], raised for its own choice, which may also depend on a bias and on groups of experts."""
-    logits, _, chosen = gate.forward(state)
-    bias = getattr(gate, "e_score_correction_bias", None)
-    scores = logits if bias is None else logits.sigmoid() + bias
-    above = 1 + scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True)
-    return scores.scatter_add(1, chosen, above.expand_as(chosen))
-
-
 def _read_config(folder: Path) -> "PretrainedConfig":
     path = folder / "config.json"
     config = read_record(path)
@@ -279,6 +270,15 @@ def _build(config: "PretrainedConfig") -> "PreTrainedModel":
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation=IMPLEMENTATION
         )
+
+
+def _scores(gate: nn.Module, state: Tensor) -> Tensor:
+    """A router's scores [S, E], raised for its own choice, which may also depend on a bias and on groups of experts."""
+    logits, _, chosen = gate.forward(state)
+    bias = getattr(gate, "e_score_correction_bias", None)
+    scores = logits if bias is None else logits.sigmoid() + bias
+    above = 1 + scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True)
+    return scores.scatter_add(1, chosen, above.expand_as(chosen))
 
 
 def run_experts(module: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
