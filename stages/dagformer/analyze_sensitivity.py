@@ -35,7 +35,7 @@ from dynaroute.dagformer.graph import DagForward
 from dynaroute.dagformer.windows import variant_windows
 from dynaroute.data.tokens.documents import followed_windows, halves, windows_of_documents
 from dynaroute.data.tokens.shards import TokenShards, Windows
-from dynaroute.data.tokens.windows import Subset
+from dynaroute.data.tokens.windows import Subset, evenly_spaced
 from dynaroute.pipeline.artifacts import output_directory, sha256, write_csv, write_json
 from dynaroute.pipeline.stage import run
 
@@ -59,8 +59,8 @@ def main(settings: Settings) -> None:
     ranked_by, scored_by = documents[ranked.indices], documents[scored.indices]
     mean_gradient = document_means(gradients, ranked_by).mean(0)
     removed = removals(graph, scored, scored_by, mean_gradient, analysis, settings.seed)
-    some = Subset(windows, scored.indices[:: len(scored) // analysis.group_windows][: analysis.group_windows])
-    groups = group_removals(graph, some, documents[some.indices], mean_gradient, analysis.group_removals)
+    some = evenly_spaced(scored, min(analysis.group_windows, len(scored)), "analysis.group_windows")
+    groups = group_removals(graph, some, scored_by[some.indices], mean_gradient, analysis.group_removals)
     gates = optimise_gates(graph, Subset(windows, followed), analysis.oracle_steps, analysis.oracle_lr)
     closed = 1 - float(gates[:, dag_mask(graph.num_layers, graph.num_heads)].mean())
     oracle = score_oracle(graph, windows, followed, documents, gates)

@@ -38,14 +38,13 @@ def main(settings: Settings) -> None:
     tokens_folder = Path("data/tokens") / settings.dwr.corpus
     windows = Windows(TokenShards(tokens_folder, "validation"), trained.config.max_seq_len, keep_tail=True)
     num_windows = min(export.calibration_windows, len(windows))
-    experts = record_routing(
-        trained, evenly_spaced(windows, num_windows, "export_experts.calibration_windows"), identifier
-    ).experts
+    calibration = evenly_spaced(windows, num_windows, "export_experts.calibration_windows")
+    experts = record_routing(trained, calibration, identifier).experts
     usage = Usage(
         load=read_expert_load(ROUTER, trained.config),
         transitions=count_transitions(experts, trained.config.num_experts),
     )
-    precisions = compare_precisions(trained, windows, range(num_windows))
+    precisions = compare_precisions(trained, calibration)
     export_store(trained, identifier, usage, STORE, export.precision, tokens_folder / "tokenizer")
 
     store = ExpertStore(STORE)

@@ -84,6 +84,22 @@ def test_a_head_or_layer_pair_is_removed_with_all_its_edges(tree):
             assert row["mean"] == pytest.approx((nll[0] - nll[1]).mean(), abs=1e-6)
 
 
+@pytest.mark.parametrize("asked", [2, 99])
+def test_groups_are_removed_from_evenly_chosen_windows_or_all_there_are(tree, monkeypatch, asked):
+    seen = []
+    monkeypatch.setattr(
+        stage, "group_removals", lambda graph, windows, documents, *_: seen.extend([windows, documents])
+    )
+    stage.main(changed(settings(), analysis={**ANALYSIS, "removal_windows": 99, "group_windows": asked}))
+    windows, documents = seen
+    of_windows = windows_of_documents(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN)
+    scored = halves(of_windows, (ANALYSIS["gradient_windows"], 99))[1]
+    assert 2 < len(scored) < 99
+    used = scored if asked == 99 else [scored[0], scored[len(scored) // 2]]
+    assert [windows.windows.indices[index] for index in windows.indices] == used
+    assert documents.tolist() == of_windows[used].tolist()
+
+
 def scored_windows() -> list[int]:
     documents = windows_of_documents(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN)
     return halves(documents, SIZES)[1]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from plain_lru import lru_hit_rate
-from small_settings import default_settings
+from small_settings import changed, default_settings
 from small_store import RUN, export, make_model, uniform_usage
 
 from dynaroute.analysis import cache_benchmark as benchmark
@@ -222,6 +222,17 @@ def test_a_store_that_is_not_the_model_stops_the_export(trained, monkeypatch):
     monkeypatch.setattr(module, "export_store", export_another)
     with pytest.raises(DynarouteError, match="failed: reassembled_weights"):
         module.main(tiny_settings())
+
+
+def test_precisions_are_compared_on_the_calibration_windows(trained, monkeypatch):
+    module, seen = stage("export_experts"), []
+    for name in ("record_routing", "compare_precisions"):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, call=original: seen.append(given[1]) or call(*given))
+    module.main(changed(tiny_settings(), export_experts={"calibration_windows": 2}))
+    routed, compared = seen
+    assert compared is routed
+    assert compared.indices == [0, len(compared.windows) // 2]
 
 
 @pytest.mark.parametrize(

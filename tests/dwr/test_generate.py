@@ -17,6 +17,7 @@ from small_store import make_model, uniform_usage
 from dynaroute.config.data import ByteBPE
 from dynaroute.data.tokens.tokenizers import save_tokenizer
 from dynaroute.dwr import generate
+from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.store import export_store
 
 PROMPT = "the cat sat"
@@ -183,11 +184,64 @@ def test_prompts_of_a_file_share_a_warm_cache(monkeypatch, capsys, moe, tmp_path
     assert "; 0.0 MiB read;" in second
 
 
+def test_a_profile_is_kept_when_a_later_prompt_is_refused(monkeypatch, capsys, moe, tmp_path):
+    serve(monkeypatch, capsys, moe, "--save-usage", str(tmp_path / "one"))
+    (tmp_path / "prompts").write_text(f"{PROMPT}\n{PROMPT * 60}\n")
+    prompts = "--prompts", str(tmp_path / "prompts")
+    with pytest.raises(SystemExit, match=r"--prompt: \d+ tokens; the model has 128 positions"):
+        serve(monkeypatch, capsys, moe, "--save-usage", str(tmp_path / "two"), prompt=prompts)
+    assert (tmp_path / "two").read_text() == (tmp_path / "one").read_text()
+
+
+def test_a_line_of_prompts_ends_only_at_a_newline(monkeypatch, capsys, moe, tmp_path):
+    (tmp_path / "prompts").write_bytes("the cat\u2028sat\x0con\r\n\na mat".encode())
+    found = serve(monkeypatch, capsys, moe, "--tokens", "1", prompt=("--prompts", str(tmp_path / "prompts")))
+    assert len(found.err.splitlines()) == 2
+
+
 def test_interactive_prompts_go_on_after_one_that_is_too_long(monkeypatch, capsys, moe):
     alone = serve(monkeypatch, capsys, moe)
     found = serve(monkeypatch, capsys, moe, text=f"{PROMPT * 60}\n{PROMPT}\n", prompt=("--interactive",))
     assert found.out == alone.out
     assert re.match(r"generate: --prompt: \d+ tokens; the model has 128 positions\n64 tokens in", found.err)
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_interactive_prompts_go_on_after_ctrl_c_within_the_cache(monkeypatch, capsys, moe, call, when):
+    alone, calls, assign = serve(monkeypatch, capsys, moe), [], ExpertCache._assign
+
+    def interrupted(cache, load):
+        calls.append(load)
+        if len(calls) == call and when == "before":
+            raise KeyboardInterrupt
+        slot = assign(cache, load)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return slot
+
+    monkeypatch.setattr(ExpertCache, "_assign", interrupted)
+    arguments = ["--cache", "4", "--prefetch", "gate"]
+    found = serve(monkeypatch, capsys, moe, *arguments, text=f"{PROMPT}\n{PROMPT}\n", prompt=("--interactive",))
+    assert found.out.endswith(alone.out)
+    assert len(calls) > call
+
+
+def test_the_status_is_that_of_the_last_prompt(monkeypatch, capsys, moe):
+    interrupting = iter([True])
+
+    def stream(*arguments):
+        if next(interrupting, False):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "stream", stream)
+    for later in (PROMPT * 60, PROMPT):
+        interrupting = iter([True])
+        serve(monkeypatch, capsys, moe, text=f"{PROMPT}\n{later}\n", prompt=("--interactive",))
+    interrupting = iter([True])
+    with pytest.raises(SystemExit) as caught:
+        serve(monkeypatch, capsys, moe, text=f"{PROMPT}\n", prompt=("--interactive",))
+    assert caught.value.code == 130
 
 
 def test_a_chat_uses_the_models_template(monkeypatch, capsys, moe):
@@ -223,6 +277,7 @@ def test_a_stop_token_ends_the_text(monkeypatch, capsys, moe, tmp_path):
         (["--seed", "-1"], "--seed -1: must be 0 to"),
         (["--threads", "100000"], "--threads 100000: must be 1 to 1024"),
         (["--tokens", "0"], "--tokens 0: must be positive"),
+        (["--lookahead", "0"], "--lookahead 0: must be positive"),
         (["--cache", "2", "--prefetch", "gate", "--lookahead", "9"], "--lookahead 9: must be 1 to 5"),
         (["--policy", "lru"], "--policy: needs --cache N or --memory SIZE"),
         (["--prefetch", "gate"], "--prefetch: needs --cache N"),

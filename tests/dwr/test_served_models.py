@@ -89,11 +89,17 @@ def test_a_prompt_is_read_in_waves(tmp_path, monkeypatch):
         assert lengths[14:] == [10, 10, 7] + [1] * 13
 
 
-def test_gate_lookahead_predicts_as_the_next_layers_router(tmp_path):
-    model = HubModel(save_moe(tmp_path))
-    state = torch.randn(5, 32)
-    scores = model.routers()[1](state)
-    assert torch.equal(scores, state @ model.model.model.layers[1].mlp.gate.weight.T)
+@pytest.mark.parametrize("kind", MODELS)
+def test_gate_lookahead_predicts_what_the_next_layers_router_chooses(tmp_path, kind):
+    groups = {"n_group": 2, "topk_method": "group_limited_greedy"} if kind == "deepseek_v2" else {}
+    model = HubModel(save_moe(tmp_path, kind, **groups))
+    gate = list(hub.expert_blocks(model.model).values())[1].gate
+    if kind == "deepseek_v3":
+        gate.e_score_correction_bias.normal_(generator=torch.Generator().manual_seed(1))
+    prefetcher = make_prefetcher("gate", model.store, model.routers(), 5)
+    for state in torch.randn(20, 1, 32, generator=torch.Generator().manual_seed(2)):
+        chosen = gate.forward(state)[2].flatten().tolist()
+        assert {*prefetcher.predict(0, state, None).experts[:2]} == {*chosen}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
@@ -118,6 +124,14 @@ def edit_config(folder: Path, **changes) -> None:
             "model_type = 'gpt_oss': supported are deepseek_v2, deepseek_v3, mixtral,",
         ),
         ({"model_type": None}, "model_type = None: supported are"),
+        ({"model_type": []}, r"config.json: model_type = \[\]: supported are"),
+        ({"hidden_act": "tilu"}, "config.json: hidden_act = 'tilu': must be one of gelu, "),
+        (
+            {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+            "config.json: rope_type = 'spiral': must be one of default,",
+        ),
+        ({"num_experts_per_tok": 9}, "config.json: num_experts_per_tok = 9: must be 1 to 8, the experts of a layer"),
+        ({"num_experts_per_tok": 0}, "config.json: num_experts_per_tok = 0: must be 1 to 8"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: the weights must be fp32, bf16 or"),
         ({"num_experts": 9}, r"no file has the tensor model.layers.0.mlp.experts.8.gate_proj.weight"),
         ({"vocab_size": 301}, r"embed_tokens.weight is \[300, 32\], not \[301, 32\] as config.json says"),
@@ -271,6 +285,23 @@ def test_an_interrupted_export_resumes(tmp_path, monkeypatch):
     assert all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "export" / name).read_bytes() for name in names)
 
 
+def test_an_export_killed_while_it_hashes_keeps_its_files(tmp_path, monkeypatch):
+    folder = save_moe(tmp_path / "model")
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "sha256", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_model(folder, tmp_path / "export", "bf16")
+    monkeypatch.delattr(export_module, "contents")  # no file is written again
+    export_model(folder, tmp_path / "export", "bf16")
+    assert not (tmp_path / "export" / "source.json").exists()
+    assert "source.json" not in json.loads((tmp_path / "export" / "manifest.json").read_text())["files"]
+    HubModel(tmp_path / "export")
+
+
 def test_an_export_is_refused_without_room_and_in_place_of_another(tmp_path, monkeypatch):
     folder = save_moe(tmp_path / "model")
     with pytest.raises(DynarouteError, match=f"--output {folder}: exists"):
@@ -278,6 +309,26 @@ def test_an_export_is_refused_without_room_and_in_place_of_another(tmp_path, mon
     monkeypatch.setattr(export_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(DynarouteError, match=r"export: 0.00 GiB are needed, 0.00 GiB are free"):
         export_model(folder, tmp_path / "export", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], r"files = \[\]: must be the SHA-256 of each file"),
+        ({"../m/config.json": "0" * 64}, "files names '../m/config.json': must be the name of a file beside it"),
+        ({"..": "0" * 64}, "files names '..': must be the name of a file beside it"),
+        ({"a\nb": "0" * 64}, r"files names 'a\\nb': must be the name of a file beside it"),
+        ({"config.json": None}, "files.config.json = None: must be a SHA-256"),
+        ({"config.json": "0"}, "files.config.json = '0': must be a SHA-256"),
+        (None, "lacks 'files'"),
+    ],
+)
+def test_a_manifest_that_lies_is_refused(tmp_path, files, message):
+    folder = save_moe(tmp_path / "m")
+    (folder / "manifest.json").write_text(json.dumps({} if files is None else {"files": files}))
+    with pytest.raises(DynarouteError, match=f"manifest.json: {message}") as caught:
+        HubModel(folder)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("file", ["expert_layer1_id2.safetensors", "backbone.safetensors", "config.json"])

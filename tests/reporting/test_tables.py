@@ -27,6 +27,7 @@ def test_perplexity_has_four_digits():
 
 def test_durations():
     assert [tables.duration(s) for s in (0.0456, 1.25, 600, 36_000)] == ["45.6 ms", "1.2 s", "10.0 min", "10.0 h"]
+    assert [tables.duration(s) for s in (0.9994, 0.9996)] == ["999 ms", "1.0 s"]
 
 
 def test_a_count_agrees_with_its_noun():

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dynaroute.dwr.experts.checkpoint import INDEX, CheckpointStore
-from dynaroute.dwr.experts.precision import DTYPES, TensorEntry
+from dynaroute.dwr.experts.precision import DTYPES, TensorEntry, to_int8
 from dynaroute.dwr.experts.store import BACKBONE, MANIFEST, expert_file, safetensors_header
 from dynaroute.dwr.hub import locate_checkpoint, open_checkpoint
 from dynaroute.errors import DynarouteError
@@ -83,9 +83,10 @@ def export_model(folder: Path, output: Path, precision: str) -> None:
             shutil.copyfile(path, partial / path.name)
     weight_map = {tensor: name for name in entries for tensor in entries[name]}
     write_json(partial / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-    (partial / "source.json").unlink()
-    hashes = {path.name: sha256(path) for path in tqdm(sorted(partial.iterdir()), desc="SHA-256", disable=None)}
+    written = sorted(path for path in partial.iterdir() if path.name not in {"source.json", MANIFEST})
+    hashes = {path.name: sha256(path) for path in tqdm(written, desc="SHA-256", disable=None)}
     write_json(partial / MANIFEST, {"precision": precision, "files": hashes})
+    (partial / "source.json").unlink()  # last: without it, the next run would begin anew
     move_directory(partial, output)
 
 
@@ -115,8 +116,8 @@ def contents(store: CheckpointStore, file: str, entries: dict[str, TensorEntry],
             dtype = place.dtype if file == BACKBONE or precision != "int8" else torch.float32
             store.checkpoint.read(name, tensor := torch.empty(place.shape, dtype=dtype))
             if file != BACKBONE and precision == "int8":
-                scales.append(tensor.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127)
-                tensor = (tensor / scales[-1][:, None]).round()
+                tensor, scale = to_int8(tensor, 1)
+                scales.append(scale)
             yield tensor.to(DTYPES[entries[name].dtype])
     yield from scales
 

@@ -3,9 +3,10 @@
     python -m dynaroute.dwr.generate --store data/dwr/expert_store --prompt "The function returns" --cache 11
     python -m dynaroute.dwr.generate --model allenai/OLMoE-1B-7B-0924 --revision COMMIT --memory 4GiB --prompt "The"
 
-A model is an expert store, or a checkpoint of transformers (OLMoE, Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2 and -V3)
-in a folder or on the hub, whose own shards are read. `--memory` bounds its experts, pages of their files included; the
-rest of the model and the keys and values of the text come on top, and what a pass over 128 tokens needs.
+A model is an expert store, or a checkpoint of transformers in a folder or on the hub, whose own shards are read (OLMoE,
+Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek-V2, and DeepSeek-V3 in bf16: it is published in fp8). `--memory` bounds its
+experts, pages of their files included; the rest of the model and the keys and values of the text come on top, and what
+a pass over 128 tokens needs.
 
 Prints the text to stdout as it is generated, and a summary of what the cache did to stderr. Greedy text
 (`--temperature 0`, the default) and text sampled with a seed are the same at every cache size, with every policy and
@@ -108,6 +109,7 @@ def check(arguments: argparse.Namespace) -> None:
     temperature, (coldest, hottest) = arguments.temperature, TEMPERATURES
     for name, holds, allowed in (
         ("tokens", arguments.tokens > 0, "must be positive"),
+        ("lookahead", arguments.lookahead is None or arguments.lookahead > 0, "must be positive"),
         ("threads", 0 < arguments.threads <= MAX_THREADS, f"must be 1 to {MAX_THREADS}"),
         (
             "temperature",
@@ -185,7 +187,7 @@ def make_cache(arguments: argparse.Namespace, served: Served) -> ExpertCache | N
         return None
     if arguments.lookahead and arguments.prefetch in (None, "none"):
         raise DynarouteError("--lookahead: needs --prefetch frequency, transition or gate")
-    if arguments.lookahead is not None and not 0 < arguments.lookahead <= config.num_experts:
+    if arguments.lookahead and arguments.lookahead > config.num_experts:
         raise DynarouteError(f"--lookahead {arguments.lookahead}: must be 1 to {config.num_experts}")
     if arguments.cache is not None and arguments.cache > store.num_experts:
         raise DynarouteError(f"--cache {arguments.cache}: the model has {store.num_experts} experts in all")
@@ -224,7 +226,7 @@ def prompts(arguments: argparse.Namespace) -> Iterator[str]:
         yield arguments.prompt
     elif arguments.prompts:
         try:
-            lines = Path(arguments.prompts).read_text("utf-8", errors="replace").splitlines()
+            lines = Path(arguments.prompts).read_text("utf-8", errors="replace").split("\n")
         except OSError as error:
             raise DynarouteError(f"--prompts {arguments.prompts}: cannot be read: {error.strerror}") from error
         if not any(line.strip() for line in lines):
@@ -316,22 +318,27 @@ def generate(arguments: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             print(flush=True)  # ends the unfinished line
             interrupted = True
+        if interrupted and cache is not None:
+            cache.clear()
         statistics = None if cache is None else cache.take_statistics()
         print(summary(output, statistics, store.file_bytes), file=sys.stderr)
         return interrupted
 
-    with nullcontext() if cache is None else cache:
-        for prompt in prompts(arguments):
-            try:
-                interrupted = answer(prompt)
-            except DynarouteError as error:
-                if not arguments.interactive:
-                    raise
-                print(f"generate: {error}", file=sys.stderr)
-            if interrupted and not arguments.interactive:
-                break
-    if cache is not None and cache.counter:
-        cache.counter.save(arguments.save_usage)
+    try:
+        with nullcontext() if cache is None else cache:
+            for prompt in prompts(arguments):
+                interrupted = False
+                try:
+                    interrupted = answer(prompt)
+                except DynarouteError as error:
+                    if not arguments.interactive:
+                        raise
+                    print(f"generate: {error}", file=sys.stderr)
+                if interrupted and not arguments.interactive:
+                    break
+    finally:
+        if cache is not None and cache.counter:
+            cache.counter.save(arguments.save_usage)
     if interrupted:
         sys.exit(130)
 

@@ -83,7 +83,7 @@ def open_checkpoint(folder: Path) -> tuple["PreTrainedModel", CheckpointStore]:
     """
     config = _read_config(folder)
     layout, checkpoint = LAYOUTS[config.model_type], Checkpoint(folder)
-    model = _build(config)
+    model = _load(folder, "model", lambda *_, **__: _build(config))
     names = [
         [
             [f"{start}.{expert}.{part}.{kind}" for kind in KINDS for part in layout.parts]
@@ -96,8 +96,10 @@ def open_checkpoint(folder: Path) -> tuple["PreTrainedModel", CheckpointStore]:
         raise DynarouteError(f"{folder / 'config.json'}: no layer of the model has experts")
     if names[0][0][-1] not in checkpoint.places:  # no scales: the experts are not quantized
         names = [[parts[: len(layout.parts)] for parts in layer] for layer in names]
-    manifest = folder / MANIFEST
-    hashes = read_record(manifest)["files"] if manifest.exists() else {}
+    if config.num_experts_per_tok not in range(1, len(names[0]) + 1):
+        found = f"num_experts_per_tok = {config.num_experts_per_tok}"
+        raise DynarouteError(f"{folder / 'config.json'}: {found}: must be 1 to {len(names[0])}, the experts of a layer")
+    hashes = _read_hashes(folder)
     store = CheckpointStore(checkpoint, names, config.num_experts_per_tok, hashes)
     for name in hashes.keys() - store.files():
         if sha256(folder / name) != hashes[name]:
@@ -165,8 +167,8 @@ class HubModel:
             block.experts.source = CachedExperts(cache, index)
 
     def routers(self) -> list[Router]:
-        """The router of each layer with experts."""
-        return [lambda state, gate=block.gate: gate.forward(state)[0] for block in self._blocks.values()]
+        """The router of each layer with experts, as scores of which those of the experts it chooses are the highest."""
+        return [lambda state, gate=block.gate: _scores(gate, state) for block in self._blocks.values()]
 
     def start_text(self) -> Forward:
         """A forward pass over a new text, for `sample`; a long prompt is read in waves, with a progress bar."""
@@ -215,13 +217,40 @@ class HubModel:
 def _read_config(folder: Path) -> "PretrainedConfig":
     path = folder / "config.json"
     config = read_record(path)
-    if (kind := config.get("model_type")) not in LAYOUTS:
-        raise DynarouteError(f"{path}: model_type = {kind!r}: supported are {', '.join(LAYOUTS)}")
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in LAYOUTS:
+        raise DynarouteError(f"{path}: model_type = {kind!r:.80}: supported are {', '.join(LAYOUTS)}")
     if config.get("quantization_config"):
         raise DynarouteError(f"{path}: quantization_config: the weights must be fp32, bf16 or fp16, not quantized")
     from transformers import AutoConfig
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    return _load(folder, "config.json", AutoConfig.from_pretrained)
+    config = _load(folder, "config.json", AutoConfig.from_pretrained)
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    for key, value, allowed in (
+        ("hidden_act", config.hidden_act, sorted(ACT2FN)),
+        ("rope_type", rope, sorted({"default", *ROPE_INIT_FUNCTIONS})),
+    ):
+        if value not in allowed:
+            raise DynarouteError(f"{path}: {key} = {value!r:.80}: must be one of {', '.join(allowed)}")
+    return config
+
+
+def _read_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of the files of an export, by its manifest; none without one."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return {}
+    hashes, present = read_record(path)["files"], {file.name for file in folder.iterdir()}
+    if not isinstance(hashes, dict):
+        raise DynarouteError(f"{path}: files = {hashes!r:.80}: must be the SHA-256 of each file by its name")
+    for name, digest in hashes.items():
+        if name not in present:
+            raise DynarouteError(f"{path}: files names {name!r:.80}: must be the name of a file beside it")
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise DynarouteError(f"{path}: files.{name} = {digest!r:.80}: must be a SHA-256, 64 hexadecimal digits")
+    return hashes
 
 
 def _load(folder: Path, what: str, load: Callable[..., Any]) -> Any:
@@ -241,6 +270,15 @@ def _build(config: "PretrainedConfig") -> "PreTrainedModel":
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation=IMPLEMENTATION
         )
+
+
+def _scores(gate: nn.Module, state: Tensor) -> Tensor:
+    """A router's scores [S, E], raised for its own choice, which may also depend on a bias and on groups of experts."""
+    logits, _, chosen = gate.forward(state)
+    bias = getattr(gate, "e_score_correction_bias", None)
+    scores = logits if bias is None else logits.sigmoid() + bias
+    above = 1 + scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True)
+    return scores.scatter_add(1, chosen, above.expand_as(chosen))
 
 
 def run_experts(module: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def size(num_bytes: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds in a suitable unit."""
-    if seconds < 1:
+    if seconds < 0.9995:  # or three digits of it are 1e+03
         return f"{seconds * 1000:.3g} ms"
     if seconds < 120:
         return f"{seconds:.1f} s"

@@ -31,7 +31,7 @@ class Subset:
 WindowSet = Windows | Subset
 
 
-def evenly_spaced(windows: Windows, number: int | None, setting: str) -> Subset:
+def evenly_spaced(windows: WindowSet, number: int | None, setting: str) -> Subset:
     """`number` evenly spaced windows; all for None. Raises DynarouteError, naming the setting, if there are fewer."""
     total = len(windows)
     if number is None:

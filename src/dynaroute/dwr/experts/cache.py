@@ -82,7 +82,7 @@ class ExpertCache:
         config = store.config
         self._residency = Residency(capacity, policy or LRU(), config.num_layers, config.top_k, per_layer)
         self._slots: dict[Key, _Slot] = {}
-        self._empty: list[_Slot] = []  # of experts that could not be read
+        self._empty: list[_Slot] = []  # of experts that could not be read, or were forgotten
         self._prefetcher, self.counter = prefetcher, counter
         self._predictions: dict[int, list[int]] = {}  # by layer, until it is called
         self._ahead: set[Key] = set()  # prefetched for these layers
@@ -107,6 +107,16 @@ class ExpertCache:
         self._slots.clear()
         self._empty.clear()
         self._failure = None
+
+    def clear(self) -> None:
+        """Forgets all experts, so that a call that ended anywhere, as by Ctrl-C, leaves nothing half done."""
+        self._residency.clear()
+        for slot in self._slots.values():
+            slot.key = None  # threads that come to fill it do nothing
+        self._empty += self._slots.values()
+        self._slots.clear()
+        self._predictions.clear()
+        self._ahead, self._failure = set(), None
 
     def __len__(self) -> int:
         """The number of experts held."""

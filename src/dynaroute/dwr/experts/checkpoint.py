@@ -239,7 +239,8 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not isinstance(named, dict) or not named:
         raise DynarouteError(f"{path}: weight_map = {named!r:.80}: must name the file of each tensor")
     for name, file in named.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        plain = isinstance(file, str) and file.isprintable() and Path(file).name == file  # without NUL or newline
+        if not plain or not file.endswith(".safetensors"):
             raise DynarouteError(f"{path}: weight_map.{name} = {file!r:.80}: must be a .safetensors file beside it")
     return named
 

@@ -42,6 +42,12 @@ def stored_tensors(config: DWRConfig, precision: Precision) -> dict[str, TensorE
     return entries | {name: TensorEntry(shape=shape, dtype="F32") for name, shape in vectors.items()}
 
 
+def to_int8(weights: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Weights in [-127, 127] as int8, and their scales, one for all along a dimension: `weights = scale * int8`."""
+    scale = weights.abs().amax(dim).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (weights / scale.unsqueeze(dim)).round().to(torch.int8), scale
+
+
 def quantize(weights: ExpertWeights, precision: Precision) -> dict[str, Tensor]:
     """An expert's tensors as they are stored; biases stay 32-bit floats, and with fp32 all do.
 
@@ -52,8 +58,7 @@ def quantize(weights: ExpertWeights, precision: Precision) -> dict[str, Tensor]:
         if precision == "bf16":
             tensors[name] = tensors[name].bfloat16()
         elif precision == "int8":
-            tensors[scale] = tensors[name].abs().amax(0).clamp(min=torch.finfo(torch.float32).tiny) / 127
-            tensors[name] = (tensors[name] / tensors[scale]).round().to(torch.int8)
+            tensors[name], tensors[scale] = to_int8(tensors[name], 0)
     return tensors
 
 

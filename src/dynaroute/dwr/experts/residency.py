@@ -102,6 +102,11 @@ class Residency:
         """Whether the expert (layer, expert) is held."""
         return key in self._held
 
+    def clear(self) -> None:
+        """Forgets all experts; counts stay."""
+        for experts in (self._held, self._unused, self._awaited):
+            experts.clear()
+
     def call(self, layer: int, needed: Sequence[int]) -> tuple[list[Key], list[Load]]:
         """Decides a call: the experts held, to be used first, and those to read and use after that, in order."""
         self.policy.record(layer, list(needed))
