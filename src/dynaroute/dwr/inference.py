@@ -34,7 +34,7 @@ def load_backbone(store: ExpertStore, device: str = "cpu") -> DWRTransformer:
         del layer.moe.experts  # a submodule can only be replaced by a module
         # Shows the cache each token's state early enough to prefetch.
         layer.moe.router.register_forward_hook(
-            lambda _, inputs, scores, moe=layer.moe: moe.experts.observe(inputs[0], scores)
+            lambda _, inputs, scores, moe=layer.moe: moe.experts.observe(inputs[0], moe.selection(scores))
         )
     model.load_state_dict(store.read_backbone(), assign=True)
     return model.requires_grad_(False).eval().to(device)
@@ -47,8 +47,8 @@ def bind_experts(model: DWRTransformer, cache: ExpertCache) -> None:
 
 
 def routers(model: DWRTransformer) -> list[Router]:
-    """The router of each layer, without its hooks, of which one would ask for a prediction again."""
-    return [layer.moe.router.forward for layer in model.layers]
+    """What each layer chooses experts by, without its router's hooks: one would ask for a prediction again."""
+    return [lambda state, moe=layer.moe: moe.selection(moe.router.forward(state)) for layer in model.layers]
 
 
 @torch.inference_mode()

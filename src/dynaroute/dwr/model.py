@@ -14,14 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaroute.config.dwr import DWRArchitecture
+from dynaroute.config.dwr import Balance, DWRArchitecture
 from dynaroute.config.schema import Positive
 
 
 class DWRConfig(DWRArchitecture):
-    """Sizes of a model: the architecture of params.yaml and the vocabulary of the tokens."""
+    """Sizes of a model: the architecture of params.yaml and the vocabulary of the tokens.
+
+    `balance` is how its training balances experts. Models and stores from before it was a setting have the default.
+    """
 
     vocab_size: Positive
+    balance: Balance = "auxiliary"
 
     def num_params(self) -> int:
         """All parameters: 259,712,096 at the paper's sizes."""
@@ -112,7 +116,7 @@ class RouterStatistics(NamedTuple):
     counts: Tensor  # [E] int64, tokens assigned to each expert
     probability: Tensor  # [B, T, E]
     dropped: Tensor  # scalar int64, assignments over capacity
-    chosen: Tensor  # [B, T, K] int64, each token's experts, most probable first
+    chosen: Tensor  # [B, T, K] int64, each token's experts, the first choice first
     weight: Tensor  # [E, D], the router's own, without gradient
 
 
@@ -156,6 +160,14 @@ class MoE(nn.Module):
     The probabilities of the chosen experts, renormalised to sum to one, weigh their outputs. With top_k = 1 it is the
     probability itself, as in the Switch Transformer: renormalised it would be 1 whatever the router says, and no
     gradient of the NLL would reach the router.
+
+    With `balance: loss_free` the experts of a token are those whose router score plus `selection_bias` is largest
+    (Wang et al., 2024); probabilities, and so the weights of outputs, are those of the scores alone.
+
+    Attributes:
+        assigned: [E], tokens of the balance window that each expert got; None with `balance: auxiliary`. Saved with
+            the weights, since a resumed training needs it.
+        selection_bias: [E], in logits; None unless `balance: loss_free`.
     """
 
     def __init__(self, config: DWRConfig) -> None:
@@ -163,6 +175,13 @@ class MoE(nn.Module):
         self.config = config
         self.router = nn.Linear(config.d_model, config.num_experts)
         self.experts: ExpertSource = ResidentExperts(config)
+        counted, biased = config.balance != "auxiliary", config.balance == "loss_free"
+        self.register_buffer("assigned", torch.zeros(config.num_experts) if counted else None)
+        self.register_buffer("selection_bias", torch.zeros(config.num_experts) if biased else None)
+
+    def selection(self, scores: Tensor) -> Tensor:
+        """The scores by which experts are chosen, from those of the router, both [S, E]."""
+        return scores if self.selection_bias is None else scores + self.selection_bias
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterStatistics]:
         """[B, T, D] -> [B, T, D] and the router's statistics."""
@@ -171,16 +190,24 @@ class MoE(nn.Module):
         x = x.reshape(-1, d)  # [S, D]
         scores = self.router(x)  # [S, E]
         probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # not in bf16
-        weights, chosen = probabilities.topk(top_k)  # [S, K]
+        selection = self.selection(scores)
+        if selection is scores:
+            weights, chosen = probabilities.topk(top_k)  # [S, K]
+        else:
+            chosen = selection.topk(top_k).indices
+            weights = probabilities.gather(1, chosen)
         if top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
         # Not bincount, for whose size a GPU is waited for.
         counts = (chosen.reshape(-1, 1) == torch.arange(num_experts, device=x.device)).sum(0)  # [E]
         y = self.dispatch(x, weights, chosen, counts)  # [S, D]
 
-        tokens = x.shape[0]
-        balance_loss = num_experts * (counts / tokens * probabilities.mean(0)).sum()
-        dropped = (counts - self.capacity(tokens)).clamp(min=0).sum()
+        share = counts / x.shape[0]  # [E], sums to top_k
+        if self.config.balance == "auxiliary_accumulated" and self.training:
+            share = self.assigned + counts
+            share = top_k * share / share.sum()
+        balance_loss = num_experts * (share * probabilities.mean(0)).sum()
+        dropped = (counts - self.capacity(x.shape[0])).clamp(min=0).sum()
         statistics = RouterStatistics(
             balance_loss,
             counts,

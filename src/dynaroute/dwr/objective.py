@@ -1,10 +1,12 @@
 """What DWR is trained on: next-token NLL and the balance loss of its routers."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from dynaroute.data.tokens.shards import IGNORED_TARGET
-from dynaroute.dwr.model import DWRConfig
+from dynaroute.dwr.model import DWRConfig, DWRTransformer
 from dynaroute.training.loop import Batch
 from dynaroute.training.nll import nll
 
@@ -16,11 +18,22 @@ class DWRObjective:
     assignments, so that uniform routing gives top_k; its validation metric is divided by top_k, where 1 is ideal).
     In training, `f` and `P` are those of a micro-batch: the loss is not linear in both, so its mean over micro-batches
     depends on their size. In validation they are those of the whole split.
+
+    The model's `balance` says what else is done; both remedies leave a single sequence free to use few experts:
+
+    - `auxiliary_accumulated`: `f` also counts the assignments of earlier steps, which fade by `1 - 1 / balance_window`
+      a step (over a window, as in Qiu et al., 2025). The gradient still reaches the router by `P` of the micro-batch.
+    - `loss_free`: after every `balance_window` steps, the bias of an expert rises by `balance_rate` if the window gave
+      it fewer tokens than the mean, and falls by that if more (Wang et al., 2024, eq. 3, there after every step).
     """
 
-    def __init__(self, config: DWRConfig, balance_coefficient: float) -> None:
-        self.config = config
-        self.balance_coefficient = balance_coefficient
+    def __init__(
+        self, config: DWRConfig, balance_coefficient: float, *, balance_window: int = 1, balance_rate: float = 0.0
+    ) -> None:
+        """See the settings of the same names. `balance_rate` is in logits."""
+        self.config, self.balance_coefficient = config, balance_coefficient
+        self.balance_window, self.balance_rate = balance_window, balance_rate
+        self._assigned: Tensor | None = None  # [L, E], by this process's micro-batches of the step so far
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of a batch, and NLL (nats per token), balance loss by layer and the share of
@@ -32,7 +45,30 @@ class DWRObjective:
         assignments = batch.tokens.numel() * self.config.top_k * self.config.num_layers
         metrics = {"loss": loss, "dropped_share": dropped / assignments}
         metrics |= {f"balance_loss_layer{index}": value for index, value in enumerate(balance)}
+        if self.config.balance != "auxiliary":
+            assigned = torch.stack([layer.counts for layer in router])
+            self._assigned = assigned if self._assigned is None else self._assigned + assigned
         return loss + self.balance_coefficient * balance.sum(), metrics
+
+    @torch.no_grad()
+    def end_step(self, model: DWRTransformer, steps: int, total: Callable[[Tensor], Tensor]) -> None:
+        """Counts the assignments of a step, and moves the biases when a window is over.
+
+        Args:
+            model: without a wrapper.
+            steps: taken so far.
+            total: adds up a tensor over all processes.
+        """
+        if self.config.balance == "auxiliary":
+            return
+        assigned, self._assigned = total(self._assigned), None
+        for moe, counts in zip((layer.moe for layer in model.layers), assigned, strict=True):
+            moe.assigned += counts
+            if self.config.balance == "auxiliary_accumulated":
+                moe.assigned *= 1 - 1 / self.balance_window
+            elif steps % self.balance_window == 0:
+                moe.selection_bias += self.balance_rate * (moe.assigned.mean() - moe.assigned).sign()
+                moe.assigned.zero_()
 
     def validation_sums(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """Sums over the tokens that have one to predict: NLL and their number; by layer and expert, [L, E], assignments

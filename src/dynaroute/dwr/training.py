@@ -71,9 +71,13 @@ def make_trainer(
         "num_processes": accelerator.num_processes,  # floats are added in another order
     }
     torch.manual_seed(settings.seed)
+    model = DWRTransformer(config)
+    objective = DWRObjective(
+        config, dwr.balance_coefficient, balance_window=dwr.balance_window, balance_rate=dwr.balance_rate
+    )
     trainer = Trainer(
-        DWRTransformer(config),
-        DWRObjective(config, dwr.balance_coefficient),
+        model,
+        objective,
         training,
         validation,
         dwr.training,
@@ -83,5 +87,6 @@ def make_trainer(
         scratch=scratch_folder(stage, run_id(identity)),
         also_validate_on=others,
         early_stopping_patience=dwr.training.early_stopping_patience,
+        after_step=lambda steps: objective.end_step(model, steps, accelerator.reduce),
     )
     return trainer, identity
