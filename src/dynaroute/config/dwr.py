@@ -62,6 +62,8 @@ class DWR(DWRArchitecture):
     balance_coefficient: LossWeight  # of the loss
     balance_window: Positive  # steps over which loads are counted, unless they are those of a micro-batch
     balance_rate: LossWeight  # of loss_free: what a window adds to the bias of an expert or takes from it, in logits
+    reuse_coefficient: LossWeight  # of a loss for routing unlike the recent routing of the same text
+    reuse_half_life: Moderate  # of a token in what is recent, in tokens
     training: EpochTraining
 
     @model_validator(mode="after")

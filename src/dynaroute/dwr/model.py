@@ -118,6 +118,7 @@ class RouterStatistics(NamedTuple):
     dropped: Tensor  # scalar int64, assignments over capacity
     chosen: Tensor  # [B, T, K] int64, each token's experts, the first choice first
     weight: Tensor  # [E, D], the router's own, without gradient
+    scores: Tensor  # [B, T, E], its output, with gradient
 
 
 class DWROutput(NamedTuple):
@@ -215,6 +216,7 @@ class MoE(nn.Module):
             dropped,
             chosen.view(batch, time, top_k),
             self.router.weight.detach(),
+            scores.view(batch, time, num_experts),
         )
         return y.view(batch, time, d), statistics
 

@@ -1,4 +1,4 @@
-"""What DWR is trained on: next-token NLL and the balance loss of its routers."""
+"""What DWR is trained on: next-token NLL, and losses of its routers for balance and for reuse of experts."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dynaroute.data.tokens.shards import IGNORED_TARGET
+from dynaroute.dwr.locality import reuse_loss
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 from dynaroute.training.loop import Batch
 from dynaroute.training.nll import nll
@@ -25,18 +26,28 @@ class DWRObjective:
       a step (over a window, as in Qiu et al., 2025). The gradient still reaches the router by `P` of the micro-batch.
     - `loss_free`: after every `balance_window` steps, the bias of an expert rises by `balance_rate` if the window gave
       it fewer tokens than the mean, and falls by that if more (Wang et al., 2024, eq. 3, there after every step).
+
+    `reuse_coefficient` adds the mean of `locality.reuse_loss` over tokens, summed over layers.
     """
 
     def __init__(
-        self, config: DWRConfig, balance_coefficient: float, *, balance_window: int = 1, balance_rate: float = 0.0
+        self,
+        config: DWRConfig,
+        balance_coefficient: float,
+        *,
+        balance_window: int = 1,
+        balance_rate: float = 0.0,
+        reuse_coefficient: float = 0.0,
+        reuse_half_life: float = 1.0,
     ) -> None:
-        """See the settings of the same names. `balance_rate` is in logits."""
+        """See the settings of the same names. `balance_rate` is in logits, `reuse_half_life` in tokens."""
         self.config, self.balance_coefficient = config, balance_coefficient
         self.balance_window, self.balance_rate = balance_window, balance_rate
+        self.reuse_coefficient, self.reuse_half_life = reuse_coefficient, reuse_half_life
         self._assigned: Tensor | None = None  # [L, E], by this process's micro-batches of the step so far
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The training loss of a batch, and NLL (nats per token), balance loss by layer and the share of
+        """The training loss of a batch, and NLL (nats per token), balance and reuse loss by layer and the share of
         assignments dropped for the record."""
         logits, router = model(batch.tokens)
         loss = nll(logits, batch.targets)
@@ -48,7 +59,12 @@ class DWRObjective:
         if self.config.balance != "auxiliary":
             assigned = torch.stack([layer.counts for layer in router])
             self._assigned = assigned if self._assigned is None else self._assigned + assigned
-        return loss + self.balance_coefficient * balance.sum(), metrics
+        total = loss + self.balance_coefficient * balance.sum()
+        if self.reuse_coefficient:
+            reuse = torch.stack([reuse_loss(layer.scores, self.reuse_half_life).mean() for layer in router])  # [L]
+            metrics |= {f"reuse_loss_layer{index}": value for index, value in enumerate(reuse)}
+            total = total + self.reuse_coefficient * reuse.sum()
+        return total, metrics
 
     @torch.no_grad()
     def end_step(self, model: DWRTransformer, steps: int, total: Callable[[Tensor], Tensor]) -> None:

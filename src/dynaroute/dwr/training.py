@@ -72,9 +72,8 @@ def make_trainer(
     }
     torch.manual_seed(settings.seed)
     model = DWRTransformer(config)
-    objective = DWRObjective(
-        config, dwr.balance_coefficient, balance_window=dwr.balance_window, balance_rate=dwr.balance_rate
-    )
+    knobs = ("balance_coefficient", "balance_window", "balance_rate", "reuse_coefficient", "reuse_half_life")
+    objective = DWRObjective(config, **dwr.model_dump(include=set(knobs)))
     trainer = Trainer(
         model,
         objective,
