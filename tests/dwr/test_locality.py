@@ -1,15 +1,17 @@
 """Losses and choices that favour experts used before, against plain loops."""
 
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
 from small_store import make_model
 from small_training import VOCAB, Tokens
 
-from dynaroute.dwr.locality import reuse_loss
+from dynaroute.dwr.locality import SimulatedCache, choose_with_cache, reuse_loss
 from dynaroute.dwr.objective import DWRObjective
 from dynaroute.training.loop import Batch
+from dynaroute.training.nll import nll
 
 
 def draw(*shape, seed=0):
@@ -71,3 +73,89 @@ def test_the_reuse_loss_is_added_as_often_as_it_has_weight_and_takes_text_of_one
     assert [metrics[f"reuse_loss_layer{layer}"] for layer in range(2)] == expected
     torch.testing.assert_close(found, without + 0.5 * sum(expected))
     assert torch.equal(reuse_loss(draw(2, 1, 4), 2.0), torch.zeros(2, 1, dtype=torch.float64))
+
+
+# --- the cache in the loop ------------------------------------------------------------------------------------------
+
+
+def plain_choices(scores, top_k, capacity, bonus):
+    """One sequence, [T][E], with an ordered dictionary as its cache."""
+    held, chosen = OrderedDict(), []
+    for token in scores:
+        favoured = [score + bonus * (expert in held) for expert, score in enumerate(token)]
+        own = sorted(range(len(token)), key=lambda expert: -favoured[expert])[:top_k]
+        for expert in sorted(own):
+            held.pop(expert, None)
+            held[expert] = True
+        while len(held) > capacity:
+            held.popitem(last=False)
+        chosen.append(own)
+    return chosen
+
+
+@pytest.mark.parametrize(("top_k", "capacity"), [(1, 1), (1, 3), (2, 2), (2, 4), (3, 6), (2, 6)])
+def test_choices_with_a_cache_are_those_of_a_plain_loop(top_k, capacity):
+    scores, bonus = draw(5, 30, 6), torch.tensor([0.0, 0.5, 1.0, 3.0, 100.0])
+    found = choose_with_cache(scores, top_k, SimulatedCache(capacity, bonus))
+    for sequence in range(5):
+        expected = plain_choices(scores[sequence].tolist(), top_k, capacity, bonus[sequence].item())
+        assert found[sequence].tolist() == expected
+    assert torch.equal(found[0], scores[0].topk(top_k).indices)
+    used = [len(set(own.flatten().tolist())) for own in found]
+    assert used[0] == 6 or capacity < 6
+    assert used[4] == top_k  # so large a bonus leaves the first token's experts in place
+
+
+def test_choices_with_a_cache_do_not_depend_on_later_tokens_nor_on_other_sequences():
+    scores = draw(3, 20, 6)
+    changed = scores.clone()
+    changed[0, 12:] = draw(8, 6, seed=1)
+    changed[1] = draw(20, 6, seed=2)
+    cache = SimulatedCache(3, torch.tensor([1.0, 1.0, 1.0]))
+    one, other = choose_with_cache(scores, 2, cache), choose_with_cache(changed, 2, cache)
+    assert torch.equal(one[0, :12], other[0, :12])
+    assert torch.equal(one[2], other[2])
+    assert not torch.equal(one[0], other[0])
+    assert torch.equal(choose_with_cache(scores[2:], 2, SimulatedCache(3, torch.ones(1)))[0], one[2])
+
+
+def make_prior(**knobs) -> DWRObjective:
+    config = make_model(vocab_size=VOCAB, dropout=0.0).config
+    return DWRObjective(config, 0.01, cache_prior=4.0, cache_prior_experts=3, **{"seed": 7, **knobs})
+
+
+def test_the_bonus_of_a_window_is_a_function_of_seed_step_and_window_alone():
+    objective = make_prior()
+    drawn = objective.simulated_cache(make_batch([0, 1, 2, 5]), 3).bonus.tolist()
+    assert drawn[1:3] == objective.simulated_cache(make_batch([1, 2]), 3).bonus.tolist()
+    assert len({*drawn}) == 4
+    for other in (
+        objective.simulated_cache(make_batch([1]), 4),
+        make_prior(seed=8).simulated_cache(make_batch([1]), 3),
+    ):
+        assert other.bonus.item() != drawn[1]
+    many = torch.cat([objective.simulated_cache(make_batch([0]), step).bonus for step in range(200)])
+    assert 0 < many.min() < 0.5 < 3.5 < many.max() < 4
+
+
+def test_training_with_a_cache_weighs_its_choices_by_unbiased_probabilities_and_validation_has_no_cache():
+    objective, model, batch = make_prior(), make_model(vocab_size=VOCAB, dropout=0.0), make_batch([4, 5, 6, 7])
+    simulated = objective.simulated_cache(batch, 2)
+    exact, favoured = model(batch.tokens), model(batch.tokens, simulated=simulated)
+    first = favoured.router[0]  # whose input does not depend on what is chosen
+    assert torch.equal(first.chosen, choose_with_cache(exact.router[0].scores, 2, simulated))
+    assert torch.equal(first.probability, exact.router[0].probability)
+    assert not torch.equal(first.chosen, exact.router[0].chosen)
+    x, moe = draw(4, 6, 32).float(), model.layers[0].moe
+    y, own = moe(x, simulated)
+    weights = own.probability.gather(2, own.chosen)
+    weights = weights / weights.sum(-1, keepdim=True)
+    counts = own.chosen.flatten().bincount(minlength=5)
+    torch.testing.assert_close(
+        y.view(-1, 32), moe.dispatch(x.view(-1, 32), weights.view(-1, 2), own.chosen.view(-1, 2), counts)
+    )
+
+    loss, _ = objective.loss(model, batch, 2)
+    balance = sum(layer.balance_loss for layer in favoured.router)
+    torch.testing.assert_close(loss, nll(favoured.logits, batch.targets) + 0.01 * balance)
+    assert objective.validation_sums(model, batch, 2)["nll"] == nll(exact.logits, batch.targets, "none").double().sum()

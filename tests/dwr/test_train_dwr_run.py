@@ -12,6 +12,7 @@ import train_dwr
 import train_dwr_run
 from plain_lru import lru_hit_rate
 from repository import REPOSITORY
+from resuming import killed_at
 from small_settings import changed
 from small_tokens import write_tokens
 
@@ -132,6 +133,18 @@ def test_the_balance_benchmark_trains_each_coefficient_with_three_seeds(tokens):
     ]
     assert (found["reference"], found["rows"][3]["lru"]) == (reference["run"], reference["hit_rate"]["lru"])
     assert len({row["test_loss"] for row in found["rows"]}) == 6
+
+
+def test_a_run_that_is_trained_for_locality_goes_on_after_a_kill_as_if_there_was_none(tokens):
+    locality = {"balance": "loss_free", "balance_coefficient": 0.0, "balance_window": 2, "balance_rate": 0.1}
+    locality |= {"reuse_coefficient": 0.1, "cache_prior": 2.0, "cache_prior_experts": 2}
+    found = run_one("other", **locality)
+    with killed_at(Trainer, "_step", 9):
+        run_one("other", **locality)
+    assert run_one("other", **locality) == found
+    assert found["history"][-1]["train_reuse_loss_layer1"] > 0
+    for knob, value in {"balance_rate": 0.2, "reuse_coefficient": 0.0, "cache_prior": 0.0}.items():
+        assert run_one("other", **locality | {knob: value})["test_loss"] != found["test_loss"]
 
 
 def test_a_run_may_differ_in_shape_and_is_told_when_windows_are_too_few(tokens):

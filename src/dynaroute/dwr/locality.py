@@ -1,7 +1,11 @@
-"""Locality of routing: how like its past a token's routing is, which training can reward.
+"""Locality of routing, which training can reward: tokens that use experts which their own text used before.
 
-B batch, T tokens, E experts
+What is added to the loss, and how often bonuses are drawn, is `objective.py`'s business.
+
+    B batch, T tokens, E experts, K = top_k
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,3 +40,40 @@ def reuse_loss(scores: Tensor, half_life: float) -> Tensor:
     weights = torch.exp2(-age / half_life).masked_fill(age < 0, 0)
     mean = (weights / weights.sum(1, keepdim=True)) @ log_p.detach().exp()  # [B, T-1, E]
     return F.pad(F.kl_div(log_p[:, 1:], mean, reduction="none").sum(-1), (1, 0))
+
+
+class SimulatedCache(NamedTuple):
+    """A cache of each layer, for each sequence by itself: empty at first, and LRU."""
+
+    experts: int  # that it holds, at least top_k
+    bonus: Tensor  # [B], added to the scores of those it holds, in logits
+
+
+@torch.no_grad()
+def choose_with_cache(scores: Tensor, top_k: int, cache: SimulatedCache) -> Tensor:
+    """Chooses the experts of one layer as cache-aware inference would, token by token.
+
+    A token's experts are those with the largest score plus bonus; then the cache holds them in place of the least
+    recently used. Of experts that one token uses, that with the larger number counts as used last, as in `Residency`.
+
+    It takes T rounds of seven small operations, whatever B: about 5 ms a layer for T 128 on a CPU. A GPU waits for the
+    launch of each.
+
+    Args:
+        scores: [B, T, E], what experts are chosen by.
+        top_k: experts of a token.
+        cache: with a bonus for each sequence.
+
+    Returns:
+        [B, T, K] int64, the first choice first. A token's do not depend on later ones, nor on other sequences.
+    """
+    batch, time, num_experts = scores.shape
+    last_use = scores.new_full((batch, num_experts), -1, dtype=torch.int64)  # -1: never
+    chosen = []
+    for token in range(time):
+        oldest = last_use.topk(cache.experts).values[:, -1:].clamp(min=0)  # [B, 1]
+        held = last_use >= oldest  # [B, E]
+        picked = (scores[:, token] + cache.bonus[:, None] * held).topk(top_k).indices  # [B, K]
+        last_use.scatter_(1, picked, token * num_experts + picked)
+        chosen.append(picked)
+    return torch.stack(chosen, 1)

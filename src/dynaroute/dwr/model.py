@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dynaroute.config.dwr import Balance, DWRArchitecture
 from dynaroute.config.schema import Positive
+from dynaroute.dwr.locality import SimulatedCache, choose_with_cache
 
 
 class DWRConfig(DWRArchitecture):
@@ -184,19 +185,22 @@ class MoE(nn.Module):
         """The scores by which experts are chosen, from those of the router, both [S, E]."""
         return scores if self.selection_bias is None else scores + self.selection_bias
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterStatistics]:
-        """[B, T, D] -> [B, T, D] and the router's statistics."""
+    def forward(self, x: Tensor, simulated: SimulatedCache | None = None) -> tuple[Tensor, RouterStatistics]:
+        """[B, T, D] -> [B, T, D] and the router's statistics; a simulated cache favours the experts it holds."""
         batch, time, d = x.shape
         top_k, num_experts = self.config.top_k, self.config.num_experts
         x = x.reshape(-1, d)  # [S, D]
         scores = self.router(x)  # [S, E]
         probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # not in bf16
         selection = self.selection(scores)
-        if selection is scores:
-            weights, chosen = probabilities.topk(top_k)  # [S, K]
-        else:
+        if simulated is not None:
+            chosen = choose_with_cache(selection.view(batch, time, num_experts), top_k, simulated).view(-1, top_k)
+        elif selection is not scores:
             chosen = selection.topk(top_k).indices
+        if simulated is not None or selection is not scores:
             weights = probabilities.gather(1, chosen)
+        else:
+            weights, chosen = probabilities.topk(top_k)  # [S, K]
         if top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
         # Not bincount, for whose size a GPU is waited for.
@@ -333,10 +337,12 @@ class Block(nn.Module):
         self.moe_norm = nn.LayerNorm(config.d_model)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> tuple[Tensor, RouterStatistics]:
+    def forward(
+        self, x: Tensor, cache: KVCache | None, simulated: SimulatedCache | None
+    ) -> tuple[Tensor, RouterStatistics]:
         """[B, T, D] -> [B, T, D] and the router's statistics."""
         x = self.attention_norm(x + self.dropout(self.attention(x, cache)))
-        y, statistics = self.moe(x)
+        y, statistics = self.moe(x, simulated)
         return self.moe_norm(x + self.dropout(y)), statistics
 
 
@@ -365,8 +371,12 @@ class DWRTransformer(nn.Module):
             else:
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> DWROutput:
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, simulated: SimulatedCache | None = None
+    ) -> DWROutput:
         """Logits for tokens [B, T]; with a cache, for the tokens that follow those it holds, which it then holds too.
+
+        With a simulated cache of experts, routing is that of cache-aware inference, from the first of these tokens on.
 
         Raises:
             ValueError: more tokens than the model has positions.
@@ -379,7 +389,7 @@ class DWRTransformer(nn.Module):
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # [B, T, D]
         router = []
         for layer in self.layers:
-            x, statistics = layer(x, cache)
+            x, statistics = layer(x, cache, simulated)
             router.append(statistics)
         if cache is not None:
             cache.length = end

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dynaroute.data.tokens.shards import IGNORED_TARGET
-from dynaroute.dwr.locality import reuse_loss
+from dynaroute.dwr.locality import SimulatedCache, reuse_loss
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
 from dynaroute.training.loop import Batch
 from dynaroute.training.nll import nll
@@ -28,6 +29,10 @@ class DWRObjective:
       it fewer tokens than the mean, and falls by that if more (Wang et al., 2024, eq. 3, there after every step).
 
     `reuse_coefficient` adds the mean of `locality.reuse_loss` over tokens, summed over layers.
+
+    With `cache_prior` a simulated cache of `cache_prior_experts` in each layer favours what it holds
+    (`locality.choose_with_cache`), by a bonus that is drawn uniformly from 0 to `cache_prior` logits for each window.
+    The draw is a function of (seed, step, window) alone. So routing by whatever bonus is in distribution at inference.
     """
 
     def __init__(
@@ -39,17 +44,22 @@ class DWRObjective:
         balance_rate: float = 0.0,
         reuse_coefficient: float = 0.0,
         reuse_half_life: float = 1.0,
+        cache_prior: float = 0.0,
+        cache_prior_experts: int = 1,
+        seed: int = 0,
     ) -> None:
         """See the settings of the same names. `balance_rate` is in logits, `reuse_half_life` in tokens."""
         self.config, self.balance_coefficient = config, balance_coefficient
         self.balance_window, self.balance_rate = balance_window, balance_rate
         self.reuse_coefficient, self.reuse_half_life = reuse_coefficient, reuse_half_life
+        self.cache_prior, self.cache_prior_experts, self.seed = cache_prior, cache_prior_experts, seed
         self._assigned: Tensor | None = None  # [L, E], by this process's micro-batches of the step so far
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of a batch, and NLL (nats per token), balance and reuse loss by layer and the share of
         assignments dropped for the record."""
-        logits, router = model(batch.tokens)
+        simulated = {"simulated": self.simulated_cache(batch, step)} if self.cache_prior else {}
+        logits, router = model(batch.tokens, **simulated)
         loss = nll(logits, batch.targets)
         balance = torch.stack([layer.balance_loss for layer in router])  # [L]
         dropped = torch.stack([layer.dropped for layer in router]).sum()
@@ -65,6 +75,13 @@ class DWRObjective:
             metrics |= {f"reuse_loss_layer{index}": value for index, value in enumerate(reuse)}
             total = total + self.reuse_coefficient * reuse.sum()
         return total, metrics
+
+    def simulated_cache(self, batch: Batch, step: int) -> SimulatedCache:
+        """The cache that a step simulates for a batch, whose windows each have a bonus of their own."""
+        # Beside the draws of the training loop, which are functions of [seed, step, 0, micro-batch].
+        draws = [np.random.default_rng([self.seed, step, 1, window]).random() for window in batch.windows.tolist()]
+        bonus = torch.tensor(draws, dtype=torch.float32, device=batch.tokens.device)
+        return SimulatedCache(self.cache_prior_experts, self.cache_prior * bonus)
 
     @torch.no_grad()
     def end_step(self, model: DWRTransformer, steps: int, total: Callable[[Tensor], Tensor]) -> None:

@@ -72,8 +72,9 @@ def make_trainer(
     }
     torch.manual_seed(settings.seed)
     model = DWRTransformer(config)
-    knobs = ("balance_coefficient", "balance_window", "balance_rate", "reuse_coefficient", "reuse_half_life")
-    objective = DWRObjective(config, **dwr.model_dump(include=set(knobs)))
+    knobs = {"balance_coefficient", "balance_window", "balance_rate", "reuse_coefficient", "reuse_half_life"}
+    knobs |= {"cache_prior", "cache_prior_experts"}
+    objective = DWRObjective(config, **dwr.model_dump(include=knobs), seed=settings.seed)
     trainer = Trainer(
         model,
         objective,
