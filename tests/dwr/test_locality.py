@@ -5,9 +5,15 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from small_store import make_model
+from small_store import export, make_model
 from small_training import VOCAB, Tokens
 
+from dynaroute.analysis.replay import replay
+from dynaroute.analysis.traces import Trace
+from dynaroute.dwr.experts.cache import ExpertCache
+from dynaroute.dwr.experts.policies import LRU
+from dynaroute.dwr.experts.residency import Residency
+from dynaroute.dwr.inference import bind_experts, compare_routing, load_backbone, read_text
 from dynaroute.dwr.locality import SimulatedCache, choose_with_cache, reuse_loss
 from dynaroute.dwr.objective import DWRObjective
 from dynaroute.training.loop import Batch
@@ -159,3 +165,46 @@ def test_training_with_a_cache_weighs_its_choices_by_unbiased_probabilities_and_
     balance = sum(layer.balance_loss for layer in favoured.router)
     torch.testing.assert_close(loss, nll(favoured.logits, batch.targets) + 0.01 * balance)
     assert objective.validation_sums(model, batch, 2)["nll"] == nll(exact.logits, batch.targets, "none").double().sum()
+
+
+# --- cache-aware inference ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("balance", ["auxiliary", "loss_free"])
+def test_cache_aware_inference_token_by_token_does_what_training_simulates(tmp_path, balance):
+    model, tokens = make_model(num_layers=2, balance=balance), torch.randint(64, (1, 24))
+    for layer in model.layers:
+        if balance == "loss_free":
+            layer.moe.selection_bias.copy_(torch.tensor([0.5, -1.0, 0.0, 1.0, -0.5]))
+    store = export(tmp_path / "store", model)
+    cached = load_backbone(store)
+    with torch.inference_mode(), ExpertCache(store, 6, per_layer=True, cache_aware=2.0) as cache:
+        bind_experts(cached, cache)
+        logits = torch.cat(list(read_text(cached, tokens, 1)), 1)
+        simulated = model(tokens, simulated=SimulatedCache(3, torch.tensor([2.0])))
+        chosen = torch.stack([layer.chosen[0] for layer in simulated.router], 1)  # [T, L, K]
+        torch.testing.assert_close(logits, simulated.logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(logits, model(tokens).logits, atol=1e-2)
+    residency = Residency(6, LRU(), 2, 2, per_layer=True)
+    replay(Trace("run", chosen.numpy().astype("uint16"), None), residency)
+    assert residency.statistics.hits == cache.statistics.hits > 40
+
+
+def test_what_cache_aware_routing_changed_is_told_in_divergence_and_perplexity():
+    generator = torch.Generator().manual_seed(0)
+    exact, found = (2 * torch.randn(3, 7, generator=generator) for _ in range(2))
+    calls, texts = [([5, 1], found[0]), ([2], found[1]), ([0], found[2])], []
+
+    def forward(tokens):
+        texts.append(tokens)
+        return exact[len(texts) - 1]
+
+    compared = compare_routing(calls, [2, 0, 6], forward)
+    assert texts == [[5, 1], [2], [0]]
+    divergence, nlls = 0.0, []
+    for ours, theirs, token in zip(found.tolist(), exact.tolist(), [2, 0, 6], strict=True):
+        p, q = ([math.exp(x) / sum(map(math.exp, row)) for x in row] for row in (theirs, ours))
+        divergence += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)) / 3
+        nlls.append((-math.log(q[token]), -math.log(p[token])))
+    expected = [math.exp(sum(column) / 3) for column in zip(*nlls, strict=True)]
+    assert compared == pytest.approx((3, divergence, *expected), rel=1e-5)

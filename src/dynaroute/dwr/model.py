@@ -68,6 +68,9 @@ class ExpertSource(Protocol):
     def fetch(self, needed: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
         """Yields each needed expert once, in any order; its weights are valid until the next one is asked for."""
 
+    def preference(self) -> Tensor | None:
+        """What is added to the scores [S, E] by which experts are chosen, [E]; None if routing is exact."""
+
 
 class ResidentExperts(nn.Module):
     """The experts of one layer as separate parameters.
@@ -88,6 +91,9 @@ class ResidentExperts(nn.Module):
         for expert in needed:
             weights = self._modules[str(expert)]
             yield expert, ExpertWeights(weights["w1"], weights["b1"], weights["w2"], weights["b2"])
+
+    def preference(self) -> None:
+        """All experts are at hand, so none is preferred."""
 
     def run_all(self, x: Tensor, expert: Tensor, counts: Tensor) -> Tensor:
         """Every expert on its tokens at once, without a look at how many they are, for which a GPU would be waited for.
@@ -182,8 +188,13 @@ class MoE(nn.Module):
         self.register_buffer("selection_bias", torch.zeros(config.num_experts) if biased else None)
 
     def selection(self, scores: Tensor) -> Tensor:
-        """The scores by which experts are chosen, from those of the router, both [S, E]."""
-        return scores if self.selection_bias is None else scores + self.selection_bias
+        """The scores by which experts are chosen, from those of the router, both [S, E]: the same if nothing is added.
+
+        A bias of training is part of the model. A preference for experts that a cache holds is not: it is inexact.
+        """
+        for added in (self.selection_bias, self.experts.preference()):
+            scores = scores if added is None else scores + added
+        return scores
 
     def forward(self, x: Tensor, simulated: SimulatedCache | None = None) -> tuple[Tensor, RouterStatistics]:
         """[B, T, D] -> [B, T, D] and the router's statistics; a simulated cache favours the experts it holds."""
