@@ -10,7 +10,7 @@ Writes  reports/benchmarks/locality_<size>.csv  rows for each setting: perplexit
         of experts (1 is uniform), and means over seeds of hit rates and simulated tokens/s. `routing` is
 
             exact             as trained
-            inexact           cache-aware, by ALPHA, with a third of each layer's experts; kl is that to exact routing
+            inexact ALPHA     cache-aware, with a third of each layer's experts; kl is that to exact routing
             shuffled text     exact, of windows whose tokens come in random order
             shuffled routing  exact, with the tokens of the trace in random order
 
@@ -47,7 +47,7 @@ from dynaroute.pipeline.artifacts import write_csv
 from dynaroute.pipeline.stage import run
 
 SEEDS = 3  # that of the reference and those after it
-ALPHA = 1.0  # logits
+ALPHAS = (0.25, 1.0)  # logits by which cache-aware routing prefers held experts
 USED = 0.1  # of the uniform load, from which on an expert counts as used
 
 LOSS_FREE = {"balance": "loss_free", "balance_coefficient": 0.0, "balance_window": 4, "balance_rate": 0.05}
@@ -114,18 +114,23 @@ def measurements(settings: Settings, base: DWRRun) -> Measure:
         rates = {share: all_hit_rates(trace, num_experts, capacities[share]) for share in shares}
         return {f"{policy}_{share}": rate for share, own in rates.items() for policy, rate in own.items()}
 
+    def speeds(trace: Trace) -> dict[str, float]:
+        return tokens_per_second(trace, capacities["third"], machines)
+
     def measure(model: DWRTransformer, test: WindowSet, routed: WindowSet, trace: Trace) -> dict[str, Any]:
         number = model.config.num_experts
         load = np.stack([np.bincount(layer.ravel(), minlength=number) for layer in trace.experts.swapaxes(0, 1)])
         held = min(cached_of_a_layer(base), number)
-        aware, shuffled = route_cache_aware(model, test, held, ALPHA), record_routing(model, ShuffledText(routed), "")
-        speeds = {"exact": trace, "inexact": aware.trace}
-        speeds = {name: tokens_per_second(own, capacities["third"], machines) for name, own in speeds.items()}
+        shuffled, inexact = record_routing(model, ShuffledText(routed), ""), {}
+        for alpha in ALPHAS:
+            aware = route_cache_aware(model, test, held, alpha)
+            found = hits(aware.trace, number) | speeds(aware.trace) | {"loss": aware.loss, "kl": aware.kl}
+            inexact[f"inexact {alpha:g}"] = found
         return {
             "experts_used": float((load >= USED * load.mean()).sum(1).mean()),
             "routing": {
-                "exact": hits(trace, number, [*capacities]) | speeds["exact"],
-                "inexact": hits(aware.trace, number) | speeds["inexact"] | {"loss": aware.loss, "kl": aware.kl},
+                "exact": hits(trace, number, [*capacities]) | speeds(trace),
+                **inexact,
                 "shuffled text": hits(shuffled, number),
                 "shuffled routing": hits(shuffled_trace(trace), number),
             },

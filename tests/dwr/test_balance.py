@@ -3,7 +3,7 @@
 import pytest
 import torch
 from small_store import make_model, uniform_usage
-from small_training import LOSS_FREE, SEQ_LEN, VOCAB, Tokens, assert_same_checkpoint, make_dwr_trainer
+from small_training import LOCALITY, SEQ_LEN, VOCAB, Tokens, assert_same_checkpoint, make_dwr_trainer
 from test_model import expert_weights, make
 
 from dynaroute.analysis.traces import record_routing
@@ -113,7 +113,7 @@ def test_the_accumulated_loss_counts_earlier_steps_which_fade():
         earlier = (earlier + counts) * 3 / 4
 
 
-@pytest.mark.parametrize("knobs", [LOSS_FREE, ACCUMULATED], ids=lambda knobs: knobs["balance"])
+@pytest.mark.parametrize("knobs", [LOCALITY, ACCUMULATED], ids=lambda knobs: knobs["balance"])
 def test_a_run_that_is_stopped_within_a_window_goes_on_as_if_it_was_not(tmp_path, monkeypatch, knobs):
     with make_dwr_trainer(tmp_path / "whole", **knobs) as trainer:
         trainer.run()

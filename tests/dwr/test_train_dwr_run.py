@@ -160,10 +160,10 @@ def test_the_table_has_rows_for_each_setting_with_its_controls(tokens, monkeypat
     monkeypatch.setattr(benchmark_locality, "SETTINGS", {name: benchmark_locality.SETTINGS[name] for name in names})
     benchmark_locality.main(make_settings({}), "reference")
     rows = rows_of("reference")
-    kinds = ("exact", "inexact", "shuffled text", "shuffled routing")
+    kinds = ("exact", "inexact 0.25", "inexact 1", "shuffled text", "shuffled routing")
     assert rows.keys() == {(name, kind) for name in (*names, "fewer_experts") for kind in kinds}
     for name in names:
-        exact, inexact = rows[name, "exact"], rows[name, "inexact"]
+        exact, inexact = rows[name, "exact"], rows[name, "inexact 1"]
         assert float(exact["perplexity_low"]) < float(exact["perplexity"]) < float(exact["perplexity_high"])
         assert float(exact["lru_third"]) <= float(exact["min_third"]) <= float(exact["min_half"])
         assert 0 <= float(exact["smallest_load"]) <= 1 <= float(exact["largest_load"])

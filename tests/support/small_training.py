@@ -11,7 +11,8 @@ from dynaroute.training.checkpoints import load_checkpoint
 from dynaroute.training.loop import Trainer, make_accelerator
 
 VOCAB, SEQ_LEN = 13, 6
-LOSS_FREE = {"balance": "loss_free", "coefficient": 0.0, "balance_window": 4, "balance_rate": 0.01}
+LOCALITY = {"balance": "loss_free", "coefficient": 0.0, "balance_window": 4, "balance_rate": 0.01}
+LOCALITY |= {"reuse_coefficient": 0.1, "reuse_half_life": 2.0, "cache_prior": 0.1, "cache_prior_experts": 4}
 
 
 class Tokens:

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from small_training import LOSS_FREE, Objective, make_dwr_trainer, train
+from small_training import LOCALITY, Objective, make_dwr_trainer, train
 
 from dynaroute.errors import DynarouteError
 from dynaroute.training import loop
@@ -30,7 +30,7 @@ def train_dwr(folder):
     with trainer:
         trainer.run()
     (folder / f"passes{RANK}.json").write_text(json.dumps(passes))
-    with make_dwr_trainer(folder / "both_loss_free", **LOSS_FREE) as trainer:
+    with make_dwr_trainer(folder / "both_loss_free", **LOCALITY) as trainer:
         trainer.run()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from repository import REPOSITORY
-from small_training import LOSS_FREE, assert_same_checkpoint, make_dwr_trainer, train
+from small_training import LOCALITY, assert_same_checkpoint, make_dwr_trainer, train
 
 from dynaroute.training.checkpoints import load_checkpoint
 
@@ -43,8 +43,8 @@ def test_two_processes_train_dwr_as_one_does_though_experts_stay_empty_on_one_of
         assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_two_processes_count_the_load_of_both_for_the_biases(folder):
-    with make_dwr_trainer(folder / "one_loss_free", **LOSS_FREE) as trainer:
+def test_two_processes_count_the_load_of_both_and_draw_the_same_bonus_for_a_window(folder):
+    with make_dwr_trainer(folder / "one_loss_free", **LOCALITY) as trainer:
         trainer.run()
     (ours, _), (theirs, _) = (
         load_checkpoint(folder / f"{name}_loss_free/last.safetensors") for name in ("both", "one")
@@ -53,7 +53,7 @@ def test_two_processes_count_the_load_of_both_for_the_biases(folder):
         for name in ("selection_bias", "assigned"):
             key = f"model.layers.{layer}.moe.{name}"
             assert theirs[key].any()
-            torch.testing.assert_close(ours[key], theirs[key])
+            assert torch.equal(ours[key], theirs[key])
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step_and_the_run_goes_on_from_there(folder):
