@@ -56,7 +56,7 @@ def choose_with_cache(scores: Tensor, top_k: int, cache: SimulatedCache) -> Tens
     A token's experts are those with the largest score plus bonus; then the cache holds them in place of the least
     recently used. Of experts that one token uses, that with the larger number counts as used last, as in `Residency`.
 
-    It takes T rounds of seven small operations, whatever B: about 5 ms a layer for T 128 on a CPU. A GPU waits for the
+    It takes T rounds of a few small operations, whatever B: 3 ms a layer for T 128 on a CPU. A GPU waits for the
     launch of each.
 
     Args:

@@ -204,14 +204,14 @@ class MoE(nn.Module):
         scores = self.router(x)  # [S, E]
         probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # not in bf16
         selection = self.selection(scores)
-        if simulated is not None:
-            chosen = choose_with_cache(selection.view(batch, time, num_experts), top_k, simulated).view(-1, top_k)
-        elif selection is not scores:
-            chosen = selection.topk(top_k).indices
-        if simulated is not None or selection is not scores:
-            weights = probabilities.gather(1, chosen)
-        else:
+        if simulated is None and selection is scores:
             weights, chosen = probabilities.topk(top_k)  # [S, K]
+        else:
+            if simulated is None:
+                chosen = selection.topk(top_k).indices
+            else:
+                chosen = choose_with_cache(selection.view(batch, time, -1), top_k, simulated).view(-1, top_k)
+            weights = probabilities.gather(1, chosen)
         if top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
         # Not bincount, for whose size a GPU is waited for.
