@@ -49,4 +49,5 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "dynaroute needs Python 3.11 or later; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	python scripts/plots_page.py
 	touch $@

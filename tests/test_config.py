@@ -187,7 +187,6 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
             {"variants.baseline": {"from": "base"}},
             "variants.baseline = {'from': 'base'}: this name stands for the base",
         ),
-        ({"variants.P2": {"from": "P1", "target_density": 0.5}}, "target_density = 0.5: must be null, as in P1, whose"),
         ({"variants.random": {"from": "base"}}, "variants.random = {'from': 'base'}: this name stands for the base"),
         ({"dagformer.planted": None}, "variants.planted_C1.from = 'planted': must be one of base, A1"),
         ({"dagformer.planted.open_share": 1.0}, "dagformer.planted.open_share = 1.0: input should be less than 1"),

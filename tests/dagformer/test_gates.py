@@ -7,6 +7,7 @@ from dynaroute.dagformer.gates import (
     density,
     gate_fraction,
     gumbel_sigmoid,
+    hold_share,
     layer_distance,
     logistic_noise,
 )
@@ -162,3 +163,28 @@ def test_the_cascade_does_not_count_entries_that_are_not_valid():
 def test_mistakes_are_named(call, message):
     with pytest.raises(DynarouteError, match=message):
         call()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_a_held_share_is_the_expected_share_of_open_gates_in_training_and_exact_outside_of_it(share):
+    mask, raw = dag_mask(L, H), 4 * logits(batch=3) + 2
+    held = hold_share(raw, mask, share, "train")
+    torch.testing.assert_close(torch.sigmoid(held)[:, mask].mean(-1), torch.full((3,), share, dtype=torch.float64))
+    torch.testing.assert_close(held - held[:, :1, :1], raw - raw[:, :1, :1])  # less one number
+    for mode in ("soft", "hard"):
+        opened = (hold_share(raw, mask, share, mode) > 0)[:, mask]
+        assert opened.sum(-1).tolist() == [round(share * int(mask.sum()))] * 3
+        assert all(values[on].min() > values[~on].max() for values, on in zip(raw[:, mask], opened, strict=True))
+
+
+def test_the_gradient_of_a_held_share_is_that_of_its_solution():
+    mask = dag_mask(L, H)
+    assert torch.autograd.gradcheck(lambda raw: hold_share(raw, mask, 0.7, "train"), logits(batch=2).requires_grad_())
+
+
+@pytest.mark.parametrize("mode", ["train", "soft", "hard"])
+def test_equal_gates_stay_equal_when_a_share_is_held(mode):
+    held = hold_share(torch.full((1, N, N), 2.0), dag_mask(L, H), 0.8, mode)
+    assert len(held.unique()) == 1
+    expected = torch.logit(torch.tensor(0.8)) if mode == "train" else torch.tensor(0.0)
+    torch.testing.assert_close(held[0, 0, 0], expected, atol=1e-5, rtol=1e-5)

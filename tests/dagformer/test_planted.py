@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from small_base import HEADS, LAYERS, SEQ_LEN, VOCABULARY, make_base
 from small_settings import changed, default_settings
-from test_objective import STEPS, WINDOWS, RandomWindows, batch_of, make, make_variant
+from test_objective import WINDOWS, RandomWindows, batch_of, make, make_variant
 
 from dynaroute.dagformer.gates import dag_mask, gate_slope, gumbel_sigmoid, logistic_noise
 from dynaroute.dagformer.graph import DagForward
@@ -124,36 +124,12 @@ def test_a_flipped_gradient_is_that_of_each_window_times_a_sign_of_seed_step_and
     assert not torch.equal(signs, sequence_signs(flipped.noise_seed, 3, torch.arange(WINDOWS)))
 
 
-@pytest.mark.parametrize(("step", "target"), [(0, 1.0), (1, 0.7), (2, 0.4), (STEPS, 0.4)])
-def test_multipliers_ascend_the_constraint_on_density_that_the_predictor_descends(step, target):
-    predictor, objective = make(lambda_final=0.0, target_density=0.4)
-    predictor.multipliers.data = torch.tensor([0.3, 0.7])
-    loss, metrics = objective.loss(predictor, batch_of(RandomWindows(0), range(4)), step)
-    excess = metrics["mean_A"] - target
-    expected = metrics["loss"] + 0.3 * excess + 0.7 * excess**2
-    torch.testing.assert_close(loss, expected)
-    found, ascent = torch.autograd.grad(loss, (predictor.u.weight, predictor.multipliers), retain_graph=True)
-    torch.testing.assert_close(found, torch.autograd.grad(expected, predictor.u.weight)[0])
-    torch.testing.assert_close(ascent, -torch.stack([excess, excess**2]))
-
-
-@pytest.mark.parametrize(("constrained", "target"), [(False, None), (True, 0.4)])
-def test_multipliers_have_a_learning_rate_of_their_own(constrained, target):
-    predictor = make(lr=2e-3, target_density=target)[0]
-    groups = predictor.parameter_groups()
-    found = [id(weight) for group in groups for weight in group["params"]]
-    assert sorted(found) == sorted(map(id, predictor.parameters()))
-    assert [group.get("lr_factor") for group in groups] == [None, None] + [50.0] * constrained
-    assert [group["params"] for group in groups[2:]] == [[predictor.multipliers]] * constrained
-
-
-@pytest.mark.parametrize("knobs", [{"base_lr": 0.01}, {"target_density": 0.5}])
-def test_what_processes_would_not_share_is_trained_by_one(tmp_path, knobs):
-    (key,) = knobs
+def test_a_base_is_trained_jointly_by_one_process(tmp_path):
     with pytest.raises(
-        DynarouteError, match=rf"^variants\.V\.{key} = \S+: 2 processes: such a variant is trained by one"
+        DynarouteError, match=r"^variants\.V\.base_lr = 0\.01: 2 processes: such a variant is trained by one"
     ):
-        make_trainer(default_settings(), "V", "base", make_variant(**knobs), tmp_path, SimpleNamespace(num_processes=2))
+        variant = make_variant(base_lr=0.01)
+        make_trainer(default_settings(), "V", "base", variant, tmp_path, SimpleNamespace(num_processes=2))
 
 
 def test_windows_of_a_batch_that_straddle_documents_count_to_the_longer_one():

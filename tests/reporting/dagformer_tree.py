@@ -9,7 +9,7 @@ import torch
 from repository import REPOSITORY
 
 from dynaroute.config import Settings, load_settings
-from dynaroute.config.dagformer import MODES, PROTOCOLS
+from dynaroute.config.dagformer import BASES, MODES, PROTOCOLS
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.pipeline.artifacts import write_csv, write_json
 from dynaroute.training.checkpoints import save_checkpoint
@@ -35,7 +35,8 @@ def write_dagformer_tree(root: Path, layers: int = LAYERS, heads: int = HEADS) -
     base |= {"parameters": 60_123, "unigram_entropy": 6.1717, "nll_all_gates_one": 3.3232}
     write_json(root / DATA / "base.json", base | {"checks": {"removing_all_head_connections_raises_nll": True}})
     timing = {"training_seconds": 123.0, "peak_memory_bytes": 600 * 2**20, "machine": MACHINE}
-    write_json(root / DATA / "measured/base.json", timing)
+    for base in BASES:
+        write_json(root / DATA / f"measured/{base}.json", timing)
     for index, name in enumerate(settings.variants):
         write_variant(root, settings, name, index, layers, heads)
     for name, scale in zip(settings.analysis.variants, (1.0, 0.5, 0.0), strict=True):  # C1 does not vary

@@ -127,7 +127,7 @@ class Variant(Training):
     lambda_final: LossWeight  # reached over the first fifth of the steps
     loss: Literal["nll", "kl"]  # kl: from what the base predicts
     gates: Literal["logistic", "straight_through", "hard_concrete"]  # see `dagformer.gates.gumbel_sigmoid`
-    target_density: Annotated[float, Field(gt=0, lt=1)] | None  # to which a Lagrangian holds mean_A; null: none
+    target_density: Annotated[float, Field(gt=0, lt=1)] | None  # the share of gates that is open; null: not held
     flip_gradients: bool  # of the loss by the gates, of each window at random: a control whose gates can only drift
     cascade: Literal["off", "fixed", "learnable"]
     cascade_k: Moderate
@@ -158,7 +158,6 @@ class Variant(Training):
             "cascade": "learnable" if learnable else "off or fixed",
             "cascade_k": str(self.cascade_k) if learnable else "any",
             "base_lr": "above 0" if self.base_lr > 0 else "0",
-            "target_density": "null" if self.target_density is None else "a number",
         }
 
 

@@ -4,6 +4,7 @@ Node (l, h) of L layers x H heads has index l * H + h, N = L * H. An adjacency A
 source i sends to target j and is valid only where layer(j) > layer(i): everywhere else it is exactly 0.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from dynaroute.errors import DynarouteError
 
 Mode = Literal["train", "soft", "hard"]
 Kind = Literal["logistic", "straight_through", "hard_concrete"]
+BISECTIONS = 30  # halve a span of logits to the resolution of float32
 STRETCH = (-0.1, 1.1)  # of hard concrete gates, as in Louizos et al., 2018
 
 
@@ -78,6 +80,37 @@ def gumbel_sigmoid(
     if kind == "straight_through" and mode == "train":
         return gates + ((gates > 0.5).to(gates) - gates).detach()
     return gates
+
+
+def hold_share(logits: Tensor, entries: Tensor, share: float, mode: Mode) -> Tensor:
+    """Logits less one number for each adjacency, so that a given share of its gates is open.
+
+    In mode train that is the expected share over logistic noise: the number s solves mean(sigmoid(Z - s)) = share, and
+    has the gradient of that solution, ds/dZ_i = w_i / sum(w) with w = sigmoid'(Z - s). So a gate opens at the expense
+    of others. In the other modes as many logits as the share says are above 0; equal ones are on the same side.
+
+    Args:
+        logits: Z, [..., N, N].
+        entries: those that count, [N, N] bool.
+        share: between 0 and 1.
+        mode: see `gumbel_sigmoid`.
+    """
+    values = logits[..., entries.to(logits.device)]  # [..., E]
+    if mode != "train":
+        kept = values.detach().topk(max(1, round(share * values.shape[-1])), dim=-1).values[..., -1:]
+        shift = torch.nextafter(kept, torch.full_like(kept, -torch.inf))
+    else:
+        with torch.no_grad():
+            offset = math.log(share / (1 - share))
+            low, high = (end(-1, keepdim=True) - offset for end in (values.amin, values.amax))
+            for _ in range(BISECTIONS):
+                shift = (low + high) / 2
+                too_open = torch.sigmoid(values - shift).mean(-1, keepdim=True) > share
+                low, high = torch.where(too_open, shift, low), torch.where(too_open, high, shift)
+        opened = torch.sigmoid(values - shift)
+        slope = (opened * (1 - opened)).mean(-1, keepdim=True).detach()
+        shift = shift + (opened.mean(-1, keepdim=True) - share) / slope  # a step of Newton's, which has the gradient
+    return logits - shift[..., None]
 
 
 def gate_slope(logits: Tensor, tau: float | Tensor, noise: Tensor, kind: Kind) -> Tensor:

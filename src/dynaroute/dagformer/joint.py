@@ -35,4 +35,4 @@ class JointModel(nn.Module):
         base = decay_groups(self.base, variant.weight_decay)
         for group in base:
             group["lr_factor"] = variant.base_lr / variant.lr
-        return self.predictor.parameter_groups() + base
+        return decay_groups(self.predictor, variant.weight_decay) + base

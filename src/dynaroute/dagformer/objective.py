@@ -1,9 +1,8 @@
 """The training loss of a predictor: the NLL of a frozen base under the predicted wiring, and the wiring's density.
 
-The loss of step t is `NLL + lambda_t * mean_A`, and with a `target_density` a constraint on mean_A. A variant may
-minimise the KL divergence from the base instead of NLL, as Edge Pruning does. Temperature and
-lambda follow the schedules below; noise is a function of (seed, step, window), so it does not depend on batches or
-processes.
+The loss of step t is `NLL + lambda_t * mean_A`. A variant may minimise the KL divergence from the base instead of NLL,
+as Edge Pruning does (arXiv 2406.16778). Temperature and lambda follow the schedules below; noise is a function of
+(seed, step, window), so it does not depend on batches or processes.
 """
 
 import math
@@ -88,27 +87,14 @@ class DagObjective:
             signs = sequence_signs(self.noise_seed, step, batch.windows).to(device)
             adjacency.register_hook(lambda at_gates: at_gates * signs[:, None, None])
         with torch.no_grad():
-            slope = gate_slope(_bare(model).logits(embeddings), tau, noise, self.variant.gates)
+            slope = gate_slope(_bare(model).logits(embeddings, "train"), tau, noise, self.variant.gates)
             slope = density(slope, self.valid).mean()
-        total = minimised + weight * mean_a
-        if self.variant.target_density is not None:
-            total = total + self._constraint(_bare(model).multipliers, mean_a, step)
-        return total, {
+        return minimised + weight * mean_a, {
             "loss": loss,
             "mean_A": mean_a,
             "gate_slope": slope,
             "gate_gradient": gradient,
         }
-
-    def _constraint(self, multipliers: Tensor, mean_a: Tensor, step: int) -> Tensor:
-        """The Lagrangian of Edge Pruning (arXiv 2406.16778), m1 (s - t) + m2 (s - t)^2, for density s and target t.
-
-        The target falls from 1 to `target_density` over the first fifth of the steps. The multipliers ascend: their
-        gradient is reversed.
-        """
-        target = 1 - (1 - self.variant.target_density) * min(1.0, step / (RAMP * self.variant.steps))
-        first, second = 2 * multipliers.detach() - multipliers
-        return first * (mean_a - target) + second * (mean_a - target) ** 2
 
     def validation_sums(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """NLL in the three modes, summed over tokens, and measures of the topology, summed over windows."""

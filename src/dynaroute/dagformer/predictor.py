@@ -6,7 +6,6 @@ It knows nothing of the base, the encoder or the training. Gates and cascade are
 """
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynaroute.config.dagformer import Variant
-from dynaroute.dagformer.gates import Mode, cascade, dag_mask, gumbel_sigmoid, logistic_noise
-from dynaroute.training.schedules import decay_groups
+from dynaroute.dagformer.gates import Mode, cascade, dag_mask, gumbel_sigmoid, hold_share, logistic_noise
 
 # The standard deviation over entries of U V^T at initialisation. Every logit then starts within about 1 of init_logit:
 # at 15 all gates are open, and sigmoid(15 / 5) is the same for all to 1 %.
 INITIAL_SPREAD = 0.1
 GELU_GAIN = 1.5335  # 1 / sqrt(E[gelu(z)^2]) for a standard normal z: keeps the mean square at 1 through a layer
-# Multipliers must reach the slope of the loss over density, a few nats, whatever the learning rate of the weights.
-MULTIPLIER_LR = 0.1
 STATISTICS_ROWS = 2**16  # enough for a mean and a standard deviation; more would only cost memory
 
 
@@ -38,6 +34,8 @@ class StructurePredictor(nn.Module):
     vector that hides the differences between texts. So x is standardised, feature by feature, with the statistics of
     the training texts (`fit_normalisation`; stored with the weights), and scaled to a mean square of 1, so that no text
     has an outlying norm, not even a short one.
+
+    With a `target_density`, Z is shifted so that this share of each text's gates is open.
 
     With `predictor_input: none` a learned constant replaces the normalised x: one topology for all texts. With `edges`
     Z is learned directly, entry by entry, from init_logit on.
@@ -63,9 +61,6 @@ class StructurePredictor(nn.Module):
         # As a logarithm, k stays positive.
         learnable = variant.cascade == "learnable"
         self.log_k = nn.Parameter(torch.tensor(math.log(variant.cascade_k))) if learnable else None
-        # Of the constraint on density: see `DagObjective`.
-        constrained = variant.target_density is not None
-        self.multipliers = nn.Parameter(torch.zeros(2)) if constrained else None
         self.register_buffer("embedding_mean", torch.zeros(embedding_size))
         self.register_buffer("embedding_inverse_std", torch.ones(embedding_size))
         self.register_buffer("invalid", ~dag_mask(num_layers, num_heads), persistent=False)
@@ -96,26 +91,17 @@ class StructurePredictor(nn.Module):
         self.embedding_mean.copy_(mean)
         self.embedding_inverse_std.copy_(torch.where(varies, 1 / std, 0))
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups: of the weights only matrices decay; multipliers learn at MULTIPLIER_LR."""
-        groups = decay_groups(self, self.variant.weight_decay)
-        if self.multipliers is not None:
-            for group in groups:
-                group["params"] = [weight for weight in group["params"] if weight is not self.multipliers]
-            factor = MULTIPLIER_LR / self.variant.lr
-            groups.append({"params": [self.multipliers], "weight_decay": 0.0, "lr_factor": factor})
-        return groups
-
     @property
     def cascade_k(self) -> float | Tensor:
         """The steepness of the cascade: a scalar tensor with a gradient where it is learnable."""
         return self.variant.cascade_k if self.log_k is None else self.log_k.exp()
 
-    def logits(self, embeddings: Tensor) -> Tensor:
+    def logits(self, embeddings: Tensor, mode: Mode = "soft") -> Tensor:
         """Z, [B, N, N] in the parameters' dtype: -inf where an entry is not valid.
 
         Args:
             embeddings: [B, E] of any scale and float dtype. With `predictor_input: none` only B is read.
+            mode: matters with a `target_density` alone, see `hold_share`.
         """
         with torch.autocast(self.init_logit.device.type, enabled=False):
             if self.edges is not None:
@@ -125,6 +111,8 @@ class StructurePredictor(nn.Module):
                 h = F.gelu(self.second(F.gelu(self.first(x))))  # [B or 1, F]
                 u, v = (head(h).unflatten(-1, (self.num_nodes, -1)) for head in (self.u, self.v))  # [B or 1, N, r]
                 logits = torch.baddbmm(self.init_logit, u, v.transpose(1, 2))
+            if self.variant.target_density is not None:
+                logits = hold_share(logits, ~self.invalid, self.variant.target_density, mode)
             logits = logits.masked_fill(self.invalid, -torch.inf)
         return logits.expand(len(embeddings), -1, -1)
 
@@ -134,7 +122,7 @@ class StructurePredictor(nn.Module):
 
     def gates(self, embeddings: Tensor, tau: float | Tensor, mode: Mode, noise: Tensor | None = None) -> Tensor:
         """The gates before the cascade, [B, N, N]; arguments and errors are those of `forward`."""
-        return gumbel_sigmoid(self.logits(embeddings), tau, mode, noise, self.variant.gates)
+        return gumbel_sigmoid(self.logits(embeddings, mode), tau, mode, noise, self.variant.gates)
 
     def forward(self, embeddings: Tensor, tau: float | Tensor, mode: Mode, noise: Tensor | None = None) -> Tensor:
         """The adjacency A, [B, N, N], 0 where an entry is not valid.

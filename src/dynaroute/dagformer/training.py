@@ -39,15 +39,13 @@ def make_trainer(
 
     Raises:
         DynarouteError: an input is missing or damaged, the training does not fit windows and processes, or several
-            processes are to train a base jointly or to a target density.
+            processes are to train a base jointly.
     """
     joint = variant.base_lr > 0
-    # Processes do not share the gradients of a base, which is outside the wrapped model, nor those of multipliers,
-    # which are read outside its forward pass.
-    for key in ("base_lr", "target_density"):
-        if (value := getattr(variant, key)) and accelerator.num_processes > 1:
-            found = f"{accelerator.num_processes} processes: such a variant is trained by one: launch it with python"
-            raise DynarouteError(f"variants.{name}.{key} = {value:g}: {found}")
+    # Processes do not share the gradients of a base, which is outside the wrapped model.
+    if joint and accelerator.num_processes > 1:
+        found = f"{accelerator.num_processes} processes: such a variant is trained by one: launch it with python"
+        raise DynarouteError(f"variants.{name}.base_lr = {variant.base_lr:g}: {found}")
     shared = settings.dagformer
     tokens = Path("data/tokens") / shared.corpus
     windows = {split: variant_windows(TokenShards(tokens, split), shared) for split in ("train", "validation")}
@@ -92,7 +90,7 @@ def make_trainer(
         seed=seed,
         scratch=scratch_folder("train_dagformer", run_id(identity)),
         start=trained,
-        parameter_groups=model.parameter_groups(),
+        parameter_groups=model.parameter_groups() if joint else None,
         remark=lambda history: alarm(history, variant.alarm_steps),
         keep_best=False,  # the result is the weights at the final tau and lambda
     )

@@ -12,6 +12,7 @@ class Measurements(NamedTuple):
     """What was measured."""
 
     base: Record
+    planted: Record | None
     variants: dict[str, Record]  # by name
     benchmark: Record | None  # of the DAG forward, by a target of its own; None if it was not run
 
@@ -23,7 +24,8 @@ def read_measurements(results: Results) -> Measurements:
         DynarouteError: a file is missing or damaged.
     """
     variants = {name: read_record(DATA / "measured" / f"{name}.json") for name in results.variants}
-    return Measurements(read_record(DATA / "measured/base.json"), variants, read_benchmark("dag"))
+    planted = read_record(DATA / "measured/planted.json") if results.planted else None
+    return Measurements(read_record(DATA / "measured/base.json"), planted, variants, read_benchmark("dag"))
 
 
 def section(results: Results, measured: Measurements, reference: Record) -> str:
@@ -34,6 +36,7 @@ def section(results: Results, measured: Measurements, reference: Record) -> str:
         "dagformer_measured.md",
         {
             "base": measured.base,
+            "planted": measured.planted,
             "ours": ours,
             "reference": reference,
             "knobs": results.main.knobs,

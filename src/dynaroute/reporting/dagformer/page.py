@@ -87,6 +87,9 @@ def values(
         if "planted_L0" in results.planted
         else None,
         "best": next((row for row in methods if row["id"] == best_planted(results, analyses)), None),
+        "blind": best_blind(results, analyses),
+        "blind_C1": results.variants[CONTROL].knobs if _closes_nothing(results.variants.get(CONTROL)) else None,
+        "gradient_order": _interval(comparisons.hard.loc[MAIN], "least_gradient_"),
         "num_checks": len(made),
         "failed": [name for name, passed in made if passed is not None and passed is not True],
         "columns": {
@@ -120,7 +123,7 @@ def summary(results: Results, comparisons: Comparisons, analyses: Analyses) -> d
         "nll_baseline": window["nll_baseline"],
         "nll_P1": window["nll_hard"],
         "hard_density_P1": window["density_hard"],
-        **{f"{row['id']}_difference": row["mean"] for row in comparisons.primary},
+        **{f"{row['left'][0]}_minus_{row['right'][0]}": row["mean"] for row in comparisons.primary},
         "failed_checks": sum(passed is False for _, passed in checks(results, analyses)),
     }
 
@@ -244,6 +247,26 @@ def known_rows(known: Record | None) -> list[dict[str, Any]]:
 def best_planted(results: Results, analyses: Analyses) -> str | None:
     """The variant that comes closest to the planted NLL by the prefix protocol; None without a planted base."""
     return min(results.planted, key=lambda name: analyses.methods[name]["prefix"]["above_own"]["mean"], default=None)
+
+
+def best_blind(results: Results, analyses: Analyses) -> dict[str, Any] | None:
+    """The best wiring of the planted base that reads no text, and how much of the rest the best predictor closes.
+
+    By the prefix protocol: wiring, its name; above, its NLL minus that of the planted wirings; closed, the share.
+    """
+    best = best_planted(results, analyses)
+    if best is None:
+        return None
+    known = analyses.planted["prefix"]["minus_own"]
+    above = {words: known[key]["mean"] for key, words in KNOWN.items() if key != "other"}
+    found = {name: analyses.methods[name]["prefix"]["above_own"]["mean"] for name in results.planted}
+    above |= {name: found[name] for name, own in results.planted.items() if own.knobs["predictor_input"] != "text"}
+    wiring = min(above, key=above.__getitem__)
+    return {"wiring": wiring, "above": above[wiring], "closed": 1 - found[best] / above[wiring]}
+
+
+def _closes_nothing(variant: Variant | None) -> bool:
+    return variant is not None and variant.evaluation["window"]["density_hard"] == 1
 
 
 def method_row(variant: Variant, methods: Record) -> dict[str, Any]:

@@ -11,23 +11,19 @@ from dynaroute.reporting.inputs import Record
 if TYPE_CHECKING:
     import pandas as pd
 
-POLICIES: dict[str, dict[str, Any]] = {
+POLICIES: dict[str, dict[str, Any]] = {  # those that figures show; tables have all
     "min": {"color": BLACK, "linestyle": "--", "label": "MIN, which knows the future"},
-    "token_path": {"color": GREY, "linestyle": "-", "marker": "P", "label": "path of the token"},
-    "next_use": {"color": VERMILION, "linestyle": "-", "marker": "s", "label": "next use"},
-    "weighted_lru": {"color": GREEN, "linestyle": "-.", "marker": "^", "label": "frequency-weighted LRU"},
+    "token_path": {"color": PURPLE, "linestyle": "-", "marker": "D", "label": "token path"},
+    "next_use": {"color": VERMILION, "linestyle": "-.", "marker": "s", "label": "next use"},
+    "least_stale": {"color": GREEN, "linestyle": ":", "marker": "^", "label": "Least-Stale"},
     "lru": {"color": BLUE, "linestyle": "-", "marker": "o", "label": "LRU"},
-    "least_stale": {"color": SKY, "linestyle": "-.", "marker": "x", "label": "Least-Stale"},
-    "lfru": {"color": GREY, "linestyle": ":", "marker": "+", "label": "LFRU"},
-    "lfu": {"color": ORANGE, "linestyle": ":", "marker": "v", "label": "LFU"},
-    "pinned": {"color": PURPLE, "linestyle": ":", "marker": "D", "label": "pinned by frequency"},
 }
 
 
 def plot_training(seeds: list[Record], path: str | Path) -> None:
     """Training and validation loss by epoch, the reference's in front of those of other seeds."""
-    with saved_figure(path, 6.4, 3.4) as figure:
-        axes = figure.subplots()
+    with saved_figure(path, 7.6, 3.4) as figure:
+        axes, closer = figure.subplots(1, 2, width_ratios=(2, 1))
         for run in reversed(seeds):
             alpha = 1 if run is seeds[0] else 0.3
             epochs = [row["step"] * run["epochs"] / run["steps"] for row in run["losses"]]
@@ -39,12 +35,16 @@ def plot_training(seeds: list[Record], path: str | Path) -> None:
                 middles, rows["train_loss"], "s--", color=VERMILION, alpha=alpha, label="training, mean of an epoch"
             )
             axes.plot(rows["epoch"], rows["validation_loss"], "o-", color=BLUE, alpha=alpha, label="validation")
+            late = rows[rows["epoch"] >= rows["epoch"].max() / 3]
+            closer.plot(late["epoch"], late["validation_loss"], "o-", color=BLUE, alpha=alpha)
+            closer.plot(run["best_epoch"], run["validation_loss"], "*", color=BLACK, markersize=11, alpha=alpha)
         best = seeds[0]["best_epoch"], seeds[0]["validation_loss"]
         axes.plot(*best, "*", color=BLACK, markersize=11, label=f"best validation: epoch {best[0]:.3g}")
-        axes.set_title("lighter: other seeds" if len(seeds) > 1 else "")
-        axes.set_xlabel("epoch")
+        closer.set_title("validation, closer")
+        for panel in (axes, closer):
+            panel.set_xlabel("epoch")
         axes.set_ylabel("loss (nats per token)")
-        axes.legend(handles=axes.lines[-4:])
+        axes.legend(handles=axes.lines[-4:], title="lighter: other seeds" if len(seeds) > 1 else None)
 
 
 def plot_gate_norms(run: Record, path: str | Path) -> None:
@@ -67,18 +67,20 @@ def plot_gate_norms(run: Record, path: str | Path) -> None:
 
 
 def plot_hit_rates(hits: "pd.DataFrame", num_experts: int, path: str | Path) -> None:
-    """Hit rates of the replayed trace by capacity: every policy with one budget, LRU also with a share per layer."""
+    """Hit rates of the replayed trace by capacity: POLICIES with one budget, LRU also with a share per layer."""
     one_budget, shares = hits[~hits["per_layer"]], hits[hits["per_layer"] & (hits["policy"] == "lru")]
     with saved_figure(path, 6.4, 3.9) as figure:
         axes = figure.subplots()
         axes.plot(
             [0, num_experts], [0, 1], color=GREY, linestyle=":", label="bound of online policies, uniform routing"
         )
-        for policy, rows in one_budget.groupby("policy", sort=False):
-            axes.plot(rows["capacity"], rows["hit_rate"], **POLICIES[policy], markerfacecolor="none")
+        for policy, style in POLICIES.items():
+            rows = one_budget[one_budget["policy"] == policy]
+            if not rows.empty:
+                axes.plot(rows["capacity"], rows["hit_rate"], **style, markerfacecolor="none")
         if not shares.empty:
             label = "LRU, an equal share per layer"
-            axes.plot(shares["capacity"], shares["hit_rate"], "o--", color=SKY, label=label)
+            axes.plot(shares["capacity"], shares["hit_rate"], "x--", color=SKY, label=label)
         axes.set_xlabel(f"experts held, of {num_experts}")
         axes.set_xlim(0, num_experts * 1.03)
         axes.set_ylabel("hit rate")

@@ -117,7 +117,7 @@ def summary(results: Results) -> dict[str, float]:
         "validation_loss": training["best_validation_loss"],
         "validation_perplexity": math.exp(training["best_validation_loss"]),
         "test_perplexity": math.exp(training["test_loss"]),
-        **{f"hit_rate_{policy}": found["rates"].get(policy) for policy in ("lru", "next_use", "min")},
+        **{f"hit_rate_{policy}": found["rates"].get(policy) for policy in ("lru", "next_use", "token_path", "min")},
         "hit_rate_lru_per_layer": found["lru_per_layer"],
         "failed_checks": len(found["failed"]),
     }
