@@ -67,7 +67,7 @@ class DenseLayer(nn.Module):
         width = config.top_k * config.d_ff
         self.up, self.down = nn.Linear(config.d_model, width), nn.Linear(width, config.d_model)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterStatistics]:
+    def forward(self, x: Tensor, simulated: None = None) -> tuple[Tensor, RouterStatistics]:
         """[B, T, D] -> [B, T, D], and the statistics of no router."""
         nothing = x.new_zeros(())
         return self.down(F.gelu(self.up(x))), RouterStatistics(*[nothing] * len(RouterStatistics._fields))

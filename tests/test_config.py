@@ -109,6 +109,18 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"dwr.topk": 3}, "dwr.topk = 3: unknown key; did you mean top_k?"),
         ({"sed": 3}, "sed = 3: unknown key; did you mean seed?"),
         ({"dwr.d_ff": ...}, "dwr.d_ff is missing"),
+        (
+            {"dwr.balance": "none"},
+            "dwr.balance = 'none': input should be 'auxiliary', 'auxiliary_accumulated' or 'loss_",
+        ),
+        (
+            {"dwr.balance": "loss_free"},
+            "dwr.balance_coefficient = 0.01: must be 0.0 with balance = loss_free, which has no loss",
+        ),
+        (
+            {"dwr.cache_prior": 1.0, "dwr.cache_prior_experts": 9},
+            "dwr.cache_prior_experts = 9: must be top_k = 2 to num_experts = 8",
+        ),
         ({"dwr.corpus": "wiki"}, "dwr.corpus = 'wiki': must be among corpora: docs"),
         ({"corpora.docs.source.kind": "ftp"}, "corpora.docs.source.kind = 'ftp': must be one of"),
         (

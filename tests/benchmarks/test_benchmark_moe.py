@@ -106,7 +106,7 @@ def test_all_experts_at_once_compile_whole(monkeypatch):
 
 
 def test_a_model_that_cannot_be_trained_is_told_and_the_others_are_timed(tree, monkeypatch):
-    def broken(self, x):
+    def broken(self, x, simulated):
         raise RuntimeError("no kernel\nof that name")
 
     monkeypatch.setattr(benchmark_moe.DenseLayer, "forward", broken)

@@ -117,6 +117,28 @@ def test_a_reader_that_closes_the_pipe_ends_generation_quietly(store):
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+COMPARISON = (
+    r"; inexact: held experts preferred by ([\d.]+); KL to exact routing (\S+) nats per token, perplexity (\S+), "
+)
+COMPARISON += r"exact (\S+), over (\d+) tokens\n$"
+
+
+def test_cache_aware_routing_says_that_it_is_inexact_and_by_how_much(monkeypatch, capsys, store):
+    sampled = ["--temperature", "1.5", "--seed", "3", "--cache", "4"]  # greedy text repeats itself
+    exact = run(monkeypatch, capsys, store, *sampled, "--cache-aware", "0")
+    assert "inexact" not in exact.err
+    assert exact.out == run(monkeypatch, capsys, store, *sampled).out
+    found = run(monkeypatch, capsys, store, *sampled, "--cache-aware", "4")
+    alpha, kl, perplexity, exactly, tokens = map(float, re.search(COMPARISON, found.err).groups())
+    assert (alpha, tokens) == (4, int(found.err.split()[0]))
+    assert kl > 0.01
+    assert perplexity != exactly
+    assert found.out != exact.out
+    hits = [float(re.search(r"hit rate ([\d.]+)", line)[1]) for line in (found.err, exact.err)]
+    assert hits[0] > hits[1]
+    assert found.out == run(monkeypatch, capsys, store, *sampled, "--cache-aware", "4").out
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_budget_in_bytes_gives_the_same_text(monkeypatch, capsys, store, tmp_path, precision):
     export_store(
@@ -162,6 +184,19 @@ def test_a_checkpoint_gives_the_same_text_in_any_memory(monkeypatch, capsys, moe
         ["--memory", "1TiB", "--usage", str(tmp_path / "usage"), "--prefetch", "transition"],
     ):
         assert serve(monkeypatch, capsys, moe, *arguments).out == whole.out
+
+
+def test_a_checkpoint_says_so_too_and_a_profile_counts_what_was_used_once(monkeypatch, capsys, moe, tmp_path):
+    arguments = ["--cache", "5", "--cache-aware", "3", "--save-usage", str(tmp_path / "usage")]
+    found = serve(monkeypatch, capsys, moe, *arguments, "--tokens", "20")
+    _, kl, perplexity, exactly, tokens = map(float, re.search(COMPARISON, found.err).groups())
+    assert (kl > 0, perplexity != exactly, tokens) == (True, True, 20)
+    load = json.loads((tmp_path / "usage").read_text())["usage"]["load"]
+    exact = serve(monkeypatch, capsys, moe, *arguments[:2], *arguments[4:], "--tokens", "20")
+    assert "inexact" not in exact.err
+    again = json.loads((tmp_path / "usage").read_text())["usage"]["load"]
+    assert [sum(layer) for layer in load] == [sum(layer) for layer in again]
+    assert load != again
 
 
 def test_a_profile_is_kept_on_top_of_an_earlier_one(monkeypatch, capsys, moe, tmp_path):
@@ -283,6 +318,9 @@ def test_a_stop_token_ends_the_text(monkeypatch, capsys, moe, tmp_path):
         (["--prefetch", "gate"], "--prefetch: needs --cache N"),
         (["--per-layer"], "--per-layer: needs --cache N"),
         (["--lookahead", "2"], "--lookahead: needs --cache N"),
+        (["--cache-aware", "1"], "--cache-aware: needs --cache N"),
+        (["--cache", "2", "--cache-aware", "-1"], "--cache-aware -1.0: must be 0, which is exact, to 1e"),
+        (["--cache", "2", "--cache-aware", "nan"], "--cache-aware nan: must be 0, which is exact, to 1e"),
         (["--cache", "2", "--lookahead", "2"], "--lookahead: needs --prefetch frequency"),
         (["--prompt", PROMPT * 30], r"--prompt: \d+ tokens; the model has 48 positions"),
         (["--store", "nowhere"], "nowhere/manifest.json: cannot be read"),

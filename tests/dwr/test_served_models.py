@@ -111,6 +111,51 @@ def test_a_product_with_fewer_bits_is_that_of_the_widened_weights(dtype, tokens)
     torch.testing.assert_close(precision.linear(x, weights, scale).double(), expected, rtol=1e-5, atol=1e-3)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", MODELS)
+def test_preferred_experts_are_chosen_by_the_routers_own_rule_and_weighed_by_its_scores_alone(tmp_path, kind):
+    model = HubModel(save_moe(tmp_path, kind, num_experts_per_tok=2))
+    gate = next(block for block in model._blocks.values()).gate
+    x, cache = torch.randn(1, 30, 32), ExpertCache(model.store, 4, cache_aware=0.0)
+    model.bind(cache)
+    scores, weights, chosen = gate(x)
+    monkey = torch.zeros(8)  # what is preferred
+    cache.preference = lambda layer: monkey
+    own = gate(x)
+    assert torch.equal(own[2], chosen)
+    torch.testing.assert_close(own[1], weights)
+    monkey[[2, 3]] = 3.0  # of one group
+    bias = getattr(gate, "e_score_correction_bias", torch.zeros(8))
+    for token in range(30):
+        raised = scores[token] + monkey
+        rank = raised.sigmoid() + bias if kind == "deepseek_v3" else raised
+        if kind == "deepseek_v3":  # the best group of two, by its best two
+            best = max(range(2), key=lambda group: rank.view(2, 4)[group].topk(2).values.sum())
+            rank = rank.masked_fill(torch.arange(8) // 4 != best, -torch.inf)
+        own = gate(x[:, token])
+        assert set(own[2][0].tolist()) == set(rank.topk(2).indices.tolist())
+        probability = scores[token].sigmoid() if kind == "deepseek_v3" else scores[token].softmax(0)
+        expected = probability[own[2][0]]
+        if kind in ("mixtral", "qwen3_moe", "deepseek_v3"):
+            expected = expected / expected.sum()
+        torch.testing.assert_close(own[1][0], expected * getattr(gate, "routed_scaling_factor", 1.0))
+    cache.close()
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "deepseek_v3"])
+def test_cache_aware_routing_hits_more_and_is_exact_when_it_is_off(tmp_path, kind):
+    model = HubModel(save_moe(tmp_path, kind))
+    found = []
+    for cache_aware in (0.0, 5.0):
+        with ExpertCache(model.store, 6, cache_aware=cache_aware) as cache:
+            logits = decoded(model, cache)
+            found.append((logits, cache.statistics.hits))
+            with cache.exact_routing():
+                assert torch.equal(decoded(model, cache), found[0][0])
+    assert found[1][1] > found[0][1]
+    assert not torch.equal(found[0][0], found[1][0])
+
+
 def edit_config(folder: Path, **changes) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -1,8 +1,11 @@
 """A DWR run from tokens to its result, against plain computations of what it says."""
 
+import csv
 import random
+from pathlib import Path
 
 import benchmark_balance
+import benchmark_locality
 import numpy as np
 import pytest
 import resolve_variants
@@ -12,6 +15,7 @@ import train_dwr
 import train_dwr_run
 from plain_lru import lru_hit_rate
 from repository import REPOSITORY
+from resuming import killed_at
 from small_settings import changed
 from small_tokens import write_tokens
 
@@ -132,6 +136,50 @@ def test_the_balance_benchmark_trains_each_coefficient_with_three_seeds(tokens):
     ]
     assert (found["reference"], found["rows"][3]["lru"]) == (reference["run"], reference["hit_rate"]["lru"])
     assert len({row["test_loss"] for row in found["rows"]}) == 6
+
+
+def test_a_run_that_is_trained_for_locality_goes_on_after_a_kill_as_if_there_was_none(tokens):
+    locality = {"balance": "loss_free", "balance_coefficient": 0.0, "balance_window": 2, "balance_rate": 0.1}
+    locality |= {"reuse_coefficient": 0.1, "cache_prior": 2.0, "cache_prior_experts": 2}
+    found = run_one("other", **locality)
+    with killed_at(Trainer, "_step", 9):
+        run_one("other", **locality)
+    assert run_one("other", **locality) == found
+    assert found["history"][-1]["train_reuse_loss_layer1"] > 0
+    for knob, value in {"balance_rate": 0.2, "reuse_coefficient": 0.0, "cache_prior": 0.0}.items():
+        assert run_one("other", **locality | {knob: value})["test_loss"] != found["test_loss"]
+
+
+def rows_of(size):
+    with Path(f"reports/benchmarks/locality_{size}.csv").open(encoding="utf-8", newline="") as file:
+        return {(row["setting"], row["routing"]): row for row in csv.DictReader(file)}
+
+
+def test_the_table_has_rows_for_each_setting_with_its_controls(tokens, monkeypatch):
+    names = ("reference", "lambda_0", "recipe")
+    monkeypatch.setattr(benchmark_locality, "SETTINGS", {name: benchmark_locality.SETTINGS[name] for name in names})
+    benchmark_locality.main(make_settings({}), "reference")
+    rows = rows_of("reference")
+    kinds = ("exact", "inexact 0.25", "inexact 1", "shuffled text", "shuffled routing")
+    assert rows.keys() == {(name, kind) for name in (*names, "fewer_experts") for kind in kinds}
+    for name in names:
+        exact, inexact = rows[name, "exact"], rows[name, "inexact 1"]
+        assert float(exact["perplexity_low"]) < float(exact["perplexity"]) < float(exact["perplexity_high"])
+        assert float(exact["lru_third"]) <= float(exact["min_third"]) <= float(exact["min_half"])
+        assert 0 <= float(exact["smallest_load"]) <= 1 <= float(exact["largest_load"])
+        assert float(exact["tokens_per_second_pcie"]) > float(exact["tokens_per_second_disk"]) > 0
+        assert exact["reaches_goal"] in ("True", "False")
+        assert float(inexact["kl"]) >= 0
+        assert inexact["perplexity"] != exact["perplexity"]
+        assert (inexact["smallest_load"], rows[name, "shuffled text"]["perplexity"]) == ("", "")
+    assert rows["reference", "exact"]["reaches_goal"] == "False"
+
+
+def test_the_larger_size_is_that_of_the_model_of_dwr_and_others_are_refused(tokens):
+    benchmark_locality.main(make_settings({}), "larger")
+    assert {name for name, _ in rows_of("larger")} == {"reference", "recipe"}
+    with pytest.raises(DynarouteError, match="size = 'huge': must be reference or larger"):
+        benchmark_locality.main(make_settings({}), "huge")
 
 
 def test_a_run_may_differ_in_shape_and_is_told_when_windows_are_too_few(tokens):

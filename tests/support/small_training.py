@@ -11,6 +11,8 @@ from dynaroute.training.checkpoints import load_checkpoint
 from dynaroute.training.loop import Trainer, make_accelerator
 
 VOCAB, SEQ_LEN = 13, 6
+LOCALITY = {"balance": "loss_free", "coefficient": 0.0, "balance_window": 4, "balance_rate": 0.01}
+LOCALITY |= {"reuse_coefficient": 0.1, "reuse_half_life": 2.0, "cache_prior": 0.1, "cache_prior_experts": 4}
 
 
 class Tokens:
@@ -79,17 +81,19 @@ def make_trainer(
     )  # fmt: skip
 
 
-def make_dwr_trainer(scratch):
+def make_dwr_trainer(scratch, balance="auxiliary", coefficient=0.01, **knobs):
     """A trainer of DWR with micro-batches of 6 tokens, which cannot fill all of its 16 experts."""
     config = DWRConfig(
         d_model=16, d_ff=16, num_layers=2, num_heads=2, num_experts=16, top_k=2, max_seq_len=SEQ_LEN, dropout=0.0,
-        capacity_factor=None, vocab_size=VOCAB,
+        capacity_factor=None, vocab_size=VOCAB, balance=balance,
     )  # fmt: skip
     torch.manual_seed(0)
+    model, objective = DWRTransformer(config), DWRObjective(config, coefficient, **knobs)
+    accelerator = make_accelerator("cpu", "fp32")
     return Trainer(
-        DWRTransformer(config), DWRObjective(config, 0.01), Tokens(30), Tokens(7, seed=1),
-        make_settings(micro_batch_size=1), total_steps=14, accelerator=make_accelerator("cpu", "fp32"), seed=5,
-        scratch=scratch,
+        model, objective, Tokens(30), Tokens(7, seed=1), make_settings(micro_batch_size=1), total_steps=14,
+        accelerator=accelerator, seed=5, scratch=scratch,
+        after_step=lambda steps: objective.end_step(model, steps, accelerator.reduce),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from small_training import Objective, make_dwr_trainer, train
+from small_training import LOCALITY, Objective, make_dwr_trainer, train
 
 from dynaroute.errors import DynarouteError
 from dynaroute.training import loop
@@ -30,6 +30,8 @@ def train_dwr(folder):
     with trainer:
         trainer.run()
     (folder / f"passes{RANK}.json").write_text(json.dumps(passes))
+    with make_dwr_trainer(folder / "both_loss_free", **LOCALITY) as trainer:
+        trainer.run()
 
 
 class InterruptedInAStep(Objective):

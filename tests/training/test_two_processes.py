@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from repository import REPOSITORY
-from small_training import assert_same_checkpoint, make_dwr_trainer, train
+from small_training import LOCALITY, assert_same_checkpoint, make_dwr_trainer, train
 
 from dynaroute.training.checkpoints import load_checkpoint
 
@@ -41,6 +41,19 @@ def test_two_processes_train_dwr_as_one_does_though_experts_stay_empty_on_one_of
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
     for one, other in zip(our_state["history"], history, strict=True):
         assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_two_processes_count_the_load_of_both_and_draw_the_same_bonus_for_a_window(folder):
+    with make_dwr_trainer(folder / "one_loss_free", **LOCALITY) as trainer:
+        trainer.run()
+    (ours, _), (theirs, _) = (
+        load_checkpoint(folder / f"{name}_loss_free/last.safetensors") for name in ("both", "one")
+    )
+    for layer in range(2):
+        for name in ("selection_bias", "assigned"):
+            key = f"model.layers.{layer}.moe.{name}"
+            assert theirs[key].any()
+            assert torch.equal(ours[key], theirs[key])
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step_and_the_run_goes_on_from_there(folder):

@@ -9,21 +9,32 @@ from dynaroute.analysis.traces import Trace, record_routing, uniform_trace
 from dynaroute.config import Settings
 from dynaroute.config.dwr import DWRRun
 from dynaroute.data.tokens.shards import Windows, open_splits
-from dynaroute.data.tokens.windows import evenly_spaced
+from dynaroute.data.tokens.windows import WindowSet, evenly_spaced
 from dynaroute.dwr.experts.policies import LRU, Belady, NextUse
 from dynaroute.dwr.experts.residency import Residency, nearest_a_third
+from dynaroute.dwr.model import DWRTransformer
 from dynaroute.dwr.training import make_trainer
 from dynaroute.dwr.windows import traced_windows
 from dynaroute.pipeline.scratch import run_id
 from dynaroute.training.checkpoints import load_checkpoint, load_weights
 from dynaroute.training.loop import make_accelerator, own_share
 
+# Of a model, the windows of its test, those of its trace, and the trace.
+Measure = Callable[[DWRTransformer, WindowSet, WindowSet, Trace], dict[str, Any]]
 
-def train_and_measure(settings: Settings, name: str, dwr: DWRRun, publish: Callable[[dict[str, Any]], None]) -> None:
+
+def train_and_measure(
+    settings: Settings,
+    name: str,
+    dwr: DWRRun,
+    publish: Callable[[dict[str, Any]], None],
+    measure: Measure = lambda *_: {},
+) -> None:
     """Trains the run `name`, scores its best weights, and replays their routing through caches.
 
     The main process hands what it found to `publish` before it discards what the run would resume from. Of its parts,
-    `history` has a row for each validation and `losses` one for every tenth step.
+    `history` has a row for each validation and `losses` one for every tenth step. `measure` adds what
+    else it finds in the best model.
 
     Raises:
         DynarouteError: there is too little text, or what the training raises.
@@ -78,6 +89,7 @@ def train_and_measure(settings: Settings, name: str, dwr: DWRRun, publish: Calla
                 "uniform_hit_rate": hit_rates(uniform_trace(trace), config.num_experts, capacity),
                 "history": state.history,
                 "losses": state.losses,
+                **measure(model, test, routed, trace),
             }
         )
         trainer.discard_scratch()

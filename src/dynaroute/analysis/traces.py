@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.data.tokens.windows import WindowSet
+from dynaroute.dwr.inference import routers
 from dynaroute.dwr.model import DWRTransformer
 from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.artifacts import output_directory, read_record, write_json
@@ -34,10 +35,10 @@ class Trace(NamedTuple):
 @torch.inference_mode()
 def record_routing(model: DWRTransformer, windows: WindowSet, run: str) -> Trace:
     """Records windows, each as a text by itself, without its padding."""
-    routers, states = [layer.moe.router for layer in model.layers], {}
+    rankings, states = routers(model), {}
     hooks = [
-        router.register_forward_pre_hook(lambda _, inputs, layer=layer: states.__setitem__(layer, inputs[0]))
-        for layer, router in enumerate(routers)
+        block.moe.router.register_forward_pre_hook(lambda _, inputs, layer=layer: states.__setitem__(layer, inputs[0]))
+        for layer, block in enumerate(model.layers)
     ]
     chosen, predicted = [], []
     for start in range(0, len(windows), BATCH):
@@ -46,7 +47,7 @@ def record_routing(model: DWRTransformer, windows: WindowSet, run: str) -> Trace
         statistics = model(tokens).router
         chosen.append(torch.stack([layer.chosen for layer in statistics], 2).flatten(0, 1)[kept])  # [tokens, L, K]
         # Not by calling the module: its hook would record another layer's state as its own.
-        ahead = [router.forward(states[layer])[kept] for layer, router in enumerate(routers[1:])]
+        ahead = [choose_by(states[layer])[kept] for layer, choose_by in enumerate(rankings[1:])]
         orders = [scores.argsort(-1, descending=True) for scores in ahead]  # L - 1 times [tokens, E]
         nothing = chosen[-1].new_empty(len(chosen[-1]), 0, model.config.num_experts)  # if there is only one layer
         predicted.append(torch.stack(orders, 1) if orders else nothing)  # [tokens, L-1, E]

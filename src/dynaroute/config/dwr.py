@@ -48,14 +48,39 @@ class DWRArchitecture(Section):
         return self
 
 
+# How training balances the load of experts: a loss of each micro-batch, or of `balance_window` steps; or a bias.
+Balance = Literal["auxiliary", "auxiliary_accumulated", "loss_free"]
+
+
 class DWR(DWRArchitecture):
     """The DWR model and its training."""
 
     corpus: str
     # The loss is also recorded on the whole training split of these corpora, which are not trained on.
     also_validate_on: Annotated[list[str], Distinct]
-    balance_coefficient: LossWeight
+    balance: Balance
+    balance_coefficient: LossWeight  # of the loss
+    balance_window: Positive  # steps over which loads are counted, unless they are those of a micro-batch
+    balance_rate: LossWeight  # of loss_free: what a window adds to the bias of an expert or takes from it, in logits
+    reuse_coefficient: LossWeight  # of a loss for routing unlike the recent routing of the same text
+    reuse_half_life: Moderate  # of a token in what is recent, in tokens
+    cache_prior: LossWeight  # largest bonus to scores of experts that a simulated cache holds, in logits; 0: no cache
+    cache_prior_experts: Size  # of a layer that the simulated cache holds
     training: EpochTraining
+
+    @model_validator(mode="after")
+    def _simulated_cache_fits(self) -> Self:
+        if self.cache_prior and not self.top_k <= self.cache_prior_experts <= self.num_experts:
+            allowed = f"must be top_k = {self.top_k} to num_experts = {self.num_experts}"
+            raise invalid("cache_prior_experts", self.cache_prior_experts, allowed)
+        return self
+
+    @model_validator(mode="after")
+    def _balance_is_of_one_kind(self) -> Self:
+        if self.balance == "loss_free" and self.balance_coefficient:
+            allowed = "must be 0.0 with balance = loss_free, which has no loss"
+            raise invalid("balance_coefficient", self.balance_coefficient, allowed)
+        return self
 
 
 class DWRRun(DWR):

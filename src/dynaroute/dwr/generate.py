@@ -12,6 +12,9 @@ Prints the text to stdout as it is generated, and a summary of what the cache di
 (`--temperature 0`, the default) and text sampled with a seed are the same at every cache size, with every policy and
 prefetcher. A hit is an expert that was in the cache, or being prefetched, when it was needed; it is late if it was not
 read yet. Greedy text of a small model repeats itself: it needs the same experts again, and hits more than other text.
+`--cache-aware ALPHA` trades that exactness for hits: experts in memory are preferred by ALPHA logits, as far as they
+were held when a layer is called. The summary then says "inexact". It compares the first 128 generated tokens with exact
+routing, for which they are read once more: KL divergence and perplexity.
 Ctrl-C ends with the summary so far and status 130 (with `--interactive`, at the next prompt); a reader that closes the
 pipe, as `head` does, ends with status 141.
 """
@@ -43,8 +46,10 @@ from dynaroute.dwr.experts.usage import UsageCounter, backbone_hash, load_profil
 from dynaroute.dwr.hub import HubModel, locate_checkpoint
 from dynaroute.dwr.inference import (
     Forward,
+    Recording,
     Text,
     bind_experts,
+    compare_routing,
     load_backbone,
     load_resident,
     routers,
@@ -55,6 +60,7 @@ from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.terminal import program
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+COMPARED = 128  # tokens of inexact text, whose logits are kept
 READING = 2  # threads that may read an expert at a time
 
 
@@ -78,6 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--policy", choices=get_args(PolicyName), help="(default: lru)")
     parser.add_argument("--prefetch", choices=get_args(PrefetchName), help="(default: none)")
     parser.add_argument("--lookahead", type=int, metavar="M", help="experts to prefetch (default: the model's top_k)")
+    parser.add_argument("--cache-aware", type=float, metavar="ALPHA", help="prefer held experts (default: 0, exact)")
     parser.add_argument("--usage", metavar="FILE", help="profile of earlier traffic, for policies and prefetchers")
     parser.add_argument("--save-usage", metavar="FILE", help="keep a profile of this traffic, on top of --usage")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
@@ -118,6 +125,7 @@ def check(arguments: argparse.Namespace) -> None:
         ),
         ("top_p", 0 < arguments.top_p <= 1, "must be above 0 and at most 1"),
         ("seed", 0 <= arguments.seed <= MAX_SEED, f"must be 0 to {MAX_SEED}"),
+        ("cache_aware", 0 <= (arguments.cache_aware or 0) <= hottest, f"must be 0, which is exact, to {hottest:g}"),
         ("device", arguments.device == "cpu" or torch.cuda.is_available(), "there is no such device here"),
     ):
         if not holds:
@@ -181,7 +189,7 @@ def make_cache(arguments: argparse.Namespace, served: Served) -> ExpertCache | N
     """
     store, config = served.store, served.store.config
     if served.bind is None:
-        for name in ("per_layer", "policy", "prefetch", "lookahead", "usage", "save_usage"):
+        for name in ("per_layer", "policy", "prefetch", "lookahead", "cache_aware", "usage", "save_usage"):
             if getattr(arguments, name):
                 raise DynarouteError(f"--{name.replace('_', '-')}: needs --cache N or --memory SIZE")
         return None
@@ -215,7 +223,8 @@ def make_cache(arguments: argparse.Namespace, served: Served) -> ExpertCache | N
     policy = make_policy(arguments.policy or "lru", load)
     lookahead = arguments.lookahead or config.top_k
     prefetcher = make_prefetcher(arguments.prefetch or "none", store, served.routers, lookahead)
-    cache = ExpertCache(store, capacity, policy, arguments.per_layer, prefetcher, arguments.device, counter)
+    aware = arguments.cache_aware or 0.0
+    cache = ExpertCache(store, capacity, policy, arguments.per_layer, prefetcher, arguments.device, counter, aware)
     served.bind(cache)
     return cache
 
@@ -312,7 +321,9 @@ def generate(arguments: argparse.Namespace) -> None:
             raise DynarouteError(f"--prompt: {len(ids)} tokens; the model has {served.positions} positions")
         output, interrupted = Output(), False
         choice = arguments.temperature, arguments.top_p, generator, text.allowed
-        tokens = sample(served.start(), served.positions, ids, *choice)
+        aware = cache is not None and cache.cache_aware > 0
+        forward = Recording(served.start(), COMPARED if aware else 0)
+        tokens = sample(forward, served.positions, ids, *choice)
         try:
             stream(text, itertools.islice(tokens, min(arguments.tokens, served.positions)), output)
         except KeyboardInterrupt:
@@ -321,7 +332,15 @@ def generate(arguments: argparse.Namespace) -> None:
         if interrupted and cache is not None:
             cache.clear()
         statistics = None if cache is None else cache.take_statistics()
-        print(summary(output, statistics, store.file_bytes), file=sys.stderr)
+        line = summary(output, statistics, store.file_bytes)
+        if aware:
+            line += f"; inexact: held experts preferred by {cache.cache_aware:g}"
+            calls = forward.calls[: len(output.ids)]
+            if calls and not interrupted:
+                with cache.exact_routing():
+                    line += f"; {compare_routing(calls, output.ids[: len(calls)], served.start())}"
+                cache.take_statistics()
+        print(line, file=sys.stderr)
         return interrupted
 
     try:

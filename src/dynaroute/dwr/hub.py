@@ -6,6 +6,7 @@ compute in 32-bit floats, in the same order: to the bit from a checkpoint of 32-
 rounding, as a product is then done in blocks of rows. Only weights and configuration are read, never code.
 """
 
+import copy
 import re
 from collections.abc import Callable
 from itertools import accumulate
@@ -133,12 +134,32 @@ class HubModel:
         self._blocks = expert_blocks(self.model)
         self._read_backbone()
         for block in self._blocks.values():
+            chooser = _chooser(block.gate)
             block.gate.register_forward_hook(
-                lambda _, inputs, output, block=block: block.experts.source.observe(
-                    inputs[0].reshape(-1, inputs[0].shape[-1]),
-                    torch.zeros_like(output[0]).scatter_(1, output[2], 1),  # a router may choose by other scores
+                lambda gate, inputs, output, block=block, chooser=chooser: self._route(
+                    block.experts.source, gate, chooser, inputs[0], output
                 )
             )
+
+    def _route(
+        self, source: CachedExperts, gate: nn.Module, chooser: nn.Module, x: Tensor, output: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """A router's output for x [B, T, D]: (scores [S, E], weights [S, K], experts [S, K]).
+
+        It is unchanged unless the cache prefers experts. Then these are chosen by scores plus preference and by all
+        else that the router heeds, such as groups; weights are those that the router gives them by its scores alone.
+        """
+        scores, weights, chosen = output
+        if (preference := source.preference()) is not None:
+            chosen = chooser.forward(scores.float() + preference)[2]
+            sigmoid = hasattr(gate, "e_score_correction_bias")  # DeepSeek-V3
+            weights = (scores.sigmoid() if sigmoid else scores.softmax(-1, dtype=torch.float32)).gather(1, chosen)
+            if getattr(gate, "norm_topk_prob", self.model.config.model_type == "mixtral"):  # which always does
+                weights = weights / weights.sum(-1, keepdim=True)
+            weights = weights * getattr(gate, "routed_scaling_factor", 1.0)
+        # A router may choose by other scores.
+        source.observe(x.reshape(-1, x.shape[-1]), torch.zeros_like(scores).scatter_(1, chosen, 1))
+        return scores, weights, chosen
 
     def _read_backbone(self) -> None:
         model, checkpoint = self.model, self.store.checkpoint
@@ -212,6 +233,14 @@ class HubModel:
 
         ids = [token for token in tokenizer.get_vocab().values() if token < self.model.config.vocab_size]
         return Text(encode, decode, stop, torch.tensor(sorted(set(ids))))
+
+
+def _chooser(gate: nn.Module) -> nn.Module:
+    """A router that chooses as another does, whose input are scores [S, E]: its matrix is the identity."""
+    chooser = copy.deepcopy(gate)
+    size = len(gate.weight)
+    chooser.weight, chooser.hidden_dim = nn.Parameter(torch.eye(size, device=gate.weight.device), False), size
+    return chooser
 
 
 def _read_config(folder: Path) -> "PretrainedConfig":

@@ -3,6 +3,7 @@
 Both run `expert_ffn` on the same tokens with equally aligned weights, so their logits are equal to the bit.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from dynaroute.dwr.experts.cache import CachedExperts, ExpertCache
 from dynaroute.dwr.experts.prefetch import Router
 from dynaroute.dwr.experts.store import ExpertStore, model_without_weights
 from dynaroute.dwr.model import DWRTransformer, KVCache
+from dynaroute.training.nll import kl_divergence, nll
 
 
 def load_resident(store: ExpertStore, device: str = "cpu") -> DWRTransformer:
@@ -34,7 +36,7 @@ def load_backbone(store: ExpertStore, device: str = "cpu") -> DWRTransformer:
         del layer.moe.experts  # a submodule can only be replaced by a module
         # Shows the cache each token's state early enough to prefetch.
         layer.moe.router.register_forward_hook(
-            lambda _, inputs, scores, moe=layer.moe: moe.experts.observe(inputs[0], scores)
+            lambda _, inputs, scores, moe=layer.moe: moe.experts.observe(inputs[0], moe.selection(scores))
         )
     model.load_state_dict(store.read_backbone(), assign=True)
     return model.requires_grad_(False).eval().to(device)
@@ -47,8 +49,8 @@ def bind_experts(model: DWRTransformer, cache: ExpertCache) -> None:
 
 
 def routers(model: DWRTransformer) -> list[Router]:
-    """The router of each layer, without its hooks, of which one would ask for a prediction again."""
-    return [layer.moe.router.forward for layer in model.layers]
+    """What each layer chooses experts by, without its router's hooks: one would ask for a prediction again."""
+    return [lambda state, moe=layer.moe: moe.selection(moe.router.forward(state)) for layer in model.layers]
 
 
 @torch.inference_mode()
@@ -94,6 +96,58 @@ def start_text(model: DWRTransformer) -> Forward:
     weight = model.token_embedding.weight
     cache = KVCache(model.config, 1, like=weight)
     return lambda tokens: model(torch.tensor([tokens], device=weight.device), cache).logits[0, -1]
+
+
+class Recording:
+    """A forward pass that keeps the tokens and the logits of its first calls.
+
+    Attributes:
+        calls: tokens, and the logits [V] after the last of them, on the CPU.
+    """
+
+    def __init__(self, forward: Forward, most: int) -> None:
+        """Keeps `most` calls."""
+        self._forward, self._most = forward, most
+        self.calls: list[tuple[list[int], Tensor]] = []
+
+    def __call__(self, tokens: list[int]) -> Tensor:
+        """See `Forward`."""
+        logits = self._forward(tokens)
+        if len(self.calls) < self._most:
+            self.calls.append((tokens, logits.cpu()))
+        return logits
+
+
+class Inexactness(NamedTuple):
+    """What inexact routing changed in a text."""
+
+    tokens: int  # compared, each after all tokens before it
+    kl: float  # KL(exact || inexact) of the next token, in nats, the mean over tokens
+    perplexity: float  # of these tokens
+    exact_perplexity: float  # likewise, with exact routing
+
+    def __str__(self) -> str:
+        """Part of a sentence."""
+        perplexities = f"perplexity {self.perplexity:.4g}, exact {self.exact_perplexity:.4g}"
+        return f"KL to exact routing {self.kl:.3g} nats per token, {perplexities}, over {self.tokens} tokens"
+
+
+@torch.inference_mode()
+def compare_routing(calls: list[tuple[list[int], Tensor]], following: list[int], exact: Forward) -> Inexactness:
+    """Reads a text again with exact routing, in the same calls.
+
+    Args:
+        calls: of a `Recording` with inexact routing.
+        following: the token after each of them.
+        exact: a pass over a new text.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    for (tokens, logits), token in zip(calls, following, strict=True):
+        expected, target = exact(tokens).cpu()[None, None], torch.tensor([[token]])
+        found = logits[None, None]  # [1, 1, V]
+        sums += torch.stack([kl_divergence(expected, found)[0, 0], nll(found, target), nll(expected, target)])
+    kl, own, exactly = (sums / len(following)).tolist()
+    return Inexactness(len(following), kl, math.exp(own), math.exp(exactly))
 
 
 @torch.inference_mode()

@@ -14,14 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynaroute.config.dwr import DWRArchitecture
+from dynaroute.config.dwr import Balance, DWRArchitecture
 from dynaroute.config.schema import Positive
+from dynaroute.dwr.locality import SimulatedCache, choose_with_cache
 
 
 class DWRConfig(DWRArchitecture):
-    """Sizes of a model: the architecture of params.yaml and the vocabulary of the tokens."""
+    """Sizes of a model: the architecture of params.yaml and the vocabulary of the tokens.
+
+    `balance` is how its training balances experts. Models and stores from before it was a setting have the default.
+    """
 
     vocab_size: Positive
+    balance: Balance = "auxiliary"
 
     def num_params(self) -> int:
         """All parameters: 259,712,096 at the paper's sizes."""
@@ -63,6 +68,9 @@ class ExpertSource(Protocol):
     def fetch(self, needed: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
         """Yields each needed expert once, in any order; its weights are valid until the next one is asked for."""
 
+    def preference(self) -> Tensor | None:
+        """What is added to the scores [S, E] by which experts are chosen, [E]; None if routing is exact."""
+
 
 class ResidentExperts(nn.Module):
     """The experts of one layer as separate parameters.
@@ -83,6 +91,9 @@ class ResidentExperts(nn.Module):
         for expert in needed:
             weights = self._modules[str(expert)]
             yield expert, ExpertWeights(weights["w1"], weights["b1"], weights["w2"], weights["b2"])
+
+    def preference(self) -> None:
+        """All experts are at hand, so none is preferred."""
 
     def run_all(self, x: Tensor, expert: Tensor, counts: Tensor) -> Tensor:
         """Every expert on its tokens at once, without a look at how many they are, for which a GPU would be waited for.
@@ -112,8 +123,9 @@ class RouterStatistics(NamedTuple):
     counts: Tensor  # [E] int64, tokens assigned to each expert
     probability: Tensor  # [B, T, E]
     dropped: Tensor  # scalar int64, assignments over capacity
-    chosen: Tensor  # [B, T, K] int64, each token's experts, most probable first
+    chosen: Tensor  # [B, T, K] int64, each token's experts, the first choice first
     weight: Tensor  # [E, D], the router's own, without gradient
+    scores: Tensor  # [B, T, E], its output, with gradient
 
 
 class DWROutput(NamedTuple):
@@ -156,6 +168,14 @@ class MoE(nn.Module):
     The probabilities of the chosen experts, renormalised to sum to one, weigh their outputs. With top_k = 1 it is the
     probability itself, as in the Switch Transformer: renormalised it would be 1 whatever the router says, and no
     gradient of the NLL would reach the router.
+
+    With `balance: loss_free` the experts of a token are those whose router score plus `selection_bias` is largest
+    (Wang et al., 2024); probabilities, and so the weights of outputs, are those of the scores alone.
+
+    Attributes:
+        assigned: [E], tokens of the balance window that each expert got; None with `balance: auxiliary`. Saved with
+            the weights, since a resumed training needs it.
+        selection_bias: [E], in logits; None unless `balance: loss_free`.
     """
 
     def __init__(self, config: DWRConfig) -> None:
@@ -163,24 +183,47 @@ class MoE(nn.Module):
         self.config = config
         self.router = nn.Linear(config.d_model, config.num_experts)
         self.experts: ExpertSource = ResidentExperts(config)
+        counted, biased = config.balance != "auxiliary", config.balance == "loss_free"
+        self.register_buffer("assigned", torch.zeros(config.num_experts) if counted else None)
+        self.register_buffer("selection_bias", torch.zeros(config.num_experts) if biased else None)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterStatistics]:
-        """[B, T, D] -> [B, T, D] and the router's statistics."""
+    def selection(self, scores: Tensor) -> Tensor:
+        """The scores by which experts are chosen, from those of the router, both [S, E]: the same if nothing is added.
+
+        A bias of training is part of the model. A preference for experts that a cache holds is not: it is inexact.
+        """
+        for added in (self.selection_bias, self.experts.preference()):
+            scores = scores if added is None else scores + added
+        return scores
+
+    def forward(self, x: Tensor, simulated: SimulatedCache | None = None) -> tuple[Tensor, RouterStatistics]:
+        """[B, T, D] -> [B, T, D] and the router's statistics; a simulated cache favours the experts it holds."""
         batch, time, d = x.shape
         top_k, num_experts = self.config.top_k, self.config.num_experts
         x = x.reshape(-1, d)  # [S, D]
         scores = self.router(x)  # [S, E]
         probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # not in bf16
-        weights, chosen = probabilities.topk(top_k)  # [S, K]
+        selection = self.selection(scores)
+        if simulated is None and selection is scores:
+            weights, chosen = probabilities.topk(top_k)  # [S, K]
+        else:
+            if simulated is None:
+                chosen = selection.topk(top_k).indices
+            else:
+                chosen = choose_with_cache(selection.view(batch, time, -1), top_k, simulated).view(-1, top_k)
+            weights = probabilities.gather(1, chosen)
         if top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
         # Not bincount, for whose size a GPU is waited for.
         counts = (chosen.reshape(-1, 1) == torch.arange(num_experts, device=x.device)).sum(0)  # [E]
         y = self.dispatch(x, weights, chosen, counts)  # [S, D]
 
-        tokens = x.shape[0]
-        balance_loss = num_experts * (counts / tokens * probabilities.mean(0)).sum()
-        dropped = (counts - self.capacity(tokens)).clamp(min=0).sum()
+        share = counts / x.shape[0]  # [E], sums to top_k
+        if self.config.balance == "auxiliary_accumulated" and self.training:
+            share = self.assigned + counts
+            share = top_k * share / share.sum()
+        balance_loss = num_experts * (share * probabilities.mean(0)).sum()
+        dropped = (counts - self.capacity(x.shape[0])).clamp(min=0).sum()
         statistics = RouterStatistics(
             balance_loss,
             counts,
@@ -188,6 +231,7 @@ class MoE(nn.Module):
             dropped,
             chosen.view(batch, time, top_k),
             self.router.weight.detach(),
+            scores.view(batch, time, num_experts),
         )
         return y.view(batch, time, d), statistics
 
@@ -304,10 +348,12 @@ class Block(nn.Module):
         self.moe_norm = nn.LayerNorm(config.d_model)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> tuple[Tensor, RouterStatistics]:
+    def forward(
+        self, x: Tensor, cache: KVCache | None, simulated: SimulatedCache | None
+    ) -> tuple[Tensor, RouterStatistics]:
         """[B, T, D] -> [B, T, D] and the router's statistics."""
         x = self.attention_norm(x + self.dropout(self.attention(x, cache)))
-        y, statistics = self.moe(x)
+        y, statistics = self.moe(x, simulated)
         return self.moe_norm(x + self.dropout(y)), statistics
 
 
@@ -336,8 +382,12 @@ class DWRTransformer(nn.Module):
             else:
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> DWROutput:
+    def forward(
+        self, tokens: Tensor, cache: KVCache | None = None, simulated: SimulatedCache | None = None
+    ) -> DWROutput:
         """Logits for tokens [B, T]; with a cache, for the tokens that follow those it holds, which it then holds too.
+
+        With a simulated cache of experts, routing is that of cache-aware inference, from the first of these tokens on.
 
         Raises:
             ValueError: more tokens than the model has positions.
@@ -350,7 +400,7 @@ class DWRTransformer(nn.Module):
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # [B, T, D]
         router = []
         for layer in self.layers:
-            x, statistics = layer(x, cache)
+            x, statistics = layer(x, cache, simulated)
             router.append(statistics)
         if cache is not None:
             cache.length = end

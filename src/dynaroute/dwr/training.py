@@ -71,9 +71,13 @@ def make_trainer(
         "num_processes": accelerator.num_processes,  # floats are added in another order
     }
     torch.manual_seed(settings.seed)
+    model = DWRTransformer(config)
+    knobs = {"balance_coefficient", "balance_window", "balance_rate", "reuse_coefficient", "reuse_half_life"}
+    knobs |= {"cache_prior", "cache_prior_experts"}
+    objective = DWRObjective(config, **dwr.model_dump(include=knobs), seed=settings.seed)
     trainer = Trainer(
-        DWRTransformer(config),
-        DWRObjective(config, dwr.balance_coefficient),
+        model,
+        objective,
         training,
         validation,
         dwr.training,
@@ -83,5 +87,6 @@ def make_trainer(
         scratch=scratch_folder(stage, run_id(identity)),
         also_validate_on=others,
         early_stopping_patience=dwr.training.early_stopping_patience,
+        after_step=lambda steps: objective.end_step(model, steps, accelerator.reduce),
     )
     return trainer, identity

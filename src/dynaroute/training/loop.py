@@ -174,6 +174,7 @@ class Trainer:
         also_validate_on: Mapping[str, WindowSet] | None = None,
         early_stopping_patience: int | None = None,
         keep_best: bool = True,
+        after_step: Callable[[int], None] | None = None,
     ) -> None:
         """Prepares a run in the folder `scratch`, starting from the weights and moments of the checkpoint `start`.
 
@@ -182,6 +183,7 @@ class Trainer:
         Every validation also records the loss on each text in `also_validate_on`, by name; it decides nothing.
         The run stops early after `early_stopping_patience` validations without improvement; None: never.
         Only with `keep_best` are there weights at `best_path`.
+        `after_step` is called with the number of steps taken. What it keeps for later ones, the model's buffers hold.
 
         Raises:
             DynarouteError: batches do not divide among the processes, there is not one whole batch, the run would end
@@ -203,7 +205,7 @@ class Trainer:
         self.training, self.validation = training, validation
         self.seed, self.scratch, self.start, self.remark = seed, scratch, start, remark
         self.also_validate_on = also_validate_on or {}
-        self.early_stopping_patience, self.keep_best = early_stopping_patience, keep_best
+        self.early_stopping_patience, self.keep_best, self.after_step = early_stopping_patience, keep_best, after_step
         self.steps_per_epoch = steps_per_epoch(len(training), settings.batch_size)
         self.total_steps = total_steps
         self.validate_every = self.steps_per_epoch if settings.validate_every == "epoch" else settings.validate_every
@@ -316,6 +318,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
+        if self.after_step:
+            self.after_step(self.state.step)
         if step % LOSS_EVERY == 0:
             loss = float(accelerator.reduce(self.sums["loss"] - earlier, "mean"))
             self.state.losses.append({"step": self.state.step, "train_loss": loss})

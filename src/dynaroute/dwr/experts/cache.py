@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -61,6 +62,8 @@ class ExpertCache:
         store: where experts are read from.
         device: where they are put: cpu or cuda.
         counter: of what the tokens use, or None.
+        cache_aware: added to the router's scores of experts that are held when a layer is called, in logits. Routing is
+            exact with 0, the default, and inexact otherwise: then outputs depend on what the cache holds.
     """
 
     def __init__(
@@ -72,13 +75,14 @@ class ExpertCache:
         prefetcher: Prefetcher | None = None,
         device: str = "cpu",
         counter: UsageCounter | None = None,
+        cache_aware: float = 0.0,
     ) -> None:
         """An empty cache; the default policy is `LRU`, and without a prefetcher nothing is prefetched.
 
         Raises:
             DynarouteError: there is no room for one expert, or with budgets per layer for one of each layer.
         """
-        self.store, self.device = store, device
+        self.store, self.device, self.cache_aware = store, device, cache_aware
         config = store.config
         self._residency = Residency(capacity, policy or LRU(), config.num_layers, config.top_k, per_layer)
         self._slots: dict[Key, _Slot] = {}
@@ -137,8 +141,25 @@ class ExpertCache:
             taken, self._residency.statistics = self._residency.statistics, CacheStatistics()
         return taken
 
+    def preference(self, layer: int) -> Tensor | None:
+        """What is added to a layer's scores, float32 [E]; None if routing is exact."""
+        if not self.cache_aware:
+            return None
+        held = [(layer, expert) in self._residency for expert in range(self.store.config.num_experts)]
+        return self.cache_aware * torch.tensor(held, dtype=torch.float32, device=self.device)
+
+    @contextmanager
+    def exact_routing(self) -> Iterator[None]:
+        """Meanwhile no expert is preferred, and nothing is counted for a profile."""
+        kept = self.cache_aware, self.counter
+        self.cache_aware, self.counter = 0.0, None
+        try:
+            yield
+        finally:
+            self.cache_aware, self.counter = kept
+
     def observe(self, layer: int, state: Tensor, scores: Tensor) -> None:
-        """Shows the prefetcher the input [S, D] and output [S, E] of a layer's router, before that layer's `fetch`."""
+        """Shows the prefetcher a layer's input [S, D], and what it chooses experts by, [S, E], before its `fetch`."""
         if self.counter:
             self.counter.count(layer, scores.topk(self.store.config.top_k).indices)
         if self._prefetcher and (prediction := self._prefetcher.predict(layer, state, scores)):
@@ -284,6 +305,10 @@ class CachedExperts:
     def observe(self, state: Tensor, scores: Tensor) -> None:
         """See `ExpertCache.observe`."""
         self.cache.observe(self.layer, state, scores)
+
+    def preference(self) -> Tensor | None:
+        """See `ExpertCache.preference`."""
+        return self.cache.preference(self.layer)
 
     def fetch(self, needed: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
         """See `ExpertCache.fetch`."""

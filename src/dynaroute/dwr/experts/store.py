@@ -326,9 +326,8 @@ def file_contents(
         if ".moe.experts." not in name
     }
     expert = stored_tensors(config, precision)
-    contents: dict[str, tuple[dict[str, TensorEntry], dict[str, Any]]] = {
-        BACKBONE: (backbone, {"run": run, "config": config.model_dump()})
-    }
+    state = {"run": run, "config": config.model_dump(exclude_defaults=True)}  # so that older stores have it too
+    contents: dict[str, tuple[dict[str, TensorEntry], dict[str, Any]]] = {BACKBONE: (backbone, state)}
     for layer in range(config.num_layers):
         for index in range(config.num_experts):
             contents[expert_file(layer, index)] = expert, {"run": run, "layer": layer, "expert": index}
