@@ -59,7 +59,7 @@ def checks_before_training(variant: Variant, row: dict[str, Any]) -> dict[str, b
     Empty where that is not so by design: gates that do not all start open, a layer 0 that the cascade shuts, or an
     input norm that changes what open gates let through.
     """
-    if variant.init_logit < SURELY_OPEN or variant.input_norm not in ("none", "gate_mean"):
+    if variant.init_logit < SURELY_OPEN or variant.target_density or variant.input_norm not in ("none", "gate_mean"):
         return {}
     if variant.cascade != "off" and not variant.exempt_first_layer:
         return {}

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynaroute.reporting.dagformer.page import ORDERS
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
+FAR_OFF = 6  # medians of what variants differ by from the baseline
 CURVES = {
     "random": {"color": BLUE, "linestyle": "-", "marker": "o"},
     "least_gradient": {"color": VERMILION, "linestyle": "--", "marker": "s"},
@@ -128,8 +130,8 @@ def plot_edges_closed(
 ) -> None:
     """Hard NLL minus baseline by the share of edges closed, with 95 % intervals: in two orders, and by every variant.
 
-    Left: all of it, with gates that were optimised on the scored text. Right: where the variants are. The order by
-    expected gain is left out, and so are bases that were trained on.
+    Left: all of it, with gates that were optimised on the scored text. Right: where most variants are, without those
+    that are far off. The order by expected gain is left out, and so are bases that were trained on.
     """
     seeds = [{*found["seeds"]} for found in (comparisons.seeds, comparisons.control_seeds)]
     rows = comparisons.hard
@@ -168,11 +170,13 @@ def plot_edges_closed(
             }
             margin = [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
             panels[0].errorbar(oracle["closed"], found["mean"], yerr=margin, **style)
-        closed, difference = ([point[part] for point in points.values()] for part in (0, 1))
+        limit = FAR_OFF * median(abs(point[1]) for point in points.values())
+        near_by = {name: point for name, point in points.items() if point[1] <= limit or name == MAIN}
+        closed, difference = ([point[part] for point in near_by.values()] for part in (0, 1))
         width, height = max(0.1, max(closed)), max(1e-3, max(difference) - min(0.0, *difference))
         panels[1].set_xlim(-0.08 * width, 1.15 * width)
         panels[1].set_ylim(min(0.0, *difference) - 0.25 * height, max(difference) + 0.3 * height)
-        for name, (x, y, *_) in points.items():  # in a crowd, only P1 has its name
+        for name, (x, y, *_) in near_by.items():  # in a crowd, only P1 has its name
             near = (abs(x - u) < 0.06 * width and abs(y - v) < 0.05 * height for u, v, *_ in points.values())
             if name == MAIN or sum(near) == 1:
                 panels[1].annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=7)
