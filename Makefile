@@ -32,7 +32,7 @@ lint: env
 	lint-imports --no-cache
 	pytest --quiet tests/test_prose.py
 
-benchmarks: env  ## layers, peers and tokenization at the paper's sizes, and the pages that show them
+benchmarks: env  ## layers and peers at the paper's sizes, and the pages that show them
 	dvc repro benchmarks/dvc.yaml
 	dvc repro --single-item --force report_cached_inference report_dwr report_dagformer summarize
 

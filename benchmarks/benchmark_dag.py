@@ -23,15 +23,17 @@ bytes: dense's time, plus the head outputs, inputs and gradients that mixing has
 import copy
 import functools
 import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from count_step_memory import MemoryCount
 from timing import columns, failure, interleaved, milliseconds, quartiles, ratios, show
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.olmo2.modeling_olmo2 import apply_rotary_pos_emb
 
@@ -189,6 +191,35 @@ def with_compiled_modules(base: PreTrainedModel) -> PreTrainedModel:
         if type(module).__name__ in ("Olmo2RMSNorm", "Olmo2MLP"):
             module.compile()
     return base
+
+
+class MemoryCount(TorchDispatchMode):
+    """Sums the bytes of all storages that operations make while it is active: `now`, and at most, `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        old = {storage._cdata for storage in self._storages((args, kwargs))}  # a result may be a view of a weight
+        for storage in self._storages(result):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in old and key not in self._known:
+                self._known.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._remove, key, size)
+        return result
+
+    @staticmethod
+    def _storages(tree: Any) -> list[torch.UntypedStorage]:
+        return [value.untyped_storage() for value in tree_leaves(tree) if isinstance(value, Tensor)]
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.remove(key)
+        self.now -= size
 
 
 def step_memory(size: Size, name: str, device: str) -> float:

@@ -99,3 +99,15 @@ def test_compiled_candidates_compute_what_the_others_do(monkeypatch):
     assert len(steps) == 6
     for name in ("dense", "ours", "reference"):
         torch.testing.assert_close(steps[f"{name}_compiled"](False), steps[name](False))
+
+
+def test_it_counts_what_is_alive_views_once_and_the_most_at_any_time():
+    with benchmark.MemoryCount() as memory:
+        one = torch.zeros(1000)
+        assert memory.now == 4000
+        view, other = one.view(10, 100), one.double()
+        assert memory.now == 12_000
+        del one, other
+        assert memory.now == 4000  # the view keeps it
+        del view
+        assert (memory.now, memory.peak) == (0, 12_000)
