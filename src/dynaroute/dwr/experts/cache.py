@@ -266,9 +266,7 @@ class ExpertCache:
     def _fill(self, slot: _Slot, key: Key, ahead: bool = False) -> None:
         """Reads an expert into its slot, on any thread, unless it is there or the slot now belongs to another."""
         with slot.lock:
-            if slot.key != key:
-                return
-            if slot.holds(key) and (slot.memory or not self.store.is_modified(*key)):
+            if slot.key != key or slot.holds(key):
                 return
             slot.content = None  # one that was still being read when the slot was assigned: a slot maps one file
             with self._counting:

@@ -10,7 +10,6 @@ import ctypes
 import errno
 import os
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -35,10 +34,6 @@ class Version(NamedTuple):
     def of(cls, status: os.stat_result) -> Self:
         """The version that a stat result describes."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-    def is_settled(self) -> bool:
-        """Whether a write from now on must change the version: time stamps may be as coarse as 2 s."""
-        return max(self.modified_ns, self.changed_ns) < time.time_ns() - 2 * 10**9
 
 
 def map_file(path: Path, size: int) -> tuple[Tensor, Version]:

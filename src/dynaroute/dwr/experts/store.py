@@ -13,7 +13,6 @@ misaligned weights may not.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,10 +161,8 @@ def export_store(
 class ExpertStore:
     """Reads a store. Opening it checks everything but the weights; a file's SHA-256 is checked when it is first read.
 
-    An open store is one model. A file that was written to, replaced or linked since its SHA-256 was checked, which one
-    `fstat` tells, is checked again: reading gives the weights that the manifest named at opening, or fails. Only a
-    write to a mapped file while the model computes with it goes unnoticed until the next use. Files are not kept open:
-    a large model has more experts than a process may have descriptors.
+    A file that took the place of one is checked at its next reading. A write to a file that is mapped goes unnoticed.
+    Files are not kept open: a large model has more experts than a process may have descriptors.
 
     Attributes:
         run: the training of the weights.
@@ -197,7 +194,7 @@ class ExpertStore:
         self.file_bytes = manifest.files[expert_file(0, 0)].bytes
         self._drop_pages = drop_pages
         self.in_place = self.precision == "fp32" and not drop_pages
-        self._read: dict[str, tuple[Version, bool]] = {}  # by file: version when hashed; whether later writes must show
+        self._checked: dict[str, Version] = {}  # by file: its version when it was hashed
         self._held: dict[tuple[int, int], Tensor] = {}  # files that `hold_in_memory` has read
         self._places = _places(stored_tensors(self.config, self.precision), self.file_bytes)
         # File names come from the config, not from the manifest, so nothing outside of the folder is ever opened.
@@ -213,8 +210,9 @@ class ExpertStore:
         Raises:
             DynarouteError: naming the first file that has changed.
         """
+        self._checked.clear()
         for name in self._manifest.files:
-            self._map(name, recheck=True)
+            self._map(name)
 
     def hold_in_memory(self) -> None:
         """Reads all experts' files into host memory, from which `map` then serves them.
@@ -249,19 +247,6 @@ class ExpertStore:
         if (layer, expert) in self._held:
             return self._held[layer, expert]
         return self._map(expert_file(layer, expert))
-
-    def is_modified(self, layer: int, expert: int) -> bool:
-        """Whether an expert's file was written to in place since `map` read it, so that older maps have changed.
-
-        A file that took its place does not count: maps keep the old one.
-        """
-        name = expert_file(layer, expert)
-        version, _ = self._read[name]
-        try:
-            found = os.stat(f"{self.path}/{name}")  # noqa: PTH116
-        except OSError:
-            return False
-        return found.st_ctime_ns != version.changed_ns and Version.of(found)[:2] == version[:2]
 
     def views(self, content: Tensor) -> dict[str, Tensor]:
         """An expert's tensors, as stored, from the bytes of its file."""
@@ -300,18 +285,18 @@ class ExpertStore:
         views = _views(self._map(BACKBONE), _places(entry.tensors, entry.bytes))
         return {name: tensor.clone() for name, tensor in views.items()}  # aligned, and not a map of the file
 
-    def _map(self, name: str, recheck: bool = False) -> Tensor:
-        """A file whose SHA-256 is the manifest's; hashed unless its version says that it is as it was when hashed."""
+    def _map(self, name: str) -> Tensor:
+        """A file, whose SHA-256 is compared with the manifest's unless this version of the file was."""
         entry = self._manifest.files[name]
         try:
             content, version = map_file(self.path / name, entry.bytes)
         except OSError as error:
             raise DynarouteError(f"{self.path / name}: cannot be read: {error.strerror}: {REMEDY}") from error
-        if recheck or self._read.get(name) != (version, True):
-            settled, found = version.is_settled(), hashlib.sha256(content.numpy()).hexdigest()
+        if self._checked.get(name) != version:
+            found = hashlib.sha256(content.numpy()).hexdigest()
             if found != entry.sha256:
                 raise DynarouteError(f"{self.path / name}: SHA-256 is {found}, not {entry.sha256}: {REMEDY}")
-            self._read[name] = version, settled
+            self._checked[name] = version
         return content
 
 
