@@ -1,6 +1,7 @@
 """Variables of the environment change no result, or are refused by name."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from repository import REPOSITORY
 from small_training import assert_same_checkpoint, train
 
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.environment import CHANGES_RESULTS, NUM_PROCESSES, OWN_RANK
+from dynaroute.pipeline.environment import CHANGES_RESULTS
+from dynaroute.pipeline.scratch import exclusive
 from dynaroute.pipeline.stage import run
 from dynaroute.training.loop import make_accelerator
 
@@ -67,7 +69,7 @@ def stage(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_bytes((REPOSITORY / "params.yaml").read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["some_stage.py"])
-    for name in (*NUM_PROCESSES, *OWN_RANK, "DVC_STAGE"):
+    for name in ("RANK", "LOCAL_RANK", "DVC_STAGE"):
         monkeypatch.delenv(name, raising=False)
 
     def start(launched: bool) -> list[str]:
@@ -84,35 +86,16 @@ def test_every_stage_refuses_what_would_change_results(stage, monkeypatch):
         stage(launched=False)
 
 
-@pytest.mark.parametrize("name", ["RANK", "PMIX_RANK"])
-def test_a_process_with_a_rank_alone_is_refused(stage, monkeypatch, name):
-    monkeypatch.setenv(name, "1")
-    with pytest.raises(SystemExit, match=r"^some_stage: this is process 1 of several, but LOCAL_RANK"):
-        stage(launched=True)
-
-
-@pytest.mark.parametrize("name", NUM_PROCESSES)
-def test_one_of_several_processes_that_do_not_know_of_one_another_is_refused(stage, monkeypatch, name):
-    monkeypatch.setenv(name, "4")
-    monkeypatch.setenv("RANK", "1")  # not enough: accelerate would see a single process on a GPU
-    with pytest.raises(SystemExit, match=f"^some_stage: {name}=4, but LOCAL_RANK, RANK, WORLD_SIZE are not all set"):
-        stage(launched=True)
-
-
-def test_a_stage_for_one_process_refuses_to_be_one_of_several(stage, monkeypatch):
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match=r"^some_stage: WORLD_SIZE=2: this stage is a single process: start one"):
-        stage(launched=False)
-    assert stage(launched=True) == ["python"]
-
-
-def test_the_script_of_an_sbatch_job_and_a_step_of_one_task_are_single_processes(stage, monkeypatch):
-    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}.items():
-        monkeypatch.setenv(name, value)
-    assert stage(launched=True) == ["python"]
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert stage(launched=True) == stage(launched=False) == ["python"]
+def test_processes_that_were_not_launched_together_do_not_all_do_the_work(stage, monkeypatch):
+    monkeypatch.setattr("dynaroute.pipeline.stage.PATIENCE", 0)
+    monkeypatch.setenv("RANK", "1")
+    with exclusive(Path(".scratch/running_some_stage")):
+        with pytest.raises(SystemExit, match=r"^some_stage: .*running_some_stage: process \d+ is already at work"):
+            stage(launched=True)
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with pytest.raises(SystemExit, match="is already at work"):
+            stage(launched=False)
+        assert stage(launched=True) == ["python"]
 
 
 def test_accelerate_does_not_change_the_number_of_threads(monkeypatch):

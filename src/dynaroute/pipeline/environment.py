@@ -1,4 +1,4 @@
-"""Refuses environment variables that would change results, and processes started without a rank."""
+"""Refuses environment variables that would change results."""
 
 import os
 
@@ -17,11 +17,6 @@ CHANGES_RESULTS = {
     # threads and devices other than those of params.yaml
     "OMP_DYNAMIC", "OMP_THREAD_LIMIT", "ACCELERATE_TORCH_DEVICE",
 }  # fmt: skip
-NUM_PROCESSES = (
-    "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS",
-    "JSM_NAMESPACE_SIZE", "FLUX_JOB_SIZE", "PALS_NRANKS", "MPI_LOCALNRANKS",
-)  # fmt: skip
-OWN_RANK = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
 
 
 def check_environment(device: str) -> None:
@@ -37,27 +32,3 @@ def check_environment(device: str) -> None:
         switch = name.startswith("ACCELERATE_USE_") and (name, device) != ("ACCELERATE_USE_CPU", "cpu")
         if (switch or name in CHANGES_RESULTS) and value.lower() not in OFF:
             raise DynarouteError(f"{name}={value} in the environment changes results: unset it")
-
-
-def check_processes(may_be_several: bool) -> None:
-    """Refuses to be one of several processes that do not know of each other: each would do all of the work.
-
-    The script of an sbatch job is a single process, whatever SLURM_NTASKS says; SLURM_STEP_NUM_TASKS comes from srun.
-
-    Raises:
-        DynarouteError: mpirun, srun or the like started this process without a rank, or the stage needs a single one.
-    """
-    for name in NUM_PROCESSES:
-        number = os.environ.get(name, "1")
-        if number in ("", "0", "1"):
-            continue
-        if not may_be_several:
-            raise DynarouteError(f"{name}={number}: this stage is a single process: start one")
-        if not os.environ.keys() >= OWN_RANK:
-            raise DynarouteError(
-                f"{name}={number}, but {', '.join(sorted(OWN_RANK))} are not all set: processes would not know of one "
-                "another: start them with torchrun or accelerate launch"
-            )
-    rank = os.environ.get("RANK", os.environ.get("PMIX_RANK", "0"))
-    if rank != "0" and not os.environ.keys() >= OWN_RANK:
-        raise DynarouteError(f"this is process {rank} of several, but {', '.join(sorted(OWN_RANK))} are not all set")

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import os
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from dynaroute.config import Settings, load_settings
 from dynaroute.errors import DynarouteError
-from dynaroute.pipeline.environment import check_environment, check_processes
+from dynaroute.pipeline.environment import check_environment
 from dynaroute.pipeline.scratch import PATIENCE, exclusive
 from dynaroute.pipeline.terminal import program
 
@@ -41,14 +40,14 @@ def run(main: Callable[..., None], doc: str, *arguments: str, launched: bool = F
         if "" in values:
             parser.error(f"{arguments[0]} is missing")
         stage = "_".join(["running", Path(sys.argv[0]).stem, *values]).replace("/", "_")
-        leads = os.environ.get("RANK", "0") == "0"  # of the processes that a launcher started
+        # Processes that were not launched together, as by srun alone, would all do the work: the lock stops the others.
+        follows = launched and "LOCAL_RANK" in os.environ and os.environ.get("RANK", "0") != "0"
         settings = load_settings()
         check_environment(settings.device)
-        check_processes(may_be_several=launched)
         if launched:
             _launch(settings)
         # After a kill of DVC alone its stage runs a while, and a second one may start.
-        with exclusive(Path(".scratch") / stage, PATIENCE) if leads else contextlib.nullcontext():
+        with contextlib.nullcontext() if follows else exclusive(Path(".scratch") / stage, PATIENCE):
             if "DVC_STAGE" in os.environ:
                 _end_with_dvc()
             main(settings, *values)
@@ -59,20 +58,13 @@ def _launch(settings: Settings) -> None:
     if settings.launcher == "python" or not os.environ.keys().isdisjoint({LAUNCHED, "RANK"}):  # RANK: by hand
         return
     command = [*shlex.split(settings.launcher), *sys.argv]
-    found = shutil.which(command[0])
-    if found and Path(found).parent == Path(sys.executable).parent and _is_python_script(Path(found)):
-        command = [sys.executable, "-m", "dynaroute.pipeline.launcher", found, *command[1:]]
+    if command[0] == "torchrun":
+        command[:1] = [sys.executable, "-m", "dynaroute.pipeline.launcher"]
     try:
         os.execvpe(command[0], command, os.environ | {LAUNCHED: "1"})
     except OSError as error:
         found = f"{command[0]} cannot be run: {error.strerror}"
         raise DynarouteError(f"params.yaml: launcher = {settings.launcher!r}: {found}") from error
-
-
-def _is_python_script(path: Path) -> bool:
-    with path.open("rb") as file:
-        first = file.read(200)
-    return first.startswith(b"#!") and b"python" in first
 
 
 def _end_with_dvc() -> None:
