@@ -12,14 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class FaultyServer:
     """Serves `files`, {name: bytes}; `faults[name]` says what befalls the next requests for it, one after the other.
 
-    drop: the connection closes after a third; stall: nothing comes after a third; trickle: a byte comes every
-    hundredth of a second while the client stays; truncate: about a third is served as if it were all; garble: a
-    byte is another one, not always the same; empty: no byte is served as if that were all; page: something else is
-    served; reset: the connection closes at once; ignore_range, wrong_range: the range asked for is not what comes;
+    drop: the connection closes after a third; stall: nothing comes after a third; truncate: about a third of a range
+    is served; reset: the connection closes at once; ignore_range, wrong_range: the range asked for is not what comes;
     labelled: the gzip is said to be the encoding of the file, as some servers do; first_member: what comes ends
     with the first of the file's gzips, but the length of the file is stated; unstated: nothing says how long it is;
-    unstated_first_member: both; other_total: a range is said to be of a file of another length; a number: that
-    status.
+    other_total: a range is said to be of a file of another length; a number: that status.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -70,33 +67,23 @@ class FaultyServer:
         if fault == "ignore_range":
             start = 0
         body = data[start:]
-        if fault in ("truncate", "empty"):
-            body = body[: len(body) // 3 - len(self.requests) % 9 if fault == "truncate" else 0]
-        elif fault == "garble":
-            at = 20 + len(self.requests) % 9
-            body = body[:at] + bytes([body[at] ^ 0xFF]) + body[at + 1 :] if len(body) > at else b"x" * len(body)
-        elif fault == "page":
-            body = b"<html>Please try again later</html>"
-        elif fault in ("first_member", "unstated_first_member"):
+        if fault == "truncate":
+            body = body[: len(body) // 3]
+        elif fault == "first_member":
             body = data[start : first_member(data)] or body
         handler.send_response(206 if start else 200)
-        unstated = fault in ("unstated", "unstated_first_member")
         if start:
             first = start - 1 if fault == "wrong_range" else start
-            total = "*" if unstated else len(data) + (fault == "other_total")
+            total = "*" if fault == "unstated" else len(data) + (fault == "other_total")
             handler.send_header("Content-Range", f"bytes {first}-{start + len(body) - 1}/{total}")
         if fault == "labelled":
             handler.send_header("Content-Encoding", "gzip")
-        if not unstated:
+        if fault != "unstated":
             handler.send_header(
                 "Content-Length", str(len(data) if fault == "first_member" and not start else len(body))
             )
         handler.end_headers()
-        if fault == "trickle":
-            for place in range(len(body)):
-                handler.wfile.write(body[place : place + 1])
-                time.sleep(0.01)
-        elif fault in ("drop", "stall"):
+        if fault in ("drop", "stall"):
             handler.wfile.write(body[: len(body) // 3])
             handler.wfile.flush()
             if fault == "stall":

@@ -11,7 +11,7 @@ from dynaroute.config import Settings
 from dynaroute.config.data import Dolma, DolmaStream, Files, Hosted, HostedData, HubTokenizer, InstalledText
 from dynaroute.config.schema import Section
 from dynaroute.data.text import installed
-from dynaroute.data.text.sources import dataset_files, matched_files
+from dynaroute.data.text.sources import matched_files
 from dynaroute.pipeline.hashes import hash_files
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}  # which no tokenizer reads
@@ -46,7 +46,7 @@ def _files_of(section: Hosted) -> dict[str, Path]:
     if isinstance(section, DolmaStream):
         found = [folder / section.addresses]
     elif isinstance(section, HostedData):
-        found = dataset_files(folder)
+        found = [path for path in sorted(folder.rglob("*")) if "/." not in f"/{path.relative_to(folder)}"]
     else:  # a model's folder may hold training checkpoints in subfolders, which nothing reads
         found = [path for path in sorted(folder.glob("*")) if not path.name.startswith(".")]
         found += [folder / name for index in folder.glob("*.index.json") for name in _shards(index)]

@@ -119,15 +119,6 @@ def test_a_document_in_parts_is_one_document_in_one_split(tmp_path, monkeypatch)
         assert list(texts.items()) == [(document.id, document.text) for document in documents]
 
 
-def test_ids_of_equal_hash_are_not_taken_for_duplicates(tmp_path, monkeypatch):
-    values = {"d\0d3": 2**63, "d\0d4": 2**63}
-    monkeypatch.setattr(
-        "dynaroute.data.text.collect.stable_hash", lambda name: values.get(name, stable_hash(name)), raising=True
-    )
-    collect("c", dolma_corpus(tmp_path / "a.gz", [*(f"d{i}" for i in range(50)), "d4"]), tmp_path / "out")
-    assert sorted(split_by_id(tmp_path / "out")) == sorted(f"d{i}" for i in range(50))
-
-
 @pytest.mark.parametrize(
     ("ids", "split", "problem"),
     [

@@ -1,10 +1,8 @@
 import gzip
-import itertools
 import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pyarrow
@@ -12,7 +10,6 @@ import pytest
 from pyarrow import parquet
 
 from dynaroute.config.data import Dolma, Files, Hub
-from dynaroute.data.locate import locate
 from dynaroute.data.text import sources as corpora
 from dynaroute.data.text.sources import Document, documents, matched_files, parts
 from dynaroute.errors import DynarouteError
@@ -72,18 +69,6 @@ def test_a_blank_document_is_left_out(monkeypatch, chunks):
     assert list(parts("1", "s", chunks.__iter__)) == []
 
 
-def test_names_that_utf8_cannot_hold_are_repaired_and_stay_distinct():
-    names = ["a\ud800", "a\udcff", "a\udc80", "a\ufffd", "\ud83d\ude00", "\U0001f600", "a", "a\0"]
-    found = [next(parts(name, name, ["Text."].__iter__)) for name in names]
-    ids = [document.id for document in found]
-    ids += [next(parts(name, "s", ["Text."].__iter__)).id for name in ids[:3]]  # a name like a repaired one
-    assert len({*ids}) == len(ids)
-    assert [document.source for document in found] == ids[: len(names)]
-    assert "".join(ids).encode()
-    assert ids[0].startswith("a\ufffd#")
-    assert ids[5:8] == names[5:]
-
-
 # --- dolma -------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +101,7 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(tmp_path, compres
     (tmp_path / "a.gz").write_bytes(compress(line.encode()))
     (document,) = documents(Dolma(kind="dolma", paths=[str(tmp_path / "a.gz")]))
     assert document.text == "a\ufffdb\0 \U0001f600"
-    assert (document.id[0], document.source[:2]) == ("\ufffd", "s\ufffd")
+    assert (document.id, document.source) == ("\ufffd", "s\ufffd")
 
 
 def test_zstd_is_read_by_what_is_in_a_file_whatever_its_name(tmp_path):
@@ -220,25 +205,8 @@ def test_a_file_is_read_in_chunks_as_it_is_read_at_once(tmp_path, monkeypatch):
         found = list(documents(Files(kind="files", paths=[str(tmp_path / "a.txt")])))
         assert "".join(part.text for part in found) == (tmp_path / "a.txt").read_text("utf-8-sig")
         (tmp_path / "b.txt").write_bytes(content.encode() + b"\xf0\x9f")
-        with pytest.raises(DynarouteError, match=rf"b\.txt: not UTF-8 text at byte {len(content.encode())}$"):
+        with pytest.raises(DynarouteError, match=r"b\.txt: not UTF-8 text: "):
             list(documents(Files(kind="files", paths=[str(tmp_path / "b.txt")])))
-
-
-def test_file_and_folder_names_that_are_not_utf8_are_repaired_and_stay_distinct(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for folder, name in itertools.product([b"t\xff", b"t\xfe"], [b"\xe4.txt", b"\xf6.txt", "\ufffd.txt".encode()]):
-        try:
-            Path(os.fsdecode(folder)).mkdir(exist_ok=True)
-        except OSError:
-            pytest.skip("this file system takes no such names")
-        Path(os.fsdecode(folder + b"/" + name)).write_text("Text.")
-    source = Files(kind="files", paths=["*/*.txt"])
-    found = list(documents(source))
-    assert len({document.id for document in found}) == 6
-    assert len({document.source for document in found}) == 2
-    located = locate(source, "corpora.docs.source")
-    assert json.dumps([found, located], ensure_ascii=False).encode()
-    assert len(located["files"]) == 6
 
 
 def test_two_files_of_one_name_are_refused(tmp_path):
@@ -288,7 +256,7 @@ def test_files_are_ordered_by_id_wherever_they_lie(tmp_path):
 
 def test_a_file_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"ok \xff")
-    with pytest.raises(DynarouteError, match=r"a\.txt: not UTF-8 text at byte 3"):
+    with pytest.raises(DynarouteError, match=r"a\.txt: not UTF-8 text: invalid start byte"):
         list(documents(Files(kind="files", paths=[str(tmp_path / "*.txt")])))
 
 
@@ -343,24 +311,6 @@ def test_a_local_dataset_edited_in_place_is_read_anew(hub_folder):
         (hub_folder / "train.txt").write_text(text)
         os.utime(hub_folder / "train.txt", (1, 1))
         assert [document.text for document in documents(hub(hub_folder))] == [text]
-
-
-@pytest.mark.parametrize("named", ["../a.txt", ".hidden/a.txt", "link/a.txt", "zip://a.txt::{}/.z.zip", "{}/../a.txt"])
-def test_a_dataset_card_names_only_files_whose_edits_are_noticed(hub_folder, named):
-    for name in ("../a.txt", ".hidden/a.txt", "own/a.txt"):
-        (hub_folder / name).parent.mkdir(exist_ok=True)
-        (hub_folder / name).write_text("Text.")
-    with zipfile.ZipFile(hub_folder / ".z.zip", "w") as archive:
-        archive.writestr("a.txt", "Text.")
-    (hub_folder / "link").symlink_to(hub_folder.parent)
-    card = "---\nconfigs: [{{config_name: default, data_files: '{}'}}]\n---\n"
-    (hub_folder / "README.md").write_text(card.format("own/a.txt"))
-    assert [document.text for document in documents(hub(hub_folder))] == ["Text."]
-    (hub_folder / "README.md").write_text(card.format(named.format(hub_folder)))
-    with pytest.raises(
-        DynarouteError, match=r"path: dataset .* cannot be loaded: .*(a\.txt|\.z\.zip) is hidden or not in"
-    ):
-        list(documents(hub(hub_folder)))
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])

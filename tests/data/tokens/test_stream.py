@@ -14,7 +14,6 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
 
 import collect as collect_stage
 import pyarrow
@@ -29,7 +28,7 @@ from dynaroute.config.data import ByteBPE, Corpus
 from dynaroute.data.text import download
 from dynaroute.data.text import sources as corpora
 from dynaroute.data.text.collect import collect
-from dynaroute.data.text.download import fetch_compressed
+from dynaroute.data.text.download import fetch
 from dynaroute.data.tokens import encode
 from dynaroute.data.tokens import stream as streaming
 from dynaroute.data.tokens.encode import tokenize
@@ -74,10 +73,8 @@ DELAYS = {name: getattr(download, name) for name in ("FIRST_DELAY", "LONGEST_DEL
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda _: None)  # what only a power cut needs takes most of the time here
-    monkeypatch.setattr(download, "LEAST_BYTES", 64)  # of files of some thousand
     monkeypatch.setattr(download, "FIRST_DELAY", 0.001)
     monkeypatch.setattr(download, "LONGEST_DELAY", 0.01)
-    monkeypatch.setattr(streaming, "NOTE_CHARACTERS", 1500)  # some notes in each file
     monkeypatch.setattr(encode, "BATCH_CHARACTERS", 400)
 
 
@@ -174,14 +171,12 @@ def test_the_region_is_held_out_and_stays_the_same_when_more_files_follow(tmp_pa
     assert held_out[0] == held_out[1]
 
 
-FAULTS = ["drop", "stall", "trickle", "truncate", "garble", "reset", "labelled", "unstated",
-          416, 429, 500, 503]  # fmt: skip
+FAULTS = ["drop", "stall", "reset", "labelled", "unstated", 416, 429, 500, 503]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, fault, monkeypatch):
-    if fault in ("stall", "trickle"):
-        monkeypatch.setattr(download, "READ_SECONDS", 0.2)
+    monkeypatch.setattr(download, "TIMEOUTS", (20, 0.2 if fault == "stall" else 60))
     server.faults = {"0.json.gz": [fault], "2.json.gz": [fault, fault]}
     stream = Stream(tmp_path / "faulty", address, server, tokenizer)
     stream.run()
@@ -191,10 +186,8 @@ def test_a_fault_changes_nothing(tmp_path, server, address, tokenizer, undisturb
 
 
 @pytest.mark.parametrize(
-    "fault",
-    ["ignore_range", "wrong_range", "garble", "truncate", "page", "first_member", "unstated", "unstated_first_member",
-     "other_total", 416],
-)  # fmt: skip
+    "fault", ["ignore_range", "wrong_range", "truncate", "first_member", "unstated", "other_total", 416]
+)
 def test_a_fault_within_a_resumed_download_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, fault):
     server.faults = {name: ["drop", fault] for name in server.files}
     stream = Stream(tmp_path / "faulty", address, server, tokenizer)
@@ -205,7 +198,7 @@ def test_a_fault_within_a_resumed_download_changes_nothing(tmp_path, server, add
 @pytest.mark.parametrize("seed", range(4))
 def test_any_mixture_of_faults_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, seed):
     draw = random.Random(seed)
-    faults = [fault for fault in FAULTS if fault not in ("stall", "trickle")]  # which take long
+    faults = [fault for fault in FAULTS if fault != "stall"]  # which takes long
     of_ranges = ["ignore_range", "wrong_range", "first_member", "other_total"]
     server.faults = {name: draw.choices([*faults, *of_ranges], k=5) for name in server.files}
     stream = Stream(tmp_path / "faulty", address, server, tokenizer)
@@ -219,7 +212,7 @@ def test_zstd_files_give_the_tokens_that_gzips_give(tmp_path, server, address, t
         with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
             stream.write(gzip.decompress(data))
         server.files[name] = sink.getvalue().to_pybytes()
-    server.faults = {"1.json.gz": ["drop", "truncate"]}
+    server.faults = {"1.json.gz": ["drop", "drop"]}
     stream = Stream(tmp_path / "stream", address, server, tokenizer)
     stream.run()
     found = stream.content()
@@ -227,37 +220,20 @@ def test_zstd_files_give_the_tokens_that_gzips_give(tmp_path, server, address, t
     assert found == {name: content for name, content in undisturbed.items() if name != "metadata"}
 
 
-@pytest.mark.parametrize(
-    ("content", "what"),
-    [
-        (b"\n<!DOCTYPE html><html>Log in</html>", "a web page"),
-        (b'{"id": "1", "text": "not compressed"}', "a file"),
-        ("empty", "an empty file"),
-        (204, "an empty file"),
-    ],
-)
-def test_a_file_of_another_kind_is_refused_at_once(tmp_path, server, address, content, what):
-    if isinstance(content, bytes):
-        server.files["1.json.gz"] = content
-    else:
-        server.faults["1.json.gz"], content = [content], b""
-    address = f"{address}/1.json.gz"
-    with pytest.raises(DynarouteError) as caught:
-        fetch_compressed(address, tmp_path / "1", threading.Event())
-    expected = f"{address}: the server sends {what} that is neither gzip nor zstd: {content[:32]!r}"
-    assert str(caught.value) == expected
-    assert len(server.requests) == 1
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: gzip.compress(b""), lambda data: data + b"x"])
-def test_a_file_that_is_damaged_on_the_server_is_asked_for_twice(tmp_path, server, address, damage):
-    server.files["1.json.gz"] = damage(server.files["1.json.gz"])
-    server.faults["1.json.gz"] = ["drop", 503, "garble", 503]
-    with pytest.raises(DynarouteError, match=r"/1\.json\.gz: came twice with the same damage: damaged gzip or zstd: "):
-        fetch_compressed(f"{address}/1.json.gz", tmp_path / "1", threading.Event())
-    assert len(server.requests) == 6
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("damage", [b"<html>Log in</html>", -9, 500], ids=["page", "cut", "garbled"])
+def test_a_damaged_file_stops_the_run_by_name_and_is_fetched_again_by_the_next(
+    tmp_path, server, address, tokenizer, undisturbed, damage
+):
+    whole = server.files["1.json.gz"]
+    if isinstance(damage, int):
+        damage = whole[:damage] + (b"x" + whole[damage + 1 :] if damage > 0 else b"")
+    server.files["1.json.gz"] = damage
+    stream = Stream(tmp_path / "stream", address, server, tokenizer)
+    with pytest.raises(DynarouteError, match=rf"^{address}/1\.json\.gz(: damaged gzip or zstd|, line)"):
+        stream.run()
+    server.files["1.json.gz"] = whole
+    stream.run()
+    assert stream.content() == undisturbed
 
 
 def test_a_download_that_broke_off_goes_on_where_it_stopped(tmp_path, server, address, tokenizer, undisturbed, files):
@@ -272,7 +248,7 @@ def test_a_download_that_broke_off_goes_on_where_it_stopped(tmp_path, server, ad
 def test_a_download_goes_on_after_the_first_of_several_gzips(tmp_path, server, address, files):
     """What came by then is whole as gzip goes: the length alone says that something is missing."""
     server.faults = {"1.json.gz": ["drop", "first_member"]}
-    fetch_compressed(f"{address}/1.json.gz", tmp_path / "1.gz", threading.Event())
+    fetch(f"{address}/1.json.gz", tmp_path / "1.gz", threading.Event())
     assert (tmp_path / "1.gz").read_bytes() == files["1.json.gz"]
     assert server.requests[-1] == ("1.json.gz", first_member(files["1.json.gz"]))
 
@@ -312,7 +288,7 @@ def test_a_process_killed_time_and_again_ends_as_one_that_was_not(tmp_path, serv
 
 def run_slowly(stream: Stream) -> None:
     """In a process of its own, for which nothing is patched yet."""
-    streaming.NOTE_CHARACTERS, encode.BATCH_CHARACTERS = 1500, 400
+    encode.BATCH_CHARACTERS = 400
     write = ShardWriter.write
     ShardWriter.write = lambda *args: (time.sleep(0.01), write(*args))
     stream.run()
@@ -372,7 +348,7 @@ def test_a_run_killed_while_it_publishes_reads_nothing_again(
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(download, "CHUNK_BYTES", 2**12)
+    monkeypatch.setattr(download, "CHUNK_BYTES", 2**10)
     peaks, sizes = [], []
     for number, documents in enumerate((40, 40, 1600)):  # the first time, modules are loaded as well
         server = FaultyServer(make_files(2, documents))
@@ -392,14 +368,14 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, monkeypatch):
 
 
 def test_few_files_lie_on_disk_at_once(tmp_path, tokenizer, monkeypatch):
-    most, fetch = 0, streaming.fetch_compressed
+    most, fetch = 0, streaming.fetch
 
     def watched(address: str, path: Path, stop: object) -> None:
         nonlocal most
         fetch(address, path, stop)
         most = max(most, len(list(path.parent.iterdir())))
 
-    monkeypatch.setattr(streaming, "fetch_compressed", watched)
+    monkeypatch.setattr(streaming, "fetch", watched)
     server = FaultyServer(make_files(15, 20))
     with server.running() as address:
         Stream(tmp_path / "stream", address, server, tokenizer).run()
@@ -415,29 +391,11 @@ def test_what_was_read_from_each_address_is_in_the_metadata(tmp_path, server, ad
     ]  # fmt: skip
 
 
-def test_off_a_terminal_a_line_for_each_file_says_this_process_s_rate_and_the_time_left(
-    tmp_path, server, address, tokenizer, monkeypatch, capsys
-):
-    stream = Stream(tmp_path / "stream", address, server, tokenizer)
-    write, written = ShardWriter.write, 0
-
-    def timed(*args: object) -> None:
-        nonlocal written
-        written += 1
-        if written == 30:
-            raise KeyboardInterrupt
-        write(*args)
-
-    monkeypatch.setattr(streaming, "time", SimpleNamespace(monotonic=lambda: written / 8))  # seconds
-    monkeypatch.setattr(ShardWriter, "write", timed)
-    with pytest.raises(KeyboardInterrupt):
-        stream.run()
-    first = capsys.readouterr().err.splitlines()
-    stream.run()
-    lines = [*first, *capsys.readouterr().err.splitlines()]
-    assert [line.partition(" files, ")[0] for line in lines] == [f"c: {number} of 4" for number in (1, 2, 3, 4)]
-    assert [line.rpartition(" tokens, ")[2] for line in lines] == [
-        f"8 documents/s, 00:0{documents // 8} left" for documents in (57, 38, 19, 0)
+def test_off_a_terminal_a_line_for_each_file_says_how_far_it_is(tmp_path, server, address, tokenizer, capsys):
+    Stream(tmp_path / "stream", address, server, tokenizer).run()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(", ")[0] for line in lines] == [
+        f"c: {number} of 4 files, {19 * number} documents" for number in (1, 2, 3, 4)
     ]
 
 
@@ -454,31 +412,16 @@ def test_a_server_that_never_recovers_is_given_up_and_the_run_goes_on_when_it_ha
 ):
     monkeypatch.setattr(download, "FAILURES", 4)
     stream = Stream(tmp_path / "stream", address, server, tokenizer)
-    server.faults = {"2.json.gz": ["truncate"] * 30}
+    server.faults = {"2.json.gz": [503] * 30}
     with pytest.raises(DynarouteError) as caught:
         stream.run()
     message = str(caught.value)
-    assert message.startswith(f"{address}/2.json.gz: 4 failures without progress, the last one: damaged gzip or zstd: ")
+    assert message.startswith(f"{address}/2.json.gz: 4 failures without progress, the last one: 503 Server Error: ")
     assert "\n" not in message
-    assert len(server.faults["2.json.gz"]) == 25  # the first try brought something, then four brought nothing more
+    assert len(server.faults["2.json.gz"]) == 26
     server.faults = {}
     stream.run()
     assert stream.content() == undisturbed
-
-
-def test_a_server_that_trickles_is_given_up(tmp_path, server, address, monkeypatch):
-    monkeypatch.setattr(download, "FAILURES", 3)
-    monkeypatch.setattr(download, "READ_SECONDS", 0.2)
-    server.faults = {"2.json.gz": ["trickle"] * 30}
-    with pytest.raises(DynarouteError, match=r"2\.json\.gz: 3 failures without progress, .*: stalled: \d+ bytes"):
-        fetch_compressed(f"{address}/2.json.gz", tmp_path / "2.gz", threading.Event())
-    starts = [start for _, start in server.requests]
-    assert len(starts) == 3
-    assert starts == sorted(set(starts))  # what did come was kept
-    server.faults = {}
-    fetch_compressed(f"{address}/2.json.gz", tmp_path / "2.gz", threading.Event())
-    assert (tmp_path / "2.gz").read_bytes() == server.files["2.json.gz"]
-    assert server.requests[-1][1] > 0
 
 
 class Waits(threading.Event):
@@ -499,34 +442,16 @@ def test_a_server_that_is_down_is_asked_again_for_more_than_20_minutes(tmp_path,
     server.faults = {"2.json.gz": [503] * 30}
     waits = Waits()
     with pytest.raises(DynarouteError, match=r"2\.json\.gz: \d+ failures without progress, .*503"):
-        fetch_compressed(f"{address}/2.json.gz", tmp_path / "2.gz", waits)
+        fetch(f"{address}/2.json.gz", tmp_path / "2.gz", waits)
     assert sum(waits.seconds) > 20 * 60
     assert max(waits.seconds) <= 120
 
 
-@pytest.mark.parametrize("keep", [0, 500, 10**6], ids=["empty", "truncated", "garbled"])
-def test_a_finished_download_that_a_power_cut_damaged_is_fetched_again(
-    tmp_path, server, address, tokenizer, undisturbed, files, keep
-):
-    stream = Stream(tmp_path / "stream", address, server, tokenizer)
-    (stream.scratch / "downloads").mkdir(parents=True)
-    for number, data in enumerate(files.values()):
-        damaged = bytearray(data[:keep])
-        if keep > len(data):
-            damaged[300] ^= 1
-        (stream.scratch / f"downloads/{number:06d}").write_bytes(data if number == 3 else damaged)
-    stream.run()
-    assert stream.content() == undisturbed
-    assert sorted(name for name, _ in server.requests) == ["0.json.gz", "1.json.gz", "2.json.gz"]  # the last was whole
-
-
-def test_a_download_is_on_disk_before_it_has_its_name_and_its_name_before_it_is_used(
-    tmp_path, server, address, monkeypatch
-):
+def test_a_download_is_on_disk_before_it_has_its_name(tmp_path, server, address, monkeypatch):
     path, flushed = tmp_path / "0.gz", []
     monkeypatch.setattr(download, "flush", lambda what: flushed.append((what.name, path.exists())))
-    fetch_compressed(f"{address}/0.json.gz", path, threading.Event())
-    assert flushed == [("0.gz.part", False), (tmp_path.name, True)]
+    fetch(f"{address}/0.json.gz", path, threading.Event())
+    assert flushed == [("0.gz.part", False)]
 
 
 def test_a_damaged_line_is_named_by_address(tmp_path, server, address, tokenizer):
@@ -534,17 +459,6 @@ def test_a_damaged_line_is_named_by_address(tmp_path, server, address, tokenizer
     server.files["1.json.gz"] = gzip.compress(b"\n".join([*lines[:5], b"{", *lines[5:]]))
     with pytest.raises(DynarouteError, match=rf"^{address}/1\.json\.gz, line 6: not valid JSON"):
         Stream(tmp_path / "stream", address, server, tokenizer).run()
-
-
-def test_a_file_that_changed_after_a_part_of_it_was_taken_is_refused(tmp_path, server, address, tokenizer):
-    stream = Stream(tmp_path / "stream", address, server, tokenizer)
-    with killed_at(ShardWriter, "write", 30):
-        stream.run()
-    for path in (stream.scratch / "downloads").iterdir():
-        path.unlink()
-    server.files["1.json.gz"] = gzip.compress(gzip.decompress(server.files["1.json.gz"]), compresslevel=1)
-    with pytest.raises(DynarouteError, match=r"1\.json\.gz: SHA-256 is .* the file has changed: remove .*scratch to"):
-        stream.run()
 
 
 def test_a_corpus_that_ends_within_its_region_is_refused(tmp_path, server, address, tokenizer):
@@ -558,9 +472,8 @@ def test_a_corpus_that_ends_within_its_region_is_refused(tmp_path, server, addre
     [
         ("http://a/1.gz\nhttp://a/1.gz\n", None, "http://a/1.gz occurs twice: its text would count twice"),
         ("http://a/1.gz\nftp://a/2.gz\n", None, "'ftp://a/2.gz' is no http or https address"),
-        ("https:///2.gz\n", None, "'https:///2.gz' is no address: "),
-        ("http://exa mple/2.gz\n", None, "'http://exa mple/2.gz' is no address: "),
-        ("http://a:99999/2.gz\n", None, "'http://a:99999/2.gz' is no address: "),
+        ("https:///2.gz\n", None, "'https:///2.gz' is no http or https address"),
+        ("http://exa mple/2.gz\n", None, "'http://exa mple/2.gz' is no http or https address"),
         ("http://a/1.gz\n\n", 2, "has 1 lines, fewer than files = 2"),
         ("\n", None, "has 0 lines, fewer than files = 1"),
         (None, None, "cannot be read: "),

@@ -4,13 +4,11 @@ import contextlib
 import hashlib
 import json
 import sys
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from dynaroute.config.data import Corpus, HeldOut, Region, Split
@@ -26,7 +24,7 @@ def collect(name: str, corpus: Corpus, directory: str | Path) -> dict[str, Any]:
 
     A long document is several consecutive lines, all but the last with "continues": true. Of documents with the same id
     and source, the first is kept. With shares, an id's split does not depend on the rest of the corpus. Memory holds a
-    part of one document, and 8 bytes for every id.
+    part of one document, and some 100 bytes for every id.
 
     Returns:
         The metadata: for each split, documents and characters, in all and by source; and the number of duplicates.
@@ -34,50 +32,25 @@ def collect(name: str, corpus: Corpus, directory: str | Path) -> dict[str, Any]:
     Raises:
         DynarouteError: a split that should hold something is empty.
     """
-    repeated: set[int] = set()
-    with output_directory(directory) as folder:
-        while True:  # again if there are duplicates: the first pass finds which hashes to watch
-            metadata, hashes = _write_splits(name, corpus, folder, repeated)
-            ordered = np.sort(np.frombuffer(hashes, np.uint64))
-            new = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist()) - repeated
-            if not new:
-                break
-            repeated |= new
-        write_json(folder / "metadata.json", metadata)
-    if duplicates := metadata["duplicates"]:
-        print(f"collect {name}: {duplicates:,} documents left out: id and source occurred before", file=sys.stderr)
-    return metadata
-
-
-def _write_splits(name: str, corpus: Corpus, folder: Path, repeated: set[int]) -> tuple[dict[str, Any], array]:
-    """Writes the files of all splits without duplicates among documents whose hash is in `repeated`.
-
-    Returns:
-        The metadata, and a hash of id and source of every document written.
-    """
     counts = {split: {"documents": Counter(), "characters": Counter()} for split in SPLITS}
-    hashes, official_splits, duplicates = array("Q"), Counter(), 0
-    seen: set[tuple[str, str]] = set()
+    official_splits, duplicates, seen = Counter(), 0, set()
     starts = True  # whether the next part begins a document
-    with contextlib.ExitStack() as stack:
+    with output_directory(directory) as folder, contextlib.ExitStack() as stack:
         files = {
             split: stack.enter_context((folder / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n"))
             for split in SPLITS
         }
         for part in tqdm(documents(corpus.source), desc=f"collect {name}", unit=" parts", disable=None):
             if starts:
-                key = part.source, part.id
-                key_hash = stable_hash("\0".join(key))
+                key = hashlib.blake2b(f"{part.source}\0{part.id}".encode(), digest_size=16).digest()
+                split = None
                 if key in seen:
-                    split = None
                     duplicates += 1
                 else:
                     split = part.split
                     official_splits[split] += 1
                     if corpus.split != "official":
-                        split = split_of(stable_hash(part.id), len(hashes), corpus.split)
-                    hashes.append(key_hash)
-                if key_hash in repeated:
+                        split = split_of(stable_hash(part.id), len(seen), corpus.split)
                     seen.add(key)
             starts = not part.continues
             if split not in files:
@@ -88,10 +61,14 @@ def _write_splits(name: str, corpus: Corpus, folder: Path, repeated: set[int]) -
             files[split].write(json.dumps(line, ensure_ascii=False) + "\n")
             counts[split]["documents"][part.source] += not part.continues
             counts[split]["characters"][part.source] += len(part.text)
-    found = {split: counts[split]["documents"].total() for split in SPLITS}
-    refuse_unfilled_splits(name, corpus.split, found, official_splits)
-    summaries = {split: _summary(counts[split]) for split in SPLITS}
-    return {"corpus": name, "duplicates": duplicates, "splits": summaries}, hashes
+        found = {split: counts[split]["documents"].total() for split in SPLITS}
+        refuse_unfilled_splits(name, corpus.split, found, official_splits)
+        summaries = {split: _summary(counts[split]) for split in SPLITS}
+        metadata = {"corpus": name, "duplicates": duplicates, "splits": summaries}
+        write_json(folder / "metadata.json", metadata)
+    if duplicates:
+        print(f"collect {name}: {duplicates:,} documents left out: id and source occurred before", file=sys.stderr)
+    return metadata
 
 
 def read_documents(path: str | Path, expected: int | None = None) -> Iterator[Document]:

@@ -1,13 +1,10 @@
 """Reads every kind of source in params.yaml as one stream of documents; `collect.py` splits and writes it."""
 
-import codecs
 import functools
 import gzip
-import hashlib
 import io
 import itertools
 import json
-import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,9 +16,7 @@ from dynaroute.errors import DynarouteError
 from dynaroute.pipeline.scratch import hint_of_copy
 
 PART_CHARACTERS = 2**18  # of a document in memory at once
-MAX_LINE_BYTES = (
-    2**28
-)  # of a Dolma file; a line is in memory as a whole, and longer ones are mostly files without lines
+MAX_LINE_BYTES = 2**28  # of a Dolma file; a line is in memory as a whole, and longer ones are mostly no lines
 
 
 class Document(NamedTuple):
@@ -49,7 +44,8 @@ def documents(source: Source) -> Iterator[Document]:
         case Hub():
             return _hub_documents(source)
         case Dolma():
-            return _dolma_documents(source)
+            paths = matched_files(source.paths)
+            return itertools.chain.from_iterable(read_dolma(path, str(path)) for path in paths)
         case Files():
             return _file_documents(source)
 
@@ -59,7 +55,7 @@ def parts(
 ) -> Iterator[Document]:
     """One document in parts of at most PART_CHARACTERS; none if it is blank.
 
-    Every text and name passes through here and loses what UTF-8 cannot encode; distinct names stay distinct.
+    Every text and name passes through here and loses what UTF-8 cannot encode.
 
     Args:
         read: starts to read the text, in chunks of any size; called twice.
@@ -67,7 +63,7 @@ def parts(
     """
     if not any(chunk and not chunk.isspace() for chunk in read()):
         return
-    first = Document(_valid_name(document_id), "", _valid_name(source), split)
+    first = Document(valid_unicode(document_id), "", valid_unicode(source), split)
     held, size = [], 0
     for chunk in read():
         for start in range(0, len(chunk), PART_CHARACTERS):
@@ -90,14 +86,6 @@ def valid_unicode(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _valid_name(name: str) -> str:
-    """The name repaired; if it had to be, or U+FFFD is in it, with a hash, since other names may look the same."""
-    valid = valid_unicode(name)
-    if valid == name and "\ufffd" not in name:
-        return name
-    return f"{valid}#{hashlib.blake2b(name.encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()}"
 
 
 def matched_files(patterns: list[str]) -> dict[Path, str]:
@@ -143,111 +131,70 @@ def _hub_documents(source: Hub) -> Iterator[Document]:
             yield from parts(split, source.path, functools.partial(_joined, texts), split)
         else:
             for index, text in enumerate(texts()):
-                yield from parts(f"{split}-{index}", source.path, functools.partial(_decoded, text), split)
+                yield from parts(f"{split}-{index}", source.path, [text].__iter__, split)
 
 
-def _column(rows: Any) -> Iterator[memoryview]:
-    """The values of a `datasets.Dataset` with one text column, not copied; a missing value is empty."""
+def _column(rows: Any) -> Iterator[str]:
+    """The texts of a `datasets.Dataset` with one column: empty where one is missing, U+FFFD for what is not UTF-8."""
     import pyarrow  # takes half a second to import
 
-    for batch in rows.iter(batch_size=1000):  # much faster than row by row
-        for text in batch.column(0).cast(pyarrow.large_binary()):
-            yield memoryview(text.as_buffer() or b"")
+    for batch in rows.iter(batch_size=100):
+        for text in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+            yield (text or b"").decode(errors="replace")
 
 
-def _joined(texts: Callable[[], Iterator[memoryview]]) -> Iterator[str]:
+def _joined(texts: Callable[[], Iterator[str]]) -> Iterator[str]:
     for index, text in enumerate(texts()):
         if index:
             yield "\n\n"
-        yield from _decoded(text)
-
-
-def _decoded(text: memoryview) -> Iterator[str]:
-    """A text in chunks; bytes that are not UTF-8, which `datasets` does not look for, become U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for start in range(0, len(text), PART_CHARACTERS):
-        yield decoder.decode(text[start : start + PART_CHARACTERS])
-    yield decoder.decode(b"", final=True)
-
-
-def dataset_files(folder: Path) -> list[Path]:
-    """The files of a local dataset, but for hidden ones, which are of tools."""
-    found = (path for path in sorted(folder.rglob("*")) if "/." not in f"/{path.relative_to(folder)}")
-    return [path for path in found if path.is_file()]
+        yield text
 
 
 def _load_hub_dataset(source: Hub) -> Any:
     import datasets  # takes a second to import
 
+    # The cache goes by times of files, which an edit can leave alone.
+    mode = "force_redownload" if Path(source.path).is_dir() else None
     try:
-        builder = datasets.load_dataset_builder(source.path, source.name, revision=source.revision)
-        mode = None
-        if (folder := Path(source.path)).is_dir():
-            mode = "force_redownload"  # the cache goes by times of files, which an edit can leave alone
-            own = {path.resolve() for path in dataset_files(folder)}
-            for file in itertools.chain(*builder.config.data_files.values()):
-                if Path(file.rpartition("::")[2]).resolve() not in own:
-                    raise ValueError(f"{file} is hidden or not in the folder, so that nobody would notice its edits")
-        builder.download_and_prepare(download_mode=mode)
-        return builder.as_dataset()
+        return datasets.load_dataset(source.path, source.name, revision=source.revision, download_mode=mode)
     except Exception as error:  # of any kind: RuntimeError for a loading script, BadZipFile, YAMLError
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         place = ", ".join(part for part in (source.path, source.name, source.revision) if part)
         raise DynarouteError(f"path: dataset {place} cannot be loaded: {reason}") from error
 
 
-def _dolma_documents(source: Dolma) -> Iterator[Document]:
-    for path in matched_files(source.paths):
-        try:
-            file = path.open("rb")
-        except OSError as error:
-            raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error
-        with file:
-            yield from read_dolma(file, str(path))
-
-
-def read_dolma(file: BinaryIO, name: str) -> Iterator[Document]:
+def read_dolma(path: Path, name: str) -> Iterator[Document]:
     """Streams the documents of one compressed file of JSON lines as `parts`; blank lines are skipped.
 
     Raises:
         DynarouteError: beginning with `name`; a line or the compression is damaged, or the file is empty.
     """
     number = 0
-    try:
-        if not file.read(1):  # gzip reads it as empty text; a power cut can leave such a file
-            raise DynarouteError(f"{name}: an empty file, not even a gzip of nothing: fetch the file again")
-        with decompressed(file) as lines:
-            for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), start=1):
-                if len(line) > MAX_LINE_BYTES:
-                    raise DynarouteError(f"{name}, line {number}: longer than {MAX_LINE_BYTES} bytes: split it up")
-                if not line.isspace():
-                    document = parse_document(line, f"{name}, line {number}")
-                    yield from parts(document["id"], document["source"], [document["text"]].__iter__)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DynarouteError(
-            f"{name}: damaged gzip or zstd after line {number}: {error}: fetch the file again"
-        ) from error
+    with path.open("rb") as file:
+        try:
+            if not file.peek(1):  # gzip reads it as empty text; a power cut can leave such a file
+                raise DynarouteError(f"{name}: an empty file, not even a gzip of nothing: fetch the file again")
+            with _decompressed(file) as lines:
+                for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE_BYTES + 1), b""), start=1):
+                    if len(line) > MAX_LINE_BYTES:
+                        raise DynarouteError(f"{name}, line {number}: longer than {MAX_LINE_BYTES} bytes: split it up")
+                    if not line.isspace():
+                        document = parse_document(line, f"{name}, line {number}")
+                        yield from parts(document["id"], document["source"], [document["text"]].__iter__)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DynarouteError(
+                f"{name}: damaged gzip or zstd after line {number}: {error}: fetch the file again"
+            ) from error
 
 
-def decompressed(file: BinaryIO) -> BinaryIO:
-    """The decompressed content of a file, from its start: as zstd if it begins like one, else as gzip.
-
-    Reading it raises OSError, EOFError or zlib.error if the file is damaged. Closing it does not close `file`.
-    """
-    file.seek(0)
-    beginning = file.read(4)
-    file.seek(0)
-    if not is_zstd(beginning):
+def _decompressed(file: io.BufferedReader) -> BinaryIO:
+    """The decompressed content of a file: as zstd if it begins like one, else as gzip."""
+    beginning = file.peek(4)[:4]
+    if beginning != b"\x28\xb5\x2f\xfd" and beginning[1:] != b"\x2a\x4d\x18":  # or a frame to skip
         return gzip.open(file)
     import pyarrow  # takes half a second to import
 
-    source = pyarrow.PythonFile(types.SimpleNamespace(read=file.read, close=lambda: None, closed=False), "r")
-    return io.BufferedReader(pyarrow.CompressedInputStream(source, "zstd"), 2**16)
-
-
-def is_zstd(beginning: bytes) -> bool:
-    """Whether the first four bytes are those of a zstd frame, or of a skippable frame, with which some files begin."""
-    return beginning == b"\x28\xb5\x2f\xfd" or beginning[1:] == b"\x2a\x4d\x18"
+    return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"), 2**16)
 
 
 def parse_document(line: str | bytes, place: str) -> dict[str, Any]:
@@ -278,14 +225,11 @@ def _file_documents(source: Files) -> Iterator[Document]:
 
 def _read_text(path: Path) -> Iterator[str]:
     """A UTF-8 file in chunks, without a byte-order mark; all line ends become newlines."""
-    decoder, size = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True), 0
     try:
-        with path.open("rb") as file:
+        with path.open(encoding="utf-8-sig") as file:
             while chunk := file.read(PART_CHARACTERS):
-                size += len(chunk)
-                yield decoder.decode(chunk)
-            yield decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:  # in the last chunk
-        raise DynarouteError(f"{path}: not UTF-8 text at byte {size - len(error.object) + error.start}") from error
+                yield chunk
+    except UnicodeDecodeError as error:
+        raise DynarouteError(f"{path}: not UTF-8 text: {error.reason}") from error
     except OSError as error:
         raise DynarouteError(f"{path}: cannot be read: {error.strerror}") from error

@@ -1,25 +1,22 @@
 """Tokenizes a corpus at published addresses while it downloads it; its text is never kept.
 
 Files keep the order of their list and documents the order of their lines, whatever arrives first, so tokens depend on
-the files alone. A killed run resumes from its last note: what it wrote later is dropped, and the file it was reading
-is read again up to there.
+the files alone. A killed run resumes after the last file that it finished; what it wrote later is dropped.
 """
 
 import contextlib
+import re
 import sys
 import threading
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import requests
 from tqdm import tqdm
 
 from dynaroute.config.data import Corpus, DolmaStream
 from dynaroute.data.text.collect import SPLITS, refuse_unfilled_splits, split_of, stable_hash
-from dynaroute.data.text.download import fetch_compressed
+from dynaroute.data.text.download import fetch
 from dynaroute.data.text.sources import read_dolma
 from dynaroute.data.tokens.encode import describe, encoded, in_order
 from dynaroute.data.tokens.shard_writer import SHARD_TOKENS, ShardWriter, SplitState
@@ -29,7 +26,6 @@ from dynaroute.pipeline.artifacts import move_directory, output_directory, read_
 from dynaroute.pipeline.scratch import discard
 
 DOWNLOADS = 5  # files being downloaded or waiting: at most so many are on disk, compressed
-NOTE_CHARACTERS = 2**28  # of text between two notes of progress: what a kill can cost, seconds on many cores
 
 
 def list_addresses(name: str, corpus: Corpus, directory: str | Path) -> dict[str, Any]:
@@ -54,11 +50,7 @@ def list_addresses(name: str, corpus: Corpus, directory: str | Path) -> dict[str
         raise DynarouteError(f"{place} has {len(addresses)} lines, fewer than files = {source.files or 1}")
     addresses = addresses[: source.files]
     for number, address in enumerate(addresses):
-        try:
-            requests.Request("GET", address).prepare()
-        except (requests.RequestException, ValueError) as error:  # such as one without a host
-            raise DynarouteError(f"{place}: {address!r} is no address: {error}") from error
-        if urlsplit(address).scheme not in ("http", "https"):
+        if not re.fullmatch(r"https?://[^\s/]+/\S+", address):
             raise DynarouteError(f"{place}: {address!r} is no http or https address")
         if address in addresses[:number]:
             raise DynarouteError(f"{place}: {address} occurs twice: its text would count twice")
@@ -73,8 +65,6 @@ class Progress:
     """The resume state of a run, besides the tokens themselves."""
 
     files: list[dict[str, Any]] = field(default_factory=list)  # address, bytes, sha256, documents of each finished one
-    begun: str | None = None  # SHA-256 of the file being read
-    taken: int = 0  # documents read of that file
     documents: int = 0  # read in all
     sources: dict[str, int] = field(default_factory=dict)  # numbers of sources, in order
     splits: dict[str, SplitState | None] = field(default_factory=lambda: dict.fromkeys(SPLITS))
@@ -107,8 +97,7 @@ def tokenize_stream(
         The metadata of the folder: as `tokenize` writes it, and what was read from every address.
 
     Raises:
-        DynarouteError: a file cannot be fetched, is damaged or has changed; or the corpus ends before its held-out
-            region.
+        DynarouteError: a file cannot be fetched or is damaged; or the corpus ends before its held-out region.
     """
     addresses = read_record(Path(collected) / "metadata.json")["addresses"]
     scratch = Path(scratch)
@@ -126,58 +115,33 @@ def tokenize_stream(
     downloads.mkdir(exist_ok=True)
     stop = threading.Event()
 
-    def fetch(number: int) -> Path:
+    def download(number: int) -> Path:
         path = downloads / f"{number:06d}"
-        fetch_compressed(addresses[number], path, stop)
+        fetch(addresses[number], path, stop)
         return path
 
-    def save() -> None:
-        run.splits = {split: writer.flush() for split, writer in writers.items()}
-        write_json(note, vars(run))
-
-    started, documents_before = time.monotonic(), run.documents
-    bar = tqdm(total=len(addresses), initial=len(run.files), desc=f"tokenize {name}", unit="file", unit_scale=True,
-               disable=None)  # fmt: skip
     left = range(len(run.files), len(addresses))
-    with bar, contextlib.closing(in_order(fetch, left, DOWNLOADS)) as paths:
+    bar = tqdm(total=len(addresses), initial=left.start, desc=f"tokenize {name}", unit="file", disable=None)
+    with bar, contextlib.closing(in_order(download, left, DOWNLOADS)) as paths:
         try:
             for number, path in zip(left, paths, strict=True):
-                address = addresses[number]
-                found = sha256(path)
-                if run.taken and run.begun != found:
-                    raise DynarouteError(
-                        f"{address}: SHA-256 is {found}, but {run.begun} when its first {run.taken} documents were "
-                        f"read: the file has changed: remove {scratch} to begin anew"
-                    )
-                run.begun = found
-                with path.open("rb") as file:
-                    since_note = 0
-                    documents = read_dolma(file, address)
-                    for _ in range(run.taken):
-                        while next(documents).continues:
-                            pass
-                    for piece, ids in encoded(tokenizer, documents):
+                address, documents_before = addresses[number], run.documents
+                try:
+                    for piece, ids in encoded(tokenizer, read_dolma(path, address)):
                         split = split_of(stable_hash(piece.id), run.documents, corpus.split)
                         writers[split].write(ids, piece.source, len(piece.text), piece.continues)
-                        since_note += len(piece.text)
-                        if piece.continues:
-                            continue
-                        run.taken += 1
-                        run.documents += 1
-                        if since_note >= NOTE_CHARACTERS:
-                            save()
-                            since_note = 0
-                        bar.update(number + file.tell() / path.stat().st_size - bar.n)
-                size = path.stat().st_size
-                run.files.append({"address": address, "bytes": size, "sha256": run.begun, "documents": run.taken})
-                run.begun, run.taken = None, 0
-                save()
+                        run.documents += not piece.continues
+                except DynarouteError:
+                    path.unlink()  # so that the same command fetches it again
+                    raise
+                file = {"address": address, "bytes": path.stat().st_size, "sha256": sha256(path)}
+                run.files.append(file | {"documents": run.documents - documents_before})
+                run.splits = {split: writer.flush() for split, writer in writers.items()}
+                write_json(note, vars(run))
                 path.unlink()
-                rate = (run.documents - documents_before) / (time.monotonic() - started)  # of this process
-                to_come = run.documents / len(run.files) * (len(addresses) - len(run.files))  # if files are alike
                 sizes = f"{run.documents:,} documents, {sum(w.num_tokens for w in writers.values()):,} tokens"
-                speed = f"{rate:,.0f} documents/s, {tqdm.format_interval(to_come / rate) if rate else '?'} left"
-                bar.write(f"{name}: {number + 1} of {len(addresses)} files, {sizes}, {speed}", file=sys.stderr)
+                bar.write(f"{name}: {number + 1} of {len(addresses)} files, {sizes}", file=sys.stderr)
+                bar.update()
         finally:
             stop.set()
 
