@@ -4,7 +4,7 @@
 
 Reads   data/dwr/{train,export,cache,simulation,measured,run_results}/, reports/dwr/*.csv, reports/reference.yaml,
         data/tokens/NAME/metadata.json and data/inputs/corpora.NAME.source.json of the corpus of the run;
-        reports/benchmarks/{moe,balance}.json and benchmarks/dvc.lock where they were measured
+        reports/benchmarks/{moe.json,locality_*.csv} and benchmarks/dvc.lock where they were measured
 Writes  reports/dwr.md          the same bytes on every run
         data/dwr/report/        summary.md and summary.json, the same bytes on every run; measured.md
 """

@@ -20,16 +20,17 @@ from dynaroute.reporting.dwr.results import (
     Training,
     read_cached,
     read_corpus,
+    read_locality,
     read_runs,
     read_training,
 )
-from dynaroute.reporting.inputs import Record, file_size, read_benchmark, read_record
+from dynaroute.reporting.inputs import Record, file_size, read_record
 from dynaroute.reporting.tables import NONE, fmt, interval, outcome, shared_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
-BENCHMARKED = ("test_loss", "smallest_load", "largest_load", "lru", "next_use")  # of the balance benchmark
+SHOWN = ("reference", "prior", "recipe", "recipe_prior")  # settings whose routing by other means is shown too
 
 
 class Results(NamedTuple):
@@ -39,7 +40,8 @@ class Results(NamedTuple):
     corpus: Corpus
     cached: Cached
     runs: list[Record]  # beside the main model, the reference first
-    balance: Record | None  # the benchmark of the balance loss over several seeds; None if it was not run
+    locality: "pd.DataFrame | None"  # the benchmark of training for the cache; None if it was not run
+    larger: "pd.DataFrame | None"  # the same at the size of the main model
     reference: Record  # the published numbers
 
 
@@ -50,15 +52,13 @@ def read_results(settings: Settings) -> Results:
         DynarouteError: a file is missing or damaged.
     """
     training, cached, runs = read_training(), read_cached(), read_runs(settings)
-    balance = read_benchmark("balance")
-    if balance is not None and balance["reference"] != runs[0]["run"]:
-        balance = None
-    return Results(training, read_corpus(training.run), cached, runs, balance, read_record(REFERENCE)["dwr"])
+    locality = read_locality("reference", runs[0]["run"]), read_locality("larger")
+    return Results(training, read_corpus(training.run), cached, runs, *locality, read_record(REFERENCE)["dwr"])
 
 
 def values(results: Results) -> dict[str, Any]:
     """What the templates show."""
-    (run, training, curve, router), corpus, cached, runs, balance, published = results
+    (run, training, curve, router), corpus, cached, runs, locality, larger, published = results
     load, seeds = findings.relative_load(router), findings.differing_in(runs, "seed")
     curves = [findings.curve(one) for one in seeds]
     norms = (findings.gate_norms(one, "max")[-1] - findings.gate_norms(one, "min")[-1] for one in seeds)
@@ -93,13 +93,16 @@ def values(results: Results) -> dict[str, Any]:
         "weakest": max(runs, key=lambda one: one["test_loss"] - one["test_unigram_entropy"]),
         "failed": [check["check"] for check in made if "failed" in check["outcome"]],
         "measured": sum(check["outcome"] != outcome(None) for check in made),
-        "balance": [] if balance is None else list(_balance(balance["rows"], runs[0]["settings"][findings.BALANCE])),
+        "locality": _by_setting(locality),
+        "larger": larger is not None,
         "rows": {
             "configuration": _configuration(results),
             "epochs": _epochs(curves[0], published["training_curve"]),
             "gates": _gates(runs[0], spreads, published["gate_norms"]),
             "routers": _routers(curve, router, load, run["config"]["top_k"]),
             "runs": list(_runs(runs)),
+            "locality": [] if locality is None else list(_locality(locality)),
+            "larger": [] if larger is None else list(_locality(larger[larger["routing"] == "exact"])),
             "checks": made,
             "splits": [
                 {"split": name, **split, **{("of", source): n for source, n in split["tokens_by_source"].items()}}
@@ -141,7 +144,7 @@ def checks(results: Results) -> list[dict[str, str]]:
 
 def _configuration(results: Results) -> list[dict[str, Any]]:
     """Settings and sizes of the main model and of the reference run, beside the published ones."""
-    (run, training, *_), corpus, _, (reference, *_), _, published = results
+    (run, training, *_), corpus, _, (reference, *_), _, _, published = results
     theirs, main = published["configuration"], {**run["config"], **run["identity"]["dwr"]}
     precision = {"precision": training["precision"]}  # what is set may be slow on this device
     columns = {
@@ -238,13 +241,19 @@ def _runs(runs: list[Record]) -> Iterable[dict[str, Any]]:
     yield {**unknown, "name": "uniform routing", **runs[0]["uniform_hit_rate"]}
 
 
-def _balance(rows: list[Record], reference: float) -> Iterable[dict[str, Any]]:
-    """A row for each coefficient: means over seeds with their intervals, and the hits of LRU minus the reference's."""
+def _by_setting(table: "pd.DataFrame | None") -> dict[str, dict[str, Record]]:
+    """The rows of the benchmark of training for the cache by setting and routing; empty without it."""
+    found: dict[str, dict[str, Record]] = {}
+    for row in [] if table is None else table.to_dict("records"):
+        found.setdefault(row["setting"], {})[row["routing"]] = row
+    return found
 
-    def by_seed(coefficient: float, name: str) -> np.ndarray:
-        return np.array([row[name] for row in rows if row["lambda"] == coefficient])
 
-    for coefficient in sorted({row["lambda"] for row in rows}):
-        means = {name: interval(findings.over_seeds(by_seed(coefficient, name)), 3, "") for name in BENCHMARKED}
-        more = interval(findings.over_seeds(by_seed(coefficient, "lru") - by_seed(reference, "lru")), 3)
-        yield {"lambda": coefficient, **means, "more": None if coefficient == reference else more}
+def _locality(table: "pd.DataFrame") -> Iterable[dict[str, Any]]:
+    """A row for each setting, and for some of them, for each other routing."""
+    for row in table.astype(object).where(table.notna(), None).to_dict("records"):
+        if row["routing"] == "exact" or row["setting"] in SHOWN:
+            name = row["setting"] if row["routing"] == "exact" else f"{row['setting']}, {row['routing']}"
+            known = row["perplexity"] is not None
+            means = {part: row[f"perplexity{end}"] for part, end in (("mean", ""), ("low", "_low"), ("high", "_high"))}
+            yield {**row, "name": name, "ppl": interval(means, 1, "") if known else None}

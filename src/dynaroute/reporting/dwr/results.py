@@ -116,3 +116,18 @@ def read_measurements() -> Measurements:
     training, cache = read_record(folder / "training.json"), read_record(folder / "cache/summary.json")
     rows = read_csv(folder / "cache/cells.csv", "capacity", "policy", "prefetch", "page_cache", "tokens_per_second")
     return Measurements(training, cache, rows.iloc[0], rows.iloc[1:].astype({"capacity": int}))
+
+
+def read_locality(size: str, reference: str | None = None) -> "pd.DataFrame | None":
+    """Reads the benchmark of training for the cache, a row for each setting and routing; None if there is none.
+
+    With the run `reference`, results beside another reference are none either.
+
+    Raises:
+        DynarouteError: the file is damaged.
+    """
+    path = Path(f"reports/benchmarks/locality_{size}.csv")
+    if not path.exists():
+        return None
+    table = read_csv(path, "setting", "routing", "run", "perplexity", "smallest_load", "lru_third")
+    return table if reference in (None, table["run"][0]) else None
