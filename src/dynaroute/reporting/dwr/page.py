@@ -66,7 +66,8 @@ def values(results: Results) -> dict[str, Any]:
     made, hits = checks(results), cached.hits
     third, rates = cached.simulation["capacity_nearest_a_third"], cached.simulation["hit_rate"]
     shares = hits[hits["per_layer"] & (hits["capacity"] == third)].set_index("policy")["hit_rate"]
-    norms = curves[0]["train_gradient_norm"].dropna()
+    norms, losses = curves[0]["train_gradient_norm"].dropna(), curves[0]["validation_loss"]
+    best = ["best" if loss == losses.min() else None for loss in losses]
     return {
         "run": run,
         "summary": training,
@@ -78,7 +79,6 @@ def values(results: Results) -> dict[str, Any]:
         "rates": rates,
         "best_policy": max((policy for policy in rates if policy != "min"), key=rates.__getitem__),
         "lru_per_layer": shares.get("lru"),
-        "rules": findings,
         "load": load,
         "files": {name: file_size(DATA / f"train/{name}.safetensors") for name in ("best", "last")},
         "reference": runs[0],
@@ -96,8 +96,8 @@ def values(results: Results) -> dict[str, Any]:
         "balance": [] if balance is None else list(_balance(balance["rows"], runs[0]["settings"][findings.BALANCE])),
         "rows": {
             "configuration": _configuration(results),
-            "epochs": _epochs(curves[0], published["training_curve"]),
-            "gates": _gates(runs[0], spreads, published["gate_norms"]),
+            "epochs": curves[0].assign(status=best),
+            "gates": list(_gates(runs[0], spreads)),
             "routers": _routers(curve, router, load, run["config"]["top_k"]),
             "runs": list(_runs(runs)),
             "checks": made,
@@ -156,7 +156,7 @@ def _configuration(results: Results) -> list[dict[str, Any]]:
     others = [
         ("Corpus", name, reference["settings"]["corpus"], theirs["corpus"]),
         ("Tokenizer, vocabulary", tokenizer, None, f"{theirs['tokenizer']}, {theirs['vocab_size']:,}"),
-        ("Training tokens", training["training_tokens"], reference["training_tokens"], theirs["training_tokens"]),
+        ("Tokens of training text", training["training_tokens"], reference["training_tokens"], theirs["training_tokens"]),
         ("Parameters", training["parameters"], reference["parameters"], theirs["parameters"]),
         ("Active per token, without embedding", training["active_parameters"] - embedding, None,
          theirs["active_parameters"]),
@@ -193,29 +193,13 @@ def _tokenizer_name(corpus: Corpus) -> str:
     return names.get(tokenizer["kind"]) or tokenizer["path"]
 
 
-def _epochs(curve: "pd.DataFrame", published: Record) -> "pd.DataFrame":
-    """A row for each validation, beside the published row of the same epoch."""
-    losses = curve["validation_loss"]
-    best = ["best" if loss == losses.min() else None for loss in losses]
-    return _beside(curve.assign(status=best).set_index("epoch"), published)
-
-
-def _gates(reference: Record, spreads: np.ndarray, published: Record) -> "pd.DataFrame":
-    """Gate norms after the last epoch, a row for each layer, beside the published ones."""
-    import pandas as pd
-
+def _gates(reference: Record, spreads: np.ndarray) -> Iterable[dict[str, Any]]:
+    """Gate norms after the last epoch, a row for each layer."""
     least, most, mean = (findings.gate_norms(reference, measure) for measure in ("min", "max", "mean"))  # [rows, L]
-    columns = {"initial": most[0] - least[0], "min": least[-1], "max": most[-1], "mean": mean[-1], "spread": spreads[0]}
-    columns["seeds"] = [interval(findings.over_seeds(layer), 3, "") for layer in spreads.T]
-    return _beside(pd.DataFrame(columns).rename_axis("layer"), published)
-
-
-def _beside(ours: "pd.DataFrame", published: Record) -> "pd.DataFrame":
-    """A table with the published rows of the same index beside ours, as columns that begin with `their_`."""
-    import pandas as pd
-
-    theirs = pd.DataFrame([dict(row) for row in published["rows"]]).set_index(ours.index.name)
-    return ours.join(theirs.add_prefix("their_"), how="outer").reset_index()
+    for layer, spread in enumerate(spreads.T):
+        norms = {"min": least[-1, layer], "max": most[-1, layer], "mean": mean[-1, layer], "spread": spread[0]}
+        initial, seeds = most[0, layer] - least[0, layer], interval(findings.over_seeds(spread), 3, "")
+        yield {"layer": layer, "initial": initial, **norms, "seeds": seeds}
 
 
 def _routers(curve: "pd.DataFrame", router: "pd.DataFrame", load: "pd.Series", top_k: int) -> "pd.DataFrame":

@@ -42,15 +42,6 @@ class Cached(NamedTuple):
     speeds: "pd.DataFrame"  # the same on other machines: also for each machine, model and prefetcher
 
 
-class Measurements(NamedTuple):
-    """What was measured, on which machine."""
-
-    training: Record
-    cache: Record
-    resident: "pd.Series"  # decoding without a cache
-    cells: "pd.DataFrame"  # a row for each cell with one
-
-
 def read_training() -> Training:
     """Reads what the training found.
 
@@ -104,15 +95,3 @@ def read_hits() -> "pd.DataFrame":
         DynarouteError: the file is missing or damaged.
     """
     return read_csv(REPORTS / "simulated_hits.csv", "capacity", "policy", "per_layer", "hit_rate", "uniform_hit_rate")
-
-
-def read_measurements() -> Measurements:
-    """Reads what was measured.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
-    folder = DATA / "measured"
-    training, cache = read_record(folder / "training.json"), read_record(folder / "cache/summary.json")
-    rows = read_csv(folder / "cache/cells.csv", "capacity", "policy", "prefetch", "page_cache", "tokens_per_second")
-    return Measurements(training, cache, rows.iloc[0], rows.iloc[1:].astype({"capacity": int}))
