@@ -3,8 +3,7 @@
     python stages/dagformer/compare_variants.py
 
 Reads   data/dagformer/{train,eval}/<id>/ of every variant in params.yaml, data/dagformer/sensitivity/summary.json
-Writes  data/dagformer/comparisons.json   primary, see `comparisons.primary_answers`; seeds, see `seed_spread`;
-            headroom: what closing all gates costs the base, in nats per token
+Writes  data/dagformer/comparisons.json   primary, see `comparisons.primary_answers`; seeds, see `seed_spread`
         reports/dagformer/variants.csv    a row for each variant, protocol and mode, see `comparisons.differences`;
             and what its gates are like, see `GATES`
         reports/dagformer/P1.csv          P1's validations, for `dvc plots`
@@ -37,7 +36,6 @@ def main(settings: Settings) -> None:
         "primary": primary_answers(asked, results.nll, results.documents, of_question, settings.seed),
         "seeds": seed_spread(results.seeds(), results.nll),
         "control_seeds": seed_spread(results.seeds(CONTROL) if CONTROL in results.variants else {}, results.nll),
-        "headroom": headroom["base"],
     }
     write_json(DATA / "comparisons.json", comparisons)
     rows = differences(references, results.nll, results.documents)

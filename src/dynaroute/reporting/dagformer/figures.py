@@ -37,11 +37,7 @@ class Recovered(NamedTuple):
 
 
 def read_recovered(best: Variant) -> Recovered:
-    """Reads the planted wirings, and those of a variant, by the prefix protocol.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
+    """The planted wirings and, by the prefix protocol, a variant's. Raises DynarouteError if a file is damaged."""
     import numpy as np
     import torch
 

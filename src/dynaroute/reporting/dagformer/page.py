@@ -50,14 +50,10 @@ def values(
         stability: the benchmark that repeats the primary questions; None if it was not run.
     """
     rows = {name: variant_row(results, comparisons, variant) for name, variant in results.variants.items()}
-    for row in comparisons.primary:  # each number stands once
-        if len(row["left"]) == 1 and (row["mode"], row["protocol"]) == ("hard", "window") and row["left"][0] in rows:
-            shown = rows[row["left"][0]]
-            shown |= {
-                key: "section 1"
-                for key, of in (("to_baseline", "baseline"), ("to_reference", shown["peer"]))
-                if row["right"] == [of]
-            }
+    for row, shown in product(comparisons.primary, rows.values()):  # each number stands once
+        if (row["left"], row["mode"], row["protocol"]) == ([shown["id"]], "hard", "window"):
+            repeated = {"to_baseline": ["baseline"], "to_reference": [shown["peer"]]}
+            shown |= {key: "section 1" for key, right in repeated.items() if row["right"] == right}
     apart = {"S1", *comparisons.seeds["seeds"], *comparisons.control_seeds["seeds"]} - {MAIN, CONTROL}
     domains = analyses.topology[MAIN]["domains"]
     made = checks(results, analyses)
@@ -66,7 +62,6 @@ def values(
         "results": results,
         "variants": results.variants,
         "cards": rows,
-        "comparisons": comparisons,
         "sensitivity": analyses.sensitivity,
         "known": analyses.planted,
         "domains": domains,

@@ -44,11 +44,7 @@ class Results(NamedTuple):
 
 
 def read_results(settings: Settings) -> Results:
-    """Reads everything.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
+    """Reads everything. Raises DynarouteError if a file is missing or damaged."""
     training, cached, runs = read_training(), read_cached(), read_runs(settings)
     balance = read_benchmark("balance")
     if balance is not None and balance["reference"] != runs[0]["run"]:
@@ -66,7 +62,7 @@ def values(results: Results) -> dict[str, Any]:
     made, hits = checks(results), cached.hits
     third, rates = cached.simulation["capacity_nearest_a_third"], cached.simulation["hit_rate"]
     shares = hits[hits["per_layer"] & (hits["capacity"] == third)].set_index("policy")["hit_rate"]
-    norms, losses = curves[0]["train_gradient_norm"].dropna(), curves[0]["validation_loss"]
+    losses = curves[0]["validation_loss"]
     best = ["best" if loss == losses.min() else None for loss in losses]
     return {
         "run": run,
@@ -87,12 +83,10 @@ def values(results: Results) -> dict[str, Any]:
         "swept": findings.sweep(runs),
         "courses": [findings.course(one) for one in curves],
         "largest_rise": {name: curves[0][f"{name}_loss"].diff().max() for name in ("train", "validation")},
-        "gradient_norms": (norms.min(), norms.max()),
         "depth": findings.over_seeds(findings.depth_slopes(spreads)) if spreads.shape[1] > 1 else None,
         "published_slope": findings.depth_slopes(theirs)[0],
         "weakest": max(runs, key=lambda one: one["test_loss"] - one["test_unigram_entropy"]),
         "failed": [check["check"] for check in made if "failed" in check["outcome"]],
-        "measured": sum(check["outcome"] != outcome(None) for check in made),
         "balance": [] if balance is None else list(_balance(balance["rows"], runs[0]["settings"][findings.BALANCE])),
         "rows": {
             "configuration": _configuration(results),
@@ -142,34 +136,29 @@ def checks(results: Results) -> list[dict[str, str]]:
 def _configuration(results: Results) -> list[dict[str, Any]]:
     """Settings and sizes of the main model and of the reference run, beside the published ones."""
     (run, training, *_), corpus, _, (reference, *_), _, published = results
-    theirs, main = published["configuration"], {**run["config"], **run["identity"]["dwr"]}
-    precision = {"precision": training["precision"]}  # what is set may be slow on this device
-    columns = {
-        "main": _settings(main | main["training"] | precision),
-        "runs": _settings(reference["settings"] | reference["settings"]["training"]),
-        "theirs": _settings(theirs),
-    }
-    rows = [{"parameter": label, **{key: own[label] for key, own in columns.items()}} for label in columns["main"]]
-    embedding = run["config"]["vocab_size"] * run["config"]["d_model"]
-    name = corpus.place.get("name") or corpus.place.get("path") or f"{corpus.name} (section 9)"
-    tokenizer = f"{_tokenizer_name(corpus)}, {run['config']['vocab_size']:,}"
-    others = [
-        ("Corpus", name, reference["settings"]["corpus"], theirs["corpus"]),
-        ("Tokenizer, vocabulary", tokenizer, None, f"{theirs['tokenizer']}, {theirs['vocab_size']:,}"),
-        ("Tokens of training text", training["training_tokens"], reference["training_tokens"], theirs["training_tokens"]),
-        ("Parameters", training["parameters"], reference["parameters"], theirs["parameters"]),
-        ("Active per token, without embedding", training["active_parameters"] - embedding, None,
-         theirs["active_parameters"]),
-        ("Steps", training["steps"], reference["steps"], theirs["steps"]),
-        ("Hardware", run["identity"]["device"], run["identity"]["device"], theirs["hardware"]),
-    ]  # fmt: skip
-    return [dict(zip(("parameter", "main", "runs", "theirs"), row, strict=True)) for row in others] + rows
+    config, identity = run["config"], run["identity"]
+    main = {**config, **identity["dwr"], **identity["dwr"]["training"], **training, "hardware": identity["device"]}
+    main["corpus"] = corpus.place.get("name") or corpus.place.get("path") or f"{corpus.name} (section 9)"
+    main["tokenizer"] = _tokenizer_name(corpus)
+    main["active_parameters"] -= config["vocab_size"] * config["d_model"]
+    runs = {"tokenizer": None, "active_parameters": None, "hardware": identity["device"], **reference}
+    runs |= {**reference["settings"], **reference["settings"]["training"]}
+    columns = {"main": main, "runs": runs, "theirs": published["configuration"]}
+    shown = {key: _settings(of) for key, of in columns.items()}
+    return [{"parameter": label, **{key: of[label] for key, of in shown.items()}} for label in shown["main"]]
 
 
 def _settings(of: Mapping[str, Any]) -> dict[str, str]:
     """Settings as text, in the same words for ours and the published ones."""
     beta_1, beta_2 = of["betas"]
     return {
+        "Corpus": of["corpus"],
+        "Tokenizer, vocabulary": f"{of['tokenizer']}, {of['vocab_size']:,}" if of["tokenizer"] else NONE,
+        "Tokens of training text": fmt(of["training_tokens"]),
+        "Parameters": fmt(of["parameters"]),
+        "Active per token, without embedding": fmt(of["active_parameters"]),
+        "Steps": fmt(of["steps"]),
+        "Hardware": of["hardware"],
         "d_model": fmt(of["d_model"]),
         "d_ff of an expert": fmt(of["d_ff"]),
         "Layers, heads": f"{of['num_layers']}, {of['num_heads']}",
