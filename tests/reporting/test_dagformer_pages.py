@@ -192,7 +192,7 @@ def one_source() -> None:
         (lambda: set_s1(baseline() * 1.011), "S0, S1", "**S1 passes**", "**S1 fails**"),
         (lambda: repeated([]), "1. The", "It was not run", "No answer changed over 4 repetitions"),
         (lambda: repeated(["flow"]), "1. The", "It was not run", "are therefore no conclusions: flow."),
-        (one_source, "X1, X2", "A linear probe tells", "X2 compares nothing here"),
+        (one_source, "X1, X2", "by a linear probe", "X2 compares nothing here"),
     ],
 )
 def test_a_sentence_follows_what_was_found(change, heading, before, after):

@@ -101,7 +101,6 @@ In the main model the least used expert gets 0.40 of the uniform load
 > | 5 | 0.607 | 0.896 | 0.723 | 0.289 |
 | none | balance_coefficient 0.0, training.early_stopping_patience 2 | 3 | 158.0 | +0.62 | 0.25 | 1.75 | 0.450 |
 | uniform routing | – | – | – | – | – | – | 0.260 | 0.340 | 0.610 |
-before clipping, averaged over an epoch, was between 0.90 and 0.90
 The weakest small run, `more_text`, is 0.95 nats below
 Yes, with every seed. Validation loss is lowest at epoch 2, 2 and 2 of 4 and ends 0.2500, 0.2500 and 0.2500 nats above
 changes by +0.133 [+0.062, +0.205] from a layer to the next, over 3 seeds
