@@ -99,10 +99,9 @@ def plot_runs(swept: list[Record], seeds: list[Record], path: str | Path) -> Non
                 axes.plot(*point, marker, color=color, alpha=1 if own else 0.3, label=None if number else label)
             for run, point in zip(swept, points, strict=False):
                 text = f"λ {run['settings']['balance_coefficient']:g}"
-                style = {"ha": "center", "fontsize": 7, "color": color, "bbox": {"fc": "white", "lw": 0, "pad": 0.5}}
-                axes.annotate(text, point, (0, 8), textcoords="offset points", **style)  # covers lines behind it
+                axes.annotate(text, point, (0, 6), textcoords="offset points", ha="center", fontsize=7, color=color)
         axes.margins(x=0.12, y=0.2)
         axes.set_title(f"unigram perplexity of the test text: {math.exp(swept[0]['test_unigram_entropy']):.0f}")
         axes.set_xlabel(f"hit rate with {swept[0]['capacity']} of {swept[0]['experts']} experts held")
         axes.set_ylabel("perplexity of the test text")
-        figure.legend(loc="outside right upper", title="lighter: other seeds" if seeds[1:] else None)
+        figure.legend(loc="outside right upper")

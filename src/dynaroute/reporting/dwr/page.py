@@ -87,6 +87,7 @@ def values(results: Results) -> dict[str, Any]:
         "published_slope": findings.depth_slopes(theirs)[0],
         "weakest": max(runs, key=lambda one: one["test_loss"] - one["test_unigram_entropy"]),
         "failed": [check["check"] for check in made if "failed" in check["outcome"]],
+        "measured": sum(check["outcome"] != outcome(None) for check in made),
         "balance": [] if balance is None else list(_balance(balance["rows"], runs[0]["settings"][findings.BALANCE])),
         "rows": {
             "configuration": _configuration(results),
