@@ -14,7 +14,7 @@ from dynaroute.pipeline.artifacts import write_json, write_text
 from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dwr.measured import section
 from dynaroute.reporting.dwr.page import read_results, summary, values
-from dynaroute.reporting.dwr.results import DATA, read_measurements
+from dynaroute.reporting.dwr.results import DATA
 from dynaroute.reporting.inputs import read_benchmark
 from dynaroute.reporting.pages import render
 
@@ -22,8 +22,8 @@ from dynaroute.reporting.pages import render
 def main(settings: Settings) -> None:
     """Reads the results, and writes what they say."""
     results = read_results(settings)
-    found, measured = values(results), read_measurements()
-    text = section(measured, results.cached.summary, read_benchmark("moe"), results.reference["timing"])
+    found = values(results)
+    text = section(results.cached.summary, read_benchmark("moe"), results.reference["timing"])
     write_text("reports/dwr.md", render("dwr.md", found))
     write_text(DATA / "report/summary.md", render("dwr_summary.md", found))
     write_json(DATA / "report/summary.json", summary(results))

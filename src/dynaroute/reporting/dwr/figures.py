@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynaroute.reporting.dwr.findings import curve, gate_norms, initial_gate_norm, initial_spread
+from dynaroute.reporting.dwr.findings import curve, gate_norms
 from dynaroute.reporting.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, saved_figure
 from dynaroute.reporting.inputs import Record
 
@@ -49,15 +49,14 @@ def plot_training(seeds: list[Record], path: str | Path) -> None:
 
 
 def plot_gate_norms(run: Record, path: str | Path) -> None:
-    """Least, mean and largest gate norm of each layer by epoch, with what is expected of an untrained layer."""
-    settings, epochs = run["settings"], [row["epoch"] for row in run["history"]]
+    """Least, mean and largest gate norm of each layer by epoch, over the range at initialisation."""
+    epochs = [row["epoch"] for row in run["history"]]
     least, mean, most = (gate_norms(run, measure) for measure in ("min", "mean", "max"))  # [rows, L]
-    initial, spread = initial_gate_norm(settings["d_model"]), initial_spread(settings["num_experts"])
     with saved_figure(path, 7.2, 2.6) as figure:
         panels = figure.subplots(1, mean.shape[1], sharey=True, squeeze=False)[0]
         for layer, axes in enumerate(panels):
-            untrained = initial - spread / 2, initial + spread / 2
-            axes.axhspan(*untrained, color=GREY, alpha=0.3, linewidth=0, label="expected of an untrained layer")
+            untrained = least[0, layer], most[0, layer]
+            axes.axhspan(*untrained, color=GREY, alpha=0.3, linewidth=0, label="least to largest at initialisation")
             band = least[:, layer], most[:, layer]
             axes.fill_between(epochs, *band, color=SKY, alpha=0.5, linewidth=0, label="least to largest")
             axes.plot(epochs, mean[:, layer], color=BLUE, label="mean over experts")
@@ -72,9 +71,7 @@ def plot_hit_rates(hits: "pd.DataFrame", num_experts: int, path: str | Path) -> 
     one_budget, shares = hits[~hits["per_layer"]], hits[hits["per_layer"] & (hits["policy"] == "lru")]
     with saved_figure(path, 6.4, 3.9) as figure:
         axes = figure.subplots()
-        axes.plot(
-            [0, num_experts], [0, 1], color=GREY, linestyle=":", label="bound of online policies, uniform routing"
-        )
+        axes.plot([0, num_experts], [0, 1], color=GREY, linestyle=":", label="online policies at most, uniform routing")
         for policy, style in POLICIES.items():
             rows = one_budget[one_budget["policy"] == policy]
             if not rows.empty:

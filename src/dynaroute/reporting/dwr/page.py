@@ -46,11 +46,7 @@ class Results(NamedTuple):
 
 
 def read_results(settings: Settings) -> Results:
-    """Reads everything.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
+    """Reads everything. Raises DynarouteError if a file is missing or damaged."""
     training, cached, runs = read_training(), read_cached(), read_runs(settings)
     locality = read_locality("reference", runs[0]["run"]), read_locality("larger")
     return Results(training, read_corpus(training.run), cached, runs, *locality, read_record(REFERENCE)["dwr"])
@@ -66,7 +62,8 @@ def values(results: Results) -> dict[str, Any]:
     made, hits = checks(results), cached.hits
     third, rates = cached.simulation["capacity_nearest_a_third"], cached.simulation["hit_rate"]
     shares = hits[hits["per_layer"] & (hits["capacity"] == third)].set_index("policy")["hit_rate"]
-    norms = curves[0]["train_gradient_norm"].dropna()
+    losses = curves[0]["validation_loss"]
+    best = ["best" if loss == losses.min() else None for loss in losses]
     return {
         "run": run,
         "summary": training,
@@ -78,7 +75,6 @@ def values(results: Results) -> dict[str, Any]:
         "rates": rates,
         "best_policy": max((policy for policy in rates if policy != "min"), key=rates.__getitem__),
         "lru_per_layer": shares.get("lru"),
-        "rules": findings,
         "load": load,
         "files": {name: file_size(DATA / f"train/{name}.safetensors") for name in ("best", "last")},
         "reference": runs[0],
@@ -87,7 +83,6 @@ def values(results: Results) -> dict[str, Any]:
         "swept": findings.sweep(runs),
         "courses": [findings.course(one) for one in curves],
         "largest_rise": {name: curves[0][f"{name}_loss"].diff().max() for name in ("train", "validation")},
-        "gradient_norms": (norms.min(), norms.max()),
         "depth": findings.over_seeds(findings.depth_slopes(spreads)) if spreads.shape[1] > 1 else None,
         "published_slope": findings.depth_slopes(theirs)[0],
         "weakest": max(runs, key=lambda one: one["test_loss"] - one["test_unigram_entropy"]),
@@ -97,8 +92,8 @@ def values(results: Results) -> dict[str, Any]:
         "larger": larger is not None,
         "rows": {
             "configuration": _configuration(results),
-            "epochs": _epochs(curves[0], published["training_curve"]),
-            "gates": _gates(runs[0], spreads, published["gate_norms"]),
+            "epochs": curves[0].assign(status=best),
+            "gates": list(_gates(runs[0], spreads)),
             "routers": _routers(curve, router, load, run["config"]["top_k"]),
             "runs": list(_runs(runs)),
             "locality": [] if locality is None else list(_locality(locality)),
@@ -145,34 +140,29 @@ def checks(results: Results) -> list[dict[str, str]]:
 def _configuration(results: Results) -> list[dict[str, Any]]:
     """Settings and sizes of the main model and of the reference run, beside the published ones."""
     (run, training, *_), corpus, _, (reference, *_), _, _, published = results
-    theirs, main = published["configuration"], {**run["config"], **run["identity"]["dwr"]}
-    precision = {"precision": training["precision"]}  # what is set may be slow on this device
-    columns = {
-        "main": _settings(main | main["training"] | precision),
-        "runs": _settings(reference["settings"] | reference["settings"]["training"]),
-        "theirs": _settings(theirs),
-    }
-    rows = [{"parameter": label, **{key: own[label] for key, own in columns.items()}} for label in columns["main"]]
-    embedding = run["config"]["vocab_size"] * run["config"]["d_model"]
-    name = corpus.place.get("name") or corpus.place.get("path") or f"{corpus.name} (section 9)"
-    tokenizer = f"{_tokenizer_name(corpus)}, {run['config']['vocab_size']:,}"
-    others = [
-        ("Corpus", name, reference["settings"]["corpus"], theirs["corpus"]),
-        ("Tokenizer, vocabulary", tokenizer, None, f"{theirs['tokenizer']}, {theirs['vocab_size']:,}"),
-        ("Training tokens", training["training_tokens"], reference["training_tokens"], theirs["training_tokens"]),
-        ("Parameters", training["parameters"], reference["parameters"], theirs["parameters"]),
-        ("Active per token, without embedding", training["active_parameters"] - embedding, None,
-         theirs["active_parameters"]),
-        ("Steps", training["steps"], reference["steps"], theirs["steps"]),
-        ("Hardware", run["identity"]["device"], run["identity"]["device"], theirs["hardware"]),
-    ]  # fmt: skip
-    return [dict(zip(("parameter", "main", "runs", "theirs"), row, strict=True)) for row in others] + rows
+    config, identity = run["config"], run["identity"]
+    main = {**config, **identity["dwr"], **identity["dwr"]["training"], **training, "hardware": identity["device"]}
+    main["corpus"] = corpus.place.get("name") or corpus.place.get("path") or f"{corpus.name} (section 9)"
+    main["tokenizer"] = _tokenizer_name(corpus)
+    main["active_parameters"] -= config["vocab_size"] * config["d_model"]
+    runs = {"tokenizer": None, "active_parameters": None, "hardware": identity["device"], **reference}
+    runs |= {**reference["settings"], **reference["settings"]["training"]}
+    columns = {"main": main, "runs": runs, "theirs": published["configuration"]}
+    shown = {key: _settings(of) for key, of in columns.items()}
+    return [{"parameter": label, **{key: of[label] for key, of in shown.items()}} for label in shown["main"]]
 
 
 def _settings(of: Mapping[str, Any]) -> dict[str, str]:
     """Settings as text, in the same words for ours and the published ones."""
     beta_1, beta_2 = of["betas"]
     return {
+        "Corpus": of["corpus"],
+        "Tokenizer, vocabulary": f"{of['tokenizer']}, {of['vocab_size']:,}" if of["tokenizer"] else NONE,
+        "Tokens of training text": fmt(of["training_tokens"]),
+        "Parameters": fmt(of["parameters"]),
+        "Active per token, without embedding": fmt(of["active_parameters"]),
+        "Steps": fmt(of["steps"]),
+        "Hardware": of["hardware"],
         "d_model": fmt(of["d_model"]),
         "d_ff of an expert": fmt(of["d_ff"]),
         "Layers, heads": f"{of['num_layers']}, {of['num_heads']}",
@@ -196,29 +186,13 @@ def _tokenizer_name(corpus: Corpus) -> str:
     return names.get(tokenizer["kind"]) or tokenizer["path"]
 
 
-def _epochs(curve: "pd.DataFrame", published: Record) -> "pd.DataFrame":
-    """A row for each validation, beside the published row of the same epoch."""
-    losses = curve["validation_loss"]
-    best = ["best" if loss == losses.min() else None for loss in losses]
-    return _beside(curve.assign(status=best).set_index("epoch"), published)
-
-
-def _gates(reference: Record, spreads: np.ndarray, published: Record) -> "pd.DataFrame":
-    """Gate norms after the last epoch, a row for each layer, beside the published ones."""
-    import pandas as pd
-
+def _gates(reference: Record, spreads: np.ndarray) -> Iterable[dict[str, Any]]:
+    """Gate norms after the last epoch, a row for each layer."""
     least, most, mean = (findings.gate_norms(reference, measure) for measure in ("min", "max", "mean"))  # [rows, L]
-    columns = {"initial": most[0] - least[0], "min": least[-1], "max": most[-1], "mean": mean[-1], "spread": spreads[0]}
-    columns["seeds"] = [interval(findings.over_seeds(layer), 3, "") for layer in spreads.T]
-    return _beside(pd.DataFrame(columns).rename_axis("layer"), published)
-
-
-def _beside(ours: "pd.DataFrame", published: Record) -> "pd.DataFrame":
-    """A table with the published rows of the same index beside ours, as columns that begin with `their_`."""
-    import pandas as pd
-
-    theirs = pd.DataFrame([dict(row) for row in published["rows"]]).set_index(ours.index.name)
-    return ours.join(theirs.add_prefix("their_"), how="outer").reset_index()
+    for layer, spread in enumerate(spreads.T):
+        norms = {"min": least[-1, layer], "max": most[-1, layer], "mean": mean[-1, layer], "spread": spread[0]}
+        initial, seeds = most[0, layer] - least[0, layer], interval(findings.over_seeds(spread), 3, "")
+        yield {"layer": layer, "initial": initial, **norms, "seeds": seeds}
 
 
 def _routers(curve: "pd.DataFrame", router: "pd.DataFrame", load: "pd.Series", top_k: int) -> "pd.DataFrame":
