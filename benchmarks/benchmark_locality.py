@@ -3,11 +3,12 @@
     PYTHONPATH=src python benchmarks/benchmark_locality.py reference  (dvc repro benchmarks/dvc.yaml:benchmark_locality)
     PYTHONPATH=src python benchmarks/benchmark_locality.py larger     (... benchmark_locality_larger)
 
-`reference` trains all settings at the size of dwr_runs.reference, `larger` the reference and one recipe at that of dwr.
+`reference` trains all settings at the size of dwr_runs.reference, `larger` some at that of dwr, on all of its text.
 
 Reads   data/tokens/<corpus of the runs>
-Writes  reports/benchmarks/locality_<size>.csv  rows for each setting: perplexity with a 95 % interval over seeds, loads
-        of experts (1 is uniform), and means over seeds of hit rates and simulated tokens/s. `routing` is
+Writes  reports/benchmarks/locality_<size>.csv  rows for each setting: run, that of the first seed; perplexity with a
+        95 % interval over seeds, loads of experts (1 is uniform), and means over seeds of hit rates and simulated
+        tokens/s. `routing` is
 
             exact             as trained
             inexact ALPHA     cache-aware, with a third of each layer's experts; kl is that to exact routing
@@ -47,13 +48,13 @@ from dynaroute.pipeline.artifacts import write_csv
 from dynaroute.pipeline.stage import run
 
 SEEDS = 3  # that of the reference and those after it
-ALPHAS = (0.25, 1.0)  # logits by which cache-aware routing prefers held experts
+ALPHAS = (0.5, 1.0)  # logits by which cache-aware routing prefers held experts
 USED = 0.1  # of the uniform load, from which on an expert counts as used
 
-LOSS_FREE = {"balance": "loss_free", "balance_coefficient": 0.0, "balance_window": 4, "balance_rate": 0.05}
-REUSE = {"reuse_coefficient": 0.1, "reuse_half_life": 8.0}
-PRIOR = {"cache_prior": 2.0}
-RECIPE = LOSS_FREE | REUSE | PRIOR
+LOSS_FREE = {"balance": "loss_free", "balance_coefficient": 0.0, "balance_window": 1, "balance_rate": 0.1}
+REUSE = {"reuse_coefficient": 0.05, "reuse_half_life": 3.0}
+PRIOR = {"cache_prior": 1.0}
+RECIPE = LOSS_FREE | REUSE
 SETTINGS: dict[str, dict[str, Any]] = {
     "reference": {},
     **{f"lambda_{value:g}": {"balance_coefficient": value} for value in (0.0, 0.001, 0.1)},
@@ -61,20 +62,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "loss_free": LOSS_FREE,
     "reuse": REUSE,
     "prior": PRIOR,
-    **{f"loss_free_reuse_{value:g}": LOSS_FREE | REUSE | {"reuse_coefficient": value} for value in (0.03, 0.1, 0.3)},
-    "loss_free_prior": LOSS_FREE | PRIOR,
+    "accumulated_reuse": {"balance": "auxiliary_accumulated", "balance_window": 16} | REUSE,
     "recipe": RECIPE,
+    **{f"recipe_reuse_{value:g}": RECIPE | {"reuse_coefficient": value} for value in (0.005, 0.01, 0.02, 0.1)},
+    **{f"recipe_half_life_{value:g}": RECIPE | {"reuse_half_life": value} for value in (8.0, 32.0)},
+    "recipe_prior": RECIPE | PRIOR,
 }
 COLLAPSED = "lambda_0"  # also trained with only as many experts as it uses
+LARGER = ("reference", "loss_free", "recipe_reuse_0.005", "recipe_reuse_0.01", "recipe_reuse_0.02")
 
 
 def main(settings: Settings, size: str) -> None:
     """Trains one run after another, and writes the table."""
     torch.set_num_threads(settings.num_threads)
     if size == "larger":
-        everything = dict.fromkeys(("train_windows", "validation_windows", "eval_windows"))
-        knobs = settings.dwr.model_dump() | everything | {"also_validate_on": [], "seed": settings.seed}
-        base, chosen = DWRRun.model_validate(knobs), {name: SETTINGS[name] for name in ("reference", "recipe")}
+        fewer = {"train_windows": None, "validation_windows": 128, "eval_windows": 400}
+        knobs = settings.dwr.model_dump() | fewer | {"also_validate_on": [], "seed": settings.seed}
+        base, chosen = DWRRun.model_validate(knobs), {name: SETTINGS[name] for name in LARGER}
     elif size == "reference":
         base, chosen = settings.dwr_run("reference"), SETTINGS
     else:
@@ -148,7 +152,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             losses = (
                 [run["test_loss"] for run in runs] if routing == "exact" else [one.pop("loss", None) for one in own]
             )
-            row = {"setting": name, "routing": routing, "seeds": len(runs)}
+            row = {"setting": name, "routing": routing, "run": runs[0]["run"], "seeds": len(runs)}
             if None not in losses:
                 mean, low, high, _ = paired_difference(np.array(losses), np.zeros(len(losses)))
                 row |= {

@@ -3,9 +3,9 @@
     python stages/dagformer/compare_variants.py
 
 Reads   data/dagformer/{train,eval}/<id>/ of every variant in params.yaml, data/dagformer/sensitivity/summary.json
-Writes  data/dagformer/comparisons.json   primary, see `comparisons.primary_answers`; seeds, see `seed_spread`;
-            headroom: what closing all gates costs the base, in nats per token
-        reports/dagformer/variants.csv    a row for each variant, protocol and mode, see `comparisons.differences`
+Writes  data/dagformer/comparisons.json   primary, see `comparisons.primary_answers`; seeds, see `seed_spread`
+        reports/dagformer/variants.csv    a row for each variant, protocol and mode, see `comparisons.differences`;
+            and what its gates are like, see `GATES`
         reports/dagformer/P1.csv          P1's validations, for `dvc plots`
 """
 
@@ -15,6 +15,8 @@ from dynaroute.pipeline.artifacts import write_csv, write_json, write_text
 from dynaroute.pipeline.stage import run
 from dynaroute.reporting.dagformer.results import CONTROL, DATA, MAIN, REPORTS, read_results
 from dynaroute.reporting.inputs import read_record
+
+GATES = ("mean_A", "density_hard", "seq_gate_frac", "hyp_gate_frac", "entropy_bits", "dead_heads")
 
 
 def main(settings: Settings) -> None:
@@ -34,10 +36,13 @@ def main(settings: Settings) -> None:
         "primary": primary_answers(asked, results.nll, results.documents, of_question, settings.seed),
         "seeds": seed_spread(results.seeds(), results.nll),
         "control_seeds": seed_spread(results.seeds(CONTROL) if CONTROL in results.variants else {}, results.nll),
-        "headroom": headroom["base"],
     }
     write_json(DATA / "comparisons.json", comparisons)
-    write_csv(REPORTS / "variants.csv", differences(references, results.nll, results.documents))
+    rows = differences(references, results.nll, results.documents)
+    for row in rows:  # the gates are the same in both modes
+        found = (results.variants | results.planted)[row["variant"]].evaluation[row["protocol"]]
+        row |= {key: found[key] for key in GATES}
+    write_csv(REPORTS / "variants.csv", rows)
     write_text(REPORTS / f"{MAIN}.csv", (DATA / "train" / MAIN / "training.csv").read_text("utf-8"))
 
 

@@ -4,7 +4,7 @@
 
 Reads   data/dagformer/{train,eval}/<id>/ of the variants in params.yaml, data/dagformer/{analysis/P1,sensitivity}/,
         data/dagformer/{planted,train/planted}, data/dagformer/comparisons.json, reports/dagformer/variants.csv
-Writes  reports/dagformer/{topology,edges_closed,planted}.png; the last one shows no wiring without a planted base
+Writes  reports/dagformer/{topology,edges_closed,planted}.png; without a planted base, the last one says so
 """
 
 from dynaroute.config import Settings
@@ -18,9 +18,8 @@ def main(settings: Settings) -> None:
     """Reads what the other stages found, and draws it."""
     results = read_results(settings)
     comparisons, analyses = read_comparisons(), read_analyses(settings)
-    figures.plot_topology(figures.read_wirings(MAIN), REPORTS / "topology.png")
-    oracle = analyses.sensitivity["oracle"]
-    figures.plot_edges_closed(analyses.removal, results, comparisons, oracle, REPORTS / "edges_closed.png")
+    figures.plot_topology(MAIN, REPORTS / "topology.png")
+    figures.plot_edges_closed(analyses, results, comparisons, REPORTS / "edges_closed.png")
     best = best_planted(results, analyses)
     recovered = None if best is None else figures.read_recovered(results.planted[best])
     figures.plot_planted(recovered, REPORTS / "planted.png")

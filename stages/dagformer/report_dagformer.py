@@ -16,7 +16,7 @@ from pathlib import Path
 from dynaroute.config import Settings
 from dynaroute.pipeline.artifacts import write_csv, write_json, write_text
 from dynaroute.pipeline.stage import run
-from dynaroute.reporting.dagformer.measured import read_measurements, section
+from dynaroute.reporting.dagformer.measured import section
 from dynaroute.reporting.dagformer.page import summary, values
 from dynaroute.reporting.dagformer.results import DATA, read_analyses, read_comparisons, read_results
 from dynaroute.reporting.inputs import read_benchmark, read_record
@@ -31,10 +31,10 @@ def main(settings: Settings) -> None:
     reference = read_record("reports/reference.yaml")["dagformer"]
     found = values(results, comparisons, analyses, tokens, reference, read_benchmark("stability"))
     write_text("reports/dagformer.md", render("dagformer.md", found))
-    shown = ("question", "answer", "interval", "detectable", "headroom")
+    shown = ("question", "answer", "by", "interval", "detectable", "headroom")
     write_csv("reports/dagformer/primary.csv", [{key: row[key] for key in shown} for row in found["rows"]["primary"]])
     write_text(DATA / "report/summary.md", render("dagformer_summary.md", found))
-    write_text(DATA / "report/measured.md", section(results, read_measurements(results), reference["timing"]))
+    write_text(DATA / "report/measured.md", section(results, reference["timing"]))
     write_json(DATA / "report/summary.json", summary(results, comparisons, analyses))
 
 

@@ -56,7 +56,8 @@ def unmarked(text: str) -> str:
 
 
 def assert_readable(text: str, words: int) -> None:
-    """A page has no placeholder, at most so many words of prose, and no table longer than a screen."""
+    """A page has no placeholder, at most so many words of prose, and no table larger than a screen."""
     assert not re.search(r"\bnan\b|None|\{|\}|\bTrue\b|\bFalse\b|Undefined|\n\n\n", text)
     assert len(re.sub(r"^[|>!#].*$", "", text, flags=re.MULTILINE).split()) <= words
     assert max(table.count("\n") for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)) <= 32
+    assert max(map(len, table_rows(text))) <= 10  # columns

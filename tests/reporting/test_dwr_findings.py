@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from dynaroute.reporting.dwr.findings import course, depth_slopes, gap_closed, initial_spread, over_seeds, relative_load
+from dynaroute.reporting.dwr.findings import course, depth_slopes, gap_closed, over_seeds, relative_load
 
 
 @pytest.mark.parametrize(
@@ -23,11 +23,6 @@ def test_overfitting_is_a_validation_loss_that_rises_while_training_loss_falls(v
 def test_load_is_in_units_of_the_uniform_share_of_its_layer():
     router = pd.DataFrame({"layer": [0, 0, 1, 1], "expert": [0, 1, 0, 1], "load": [0.5, 0.5, 0.1, 0.9]})
     assert relative_load(router).tolist() == [1.0, 1.0, 0.2, 1.8]
-
-
-def test_the_expected_spread_is_that_of_many_new_layers():
-    weights = np.random.default_rng(0).normal(0, 0.02, (4000, 8, 64))  # layers, experts, d_model
-    assert initial_spread(8) == pytest.approx(np.ptp(np.linalg.norm(weights, axis=2), axis=1).mean(), rel=0.02)
 
 
 def test_growth_with_depth_is_the_mean_slope_with_its_t_interval_over_seeds():

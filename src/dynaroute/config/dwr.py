@@ -62,7 +62,7 @@ class DWR(DWRArchitecture):
     balance_coefficient: LossWeight  # of the loss
     balance_window: Positive  # steps over which loads are counted, unless they are those of a micro-batch
     balance_rate: LossWeight  # of loss_free: what a window adds to the bias of an expert or takes from it, in logits
-    reuse_coefficient: LossWeight  # of a loss for routing unlike the recent routing of the same text
+    reuse_coefficient: LossWeight  # of a loss for routing unlike what the same text used recently
     reuse_half_life: Moderate  # of a token in what is recent, in tokens
     cache_prior: LossWeight  # largest bonus to scores of experts that a simulated cache holds, in logits; 0: no cache
     cache_prior_experts: Size  # of a layer that the simulated cache holds

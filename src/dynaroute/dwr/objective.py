@@ -71,7 +71,9 @@ class DWRObjective:
             self._assigned = assigned if self._assigned is None else self._assigned + assigned
         total = loss + self.balance_coefficient * balance.sum()
         if self.reuse_coefficient:
-            reuse = torch.stack([reuse_loss(layer.scores, self.reuse_half_life).mean() for layer in router])  # [L]
+            reuse = torch.stack(
+                [reuse_loss(layer.scores, layer.chosen, self.reuse_half_life).mean() for layer in router]
+            )  # [L]
             metrics |= {f"reuse_loss_layer{index}": value for index, value in enumerate(reuse)}
             total = total + self.reuse_coefficient * reuse.sum()
         return total, metrics

@@ -115,6 +115,11 @@ def interval(found: Mapping[str, Any] | None, digits: int = 4, sign: str = "+") 
     return f"{mean} [{low}, {high}]"  # + 0.0: no minus before 0
 
 
+def ratio(value: float, low: float, high: float) -> str:
+    """A ratio with its range, "0.62 (0.58–0.67)"."""
+    return f"{value:.2f} ({low:.2f}–{high:.2f})"
+
+
 def share(found: Mapping[str, Any] | None) -> str:
     """A share with its interval, "93 % [91 %, 95 %]", from mean, low and high; a dash for None."""
     if found is None:

@@ -6,13 +6,12 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynaroute.reporting.dagformer.page import ORDERS
-from dynaroute.reporting.dagformer.results import CONTROL, DATA, MAIN, Comparisons, Results, Variant
+from dynaroute.reporting.dagformer.results import CONTROL, DATA, MAIN, Analyses, Comparisons, Results, Variant
 from dynaroute.reporting.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILION, saved_figure
-from dynaroute.reporting.inputs import Record, read_checkpoint
+from dynaroute.reporting.inputs import read_checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
@@ -28,14 +27,6 @@ POINTS = {  # variants by kind
 }
 
 
-class Wirings(NamedTuple):
-    """One variant's wirings of the held-out texts, by the window protocol."""
-
-    by_layer: "np.ndarray"  # [L, L], mean hard gate over texts and heads, NaN where there is none
-    distances: "np.ndarray"  # of all pairs of texts
-    same_text: "np.ndarray"  # of each text to its own prefix
-
-
 class Recovered(NamedTuple):
     """The planted wirings of the sources, and those that a variant gives to their texts."""
 
@@ -45,26 +36,8 @@ class Recovered(NamedTuple):
     num_heads: int
 
 
-def read_wirings(name: str) -> Wirings:
-    """Reads what figures show of a variant's wirings.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
-    from dynaroute.analysis.topology import by_layer_pair  # torch is slow to import
-
-    gates, state = read_checkpoint(DATA / "eval" / name / "gates.safetensors")
-    tensors, _ = read_checkpoint(DATA / "analysis" / name / "wirings.safetensors")
-    by_layer = by_layer_pair(gates["window.mean_hard"], state["num_heads"]).numpy()
-    return Wirings(by_layer, *(tensors[key].numpy() for key in ("distances", "same_text")))
-
-
 def read_recovered(best: Variant) -> Recovered:
-    """Reads the planted wirings, and those of a variant, by the prefix protocol.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
+    """The planted wirings and, by the prefix protocol, a variant's. Raises DynarouteError if a file is damaged."""
     import numpy as np
     import torch
 
@@ -82,35 +55,41 @@ def read_recovered(best: Variant) -> Recovered:
     return Recovered(sources, masks.float().numpy(), np.stack(found), state["num_heads"])
 
 
-def plot_topology(wirings: Wirings, path: str | Path) -> None:
-    """Mean hard gates from layer to layer; and distances of the wirings of different texts and of the same text."""
-    with saved_figure(path, 7.2, 3.3) as figure:
+def plot_topology(name: str, path: str | Path) -> None:
+    """A variant's mean hard gates from layer to layer; and distances of wirings, of two texts and of one.
+
+    Raises:
+        DynarouteError: a file is missing or damaged.
+    """
+    from dynaroute.analysis.topology import by_layer_pair  # torch is slow to import
+
+    gates, state = read_checkpoint(DATA / "eval" / name / "gates.safetensors")
+    wirings, _ = read_checkpoint(DATA / "analysis" / name / "wirings.safetensors")
+    by_layer = by_layer_pair(gates["window.mean_hard"], state["num_heads"]).numpy()  # [L, L], of texts and heads
+    shown = {"of different texts": wirings["distances"], "of a window and its prefix": wirings["same_text"]}
+    most = max(1e-6, *(float(values.max()) for values in shown.values()))
+    with saved_figure(path, 7.2, 3.2) as figure:
         layers, distances = figure.subplots(1, 2)
-        image = _map(layers, wirings.by_layer, 1)  # on a scale of its own, which shows what differs
-        layers.set_title("share of hard gates that are open")
-        low, high = image.get_clim()
-        for source, target in itertools.combinations(range(len(wirings.by_layer)), 2):
-            value = wirings.by_layer[source, target]
-            style = {"ha": "center", "va": "center", "fontsize": 8 if len(wirings.by_layer) <= 8 else 5}
-            color = "black" if value > (low + high) / 2 else "white"
-            layers.text(target, source, f"{value:.2f}".removeprefix("0"), color=color, **style)
-        shown = {"of different texts": wirings.distances, "of a window and its prefix": wirings.same_text}
-        most = max(1e-6, *(float(values.max()) for values in shown.values()))
+        image = _map(layers, by_layer, 1, vmin=0, vmax=1)
+        figure.colorbar(image, ax=layers, label=f"share of {name}'s hard gates that are open")
+        for source, target in itertools.combinations(range(len(by_layer) if len(by_layer) <= 8 else 0), 2):
+            value = by_layer[source, target]
+            style = {"ha": "center", "va": "center", "fontsize": 8, "color": "black" if value > 0.5 else "white"}
+            layers.text(target, source, f"{value:.2f}".removeprefix("0"), **style)
         for (label, values), color, hatch in zip(shown.items(), (BLUE, ORANGE), ("", "////"), strict=True):
             style = {"color": color, "alpha": 0.55, "hatch": hatch, "edgecolor": BLACK, "linewidth": 0.4}
             weights = [1 / len(values)] * len(values)
-            distances.hist(values, bins=25, range=(0, most), weights=weights, label=label, **style)
-        distances.set_title("distance of two wirings")
-        distances.set_xlabel("weighted Jaccard distance")
+            distances.hist(values.numpy(), bins=25, range=(0, most), weights=weights, label=label, **style)
+        distances.set_xlabel("weighted Jaccard distance of two wirings")
         distances.set_ylabel("share of pairs")
         distances.legend()
 
 
 def plot_planted(recovered: Recovered | None, path: str | Path) -> None:
     """A column for each source: its planted wiring, and the mean hard gates of its texts under that of a predictor."""
-    with saved_figure(path, 7.2, 3.7) as figure:
+    with saved_figure(path, 7.2, 3.7 if recovered else 0.6) as figure:
         if recovered is None:
-            figure.text(0.5, 0.5, "no planted base was trained", ha="center")
+            figure.text(0.5, 0.5, "no planted base at this scale", ha="center", va="center")
             return
         number = min(4, len(recovered.sources))
         panels = figure.subplots(2, number, squeeze=False)
@@ -125,64 +104,66 @@ def plot_planted(recovered: Recovered | None, path: str | Path) -> None:
         figure.colorbar(image, ax=panels, label="share of texts whose gate is open", shrink=0.6)
 
 
-def plot_edges_closed(
-    removal: "pd.DataFrame", results: Results, comparisons: Comparisons, oracle: Record, path: str | Path
-) -> None:
-    """Hard NLL minus baseline by the share of edges closed, with 95 % intervals: in two orders, and by every variant.
+def plot_edges_closed(analyses: Analyses, results: Results, comparisons: Comparisons, path: str | Path) -> None:
+    """Hard NLL minus baseline by the share of edges closed, with 95 % intervals.
 
-    Left: all of it, with gates that were optimised on the scored text. Right: where most variants are, without those
-    that are far off. The order by expected gain is left out, and so are bases that were trained on.
+    Left: edges closed in two orders, gates that were optimised on a window, and every variant. Right: the variants
+    without those that are far off, and as many edges closed in the same orders, all on the held-out windows. The
+    order by expected gain is left out, and so are bases that were trained on.
     """
-    seeds = [{*found["seeds"]} for found in (comparisons.seeds, comparisons.control_seeds)]
-    rows = comparisons.hard
+    rows, oracle, removal = comparisons.hard, analyses.sensitivity["oracle"], analyses.removal
+    kinds = dict.fromkeys(comparisons.seeds["seeds"], MAIN) | dict.fromkeys(comparisons.control_seeds["seeds"], CONTROL)
     points = {
-        name: (1 - variant.evaluation["window"]["density_hard"], *rows.loc[name, ["difference", "low", "high"]])
+        name: (1 - variant.evaluation["window"]["density_hard"], rows.loc[name, "difference"])
         for name, variant in results.variants.items()
         if variant.knobs["base_lr"] == 0
     }
-    with saved_figure(path, 7.2, 3.7) as figure:
-        panels = figure.subplots(1, 2)
-        for axes in panels:
+    limit = FAR_OFF * median(abs(difference) for _, difference in points.values())
+    near_by = {name: point for name, point in points.items() if point[1] <= limit or name == MAIN}
+    with saved_figure(path, 7.2, 4.0) as figure:
+        overview, closer = figure.subplots(1, 2)
+        for order, style in CURVES.items():
+            own = removal[removal["order"] == order].sort_values("fraction")
+            label = f"edges closed: {ORDERS[order]}, {analyses.sensitivity['removal_windows']} windows"
+            overview.plot(own["fraction"], own["mean"], label=label, **style)
+            band = own["fraction"], own["low"], own["high"]
+            overview.fill_between(*band, color=style["color"], alpha=0.1, linewidth=0)
+            over = [difference - rows.loc[name, f"{order}_difference"] for name, (_, difference) in near_by.items()]
+            style = style | {"linestyle": "none", "markerfacecolor": "none"}
+            label = f"as many closed: {ORDERS[order]}, {len(results.documents)} windows"
+            closer.plot([closed for closed, _ in near_by.values()], over, label=label, **style)
+        for axes, shown in ((overview, points), (closer, near_by)):
             axes.axhline(0, color=BLACK, linewidth=0.8)
-            for order, style in CURVES.items():
-                own = removal[removal["order"] == order].sort_values("fraction")
-                axes.plot(own["fraction"], own["mean"], label=f"closed in order: {ORDERS[order]}", **style)
-                axes.fill_between(
-                    own["fraction"], own["low"], own["high"], color=style["color"], alpha=0.1, linewidth=0
-                )
-            for name, (closed, difference, low, high) in points.items():
-                kind = MAIN if name in seeds[0] else CONTROL if name in seeds[1] else ""
-                label = POINTS[kind]["label"] if name in (MAIN, CONTROL) or not kind else None
-                axes.plot(closed, difference, **POINTS[kind] | {"label": label}, linestyle="none")
-                if axes is panels[1]:
-                    axes.vlines(closed, low, high, color=POINTS[kind]["color"], linewidth=0.7)
             axes.set_xlabel("share of edges closed")
-        for text, marker in (("same", "P"), ("next", "X")):
-            words = {"same": "optimised on the scored window", "next": "optimised on the window before"}[text]
+            for name, point in shown.items():
+                kind = kinds.get(name, "")
+                label = f"{POINTS[kind]['label']}, {len(results.documents)} windows"
+                axes.plot(*point, **POINTS[kind] | {"label": label}, linestyle="none")
+                if axes is closer:
+                    axes.vlines(point[0], *rows.loc[name, ["low", "high"]], color=POINTS[kind]["color"], linewidth=0.7)
+        for text, marker, words in (("same", "P", "scored window"), ("next", "X", "window before")):
             found = oracle[text]
-            style = {
-                "color": PURPLE,
-                "marker": marker,
-                "linestyle": "none",
-                "capsize": 2,
-                "markersize": 7,
-                "label": words,
-            }
+            style = {"color": PURPLE, "marker": marker, "linestyle": "none", "capsize": 2, "markersize": 7}
             margin = [[found["mean"] - found["low"]], [found["high"] - found["mean"]]]
-            panels[0].errorbar(oracle["closed"], found["mean"], yerr=margin, **style)
-        limit = FAR_OFF * median(abs(point[1]) for point in points.values())
-        near_by = {name: point for name, point in points.items() if point[1] <= limit or name == MAIN}
-        closed, difference = ([point[part] for point in near_by.values()] for part in (0, 1))
+            label = f"optimised on the {words}, {oracle['windows']} windows"
+            overview.errorbar(oracle["closed"], found["mean"], yerr=margin, label=label, **style)
+        closed, difference = zip(*near_by.values(), strict=True)
         width, height = max(0.1, max(closed)), max(1e-3, max(difference) - min(0.0, *difference))
-        panels[1].set_xlim(-0.08 * width, 1.15 * width)
-        panels[1].set_ylim(min(0.0, *difference) - 0.25 * height, max(difference) + 0.3 * height)
-        for name, (x, y, *_) in near_by.items():  # in a crowd, only P1 has its name
-            near = (abs(x - u) < 0.06 * width and abs(y - v) < 0.05 * height for u, v, *_ in points.values())
+        closer.set_xlim(-0.08 * width, 1.15 * width)
+        closer.set_ylim(min(0.0, *difference) - 0.25 * height, max(difference) + 0.3 * height)
+        for name, (x, y) in near_by.items():  # in a crowd, only P1 has its name
+            near = (abs(x - u) < 0.1 * width and abs(y - v) < 0.12 * height for u, v in near_by.values())
             if name == MAIN or sum(near) == 1:
-                panels[1].annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=7)
-        panels[0].set_ylabel("hard NLL minus baseline (nats per token)")
-        handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3)
+                closer.annotate(name, (x, y), (5, 3), textcoords="offset points", fontsize=7)
+        overview.set_ylabel("hard NLL minus baseline (nats per token)")
+        overview.set_title("all")
+        closer.set_title(f"closer, all on {len(results.documents)} windows")
+        handles = {
+            label: handle
+            for axes in (overview, closer)
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=2)
 
 
 def _map(axes: "Axes", values: "np.ndarray", heads: int, **scale: float) -> "AxesImage":

@@ -4,7 +4,8 @@ Nothing here depends on time, machine or measured speed, so the pages have the s
 numbers appear in columns headed "published" and in quotations that begin with "Published", and nowhere else.
 """
 
-from itertools import product, zip_longest
+from collections.abc import Iterator
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WITHIN = 0.01  # S1's criterion, as published: NLL within 1 % of the baseline
-PHASE_1 = (MAIN, "P2", *(f"A{number}" for number in range(1, 12)))
 MAX_STEPS = 7  # rows of a table by step
 ANSWERS = {"better": "yes", "worse": "no, it is worse", UNANSWERABLE: UNANSWERABLE}
 KNOWN = {  # wirings of the planted base
@@ -31,7 +31,6 @@ KNOWN = {  # wirings of the planted base
 }
 GROUPS = {"layers": "layer pairs", "head": "heads"}
 ORDERS = {"random": "random", "least_gradient": "least gradient first", "expected_gain": "expected gain first"}
-BY_STEP = ("step", "nll_soft", "nll_hard", "nll_base", "mean_A")
 
 
 def values(
@@ -51,16 +50,11 @@ def values(
         stability: the benchmark that repeats the primary questions; None if it was not run.
     """
     rows = {name: variant_row(results, comparisons, variant) for name, variant in results.variants.items()}
-    for row in comparisons.primary:  # each number stands once
-        if len(row["left"]) == 1 and (row["mode"], row["protocol"]) == ("hard", "window") and row["left"][0] in rows:
-            shown = rows[row["left"][0]]
-            shown |= {
-                key: "section 1"
-                for key, of in (("to_baseline", "baseline"), ("to_reference", shown["peer"]))
-                if row["right"] == [of]
-            }
-    seeds = {**comparisons.seeds["seeds"], **comparisons.control_seeds["seeds"]}
-    apart = {*PHASE_1, "S1", *seeds} - {CONTROL}
+    for row, shown in product(comparisons.primary, rows.values()):  # each number stands once
+        if (row["left"], row["mode"], row["protocol"]) == ([shown["id"]], "hard", "window"):
+            repeated = {"to_baseline": ["baseline"], "to_reference": [shown["peer"]]}
+            shown |= {key: "section 1" for key, right in repeated.items() if row["right"] == right}
+    apart = {"S1", *comparisons.seeds["seeds"], *comparisons.control_seeds["seeds"]} - {MAIN, CONTROL}
     domains = analyses.topology[MAIN]["domains"]
     made = checks(results, analyses)
     methods = [method_row(variant, analyses.methods[name]) for name, variant in results.planted.items()]
@@ -68,7 +62,6 @@ def values(
         "results": results,
         "variants": results.variants,
         "cards": rows,
-        "comparisons": comparisons,
         "sensitivity": analyses.sensitivity,
         "known": analyses.planted,
         "domains": domains,
@@ -80,6 +73,7 @@ def values(
         "num_documents": len(set(results.documents.tolist())),
         "significant": SIGNIFICANT,
         "within": WITHIN,
+        "all_closed": analyses.sensitivity["all_closed"]["mean"] / results.main.evaluation["window"]["nll_baseline"],
         "S1_passed": "S1" in rows and max(map(abs, rows["S1"]["away"].values())) <= WITHIN,
         "spread": comparisons.seeds["window"]["hard"]["spread"] if len(comparisons.seeds["seeds"]) > 1 else None,
         "joint": JOINT if set(JOINT) <= set(rows) else None,
@@ -88,30 +82,21 @@ def values(
         else None,
         "best": next((row for row in methods if row["id"] == best_planted(results, analyses)), None),
         "blind": best_blind(results, analyses),
-        "blind_C1": results.variants[CONTROL].knobs if _closes_nothing(results.variants.get(CONTROL)) else None,
         "gradient_order": _interval(comparisons.hard.loc[MAIN], "least_gradient_"),
         "num_checks": len(made),
         "failed": [name for name, passed in made if passed is not None and passed is not True],
-        "columns": {
-            "fractions": [(f"{fraction:g}", f"{fraction:.0%}") for fraction in _fractions(analyses.removal)],
-            "sources": [(("of", source), source, ".3f") for source in domains["sources"]] if domains else [],
-        },
+        # Without any edge there is no order.
+        "fractions": [(one, f"{one:.0%}") for one in analyses.removal["fraction"].unique() if one < 1],
         "rows": {
             "primary": [primary_row(row) for row in comparisons.primary],
-            "phase_1": [rows[name] for name in PHASE_1 if name in rows],
-            "others": [row for name, row in rows.items() if name not in apart],
+            "variants": [row for name, row in rows.items() if name not in apart],
             "topology": [topology_row(name, found) for name, found in analyses.topology.items()],
             "domains": [domain_row(name, found["domains"]) for name, found in analyses.topology.items() if domains],
-            "distances": source_distances(domains),
-            "removal": removal_rows(analyses.removal),
-            "groups": group_rows(analyses.sensitivity["groups"]),
+            "removal": list(removal_rows(analyses.removal)),
+            "groups": list(group_rows(analyses.sensitivity["groups"])),
             "known": known_rows(analyses.planted),
             "methods": methods,
-            "steps": {
-                name: beside(results.variants[name].curve, reference[key]["rows"])
-                for name, key in (("S1", "identity_init"), ("S2", "gradient_flow"), ("L0", "first_layer_gated"))
-                if name in rows
-            },
+            "steps": {name: thinned(results.variants[name].curve) for name in ("S1", "S2", "L0") if name in rows},
         },
     }
 
@@ -132,19 +117,20 @@ def primary_row(row: Record) -> dict[str, Any]:
     """A primary question and its answer."""
     left, right = (", ".join(row[side]) for side in ("left", "right"))
     answer = ANSWERS.get(row["answer"], row["answer"])
-    return {**row, "pair": f"{left} − {right}", "interval": interval(row), "answer": answer}
+    by = f"{row['mode']}, {row['protocol']}"
+    return {**row, "pair": f"{left} − {right}", "by": by, "interval": interval(row), "answer": answer}
 
 
 def variant_row(results: Results, comparisons: Comparisons, variant: Variant) -> dict[str, Any]:
     """What tables show of a variant: its knobs, and its evaluation by the window protocol."""
     knobs, window, peer = variant.knobs, variant.evaluation["window"], results.reference(variant)
-    changes = {key: value for key, value in variant.changes(results.main).items() if key != "validate_every"}
+    differing = {key: value for key, value in variant.changes(results.main).items() if key != "validate_every"}
+    changes = [f"{key} {_plain(value)}" for key, value in differing.items()]
     cascade = "off" if knobs["cascade"] == "off" else f"k={knobs['cascade_k']:g} {knobs['cascade']}"
     tau, weight = (f"{knobs[f'{name}_init']:g}→{knobs[f'{name}_final']:g}" for name in ("tau", "lambda"))
-    notes = ["reference"] if variant is results.main else []
-    notes += ["full rank"] if knobs["rank"] >= variant.run["num_layers"] * variant.run["num_heads"] else []
-    notes += [f"trained k {window['cascade_k']:.2f}"] if knobs["cascade"] == "learnable" else []
-    notes += [variant.training["health"]] if variant.training["health"] != "healthy" else []
+    changes += ["(full rank)"] if knobs["rank"] >= variant.run["num_layers"] * variant.run["num_heads"] else []
+    changes += [f"(trained k {window['cascade_k']:.2f})"] if knobs["cascade"] == "learnable" else []
+    changes += [f"({variant.training['health']})"] if variant.training["health"] != "healthy" else []
     hard = {protocol: comparisons.differences.loc[(variant.name, protocol, "hard")] for protocol in PROTOCOLS}
     return {
         **window,
@@ -152,24 +138,18 @@ def variant_row(results: Results, comparisons: Comparisons, variant: Variant) ->
         "config": f"r={knobs['rank']}, tau={tau}, cascade {cascade}, lambda={weight}",
         "tokens": variant.training["tokens"],
         "steps": variant.training["steps"],
-        "changes": ", ".join(f"{key} {_plain(value)}" for key, value in changes.items()) or None,
+        "changes": ", ".join(changes).replace(", (", " (") or None,
         "away": {mode: window[f"nll_{mode}"] / window["nll_baseline"] - 1 for mode in ("soft", "hard")},
         "to_baseline": _interval(hard["window"]),
         "to_reference": _interval(hard["window"], "reference_"),
         "to_reference_prefix": _interval(hard["prefix"], "reference_"),
         "peer": peer,
-        "notes": ", ".join(notes) or None,
     }
 
 
-def beside(curve: "pd.DataFrame", theirs: list[Record]) -> list[dict[str, Any]]:
-    """At most MAX_STEPS rows of a curve, evenly spaced, beside the published rows, in their order and not by step."""
-    last = len(curve) - 1
-    kept = curve.iloc[sorted({round(index * last / (MAX_STEPS - 1)) for index in range(MAX_STEPS)})]
-    ours = kept.rename(columns=lambda name: name.removeprefix("validation_").replace("nll_baseline", "nll_base"))
-    empty = dict.fromkeys([*ours, *(f"their_{key}" for key in (*BY_STEP, "train_nll", "tau"))])
-    pairs = zip_longest(ours.to_dict("records"), theirs, fillvalue={})
-    return [empty | own | {f"their_{key}": value for key, value in other.items()} for own, other in pairs]
+def thinned(curve: "pd.DataFrame") -> "pd.DataFrame":
+    """At most MAX_STEPS rows of a curve, evenly spaced."""
+    return curve.iloc[np.unique(np.linspace(0, len(curve) - 1, MAX_STEPS).round().astype(int))]
 
 
 def topology_row(name: str, found: Record) -> dict[str, Any]:
@@ -187,53 +167,24 @@ def domain_row(name: str, found: Record) -> dict[str, Any]:
     return {"id": name, **shown}
 
 
-def source_distances(found: Record | None) -> list[dict[Any, Any]]:
-    """X2: mean distance from each source to each; a source may have the name of another column."""
-    if found is None:
-        return []
-    columns = [("of", source) for source in found["sources"]]
-    rows = zip(found["sources"], found["documents"], found["mean_distances"], strict=True)
-    return [
-        {"source": source, "documents": number, **dict(zip(columns, means, strict=True))}
-        for source, number, means in rows
-    ]
-
-
-def removal_rows(removal: "pd.DataFrame") -> list[dict[str, str]]:
+def removal_rows(removal: "pd.DataFrame") -> Iterator[dict[Any, str]]:
     """X3: a row for each order, then one for each order minus the random one; a column for each share of edges."""
-    found = []
-    for suffix, prefixes in (
+    for suffix, columns in (
         ("", ("mean", "low", "high")),
         (" − random", ("over_random", "low_over_random", "high_over_random")),
     ):
         for order, own in removal.groupby("order", sort=False):
             if not (suffix and order == "random"):
-                cells = {f"{row['fraction']:g}": _columns(row, *prefixes) for _, row in own.iterrows()}
-                found.append({"order": ORDERS[order] + suffix, **cells})
-    return found
+                cells = {fraction: _columns(row, *columns) for fraction, row in own.set_index("fraction").iterrows()}
+                yield {"order": ORDERS[order] + suffix, **cells}
 
 
-def group_rows(groups: list[Record]) -> list[dict[str, Any]]:
+def group_rows(groups: list[Record]) -> Iterator[dict[str, Any]]:
     """X3: layer pairs and heads, those that promise most and least to first order: what their removal did."""
-    found = []
-    for kind, promising in product(("layers", "head"), (True, False)):
+    for kind, promising in product(GROUPS, (True, False)):
         own = [row for row in groups if (row["kind"], row["promising"]) == (kind, promising)]
-        best = min(own, key=lambda row: row["mean"])
-        found.append(
-            {
-                "groups": f"{'most' if promising else 'least'} promising {GROUPS[kind]}",
-                "number": len(own),
-                "expected": np.mean([row["expected"] for row in own]),
-                "measured": np.mean([row["mean"] for row in own]),
-                "best": f"{best['first']}{'→' if kind == 'layers' else '.'}{best['second']}: {interval(best)}",
-            }
-        )
-    return found
-
-
-def _fractions(removal: "pd.DataFrame") -> list[float]:
-    """Without any edge there is no order."""
-    return sorted(fraction for fraction in removal["fraction"].unique() if fraction < 1)
+        means = {key: np.mean([row[key] for row in own]) for key in ("expected", "mean")}
+        yield {"groups": f"{'most' if promising else 'least'} promising {GROUPS[kind]}", "number": len(own), **means}
 
 
 def known_rows(known: Record | None) -> list[dict[str, Any]]:
@@ -265,18 +216,13 @@ def best_blind(results: Results, analyses: Analyses) -> dict[str, Any] | None:
     return {"wiring": wiring, "above": above[wiring], "closed": 1 - found[best] / above[wiring]}
 
 
-def _closes_nothing(variant: Variant | None) -> bool:
-    return variant is not None and variant.evaluation["window"]["density_hard"] == 1
-
-
 def method_row(variant: Variant, methods: Record) -> dict[str, Any]:
     """What a variant on the planted base found: hard gates, prefix protocol."""
     found, knobs, evaluation = methods["prefix"], variant.knobs, variant.evaluation["prefix"]
-    tau = f"{knobs['tau_init']:g}→{knobs['tau_final']:g}"
+    gates = f"logit {knobs['init_logit']:g}, tau {knobs['tau_init']:g}→{knobs['tau_final']:g}"
     return {
         "id": variant.name,
-        "gates": f"{knobs['gates'].replace('_', ' ')}, logit {knobs['init_logit']:g}, tau {tau}, lr {knobs['lr']:g}",
-        "density": evaluation["density_hard"],
+        "method": f"{variant.name}: {gates}",
         "above_own": interval(found["above_own"], 3),
         "escape": share(found["escape"]),
         "context": share(found["context"]),

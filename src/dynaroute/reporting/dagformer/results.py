@@ -64,10 +64,6 @@ class Results(NamedTuple):
         windows = (self.variants | self.planted)[name].windows
         return windows.loc[windows["protocol"] == protocol, f"nll_{mode}"].to_numpy()
 
-    def is_main(self, variant: Variant) -> bool:
-        """Whether a variant is the main one, at whatever budget."""
-        return set(variant.changes(self.main)) <= BUDGET
-
     def seeds(self, name: str = MAIN) -> dict[str, int]:
         """A variant with each of its seeds, by name, at the budget at which most were run."""
         budgets: dict[int, dict[str, int]] = {}
@@ -81,7 +77,7 @@ class Results(NamedTuple):
         if variant.name in JOINT:
             return JOINT[1] if variant.name == JOINT[0] and JOINT[1] in self.variants else None
         for other in self.variants.values():
-            if self.is_main(other) and other.knobs["steps"] == variant.knobs["steps"]:
+            if set(other.changes(self.main)) <= BUDGET and other.knobs["steps"] == variant.knobs["steps"]:
                 return None if other is variant else other.name
         return None
 
@@ -92,7 +88,6 @@ class Comparisons(NamedTuple):
     primary: list[Record]
     seeds: Record
     control_seeds: Record
-    headroom: float  # what closing all gates costs the base
     differences: "pd.DataFrame"  # variants.csv, indexed by variant, protocol and mode
 
     @property
@@ -128,11 +123,7 @@ def read_results(settings: Settings) -> Results:
 
 
 def read_variant(name: str) -> Variant:
-    """Reads all of one variant.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
+    """Reads all of one variant. Raises DynarouteError if a file is missing or damaged."""
     trained, evaluated = DATA / "train" / name, DATA / "eval" / name
     return Variant(
         name,
@@ -145,23 +136,15 @@ def read_variant(name: str) -> Variant:
 
 
 def read_comparisons() -> Comparisons:
-    """Reads what was compared.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
+    """Reads what was compared. Raises DynarouteError if a file is missing or damaged."""
     found = read_record(DATA / "comparisons.json")
     rows = read_csv(REPORTS / "variants.csv", "variant", "protocol", "mode", "difference", "low", "high")
     indexed = rows.set_index(["variant", "protocol", "mode"])
-    return Comparisons(found["primary"], found["seeds"], found["control_seeds"], found["headroom"], indexed)
+    return Comparisons(found["primary"], found["seeds"], found["control_seeds"], indexed)
 
 
 def read_analyses(settings: Settings) -> Analyses:
-    """Reads all analyses.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
+    """Reads all analyses. Raises DynarouteError if a file is missing or damaged."""
     topology = {name: read_record(DATA / "analysis" / name / "topology.json") for name in settings.analysis.variants}
     sensitivity = read_record(DATA / "sensitivity/summary.json")
     removal = read_csv(DATA / "sensitivity/removal.csv", "order", "fraction", "draws", "mean", "low", "high")

@@ -4,13 +4,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynaroute.reporting.dwr.findings import curve, gate_norms, initial_gate_norm, initial_spread
+from dynaroute.reporting.dwr.findings import curve, gate_norms
 from dynaroute.reporting.figures import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, saved_figure
 from dynaroute.reporting.inputs import Record
 
 if TYPE_CHECKING:
     import pandas as pd
 
+LOAD = 0.3  # of the uniform load; with less, an expert counts as hardly used
 POLICIES: dict[str, dict[str, Any]] = {  # those that figures show; tables have all
     "min": {"color": BLACK, "linestyle": "--", "label": "MIN, which knows the future"},
     "token_path": {"color": PURPLE, "linestyle": "-", "marker": "D", "label": "token path"},
@@ -48,15 +49,14 @@ def plot_training(seeds: list[Record], path: str | Path) -> None:
 
 
 def plot_gate_norms(run: Record, path: str | Path) -> None:
-    """Least, mean and largest gate norm of each layer by epoch, with what is expected of an untrained layer."""
-    settings, epochs = run["settings"], [row["epoch"] for row in run["history"]]
+    """Least, mean and largest gate norm of each layer by epoch, over the range at initialisation."""
+    epochs = [row["epoch"] for row in run["history"]]
     least, mean, most = (gate_norms(run, measure) for measure in ("min", "mean", "max"))  # [rows, L]
-    initial, spread = initial_gate_norm(settings["d_model"]), initial_spread(settings["num_experts"])
     with saved_figure(path, 7.2, 2.6) as figure:
         panels = figure.subplots(1, mean.shape[1], sharey=True, squeeze=False)[0]
         for layer, axes in enumerate(panels):
-            untrained = initial - spread / 2, initial + spread / 2
-            axes.axhspan(*untrained, color=GREY, alpha=0.3, linewidth=0, label="expected of an untrained layer")
+            untrained = least[0, layer], most[0, layer]
+            axes.axhspan(*untrained, color=GREY, alpha=0.3, linewidth=0, label="least to largest at initialisation")
             band = least[:, layer], most[:, layer]
             axes.fill_between(epochs, *band, color=SKY, alpha=0.5, linewidth=0, label="least to largest")
             axes.plot(epochs, mean[:, layer], color=BLUE, label="mean over experts")
@@ -71,9 +71,7 @@ def plot_hit_rates(hits: "pd.DataFrame", num_experts: int, path: str | Path) -> 
     one_budget, shares = hits[~hits["per_layer"]], hits[hits["per_layer"] & (hits["policy"] == "lru")]
     with saved_figure(path, 6.4, 3.9) as figure:
         axes = figure.subplots()
-        axes.plot(
-            [0, num_experts], [0, 1], color=GREY, linestyle=":", label="bound of online policies, uniform routing"
-        )
+        axes.plot([0, num_experts], [0, 1], color=GREY, linestyle=":", label="online policies at most, uniform routing")
         for policy, style in POLICIES.items():
             rows = one_budget[one_budget["policy"] == policy]
             if not rows.empty:
@@ -88,23 +86,47 @@ def plot_hit_rates(hits: "pd.DataFrame", num_experts: int, path: str | Path) -> 
         axes.legend(loc="lower right")
 
 
-def plot_runs(swept: list[Record], seeds: list[Record], path: str | Path) -> None:
-    """Test perplexity against hit rate, by policy: a point for each balance coefficient, lighter for other seeds."""
-    with saved_figure(path, 6.4, 3.2) as figure:
+def plot_runs(swept: list[Record], seeds: list[Record], locality: "pd.DataFrame | None", path: str | Path) -> None:
+    """Test perplexity against the hit rate of LRU, a point for each balance coefficient, lighter for other seeds.
+
+    With the benchmark of training for the cache, a point for each of its settings instead, hollow if an expert is
+    hardly used, with a cross where cache-aware routing takes it.
+    """
+    first = swept[0]
+    with saved_figure(path, 7.2, 3.8) as figure:
         axes = figure.subplots()
-        for policy, marker in (("lru", "o"), ("next_use", "s")):
-            color, label = POLICIES[policy]["color"], POLICIES[policy]["label"]
-            uniform = swept[0]["uniform_hit_rate"][policy]
-            axes.axvline(uniform, color=color, linestyle=":", linewidth=1, label=f"{label}, uniform routing")
-            points = [(run["hit_rate"][policy], math.exp(run["test_loss"])) for run in (*swept, *seeds[1:])]
-            for number, point in enumerate(points):
-                own = number < len(swept)
-                axes.plot(*point, marker, color=color, alpha=1 if own else 0.3, label=None if number else label)
-            for run, point in zip(swept, points, strict=False):
-                text = f"λ {run['settings']['balance_coefficient']:g}"
-                axes.annotate(text, point, (0, 6), textcoords="offset points", ha="center", fontsize=7, color=color)
+        if locality is None:
+            for run in (*swept, *seeds[1:]):
+                own = run in swept
+                point = run["hit_rate"]["lru"], math.exp(run["test_loss"])
+                axes.plot(*point, "o", color=BLUE, alpha=1 if own else 0.3)
+                if own:
+                    text = f"λ {run['settings']['balance_coefficient']:g}"
+                    axes.annotate(text, point, (0, 6), textcoords="offset points", ha="center", fontsize=7)
+        else:
+            exact = locality[locality["routing"] == "exact"].set_index("setting")
+            for name, row in exact.iterrows():
+                color = VERMILION if str(name).startswith("recipe") else BLUE
+                fill = color if row["smallest_load"] >= LOAD else "none"
+                point = row["lru_third"], row["perplexity"]
+                axes.plot(*point, "o", markerfacecolor=fill, color=color, markersize=7 if name == "recipe" else 5)
+                axes.annotate(str(name), point, (5, 3), textcoords="offset points", fontsize=6.5, color=color)
+            low, high = exact.loc["reference", ["perplexity_low", "perplexity_high"]]
+            axes.axhspan(low, high, color=GREY, alpha=0.2, label="95 % interval of the reference")
+            axes.axvline(2 * exact.loc["reference", "lru_third"], color=BLACK, linewidth=1, label="twice its hits")
+            aware = locality[locality["routing"] == "inexact 1"].set_index("setting")
+            for name in ("reference", "recipe"):
+                (x, y), (to_x, to_y) = (rows.loc[name, ["lru_third", "perplexity"]] for rows in (exact, aware))
+                label = "cache-aware routing, α 1 (inexact)" if name == "reference" else None
+                axes.plot([x, to_x], [y, to_y], "x:", color=GREEN, markevery=[1], label=label)
+            axes.plot(
+                [], [], "o", markerfacecolor="none", color=BLUE, label=f"an expert has less than {LOAD:g} of the load"
+            )
+        axes.axvline(
+            first["uniform_hit_rate"]["lru"], color=BLUE, linestyle=":", linewidth=1, label="LRU, uniform routing"
+        )
         axes.margins(x=0.12, y=0.2)
-        axes.set_title(f"unigram perplexity of the test text: {math.exp(swept[0]['test_unigram_entropy']):.0f}")
-        axes.set_xlabel(f"hit rate with {swept[0]['capacity']} of {swept[0]['experts']} experts held")
+        axes.set_title(f"unigram perplexity of the test text: {math.exp(first['test_unigram_entropy']):.0f}")
+        axes.set_xlabel(f"hit rate of LRU with {first['capacity']} of {first['experts']} experts held")
         axes.set_ylabel("perplexity of the test text")
-        figure.legend(loc="outside right upper")
+        figure.legend(loc="outside lower center", ncols=2)

@@ -1,6 +1,5 @@
 """What the numbers of DWR runs say: one function for each finding. The rules are here, the sentences in templates/."""
 
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -55,24 +54,6 @@ def gate_norms(run: Record, measure: str) -> np.ndarray:
     """The `min`, `max` or `mean` gate norm of each layer at each validation, [rows, L]."""
     names = [f"validation_gate_norm_{measure}_layer{layer}" for layer in range(run["settings"]["num_layers"])]
     return np.array([[row[name] for name in names] for row in run["history"]])
-
-
-def initial_gate_norm(d_model: int) -> float:
-    """The expected gate norm of an untrained router, whose weights are drawn with a standard deviation of 0.02."""
-    return 0.02 * math.sqrt(d_model)
-
-
-def initial_spread(num_experts: int) -> float:
-    """The expected largest minus smallest gate norm of an untrained layer.
-
-    The norm of many normal weights is itself nearly normal, with a standard deviation of 0.02 / sqrt(2), whatever
-    their number.
-    """
-    from scipy.special import ndtr
-
-    x = np.linspace(-8, 8, 4001)
-    within = 1 - ndtr(x) ** num_experts - ndtr(-x) ** num_experts  # x lies between the least and the largest
-    return 0.02 / math.sqrt(2) * float(np.trapezoid(within, x))
 
 
 def over_seeds(values: np.ndarray) -> dict[str, float] | None:

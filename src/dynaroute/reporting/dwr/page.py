@@ -20,16 +20,17 @@ from dynaroute.reporting.dwr.results import (
     Training,
     read_cached,
     read_corpus,
+    read_locality,
     read_runs,
     read_training,
 )
-from dynaroute.reporting.inputs import Record, file_size, read_benchmark, read_record
+from dynaroute.reporting.inputs import Record, file_size, read_record
 from dynaroute.reporting.tables import NONE, fmt, interval, outcome, shared_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
-BENCHMARKED = ("test_loss", "smallest_load", "largest_load", "lru", "next_use")  # of the balance benchmark
+SHOWN = ("reference", "prior", "recipe", "recipe_prior")  # settings whose routing by other means is shown too
 
 
 class Results(NamedTuple):
@@ -39,26 +40,21 @@ class Results(NamedTuple):
     corpus: Corpus
     cached: Cached
     runs: list[Record]  # beside the main model, the reference first
-    balance: Record | None  # the benchmark of the balance loss over several seeds; None if it was not run
+    locality: "pd.DataFrame | None"  # the benchmark of training for the cache; None if it was not run
+    larger: "pd.DataFrame | None"  # the same at the size of the main model
     reference: Record  # the published numbers
 
 
 def read_results(settings: Settings) -> Results:
-    """Reads everything.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
+    """Reads everything. Raises DynarouteError if a file is missing or damaged."""
     training, cached, runs = read_training(), read_cached(), read_runs(settings)
-    balance = read_benchmark("balance")
-    if balance is not None and balance["reference"] != runs[0]["run"]:
-        balance = None
-    return Results(training, read_corpus(training.run), cached, runs, balance, read_record(REFERENCE)["dwr"])
+    locality = read_locality("reference", runs[0]["run"]), read_locality("larger")
+    return Results(training, read_corpus(training.run), cached, runs, *locality, read_record(REFERENCE)["dwr"])
 
 
 def values(results: Results) -> dict[str, Any]:
     """What the templates show."""
-    (run, training, curve, router), corpus, cached, runs, balance, published = results
+    (run, training, curve, router), corpus, cached, runs, locality, larger, published = results
     load, seeds = findings.relative_load(router), findings.differing_in(runs, "seed")
     curves = [findings.curve(one) for one in seeds]
     norms = (findings.gate_norms(one, "max")[-1] - findings.gate_norms(one, "min")[-1] for one in seeds)
@@ -66,7 +62,8 @@ def values(results: Results) -> dict[str, Any]:
     made, hits = checks(results), cached.hits
     third, rates = cached.simulation["capacity_nearest_a_third"], cached.simulation["hit_rate"]
     shares = hits[hits["per_layer"] & (hits["capacity"] == third)].set_index("policy")["hit_rate"]
-    norms = curves[0]["train_gradient_norm"].dropna()
+    losses = curves[0]["validation_loss"]
+    best = ["best" if loss == losses.min() else None for loss in losses]
     return {
         "run": run,
         "summary": training,
@@ -78,7 +75,6 @@ def values(results: Results) -> dict[str, Any]:
         "rates": rates,
         "best_policy": max((policy for policy in rates if policy != "min"), key=rates.__getitem__),
         "lru_per_layer": shares.get("lru"),
-        "rules": findings,
         "load": load,
         "files": {name: file_size(DATA / f"train/{name}.safetensors") for name in ("best", "last")},
         "reference": runs[0],
@@ -87,19 +83,21 @@ def values(results: Results) -> dict[str, Any]:
         "swept": findings.sweep(runs),
         "courses": [findings.course(one) for one in curves],
         "largest_rise": {name: curves[0][f"{name}_loss"].diff().max() for name in ("train", "validation")},
-        "gradient_norms": (norms.min(), norms.max()),
         "depth": findings.over_seeds(findings.depth_slopes(spreads)) if spreads.shape[1] > 1 else None,
         "published_slope": findings.depth_slopes(theirs)[0],
         "weakest": max(runs, key=lambda one: one["test_loss"] - one["test_unigram_entropy"]),
         "failed": [check["check"] for check in made if "failed" in check["outcome"]],
         "measured": sum(check["outcome"] != outcome(None) for check in made),
-        "balance": [] if balance is None else list(_balance(balance["rows"], runs[0]["settings"][findings.BALANCE])),
+        "locality": _by_setting(locality),
+        "larger": larger is not None,
         "rows": {
             "configuration": _configuration(results),
-            "epochs": _epochs(curves[0], published["training_curve"]),
-            "gates": _gates(runs[0], spreads, published["gate_norms"]),
+            "epochs": curves[0].assign(status=best),
+            "gates": list(_gates(runs[0], spreads)),
             "routers": _routers(curve, router, load, run["config"]["top_k"]),
             "runs": list(_runs(runs)),
+            "locality": [] if locality is None else list(_locality(locality)),
+            "larger": [] if larger is None else list(_locality(larger[larger["routing"] == "exact"])),
             "checks": made,
             "splits": [
                 {"split": name, **split, **{("of", source): n for source, n in split["tokens_by_source"].items()}}
@@ -141,35 +139,30 @@ def checks(results: Results) -> list[dict[str, str]]:
 
 def _configuration(results: Results) -> list[dict[str, Any]]:
     """Settings and sizes of the main model and of the reference run, beside the published ones."""
-    (run, training, *_), corpus, _, (reference, *_), _, published = results
-    theirs, main = published["configuration"], {**run["config"], **run["identity"]["dwr"]}
-    precision = {"precision": training["precision"]}  # what is set may be slow on this device
-    columns = {
-        "main": _settings(main | main["training"] | precision),
-        "runs": _settings(reference["settings"] | reference["settings"]["training"]),
-        "theirs": _settings(theirs),
-    }
-    rows = [{"parameter": label, **{key: own[label] for key, own in columns.items()}} for label in columns["main"]]
-    embedding = run["config"]["vocab_size"] * run["config"]["d_model"]
-    name = corpus.place.get("name") or corpus.place.get("path") or f"{corpus.name} (section 9)"
-    tokenizer = f"{_tokenizer_name(corpus)}, {run['config']['vocab_size']:,}"
-    others = [
-        ("Corpus", name, reference["settings"]["corpus"], theirs["corpus"]),
-        ("Tokenizer, vocabulary", tokenizer, None, f"{theirs['tokenizer']}, {theirs['vocab_size']:,}"),
-        ("Training tokens", training["training_tokens"], reference["training_tokens"], theirs["training_tokens"]),
-        ("Parameters", training["parameters"], reference["parameters"], theirs["parameters"]),
-        ("Active per token, without embedding", training["active_parameters"] - embedding, None,
-         theirs["active_parameters"]),
-        ("Steps", training["steps"], reference["steps"], theirs["steps"]),
-        ("Hardware", run["identity"]["device"], run["identity"]["device"], theirs["hardware"]),
-    ]  # fmt: skip
-    return [dict(zip(("parameter", "main", "runs", "theirs"), row, strict=True)) for row in others] + rows
+    (run, training, *_), corpus, _, (reference, *_), _, _, published = results
+    config, identity = run["config"], run["identity"]
+    main = {**config, **identity["dwr"], **identity["dwr"]["training"], **training, "hardware": identity["device"]}
+    main["corpus"] = corpus.place.get("name") or corpus.place.get("path") or f"{corpus.name} (section 9)"
+    main["tokenizer"] = _tokenizer_name(corpus)
+    main["active_parameters"] -= config["vocab_size"] * config["d_model"]
+    runs = {"tokenizer": None, "active_parameters": None, "hardware": identity["device"], **reference}
+    runs |= {**reference["settings"], **reference["settings"]["training"]}
+    columns = {"main": main, "runs": runs, "theirs": published["configuration"]}
+    shown = {key: _settings(of) for key, of in columns.items()}
+    return [{"parameter": label, **{key: of[label] for key, of in shown.items()}} for label in shown["main"]]
 
 
 def _settings(of: Mapping[str, Any]) -> dict[str, str]:
     """Settings as text, in the same words for ours and the published ones."""
     beta_1, beta_2 = of["betas"]
     return {
+        "Corpus": of["corpus"],
+        "Tokenizer, vocabulary": f"{of['tokenizer']}, {of['vocab_size']:,}" if of["tokenizer"] else NONE,
+        "Tokens of training text": fmt(of["training_tokens"]),
+        "Parameters": fmt(of["parameters"]),
+        "Active per token, without embedding": fmt(of["active_parameters"]),
+        "Steps": fmt(of["steps"]),
+        "Hardware": of["hardware"],
         "d_model": fmt(of["d_model"]),
         "d_ff of an expert": fmt(of["d_ff"]),
         "Layers, heads": f"{of['num_layers']}, {of['num_heads']}",
@@ -193,29 +186,13 @@ def _tokenizer_name(corpus: Corpus) -> str:
     return names.get(tokenizer["kind"]) or tokenizer["path"]
 
 
-def _epochs(curve: "pd.DataFrame", published: Record) -> "pd.DataFrame":
-    """A row for each validation, beside the published row of the same epoch."""
-    losses = curve["validation_loss"]
-    best = ["best" if loss == losses.min() else None for loss in losses]
-    return _beside(curve.assign(status=best).set_index("epoch"), published)
-
-
-def _gates(reference: Record, spreads: np.ndarray, published: Record) -> "pd.DataFrame":
-    """Gate norms after the last epoch, a row for each layer, beside the published ones."""
-    import pandas as pd
-
+def _gates(reference: Record, spreads: np.ndarray) -> Iterable[dict[str, Any]]:
+    """Gate norms after the last epoch, a row for each layer."""
     least, most, mean = (findings.gate_norms(reference, measure) for measure in ("min", "max", "mean"))  # [rows, L]
-    columns = {"initial": most[0] - least[0], "min": least[-1], "max": most[-1], "mean": mean[-1], "spread": spreads[0]}
-    columns["seeds"] = [interval(findings.over_seeds(layer), 3, "") for layer in spreads.T]
-    return _beside(pd.DataFrame(columns).rename_axis("layer"), published)
-
-
-def _beside(ours: "pd.DataFrame", published: Record) -> "pd.DataFrame":
-    """A table with the published rows of the same index beside ours, as columns that begin with `their_`."""
-    import pandas as pd
-
-    theirs = pd.DataFrame([dict(row) for row in published["rows"]]).set_index(ours.index.name)
-    return ours.join(theirs.add_prefix("their_"), how="outer").reset_index()
+    for layer, spread in enumerate(spreads.T):
+        norms = {"min": least[-1, layer], "max": most[-1, layer], "mean": mean[-1, layer], "spread": spread[0]}
+        initial, seeds = most[0, layer] - least[0, layer], interval(findings.over_seeds(spread), 3, "")
+        yield {"layer": layer, "initial": initial, **norms, "seeds": seeds}
 
 
 def _routers(curve: "pd.DataFrame", router: "pd.DataFrame", load: "pd.Series", top_k: int) -> "pd.DataFrame":
@@ -238,13 +215,19 @@ def _runs(runs: list[Record]) -> Iterable[dict[str, Any]]:
     yield {**unknown, "name": "uniform routing", **runs[0]["uniform_hit_rate"]}
 
 
-def _balance(rows: list[Record], reference: float) -> Iterable[dict[str, Any]]:
-    """A row for each coefficient: means over seeds with their intervals, and the hits of LRU minus the reference's."""
+def _by_setting(table: "pd.DataFrame | None") -> dict[str, dict[str, Record]]:
+    """The rows of the benchmark of training for the cache by setting and routing; empty without it."""
+    found: dict[str, dict[str, Record]] = {}
+    for row in [] if table is None else table.to_dict("records"):
+        found.setdefault(row["setting"], {})[row["routing"]] = row
+    return found
 
-    def by_seed(coefficient: float, name: str) -> np.ndarray:
-        return np.array([row[name] for row in rows if row["lambda"] == coefficient])
 
-    for coefficient in sorted({row["lambda"] for row in rows}):
-        means = {name: interval(findings.over_seeds(by_seed(coefficient, name)), 3, "") for name in BENCHMARKED}
-        more = interval(findings.over_seeds(by_seed(coefficient, "lru") - by_seed(reference, "lru")), 3)
-        yield {"lambda": coefficient, **means, "more": None if coefficient == reference else more}
+def _locality(table: "pd.DataFrame") -> Iterable[dict[str, Any]]:
+    """A row for each setting, and for some of them, for each other routing."""
+    for row in table.astype(object).where(table.notna(), None).to_dict("records"):
+        if row["routing"] == "exact" or row["setting"] in SHOWN:
+            name = row["setting"] if row["routing"] == "exact" else f"{row['setting']}, {row['routing']}"
+            known = row["perplexity"] is not None
+            means = {part: row[f"perplexity{end}"] for part, end in (("mean", ""), ("low", "_low"), ("high", "_high"))}
+            yield {**row, "name": name, "ppl": interval(means, 1, "") if known else None}

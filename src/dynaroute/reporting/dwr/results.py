@@ -42,53 +42,28 @@ class Cached(NamedTuple):
     speeds: "pd.DataFrame"  # the same on other machines: also for each machine, model and prefetcher
 
 
-class Measurements(NamedTuple):
-    """What was measured, on which machine."""
-
-    training: Record
-    cache: Record
-    resident: "pd.Series"  # decoding without a cache
-    cells: "pd.DataFrame"  # a row for each cell with one
-
-
 def read_training() -> Training:
-    """Reads what the training found.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
+    """Reads what the training found. Raises DynarouteError if a file is missing or damaged."""
     run, summary = read_record(DATA / "train/run.json"), read_record(DATA / "train/summary.json")
     curve = read_csv(REPORTS / "training.csv", "step", "validation_loss", "train_loss")
     return Training(run, summary, curve, read_csv(REPORTS / "router.csv", "layer", "expert", "gate_norm", "load"))
 
 
 def read_runs(settings: Settings) -> list[Record]:
-    """Reads what every run beside the main model found, the reference first.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
+    """What the runs beside the main model found, the reference first. Raises DynarouteError if one is missing."""
     names = sorted(settings.dwr_runs, key=lambda name: name != "reference")
     return [read_record(DATA / f"run_results/{name}.json") for name in names]
 
 
 def read_corpus(run: Record) -> Corpus:
-    """Reads what is known of the corpus of a run.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
+    """Reads what is known of the corpus of a run. Raises DynarouteError if a file is missing or damaged."""
     name = run["identity"]["dwr"]["corpus"]
     tokens = read_record(Path("data/tokens") / name / "metadata.json")
     return Corpus(name, read_record(Path("data/inputs") / f"corpora.{name}.source.json"), tokens)
 
 
 def read_cached() -> Cached:
-    """Reads what the export and the caches found.
-
-    Raises:
-        DynarouteError: a file is missing or damaged.
-    """
+    """Reads what the export and the caches found. Raises DynarouteError if a file is missing or damaged."""
     export, summary, simulation = (
         read_record(DATA / name / "summary.json") for name in ("export", "cache", "simulation")
     )
@@ -98,21 +73,17 @@ def read_cached() -> Cached:
 
 
 def read_hits() -> "pd.DataFrame":
-    """Reads the hit rates of the replayed trace.
-
-    Raises:
-        DynarouteError: the file is missing or damaged.
-    """
+    """Reads the hit rates of the replayed trace. Raises DynarouteError if a file is missing or damaged."""
     return read_csv(REPORTS / "simulated_hits.csv", "capacity", "policy", "per_layer", "hit_rate", "uniform_hit_rate")
 
 
-def read_measurements() -> Measurements:
-    """Reads what was measured.
+def read_locality(size: str, reference: str | None = None) -> "pd.DataFrame | None":
+    """Reads the benchmark of training for the cache, a row for each setting and routing; None if there is none.
 
-    Raises:
-        DynarouteError: a file is missing or damaged.
+    With the run `reference`, results beside another reference are none either. Raises DynarouteError if it is damaged.
     """
-    folder = DATA / "measured"
-    training, cache = read_record(folder / "training.json"), read_record(folder / "cache/summary.json")
-    rows = read_csv(folder / "cache/cells.csv", "capacity", "policy", "prefetch", "page_cache", "tokens_per_second")
-    return Measurements(training, cache, rows.iloc[0], rows.iloc[1:].astype({"capacity": int}))
+    path = Path(f"reports/benchmarks/locality_{size}.csv")
+    if not path.exists():
+        return None
+    table = read_csv(path, "setting", "routing", "run", "perplexity", "smallest_load", "lru_third")
+    return table if reference in (None, table["run"][0]) else None
