@@ -45,7 +45,6 @@ def main(settings: Settings) -> None:
         {
             "experts_in": "disk, cold" if cell.cold else place,
             **timing_row(store, cell, results, passes[Cell()], benchmark.new_tokens, None),
-            "hit_rate": results[0].decode.hit_rate,  # the same in every repeat
         }
         for place, passes in places
         for cell, results in passes.items()

@@ -7,6 +7,7 @@ or the stage fails. Always on the CPU.
 
 Reads   data/dwr/expert_store, data/tokens/<dwr.corpus>
 Writes  data/dwr/cache/           cells.csv: hit rates, evictions and prefetches of each cell; summary.json
+                                  if every prediction is followed
         data/dwr/measured/cache/  cells.csv: speed, waiting, reads and memory of each cell; summary.json
 """
 
@@ -35,9 +36,10 @@ def main(settings: Settings) -> None:
     texts = held_out_texts(store, Path("data/tokens") / settings.dwr.corpus, benchmark)
     store.verify()
     passes = sweep(store, texts, benchmark.prompt_tokens, [*warm, *cold], benchmark.lookahead, benchmark.repeats)
+    counted = sweep(store, texts, benchmark.prompt_tokens, warm, benchmark.lookahead, 1, selective=False)
     memory = peak_memory(STORE, texts, benchmark.prompt_tokens, benchmark.capacities)
 
-    rows = [exact_row(store, cell, passes[cell][0]) for cell in warm]
+    rows = [exact_row(store, cell, counted[cell][0]) for cell in warm]
     with output_directory("data/dwr/cache") as folder:
         write_csv(folder / "cells.csv", rows)
         write_json(

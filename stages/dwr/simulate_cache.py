@@ -5,8 +5,9 @@
 Reads   data/dwr/trace, data/dwr/expert_store (usage of experts)
 Writes  reports/dwr/simulated_hits.csv        hit rates by capacity, policy (MIN among them) and kind of budget, beside
                                               those of as many tokens routed uniformly and independently
-        data/dwr/simulation/speed.csv         speed relative to residency by machine, model and prefetcher: at a third
-                                              of the experts with every policy, elsewhere with the one that hits most
+        data/dwr/simulation/speed.csv         speed relative to residency by capacity, machine, model and prefetcher,
+                                              with the online policy that hits most; selective or not: following the
+                                              predictions that are worth it, or all
         data/dwr/simulation/summary.json      hit rates at a third of the experts
 """
 
@@ -17,10 +18,11 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from dynaroute.analysis.replay import Call, Seconds, predict, ratio_to_resident, replay
+from dynaroute.analysis.replay import Clock, Seconds, predict, replay
 from dynaroute.analysis.traces import Trace, load_trace, uniform_trace
 from dynaroute.config import Settings
 from dynaroute.config.dwr import PrefetchName
+from dynaroute.dwr.experts.payoff import Payoff
 from dynaroute.dwr.experts.policies import Belady, make_policy
 from dynaroute.dwr.experts.prefetch import make_prefetcher
 from dynaroute.dwr.experts.residency import CacheStatistics, Residency, nearest_a_third
@@ -49,11 +51,18 @@ def main(settings: Settings) -> None:
     }
 
     def run_one(
-        trace: Trace, capacity: int, policy: str, per_layer: bool, prefetch: PrefetchName = "none"
-    ) -> tuple[CacheStatistics, list[Call]]:
+        trace: Trace,
+        capacity: int,
+        policy: str,
+        per_layer: bool,
+        prefetch: PrefetchName = "none",
+        clock: Clock | None = None,
+        payoff: Payoff | None = None,
+    ) -> CacheStatistics:
         chosen = Belady(trace.calls()) if policy == "min" else make_policy(policy, store.usage.load)
         residency = Residency(capacity, chosen, config.num_layers, config.top_k, per_layer)
-        return residency.statistics, replay(trace, residency, predictions.get(prefetch))
+        replay(trace, residency, predictions.get(prefetch), clock, payoff)
+        return residency.statistics
 
     cells = [(capacity, policy, False) for capacity in simulate.capacities for policy in [*policies, "min"]]
     # Equal shares of the layers: all policies at a third of the experts, elsewhere what they are compared with.
@@ -71,29 +80,30 @@ def main(settings: Settings) -> None:
             "uniform_hit_rate": uniform.hit_rate,
         }
         for capacity, policy, per_layer in tqdm(cells, desc="hit rates", unit="replay", disable=None)
-        for (found, _), (uniform, _) in [[run_one(routing, capacity, policy, per_layer) for routing in routings]]
+        for found, uniform in [[run_one(routing, capacity, policy, per_layer) for routing in routings]]
     ]
     online = [row for row in hits if row["policy"] != "min" and not row["per_layer"]]
-    pairs = [(third, policy) for policy in policies]
-    for capacity in sorted({*simulate.capacities} - {third}):
-        best = max((row for row in online if row["capacity"] == capacity), key=lambda row: row["hit_rate"])
-        pairs.append((capacity, best["policy"]))
-    replays = itertools.product(pairs, prefetchers)
+    best = {row["capacity"]: row["policy"] for row in sorted(online, key=lambda row: row["hit_rate"])}
+    ways = [(name, selective) for name in prefetchers for selective in (False, True) if name != "none" or not selective]
+    replays = list(itertools.product(simulate.capacities, ways, simulate.machines.items(), simulate.models.items()))
     speeds = [
         {
             "machine": machine,
             "model": model,
             "capacity": capacity,
-            "policy": policy,
+            "policy": best[capacity],
             "prefetch": prefetch,
+            "selective": selective,
             "hit_rate": found.hit_rate,
+            "late_rate": found.late / found.requests,
             "accuracy": found.accuracy if found.predicted else None,
-            "ratio_to_resident": ratio_to_resident(calls, Seconds.of(on, of)),
+            "ratio_to_resident": clock.ratio_to_resident,
         }
-        for (capacity, policy), prefetch in tqdm(list(replays), desc="speeds", unit="replay", disable=None)
-        for found, calls in [run_one(trace, capacity, policy, False, prefetch)]
-        for machine, on in simulate.machines.items()
-        for model, of in simulate.models.items()
+        for capacity, (prefetch, selective), (machine, on), (model, of) in tqdm(
+            replays, desc="speeds", unit="replay", disable=None
+        )
+        for clock, payoff in [(Clock(Seconds.of(on, of)), Payoff(config.top_k) if selective else None)]
+        for found in [run_one(trace, capacity, best[capacity], False, prefetch, clock, payoff)]
     ]
     write_csv("reports/dwr/simulated_hits.csv", hits)
     with output_directory("data/dwr/simulation") as folder:

@@ -125,8 +125,11 @@ def test_the_stages_write_the_same_results_on_every_run(trained, no_processes):
             float(row[f"bytes_{name}"]) / exported["expert_file_bytes"]
             for name in ("read", "read_ahead", "useful", "wasted")
         )
-        assert useful + wasted == ahead <= int(decided["prefetched"])
-        assert read - ahead >= int(decided["misses"])
+        assert useful + wasted == ahead
+        if row["prefetch"] == "none":  # others follow what pays, where decisions are counted with all predictions
+            assert ahead == int(decided["prefetched"]) == 0
+            assert read == int(decided["misses"])
+            assert row["hit_rate"] == decided["decode_hit_rate"]
     assert timed[0]["capacity"] == ""
     assert timed[0]["ratio_to_resident"] == "1.0"
 
@@ -194,8 +197,9 @@ def test_the_gpu_benchmark_records_every_cell_from_host_memory_and_from_disk(tra
     places = (("host memory", CELLS), ("disk", CELLS), ("disk, cold", cold))
     assert found == [(place, *cell) for place, cells in places for cell in cells]
     # What the cache does is what the other benchmark found, whatever the device and wherever the experts are.
-    rates = [float(row["decode_hit_rate"]) for row in rows_of("data/dwr/cache/cells.csv")]
-    assert [row["hit_rate"] for row in report["rows"][: 2 * len(CELLS)]] == rates * 2
+    rates = [float(row["decode_hit_rate"]) for row in rows_of("data/dwr/cache/cells.csv") if row["prefetch"] == "none"]
+    warm = report["rows"][: 2 * len(CELLS)]
+    assert [row["hit_rate"] for row in warm if row["prefetch"] == "none"] == rates * 2
     assert report["decodings"] == len(found) * 2 * 2
     assert report["decodings_with_a_logit_not_equal_to_the_bit"] == 0
     assert all(row["ratio_lowest"] <= row["ratio_to_resident"] <= row["ratio_highest"] for row in report["rows"])

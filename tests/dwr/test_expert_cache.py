@@ -52,7 +52,7 @@ class Says:
         self.experts = experts
 
     def predict(self, layer, state, scores):
-        return Prediction(layer + 1, self.experts) if layer + 1 < LAYERS else None
+        return Prediction(layer + 1, self.experts, [0.5] * len(self.experts)) if layer + 1 < LAYERS else None
 
 
 def fetched(cache, layer, needed):
@@ -81,7 +81,9 @@ CALLS = st.lists(
 )
 def test_weights_are_the_stores_in_any_sequence_of_calls_and_prefetches(stores, calls, capacity, policy, precision):
     store, prefetcher = stores[precision], Says([])
-    with ExpertCache(store, capacity, make_policy(policy, store.usage.load), prefetcher=prefetcher) as cache:
+    with ExpertCache(
+        store, capacity, make_policy(policy, store.usage.load), prefetcher=prefetcher, selective=False
+    ) as cache:
         for layer, needed, ahead, patience in calls:
             prefetcher.experts = ahead
             cache.observe(layer, torch.empty(0), torch.empty(0))
@@ -157,7 +159,7 @@ def gate(store, monkeypatch):
 
 
 def test_a_prefetch_is_read_while_the_layer_before_computes(store, gate):
-    with ExpertCache(store, 6, prefetcher=Says([2, 3])) as cache:
+    with ExpertCache(store, 6, prefetcher=Says([2, 3]), selective=False) as cache:
         assert fetched(cache, 0, [0, 1]) == [0, 1]  # while the read for layer 1 hangs
         gate.set()
         assert fetched(cache, 1, [2]) == [2]
@@ -181,7 +183,7 @@ def test_the_missing_are_read_while_the_caller_computes_with_those_that_are_ther
 
 
 def test_late_hits_are_counted(store, gate):
-    with ExpertCache(store, 6, prefetcher=Says([2])) as cache:
+    with ExpertCache(store, 6, prefetcher=Says([2]), selective=False) as cache:
         fetched(cache, 0, [0])
         threading.Timer(0.05, gate.set).start()
         assert fetched(cache, 1, [2]) == [2]
@@ -199,7 +201,10 @@ def test_reads_are_counted_when_they_take_place(stores, calls, capacity):
         readers.append(threading.current_thread().name)
         return read(layer, expert)
 
-    with pytest.MonkeyPatch.context() as patch, ExpertCache(store, capacity, prefetcher=prefetcher) as cache:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        ExpertCache(store, capacity, prefetcher=prefetcher, selective=False) as cache,
+    ):
         patch.setattr(store, "map", counted)
         taken = CacheStatistics()
         for layer, needed, ahead, _ in calls:
@@ -226,7 +231,7 @@ def test_a_prefetch_whose_layer_comes_before_its_turn_is_no_read(store, monkeypa
         return read(layer, expert)
 
     monkeypatch.setattr(store, "map", waiting)
-    with ExpertCache(store, 6, prefetcher=Says([2, 3, 4])) as cache:
+    with ExpertCache(store, 6, prefetcher=Says([2, 3, 4]), selective=False) as cache:
         fetched(cache, 0, [0])
         assert begun.wait(10)  # of 2, while 3 and 4 wait for their turn
         fetched(cache, 1, [3])
@@ -248,7 +253,7 @@ def test_an_expert_whose_place_was_taken_while_it_was_read_is_unmapped_first(sto
         return content
 
     monkeypatch.setattr(store, "map", waiting)
-    with ExpertCache(store, 2, prefetcher=Says([2])) as cache:
+    with ExpertCache(store, 2, prefetcher=Says([2]), selective=False) as cache:
         fetched(cache, 0, [0])
         assert begun.wait(10)
         threading.Timer(0.05, gate.set).start()
@@ -262,7 +267,7 @@ def test_after_an_error_in_the_prefetcher_no_thread_is_left_and_no_file_mapped(t
     before = threading.active_count()
 
     def fail():
-        with ExpertCache(store, 2, prefetcher=Says([2])) as cache:
+        with ExpertCache(store, 2, prefetcher=Says([2]), selective=False) as cache:
             cache.observe(0, torch.empty(0), torch.empty(0))
             ((_, _held),) = cache.fetch(0, [0])
             cache._prefetchers.shutdown()  # it has been tried by now
@@ -280,7 +285,7 @@ def test_after_an_error_in_the_prefetcher_no_thread_is_left_and_no_file_mapped(t
 
 def test_threads_end_when_the_caller_fails(store):
     before = threading.active_count()
-    with pytest.raises(ZeroDivisionError), ExpertCache(store, 6, prefetcher=Says([0, 1])) as cache:
+    with pytest.raises(ZeroDivisionError), ExpertCache(store, 6, prefetcher=Says([0, 1]), selective=False) as cache:
         for _ in cache.fetch(0, [0, 1, 2, 3]):
             raise ZeroDivisionError
     assert threading.active_count() == before

@@ -19,8 +19,8 @@ NOTHING = torch.empty(0)
 
 
 def test_frequency_predicts_the_most_used_of_the_next_layer():
-    prefetcher = FrequencyPrefetcher([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]], 2)
-    assert prefetcher.predict(0, NOTHING, NOTHING) == (1, [2, 1])
+    prefetcher = FrequencyPrefetcher([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]], 1, 2)
+    assert prefetcher.predict(0, NOTHING, NOTHING) == (1, [2, 1], pytest.approx([2 / 3, 1 / 3]))
     assert prefetcher.predict(1, NOTHING, NOTHING) is None
 
 
@@ -37,8 +37,8 @@ def test_lookahead_asks_the_next_layers_router():
     model = make_model(num_layers=3)
     state = torch.randn(1, model.config.d_model)
     expected = routers(model)[2](state)[0].topk(2).indices.tolist()
-    assert GatePrefetcher(routers(model), 2).predict(1, state, NOTHING) == (2, expected)
-    assert GatePrefetcher(routers(model), 2).predict(2, state, NOTHING) is None
+    assert GatePrefetcher(routers(model), 2, 2).predict(1, state, NOTHING)[:2] == (2, expected)
+    assert GatePrefetcher(routers(model), 2, 2).predict(2, state, NOTHING) is None
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def model():
 
 
 def decode(store: ExpertStore, prefetcher, backbone) -> ExpertCache:
-    with ExpertCache(store, 8, prefetcher=prefetcher) as cache:
+    with ExpertCache(store, 8, prefetcher=prefetcher, selective=False) as cache:
         bind_experts(backbone, cache)
         list(greedy_decode(backbone, torch.tensor([[3]]), 15))
     return cache
@@ -59,7 +59,7 @@ def test_without_staleness_every_prediction_is_right(tmp_path, model):
 
     class Oracle:
         def predict(self, layer, state, scores):
-            return Prediction(layer, scores.topk(model.config.top_k).indices.flatten().tolist())
+            return Prediction(layer, scores.topk(model.config.top_k).indices.flatten().tolist(), [1.0] * 2)
 
     found = decode(store, Oracle(), backbone).statistics
     assert found.accuracy == 1.0

@@ -176,15 +176,15 @@ def write_simulation(root: Path) -> None:
     write_csv(root / "reports/dwr/simulated_hits.csv", hits)
     speeds = [
         {
-            **{"machine": machine, "model": "seed", "capacity": capacity, "policy": policy, "prefetch": prefetch},
-            **{"hit_rate": 0.5, "accuracy": 0.654 if prefetch == "gate" else ""},
+            **{"machine": machine, "model": "seed", "capacity": capacity, "policy": "next_use", "prefetch": prefetch},
+            **{"hit_rate": 0.5, "accuracy": 0.654 if prefetch == "gate" else "", "selective": selective},
             **{"ratio_to_resident": 0.1 * number + 0.0123 + (0.3 if machine == "disk" else 0)},
         }
         for machine in ("disk", "pcie")
-        for number, (capacity, policy, prefetch) in enumerate(
+        for number, (capacity, prefetch, selective) in enumerate(
             [
-                *((4, "lru", "none"), (4, "lru", "gate"), (4, "next_use", "gate"), (4, "next_use", "none")),
-                *((2, "next_use", "none"), (2, "next_use", "gate"), (6, "next_use", "gate"), (6, "next_use", "none")),
+                *((4, "none", False), (4, "gate", False), (4, "gate", True), (2, "none", False)),
+                *((2, "gate", False), (2, "gate", True), (6, "gate", True), (6, "gate", False), (6, "none", False)),
             ]
         )
     ]

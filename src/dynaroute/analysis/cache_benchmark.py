@@ -103,11 +103,12 @@ def sweep(
     lookahead: int,
     repeats: int,
     device: str = "cpu",
+    selective: bool = True,
 ) -> dict[Cell, list[Pass]]:
     """Reads texts [P, T], of each `prompt_tokens` in one pass and the others one by one, `repeats` times in every cell.
 
     The resident model comes before the cells. All take turns at every text, so that changes of the machine's speed
-    affect all of them alike.
+    affect all of them alike. Unless the caches are selective, they follow every prediction, and decisions repeat.
 
     Raises:
         DynarouteError: logits that are not the resident model's, see `is_exact`.
@@ -127,7 +128,9 @@ def sweep(
                 else:
                     prefetcher = make_prefetcher(cell.prefetch, store, routers(cached), lookahead)
                     policy = make_policy(cell.policy, store.usage.load)
-                    with ExpertCache(store, cell.capacity, policy, False, prefetcher, device) as cache:
+                    with ExpertCache(
+                        store, cell.capacity, policy, False, prefetcher, device, selective=selective
+                    ) as cache:
                         bind_experts(cached, cache)
                         forget = forgetter(store.path) if cell.cold else None
                         result, logits = run_passes(read_text(cached, text, prompt_tokens), cache, forget)

@@ -16,8 +16,9 @@ def checks(passes: dict[Cell, list[Pass]]) -> dict[str, bool | None]:
         "logits_are_equal_to_the_bit_in_every_cell": True,  # the sweep raises otherwise
         "every_repeat_has_the_same_hits_and_misses": every(
             (one.prefill, one.decode) == (first.prefill, first.decode)
-            for first, *others in cached.values()
+            for cell, (first, *others) in cached.items()
             for one in others
+            if cell.prefetch == "none"  # which predictions are worth following depends on times
         ),
         "without_prefetching_every_miss_is_one_read": every(
             (part.reads, part.reads_ahead) == (part.misses, 0)
@@ -82,6 +83,7 @@ def timing_row(
         "policy": cell.policy if cached else None,
         "prefetch": cell.prefetch if cached else None,
         "page_cache": ("cold" if cell.cold else "warm") if cached else None,
+        "hit_rate": median(one.decode.hit_rate for one in results) if cached else None,
         "tokens_per_second": median(speeds),
         "tokens_per_second_lowest": min(speeds),
         "tokens_per_second_highest": max(speeds),

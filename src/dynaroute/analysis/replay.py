@@ -22,9 +22,10 @@ from dynaroute.dwr.experts.policies import Key
 from dynaroute.dwr.experts.residency import Residency
 
 if TYPE_CHECKING:
-    from dynaroute.dwr.experts.prefetch import Prefetcher
+    from dynaroute.dwr.experts.payoff import Payoff
+    from dynaroute.dwr.experts.prefetch import Prediction, Prefetcher
 
-Predictions = list[list[list[int]]]  # [tokens][L - 1]: the experts predicted for the layer after each
+Predictions = list[list["Prediction"]]  # [tokens][L - 1]: for the layer after each
 
 
 class Seconds(NamedTuple):
@@ -60,10 +61,10 @@ def predict(prefetcher: "Prefetcher", trace: Trace) -> Predictions:
     num_experts = trace.lookahead.shape[2]
     return [
         [
-            prefetcher.predict(layer, _scores(ahead, num_experts), _scores(chosen, num_experts)).experts
-            for layer, (chosen, ahead) in enumerate(zip(token, orders, strict=False))
+            prefetcher.predict(layer, scores[None], _scores(chosen, num_experts))
+            for layer, (chosen, scores) in enumerate(zip(token, ahead, strict=False))
         ]
-        for token, orders in zip(trace.experts, trace.lookahead, strict=True)
+        for token, ahead in zip(trace.experts, torch.from_numpy(trace.lookahead), strict=True)
     ]
 
 
@@ -74,39 +75,95 @@ def _scores(order: np.ndarray, num_experts: int) -> Tensor:
     return scores
 
 
-def replay(trace: Trace, residency: Residency, predictions: Predictions | None = None) -> list[Call]:
-    """Replays a trace through an empty cache, which prefetches what is predicted; its statistics are `residency`'s."""
+class Clock:
+    """The time that calls take.
+
+    Attributes:
+        now: seconds since the start.
+        busy_until: when the channel has read what it was asked for.
+        late: hits that were not read yet when they were requested.
+    """
+
+    def __init__(self, seconds: Seconds) -> None:
+        self.seconds = seconds
+        self.now = self.busy_until = self._asked = self._resident = 0.0
+        self.late = 0
+        self._arrival: dict[Key, float] = {}  # of experts that were read
+        self._expected: list[Key] = []  # predicted at `asked`
+
+    def request(self, missing: list[Key], used: list[Key]) -> tuple[int, float]:
+        """Begins a call: how many experts it has to read, and the seconds left of a read that is under way."""
+        seconds, arrival = self.seconds, self._arrival
+        self.now += seconds.dense
+        for key in self._expected:
+            if (begin := max(self.busy_until, self._asked)) < self.now:  # otherwise it is not read
+                self.busy_until = arrival[key] = begin + seconds.read
+        for key in missing:
+            arrival.pop(key, None)  # from before it was evicted
+        busy = max(0.0, self.busy_until - self.now)
+        unread = [key for key in used if key not in arrival]
+        self.late += sum(arrival.get(key, self.now + 1) > self.now for key in used) - len(missing)
+        for key in unread:
+            self.busy_until = arrival[key] = max(self.busy_until, self.now) + seconds.read
+        self._asked = self.now
+        return len(unread), busy
+
+    def compute(self, ahead: list[Key], used: list[Key]) -> None:
+        """Ends the call, while experts are read ahead."""
+        for key in ahead:
+            self._arrival.pop(key, None)
+        self._expected = ahead
+        for key in used:
+            self.now = max(self.now, self._arrival[key]) + self.seconds.expert
+        self._resident += self.seconds.dense + len(used) * self.seconds.expert
+
+    @property
+    def ratio_to_resident(self) -> float:
+        """The speed relative to a model with all experts resident."""
+        return self._resident / self.now
+
+
+def replay(
+    trace: Trace,
+    residency: Residency,
+    predictions: Predictions | None = None,
+    clock: Clock | None = None,
+    payoff: "Payoff | None" = None,
+) -> list[Call]:
+    """Replays a trace through an empty cache, which prefetches what is predicted; its statistics are `residency`'s.
+
+    With a payoff, which needs a clock, it follows only predictions that are worth it.
+    """
     calls = []
     for number, token in enumerate(np.sort(trace.experts).tolist()):  # in the order in which a model requests them
         for layer, needed in enumerate(token):
             hits, loads = residency.call(layer, needed)
             missing = [load.key for load in loads]
             used, ahead = [*hits, *missing], []
-            if predictions and layer + 1 < len(token):
-                experts = predictions[number][layer]
+            reads, busy = clock.request(missing, used) if clock else (0, 0.0)
+            if payoff:
+                payoff.called(layer, needed, len(missing), [load.victim for load in loads])
+                for average, duration in zip((payoff.read, payoff.expert, payoff.dense), clock.seconds, strict=True):
+                    average.add(duration)
+            if predictions and layer + 1 < len(token) and (not payoff or payoff.wants_prediction(layer)):
+                prediction = predictions[number][layer]
                 residency.statistics.predicted += len(needed)
-                residency.statistics.predicted_right += len(set(experts) & set(token[layer + 1]))
-                ahead = [load.key for load in residency.prefetch(layer + 1, experts, used)]
+                residency.statistics.predicted_right += len(set(prediction.experts) & set(token[layer + 1]))
+                if payoff:
+                    payoff.plan(prediction, len(used) - reads, reads, busy)
+                ahead = [load.key for load in residency.prefetch(*prediction[:2], used, payoff and payoff.is_worth)]
+            if clock:
+                clock.compute(ahead, used)
             calls.append(Call(missing, ahead, used))
+    if clock:
+        residency.statistics.late = clock.late
     return calls
 
 
 def ratio_to_resident(calls: list[Call], seconds: Seconds) -> float:
     """The speed of a replay relative to a model with all experts resident."""
-    now = channel_free = asked = 0.0
-    arrival: dict[Key, float] = {}  # of experts that were read
-    expected: list[Key] = []  # predicted at `asked`
+    clock = Clock(seconds)
     for call in calls:
-        now += seconds.dense
-        for key in expected:
-            if (begin := max(channel_free, asked)) < now:  # otherwise it is not read
-                channel_free = arrival[key] = begin + seconds.read
-        for key in (*call.missing, *call.ahead):
-            arrival.pop(key, None)  # from before it was evicted
-        for key in call.used:
-            if key not in arrival:
-                channel_free = arrival[key] = max(channel_free, now) + seconds.read
-        expected, asked = call.ahead, now
-        for key in call.used:
-            now = max(now, arrival[key]) + seconds.expert
-    return sum(seconds.dense + len(call.used) * seconds.expert for call in calls) / now
+        clock.request(call.missing, call.used)
+        clock.compute(call.ahead, call.used)
+    return clock.ratio_to_resident

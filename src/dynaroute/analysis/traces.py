@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dynaroute.data.tokens.shards import IGNORED_TARGET
 from dynaroute.data.tokens.windows import WindowSet
@@ -24,7 +23,7 @@ class Trace(NamedTuple):
 
     run: str  # the training of the model
     experts: np.ndarray  # uint16 [tokens, L, K]: a token's experts in each layer, the most probable first
-    lookahead: np.ndarray  # uint16 [tokens, L - 1, E]: experts of layer l + 1 as predicted in layer l, likewise
+    lookahead: np.ndarray  # float32 [tokens, L - 1, E]: scores of layer l + 1's router for the state of layer l
 
     def calls(self) -> Iterator[tuple[int, list[int]]]:
         """(layer, experts) in the order in which a cache gets the calls."""
@@ -48,12 +47,11 @@ def record_routing(model: DWRTransformer, windows: WindowSet, run: str) -> Trace
         chosen.append(torch.stack([layer.chosen for layer in statistics], 2).flatten(0, 1)[kept])  # [tokens, L, K]
         # Not by calling the module: its hook would record another layer's state as its own.
         ahead = [choose_by(states[layer])[kept] for layer, choose_by in enumerate(rankings[1:])]
-        orders = [scores.argsort(-1, descending=True) for scores in ahead]  # L - 1 times [tokens, E]
-        nothing = chosen[-1].new_empty(len(chosen[-1]), 0, model.config.num_experts)  # if there is only one layer
-        predicted.append(torch.stack(orders, 1) if orders else nothing)  # [tokens, L-1, E]
+        nothing = torch.empty(len(chosen[-1]), 0, model.config.num_experts)  # if there is only one layer
+        predicted.append(torch.stack(ahead, 1) if ahead else nothing)  # [tokens, L-1, E]
     for hook in hooks:
         hook.remove()
-    return Trace(run, _as_uint16(chosen), _as_uint16(predicted))
+    return Trace(run, torch.cat(chosen).numpy().astype(np.uint16), torch.cat(predicted).numpy())
 
 
 def uniform_trace(trace: Trace) -> Trace:
@@ -64,7 +62,7 @@ def uniform_trace(trace: Trace) -> Trace:
     (tokens, layers, top_k), num_experts = trace.experts.shape, trace.lookahead.shape[2]
     experts = np.broadcast_to(np.arange(num_experts, dtype=np.uint16), (tokens, 2 * layers - 1, num_experts))
     orders = np.random.default_rng(0).permuted(experts, axis=2)
-    return Trace(trace.run, orders[:, :layers, :top_k], orders[:, layers:])
+    return Trace(trace.run, orders[:, :layers, :top_k], orders[:, layers:].astype(np.float32))
 
 
 def count_transitions(experts: np.ndarray, num_experts: int) -> list[list[list[int]]]:
@@ -98,7 +96,3 @@ def load_trace(path: str | Path) -> Trace:
         except (OSError, ValueError, TokenError) as error:
             raise DynarouteError(f"{file}: missing or damaged: {error}: run the stage trace_routing again") from error
     return Trace(read_record(path / "metadata.json")["run"], **arrays)
-
-
-def _as_uint16(parts: list[Tensor]) -> np.ndarray:
-    return torch.cat(parts).numpy().astype(np.uint16)

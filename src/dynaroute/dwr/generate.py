@@ -288,8 +288,8 @@ def summary(output: Output, statistics: CacheStatistics | None, file_bytes: int)
     )
     if statistics is None:
         return f"{line}; all experts resident"
-    ahead = f", of which {statistics.reads_ahead * file_bytes / 2**20:.1f} ahead" if statistics.prefetched else ""
-    late = f", {statistics.late} of the hits late" if statistics.prefetched else ""
+    ahead = f", of which {statistics.reads_ahead * file_bytes / 2**20:.1f} ahead" if statistics.predicted else ""
+    late = f", {statistics.late} of the hits late" if statistics.predicted else ""
     return (
         f"{line}; hit rate {statistics.hit_rate:.3f} of {statistics.requests} requests{late}; "
         f"{statistics.reads * file_bytes / 2**20:.1f} MiB read{ahead}; "

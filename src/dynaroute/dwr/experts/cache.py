@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from dynaroute.dwr.experts.checkpoint import CheckpointStore
+from dynaroute.dwr.experts.payoff import Payoff
 from dynaroute.dwr.experts.policies import LRU, Key, Policy
 from dynaroute.dwr.experts.precision import dequantize
-from dynaroute.dwr.experts.prefetch import Prefetcher
+from dynaroute.dwr.experts.prefetch import Prediction, Prefetcher
 from dynaroute.dwr.experts.residency import CacheStatistics, Load, Residency
 from dynaroute.dwr.experts.store import ExpertStore
 from dynaroute.dwr.experts.usage import UsageCounter
@@ -51,7 +52,8 @@ class ExpertCache:
     Never evicts an expert that the current call still needs. A prefetch, which may be wasted, evicts none of the
     current call's experts, used or not, and none prefetched for a layer that was not called yet; if there is no other,
     it is dropped. It may evict experts of earlier calls, in the policy's order: a full cache would otherwise have no
-    room for prefetches. `prefetch_evictions` counts these.
+    room for prefetches. `prefetch_evictions` counts these. Which predictions are followed depends on measured times, so
+    hits and misses do too; logits do not.
 
     On a CPU, 32-bit floats are used in place, in the mapped file. Lower precision is dequantized, and weights for a GPU
     copied, into memory that is reused.
@@ -76,8 +78,11 @@ class ExpertCache:
         device: str = "cpu",
         counter: UsageCounter | None = None,
         cache_aware: float = 0.0,
+        selective: bool = True,
     ) -> None:
         """An empty cache; the default policy is `LRU`, and without a prefetcher nothing is prefetched.
+
+        Unless it is selective, every prediction is followed, not only those that are worth it (`payoff.py`).
 
         Raises:
             DynarouteError: there is no room for one expert, or with budgets per layer for one of each layer.
@@ -88,7 +93,10 @@ class ExpertCache:
         self._slots: dict[Key, _Slot] = {}
         self._empty: list[_Slot] = []  # of experts that could not be read, or were forgotten
         self._prefetcher, self.counter = prefetcher, counter
-        self._predictions: dict[int, list[int]] = {}  # by layer, until it is called
+        self._payoff = Payoff(config.top_k) if prefetcher and selective else None
+        self._ended: tuple[int, float] | None = None  # the last call of a single token: its layer, and when it ended
+        self._begun: float | None = None  # when the prefetching thread began the read that is under way
+        self._predictions: dict[int, Prediction] = {}  # by layer, until it is called
         self._ahead: set[Key] = set()  # prefetched for these layers
         self._failure: Exception | None = None  # of a prefetch
         self._counting = threading.Lock()  # for counts of more than one thread
@@ -120,7 +128,7 @@ class ExpertCache:
         self._empty += self._slots.values()
         self._slots.clear()
         self._predictions.clear()
-        self._ahead, self._failure = set(), None
+        self._ahead, self._failure, self._ended = set(), None, None
 
     def __len__(self) -> int:
         """The number of experts held."""
@@ -162,8 +170,10 @@ class ExpertCache:
         """Shows the prefetcher a layer's input [S, D], and what it chooses experts by, [S, E], before its `fetch`."""
         if self.counter:
             self.counter.count(layer, scores.topk(self.store.config.top_k).indices)
-        if self._prefetcher and (prediction := self._prefetcher.predict(layer, state, scores)):
-            self._predictions[prediction.layer] = prediction.experts
+        if self._prefetcher is None or (self._payoff and not self._payoff.wants_prediction(layer)):
+            return
+        if prediction := self._prefetcher.predict(layer, state, scores):
+            self._predictions[prediction.layer] = prediction
 
     def fetch(self, layer: int, needed: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
         """Yields each needed expert of a layer once; its weights are valid until the next one is requested.
@@ -179,18 +189,32 @@ class ExpertCache:
                 raise self._failure
             finally:
                 self._failure = None  # its traceback holds the caller's weights, and would hold itself by this cache
+        # Neither learns from calls of several tokens, as of a prompt, nor predicts for them: they take other times.
+        payoff = self._payoff if len(needed) <= self.store.config.top_k else None
+        if payoff and self._ended and self._ended[0] == layer - 1:
+            payoff.dense.add(time.perf_counter() - self._ended[1])
+        self._ended = None
         self._compare_prediction(layer, needed)
         hits, loads = self._residency.call(layer, needed)
         self.statistics.late += sum(not self._slots[key].holds(key) for key in hits)
+        if payoff:
+            payoff.called(layer, needed, len(loads), [load.victim for load in loads])
         unused = dict.fromkeys([*hits, *(load.key for load in loads)])  # in the order of their use
         waiting = list(loads)
         try:
             self._start(waiting, unused)
-            self._prefetch(unused)
+            if payoff or not self._payoff:
+                self._prefetch(unused)
             for key in list(unused):
-                yield key[1], self._weights(key)
+                weights, started = self._weights(key), time.perf_counter()
+                yield key[1], weights
+                del weights
+                if payoff:
+                    payoff.expert.add(time.perf_counter() - started)
                 del unused[key]
                 self._start(waiting, unused)
+            if payoff:
+                self._ended = layer, time.perf_counter()
         finally:
             for load in waiting:  # the caller stopped early
                 self._residency.drop(load.key)
@@ -201,7 +225,7 @@ class ExpertCache:
         predicted = self._predictions.pop(layer, None)
         if predicted is not None and len(needed) <= self.store.config.top_k:  # a single token
             self.statistics.predicted += len(needed)
-            self.statistics.predicted_right += len(set(needed) & set(predicted))
+            self.statistics.predicted_right += len(set(needed) & set(predicted.experts))
         self._ahead = {key for key in self._ahead if key[0] != layer}
 
     def _start(self, waiting: list[Load], unused: dict[Key, None]) -> None:
@@ -217,9 +241,15 @@ class ExpertCache:
                 self._readers.submit(self._fill, slot, load.key)
 
     def _prefetch(self, unused: dict[Key, None]) -> None:
-        """Begins to read predicted experts."""
-        for layer, experts in self._predictions.items():
-            for load in self._residency.prefetch(layer, experts, list(unused)):
+        """Begins to read predicted experts, if they are worth it."""
+        is_worth = self._payoff and self._payoff.is_worth
+        for prediction in self._predictions.values():
+            if self._payoff:
+                begun, slots = self._begun, [(key, self._slots.get(key)) for key in unused]
+                reads = sum(slot is None or not slot.holds(key) for key, slot in slots)  # None: it waits for a slot
+                busy = max(0.0, begun + self._payoff.read.value - time.perf_counter()) if begun else 0.0
+                self._payoff.plan(prediction, len(unused) - reads, reads, busy)
+            for load in self._residency.prefetch(prediction.layer, prediction.experts, list(unused), is_worth):
                 self._ahead.add(load.key)
                 self._prefetchers.submit(self._fill_ahead, self._assign(load), load.key)
 
@@ -258,10 +288,13 @@ class ExpertCache:
     def _fill_ahead(self, slot: _Slot, key: Key) -> None:
         """Runs on the prefetching thread; the next `fetch` raises its error."""
         if key in self._ahead:  # otherwise the layer was called first, and `fetch` reads the expert
+            self._begun = time.perf_counter()
             try:
                 self._fill(slot, key, ahead=True)
             except Exception as error:
                 self._failure = error
+            finally:
+                self._begun = None
 
     def _fill(self, slot: _Slot, key: Key, ahead: bool = False) -> None:
         """Reads an expert into its slot, on any thread, unless it is there or the slot now belongs to another."""
@@ -269,6 +302,7 @@ class ExpertCache:
             if slot.key != key or slot.holds(key):
                 return
             slot.content = None  # one that was still being read when the slot was assigned: a slot maps one file
+            started = time.perf_counter()
             with self._counting:
                 self.statistics.reads += 1
                 self.statistics.reads_ahead += ahead
@@ -279,6 +313,9 @@ class ExpertCache:
                 weights = self.store.load(*key, slot.memory)
             slot.read_ahead = ahead
             slot.content = key, weights
+            if self._payoff:
+                with self._counting:
+                    self._payoff.read.add(time.perf_counter() - started)
 
     @torch.inference_mode()  # as pinned memory may have been allocated in that mode
     def _copy_to_gpu(self, file: Tensor, slot: _Slot) -> None:

@@ -5,7 +5,7 @@ so both have the same hits and misses. Nothing here depends on time: the same ca
 long a read takes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple, Self
 
@@ -120,15 +120,21 @@ class Residency:
         self._awaited = {key for key in self._awaited if key[0] != layer}
         misses = sorted((key for key in keys if key not in self._held), key=self.policy.rank)
         if isinstance(self.policy, Belady):  # a bound, not a cache: it may evict the expert that was just used
-            return hits, [self._load(key, [*self._evictable(layer, False), key]) for key in misses]
+            return hits, [self._load(key, self._victim(layer, [*self._evictable(layer, False), key])) for key in misses]
         streams = len(keys) > max(self._budget[layer], self._top_k)
-        return hits, [self._load(key, self._evictable(layer, streams)) for key in misses]
+        return hits, [self._load(key, self._victim(layer, self._evictable(layer, streams))) for key in misses]
 
-    def prefetch(self, layer: int, experts: Sequence[int], needed: Sequence[Key]) -> list[Load]:
+    def prefetch(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        needed: Sequence[Key],
+        is_worth: Callable[[Key, Key | None], bool] | None = None,
+    ) -> list[Load]:
         """Decides which of a layer's experts to read before they are requested.
 
         A prefetch never evicts an expert that the current call needs, nor one prefetched for a layer that was not
-        called yet; if there is no other, it is dropped.
+        called yet; if there is no other, it is dropped. `is_worth` is asked about each expert and what it would evict.
         """
         loads = []
         for key in [(layer, expert) for expert in experts if (layer, expert) not in self._held]:
@@ -136,7 +142,10 @@ class Residency:
             evictable = [other for other in self._evictable(layer, False) if other not in kept]
             if self._is_full(layer) and not evictable:
                 break
-            loads.append(self._load(key, evictable))
+            victim = self._victim(layer, evictable)
+            if is_worth and not is_worth(key, victim):
+                continue
+            loads.append(self._load(key, victim))
             self.statistics.prefetched += 1
             self.statistics.prefetch_evictions += loads[-1].victim is not None
             self._unused.add(key)
@@ -161,10 +170,11 @@ class Residency:
             return own
         return [key for key in self._held if key not in self._awaited] or list(self._held)
 
-    def _load(self, key: Key, evictable: list[Key]) -> Load:
-        victim = None
-        if self._is_full(key[0]):
-            victim = min(evictable, key=self.policy.rank)
+    def _victim(self, layer: int, evictable: list[Key]) -> Key | None:
+        return min(evictable, key=self.policy.rank) if self._is_full(layer) else None
+
+    def _load(self, key: Key, victim: Key | None) -> Load:
+        if victim:
             self.statistics.evictions += 1
             self.drop(victim)
         if victim != key:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NEAR = 0.9  # of the resident speed
+KINDS = ("", "_all")  # of prefetching: of predictions that are worth it, or of all
 
 
 def values(cached: Cached, peers: Record | None) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def values(cached: Cached, peers: Record | None) -> dict[str, Any]:
     third, rates = simulation["capacity_nearest_a_third"], simulation["hit_rate"]
     policy = max((name for name in rates if name != "min"), key=rates.__getitem__)
     places, precisions = _places(cached, third), cached.export["precisions"]
+    names = [name for name in cached.speeds["prefetch"].unique() if name != "none"]
     checks = {**cached.summary["checks"], **simulation["checks"]}
     return {
         "cached": cached,
@@ -32,7 +34,8 @@ def values(cached: Cached, peers: Record | None) -> dict[str, Any]:
         "rates": rates,
         "gap_closed": {per_layer: gap_closed(hits, per_layer, third).get(policy) for per_layer in (False, True)},
         "near": NEAR,
-        "faster": sum(place["best"] != "none" for place in places),
+        "faster": {kind: sum(any(place[name + kind] > 1 for name in names) for place in places) for kind in KINDS},
+        "slowest": min((place[name] for place in places for name in names), default=None),
         "rows": {
             "hits": hits[~hits["per_layer"]],
             "closed": pd.DataFrame(
@@ -47,25 +50,28 @@ def values(cached: Cached, peers: Record | None) -> dict[str, Any]:
             "places": places,
             "peers": [{**row, "late_rate": row.get("late_rate")} for row in peers["rows"]] if peers else [],
         },
-        "by_prefetcher": [(name, name, ".3f") for name in cached.speeds["prefetch"].unique()],
+        "by_prefetcher": {kind: [(name + kind, name, ".3f") for name in names] for kind in KINDS},
         "peers": peers,
         "missed": [goal for goal in peers["goals"] if goal["value"] < goal["goal"]] if peers else [],
     }
 
 
 def _places(cached: Cached, third: int) -> list[dict[str, Any]]:
-    """For each machine and model, the simulated speed by prefetcher at a third of the experts.
+    """For each machine and model, the simulated speed without prefetching, and with it relative to that.
 
-    With the online policy that hits most at each capacity. `best`: the fastest prefetcher, or `none`; `enough`: the
-    least capacity with `NEAR` of the resident speed.
+    At a third of the experts. A prefetcher's own name stands for it where it is selective, with `_all` where it follows
+    every prediction. `enough`: the least capacity with `NEAR` of the resident speed.
     """
-    online = cached.hits[(cached.hits["policy"] != "min") & ~cached.hits["per_layer"]]
-    best = online.loc[online.groupby("capacity")["hit_rate"].idxmax(), ["capacity", "policy"]]
     rows = []
-    for (machine, model), own in cached.speeds.merge(best).groupby(["machine", "model"], sort=False):
-        ratios = own[own["capacity"] == third].set_index("prefetch")["ratio_to_resident"]
-        near = own.loc[own["ratio_to_resident"] >= NEAR, "capacity"]
-        rows.append({"machine": machine, "model": model, **ratios, "best": ratios.idxmax(), "enough": near.min()})
+    for (machine, model), own in cached.speeds.groupby(["machine", "model"], sort=False):
+        held = own[own["capacity"] == third]
+        none = held.loc[held["prefetch"] == "none", "ratio_to_resident"].iloc[0]
+        ratios = {
+            row["prefetch"] + ("" if row["selective"] else "_all"): row["ratio_to_resident"] / none
+            for _, row in held[held["prefetch"] != "none"].iterrows()
+        }
+        enough = own.loc[own["ratio_to_resident"] >= NEAR, "capacity"].min()
+        rows.append({"machine": machine, "model": model, "none": none, **ratios, "enough": enough})
     return rows
 
 
@@ -89,7 +95,6 @@ def _at_a_third(hits: "pd.DataFrame", third: int) -> list[dict[str, Any]]:
 
 def _accuracies(cached: Cached) -> list[dict[str, Any]]:
     """For each prefetcher, the share of needed experts that it predicted: while decoding, and on the trace."""
-    decoding, trace = (
-        frame.groupby("prefetch", sort=False)["accuracy"].first() for frame in (cached.cells, cached.speeds)
-    )
+    speeds = cached.speeds[~cached.speeds["selective"]]
+    decoding, trace = (frame.groupby("prefetch", sort=False)["accuracy"].first() for frame in (cached.cells, speeds))
     return [{"prefetch": name, "decoding": decoding.get(name), "trace": trace[name]} for name in trace.index]

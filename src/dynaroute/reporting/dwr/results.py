@@ -39,7 +39,7 @@ class Cached(NamedTuple):
     cells: "pd.DataFrame"  # a row for each capacity, policy and prefetcher
     simulation: Record
     hits: "pd.DataFrame"  # the replayed trace: a row for each capacity, policy and kind of budget
-    speeds: "pd.DataFrame"  # the same on other machines: also for each machine, model and prefetcher
+    speeds: "pd.DataFrame"  # for each capacity, machine, model and prefetcher, selective or not
 
 
 def read_training() -> Training:
@@ -68,7 +68,7 @@ def read_cached() -> Cached:
         read_record(DATA / name / "summary.json") for name in ("export", "cache", "simulation")
     )
     cells = read_csv(DATA / "cache/cells.csv", "capacity", "policy", "prefetch", "decode_hit_rate")
-    speeds = read_csv(DATA / "simulation/speed.csv", "capacity", "policy", "prefetch", "ratio_to_resident")
+    speeds = read_csv(DATA / "simulation/speed.csv", "capacity", "prefetch", "selective", "ratio_to_resident")
     return Cached(export, summary, cells, simulation, read_hits(), speeds)
 
 
