@@ -47,6 +47,7 @@ def test_logits_are_those_of_transformers_eager_experts(tmp_path, monkeypatch, k
         found = decoded(model, cache)
         expected = eager(torch.tensor([TOKENS])).logits[0, 26:]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert model.model.model.layers[0].self_attn.o_proj.weight.dtype == dtype
         if dtype == torch.float32:  # the same products
             model.bind(cache)
             assert torch.equal(model.model(torch.tensor([TOKENS])).logits[0], eager(torch.tensor([TOKENS])).logits[0])
