@@ -1,6 +1,6 @@
 """Decoding with OLMoE-1B-7B's shape in less memory than it needs: ours against transformers, accelerate and llama.cpp.
 
-    PYTHONPATH=src python benchmarks/benchmark_hub_moe.py .scratch/benchmark_hub_moe
+    PYTHONPATH=src python benchmarks/benchmark_hub_moe.py .scratch
                                              (or: dvc repro benchmarks/dvc.yaml:benchmark_hub_moe)
 
 Writes  reports/benchmarks/hub_moe.json, shown in reports/cached_inference.md
@@ -8,12 +8,13 @@ Writes  reports/benchmarks/hub_moe.json, shown in reports/cached_inference.md
 
 16 layers of 64 experts with random weights in bf16, 8 experts a token, batch 1. Every subject reads the same tokens, in
 a process of its own, in a memory group (cgroup v1) with a limit that counts its files' pages: a third of the experts,
-the rest of the model as ours holds it, and 0.75 GiB for libraries. Subjects take turns. Cold: nothing of the model's
+the rest of the model as ours holds it, and 0.5 GiB for libraries. Subjects take turns. Cold: nothing of the model's
 files is in memory, as far as it can be read again. Warm: after 24 more tokens. llama.cpp is left out where
 llama-cpp-python is not installed; where no memory group can be made, nothing is limited, and the report says so.
 
-It takes about 25 minutes on two cores, 16 GiB of memory and 45 GB of disk in the folder that is its argument. That is
-deleted at the end, unless it has a file named `keep`. An interrupted run resumes after the last finished subject.
+It takes about 25 minutes on two cores, 16 GiB of memory, and 45 GB of disk in the folder hub_moe of the one that is its
+argument. That is deleted at the end, except for the weights if it has a file named `keep`. An interrupted run resumes
+after the last finished subject.
 """
 
 import importlib.util
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 
 import hub_moe_subjects
 import torch
-from hub_moe_weights import forget, shapes, write_checkpoint, write_gguf, write_offload
+from hub_moe_weights import GGUF, forget, shapes, write_checkpoint, write_gguf, write_offload
 from timing import ratios, show
 from tqdm import tqdm
 from transformers import OlmoeConfig
@@ -51,7 +52,7 @@ CONFIG = OlmoeConfig(
 )  # fmt: skip
 SKEW = 1.0  # of the routing: with it, LRU hits about 0.65 of the requests at a third of the experts
 TOKENS = {"cold": 4, "warm_up": 24, "warm": 16, "seconds": 20}  # of a subject; seconds that each part takes at most
-CONSTANT = 768 * 2**20  # bytes for Python, libraries, keys and values
+CONSTANT = 512 * 2**20  # bytes for Python, libraries, keys and values
 BYTES = {"bf16": 2, "int8": 1}  # of a weight; scales are left out
 GROUPS = Path("/sys/fs/cgroup/memory")
 
@@ -100,7 +101,7 @@ GOALS = (
 
 def main(settings: Settings, scratch: str) -> None:
     """Measures, prints tables and writes the report."""
-    folder = Path(scratch)
+    folder = Path(scratch) / "hub_moe"
     identity = repr((CONFIG.to_dict(), SKEW, TOKENS, CONSTANT, PHASES))
     if (folder / "identity").exists() and (folder / "identity").read_text() != identity:
         shutil.rmtree(folder)
@@ -112,8 +113,7 @@ def main(settings: Settings, scratch: str) -> None:
     show(report["goals"], "page_cache", "name", "against", "value", "lowest", "highest", "goal")
     write_json("reports/benchmarks/hub_moe.json", report)
     plot_peers(report["rows"], "reports/benchmarks/hub_moe.png")
-    if not (folder / "keep").exists():
-        shutil.rmtree(folder)
+    shutil.rmtree(folder / "results" if (folder / "keep").exists() else folder)
 
 
 Found = list[dict[Row, list[dict[str, Any]]]]  # by phase: for each row, what each round found
@@ -134,12 +134,8 @@ def measure(folder: Path) -> Found:
         write_json(folder / "machine.json", {"limited": limited, **bandwidths(folder / "shards")})
     found: Found = [{row: [] for row in rows} for _, rows in PHASES]
     for number, (rounds, rows) in enumerate(PHASES):
-        results = [
-            folder / f"results/{number}-{row}-{index}.json" for index in range(rounds) for row in range(len(rows))
-        ]
-        for path, row in tqdm(list(zip(results, rows * rounds, strict=True)), desc="subjects", disable=None):
-            if not path.exists():
-                prepare(folder, row.copy)
+        for index, row in enumerate(tqdm(rows * rounds, desc="subjects", disable=None)):
+            if not (path := folder / f"results/{number}-{index}.json").exists():
                 write_json(path, decode(folder, row))
             found[number][row].append(read_record(path))
         for copy in {row.copy for row in rows} - {row.copy for _, later in PHASES[number + 1 :] for row in later}:
@@ -161,7 +157,7 @@ def prepare(folder: Path, copy: str) -> None:
         case "offload":
             write_offload(folder / copy, Checkpoint(shards), CONFIG)
         case "gguf":
-            write_gguf(folder / copy / "model.gguf", Checkpoint(shards), CONFIG)
+            write_gguf(folder / copy, Checkpoint(shards), CONFIG)
         case "resaved":  # by transformers, when it loads
             (folder / copy).mkdir()
     forget(folder / copy)
@@ -209,8 +205,9 @@ def decode(folder: Path, row: Row) -> dict[str, Any]:
     """
     if row.subject == "llama_cpp" and not importlib.util.find_spec("llama_cpp"):
         return {"note": "not installed"}
+    prepare(folder, row.copy)
     limit, group = limit_bytes(row), make_group(limit_bytes(row))
-    weights = folder / row.copy / "model.gguf" if row.subject == "llama_cpp" else folder / row.copy
+    weights = folder / row.copy / GGUF if row.subject == "llama_cpp" else folder / row.copy
     count = 1 + sum(TOKENS[part] for part in ("cold", "warm_up", "warm"))
     plan = {
         "subject": row.subject,
@@ -244,7 +241,7 @@ def decode(folder: Path, row: Row) -> dict[str, Any]:
 
 def bandwidths(shards: Path) -> dict[str, float]:
     """Bytes a second that one thread reads from memory, and from the disk in pieces of 1 MiB: the best of three."""
-    memory = torch.ones(2**28)  # 1 GiB, more than caches hold
+    memory, vector = torch.ones(2**17, 2**11), torch.ones(2**11)  # 1 GiB, more than caches hold
     torch.set_num_threads(1)
     path = max(shards.glob("*.safetensors"), key=lambda path: path.stat().st_size)
 
@@ -261,8 +258,8 @@ def bandwidths(shards: Path) -> dict[str, float]:
         return work() / (time.perf_counter() - started)
 
     def read_memory() -> int:
-        memory.sum()
-        return 4 * len(memory)
+        memory @ vector
+        return 4 * memory.numel()
 
     return {name: max(speed(work) for _ in range(3)) for name, work in (("memory", read_memory), ("disk", read_file))}
 

@@ -6,7 +6,6 @@ It joins the memory group before anything is loaded, so that the limit counts al
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -93,7 +92,7 @@ def _of_transformers(model: Any) -> Subject:
     import torch
     from transformers import DynamicCache
 
-    model.eval().set_experts_implementation("eager")  # which touches the chosen experts alone
+    model.eval()
     past = DynamicCache(config=model.config)
     return Subject(lambda token: model(torch.tensor([[token]]), past_key_values=past, use_cache=True).logits[0, -1])
 
@@ -105,7 +104,7 @@ def llama_cpp(plan: dict[str, Any]) -> Subject:
 
     llama.llama_backend_init()
     parameters = llama.llama_model_default_params()
-    parameters.use_mmap = True
+    parameters.load_mode = llama.LLAMA_LOAD_MODE_MMAP
     parameters.use_extra_bufts = plan["limited"] is False  # weights that are laid out anew are not mapped
     model = llama.llama_model_load_from_file(plan["folder"].encode(), parameters)
     settings = llama.llama_context_default_params()
@@ -150,15 +149,15 @@ def decode(plan: dict[str, Any], subject: Subject) -> dict[str, Any]:
     cold = read(plan["cold"])
     read(plan["warm_up"])
     subject.hit_rate()
-    before = _bytes_read()
+    before = _count("io", "read_bytes")
     warm = read(plan["warm"])
     return {
         "cold": cold,
         "warm": warm,
         "hit_rate": subject.hit_rate(),
-        "read_bytes": (_bytes_read() - before) / len(warm),  # of a token
+        "read_bytes": (_count("io", "read_bytes") - before) / len(warm),  # of a token
         "logits": logits[1],
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": 1024 * _count("status", "VmHWM"),  # getrusage has the parent's, if that was larger
     }
 
 
@@ -171,10 +170,10 @@ def _forget(plan: dict[str, Any]) -> None:
         (Path(plan["group"]) / "memory.force_empty").write_text("0")  # mapped pages, too
 
 
-def _bytes_read() -> int:
-    """Bytes that this process has read from disks."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
+def _count(file: str, name: str) -> int:
+    """A count of this process, as Linux keeps it; `read_bytes` of `io` are those that came from disks."""
+    lines = Path(f"/proc/self/{file}").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def main() -> None:

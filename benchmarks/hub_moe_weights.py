@@ -17,7 +17,7 @@ from dynaroute.dwr.experts.checkpoint import INDEX, Checkpoint
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
 from dynaroute.dwr.experts.precision import TensorEntry
 from dynaroute.dwr.experts.store import safetensors_header
-from dynaroute.pipeline.artifacts import output_directory, output_file, write_json
+from dynaroute.pipeline.artifacts import output_directory, write_json
 
 BLOCK = 32  # weights that share a scale in llama.cpp's Q8_0
 GGUF_NAMES = {  # of the tensors of a layer
@@ -25,6 +25,7 @@ GGUF_NAMES = {  # of the tensors of a layer
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
 }  # fmt: skip
+GGUF = "model.gguf"
 PARTS = ("gate", "up", "down")
 
 
@@ -106,11 +107,11 @@ def write_offload(folder: Path, checkpoint: Checkpoint, config: OlmoeConfig) -> 
         save_offload_index(index, partial)
 
 
-def write_gguf(path: Path, checkpoint: Checkpoint, config: OlmoeConfig) -> None:
+def write_gguf(folder: Path, checkpoint: Checkpoint, config: OlmoeConfig) -> None:
     """Writes a checkpoint for llama.cpp: matrices in Q8_0, except those of the routers, and no vocabulary."""
     tensors = list(_gguf_tensors(checkpoint, config))
-    with output_file(path) as partial:
-        writer = gguf.GGUFWriter(partial, "olmoe")
+    with output_directory(folder) as partial:
+        writer = gguf.GGUFWriter(partial / GGUF, "olmoe")
         writer.add_block_count(config.num_hidden_layers)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)

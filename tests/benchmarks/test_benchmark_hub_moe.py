@@ -13,7 +13,7 @@ from small_settings import default_settings
 
 from dynaroute.errors import DynarouteError
 
-SCRATCH = Path(".scratch/hub_moe")
+SCRATCH = Path(".scratch/hub_moe")  # in the folder that is the argument
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +39,8 @@ def test_all_subjects_take_their_turns_and_an_interrupted_run_resumes(monkeypatc
 
     monkeypatch.setattr(benchmark, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        benchmark.main(default_settings(), str(SCRATCH))
-    benchmark.main(default_settings(), str(SCRATCH))
+        benchmark.main(default_settings(), str(SCRATCH.parent))
+    benchmark.main(default_settings(), str(SCRATCH.parent))
     assert len(decoded) == 1 + sum(len(rows) for _, rows in benchmark.PHASES)
     assert not SCRATCH.exists()
     assert Path("reports/benchmarks/hub_moe.png").stat().st_size > 0
@@ -91,5 +91,5 @@ def hit_rate(plan: dict) -> float:
 def test_too_little_disk_space_stops_it_at_once(monkeypatch):
     monkeypatch.setattr(benchmark.shutil, "disk_usage", lambda _: type("", (), {"free": 10_000})())
     with pytest.raises(DynarouteError, match=r"hub_moe: \d+ GB are needed, 0 GB are free"):
-        benchmark.main(default_settings(), str(SCRATCH))
+        benchmark.main(default_settings(), str(SCRATCH.parent))
     assert not (SCRATCH / "shards").exists()
