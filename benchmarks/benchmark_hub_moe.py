@@ -318,6 +318,7 @@ def row_of(
     weights = share * expert_weights() * BYTES[row.precision] + (backbone_weights() - embeddings) * width
     read = median(one["read_bytes"] for one in rounds)
     times = {"memory": weights / row.threads / machine["memory"], "disk": read / machine["disk"]}
+    resident = row.subject == "ours" and limit is None  # reads nothing, cold or warm
     bound_by = max(times, key=times.__getitem__)
     expected = others[RESIDENT][0]["logits"]
     return {
@@ -325,7 +326,7 @@ def row_of(
         "memory_bytes": limit or max(one["peak_bytes"] for one in rounds),
         "hit_rate": rounds[0]["hit_rate"],
         "read_bytes": read,
-        "cold": median(speed(one["cold"]) for one in rounds),
+        "cold": None if resident else median(speed(one["cold"]) for one in rounds),
         "warm": median(speeds),
         "lowest": min(speeds),
         "highest": max(speeds),

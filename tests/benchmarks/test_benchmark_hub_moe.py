@@ -52,7 +52,7 @@ def test_all_subjects_take_their_turns_and_an_interrupted_run_resumes(monkeypatc
             assert row["note"] == "not installed"
             continue
         assert 0 < row["lowest"] <= row["warm"] <= row["highest"], row
-        assert row["cold"] > 0
+        assert (row["cold"] is None) == ("resident" in row["name"])
         assert row["difference"] < (0.05 if "int8" in row["name"] or "llama" in row["name"] else 0.03), row
         cached = row["name"].startswith("ours") and "resident" not in row["name"]
         assert (row["hit_rate"] is not None) == cached

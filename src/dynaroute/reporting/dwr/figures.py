@@ -107,6 +107,7 @@ def plot_peers(rows: list[dict[str, Any]], path: str | Path) -> None:
                 style = {"fmt": f"{marker}:", "color": color, "markeredgecolor": BLACK, "markeredgewidth": 0.6}
                 axes.errorbar(memory, speed, errors, **style, markersize=7, capsize=2, label=start)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlim(left=0)
         axes.set_xlabel("memory limit, or without one the most that was used (GB)")
         axes.set_ylabel("tokens/s, warm")
