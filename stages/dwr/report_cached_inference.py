@@ -3,7 +3,7 @@
     python stages/dwr/report_cached_inference.py
 
 Reads   data/dwr/{export,cache,simulation}/, reports/dwr/simulated_hits.csv, and
-        reports/benchmarks/cached_inference.json where it was measured
+        reports/benchmarks/hub_moe.json where it was measured
 Writes  reports/cached_inference.md
 """
 
@@ -18,7 +18,7 @@ from dynaroute.reporting.pages import render
 
 def main(settings: Settings) -> None:
     """Reads the results, and writes the page."""
-    found = values(read_cached(), read_benchmark("cached_inference"))
+    found = values(read_cached(), read_benchmark("hub_moe"))
     write_text("reports/cached_inference.md", render("cached_inference.md", found))
 
 

@@ -14,7 +14,7 @@ from small_moe import MODELS, load_eager, save_moe
 
 from dynaroute.dwr import export_model as export_module
 from dynaroute.dwr import hub
-from dynaroute.dwr.experts import precision
+from dynaroute.dwr.experts import kernel, precision
 from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.mapping import drop_from_page_cache
 from dynaroute.dwr.experts.policies import make_policy
@@ -47,6 +47,7 @@ def test_logits_are_those_of_transformers_eager_experts(tmp_path, monkeypatch, k
         found = decoded(model, cache)
         expected = eager(torch.tensor([TOKENS])).logits[0, 26:]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert model.model.model.layers[0].self_attn.o_proj.weight.dtype == dtype
         if dtype == torch.float32:  # the same products
             model.bind(cache)
             assert torch.equal(model.model(torch.tensor([TOKENS])).logits[0], eager(torch.tensor([TOKENS])).logits[0])
@@ -103,12 +104,29 @@ def test_gate_lookahead_predicts_what_the_next_layers_router_chooses(tmp_path, k
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_a_product_with_fewer_bits_is_that_of_the_widened_weights(dtype, tokens):
-    weights, scale = (torch.randn(3000, 320) * 9).to(dtype), torch.rand(3000) if dtype == torch.int8 else None
-    x = torch.randn(tokens, 320)
+@pytest.mark.parametrize(("tokens", "compiler"), [(1, True), (1, False), (5, True)])
+def test_a_product_with_fewer_bits_is_that_of_the_widened_weights(monkeypatch, dtype, tokens, compiler):
+    if not compiler:
+        monkeypatch.setattr(kernel, "_compiled", dict)
+    weights, scale = (torch.randn(3000, 333) * 9).to(dtype), torch.rand(3000) if dtype == torch.int8 else None
+    x = torch.randn(tokens, 333)
     expected = x.double() @ weights.double().T * (1 if scale is None else scale.double())
     torch.testing.assert_close(precision.linear(x, weights, scale).double(), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+@pytest.mark.parametrize("dtype", kernel.DTYPES)
+def test_one_tokens_product_is_the_same_wherever_weights_are(dtype):
+    memory, x = torch.empty(100 * 333 + 64, dtype=dtype), torch.randn(1, 333)
+    weights = (torch.randn(100, 333) * 9).to(dtype)
+    found = [kernel.product(x, memory[start:][: 100 * 333].view(100, 333).copy_(weights)) for start in (0, 1, 7, 32)]
+    assert all(torch.equal(one, found[0]) for one in found[1:])
+
+
+def test_without_a_compiler_there_is_no_kernel(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert kernel._compiled.__wrapped__() == {}
+    assert kernel.product(torch.zeros(1, 8), torch.zeros(4, 8, dtype=torch.float16)) is None
 
 
 @torch.inference_mode()

@@ -196,27 +196,21 @@ def write_simulation(root: Path) -> None:
 
 def write_benchmarks(root: Path) -> None:
     """What the default pipeline does not run."""
-    row = {"name": "all resident", "page_cache": "warm", "tokens_per_second": 41.25, "ratio_to_resident": 1.0}
-    row |= {"ratio_lowest": 1.0, "ratio_highest": 1.0, "hit_rate": None}
-    cached = {**row, "name": "lru, none", "page_cache": "cold", "tokens_per_second": 23.45, "hit_rate": 0.3456}
-    columns = ("page_cache", "against", "value", "goal", "resident_value")
+    row = {"name": "ours, shards", "precision": "bf16", "threads": 1, "limit_bytes": 5 * 2**30, "hit_rate": 0.3456}
+    row |= {"read_bytes": 3 * 2**20, "cold": 1.234, "warm": 3.456, "lowest": 2.5, "highest": 4.5, "ratio": 1.0}
+    row |= {"share": 0.456, "bound_by": "disk", "memory_bytes": 5 * 2**30}
+    other = {**row, "name": "resident", "limit_bytes": None, "hit_rate": None, "warm": 6.543, "bound_by": "memory"}
+    missing = {"name": "llama.cpp", "precision": "int8", "threads": 1, "limit_bytes": None, "note": "not installed"}
     goals = [
-        {
-            **dict(zip(columns, goal, strict=True)),
-            "candidate": "lru, none",
-            "lowest": goal[2] / 2,
-            "highest": goal[2] * 2,
-        }
-        for goal in (
-            ("warm", "all resident", 0.976, 0.95, 1.0),
-            ("warm", "offloaded", 13.765, 15.0, 14.125),
-            ("cold", "all resident", 0.3123, 0.35, 1.0),
-        )
+        {"page_cache": state, "name": "ours, shards", "against": "resident", "value": value, "goal": goal}
+        | {"lowest": value / 2, "highest": value * 2}
+        for state, value, goal in (("warm", 0.528, 0.5), ("warm", 8.765, 10.0), ("cold", 0.312, 1.0))
     ]
-    peers = {"experts": 96, "expert_bytes": 8_398_848, "capacity": 32, "new_tokens": 21, "threads": 1, "repeats": 5}
-    peers |= {"experts_per_token": 12, "machine": {"processor": "A Third Processor"}, "rows": [row, cached]}
-    peers |= {"goals": goals, "use_of_an_expert_ms": {"held": 0.61, "on disk": 9.87}, "mixtral_lru_hit_rate": 0.4321}
-    write_json(root / "reports/benchmarks/cached_inference.json", peers)
+    peers = {"experts": 1024, "experts_per_token": 128, "model_bytes": 13_837_000_000, "tokens": {"cold": 4}}
+    peers["tokens"]["warm_up"] = 24
+    peers |= {"limited": True, "memory_bandwidth": 10 * 2**30, "disk_bandwidth": 2**30, "goals": goals}
+    peers |= {"machine": {"processor": "A Third Processor"}, "rows": [row, other, missing]}
+    write_json(root / "reports/benchmarks/hub_moe.json", peers)
     layer = {"milliseconds": 12.3, "interquartile_milliseconds": 1.5, "ratio_to_dense": 1.67}
     model = {"parameters": 4_321, "milliseconds": 45.6, "tokens_per_second": 9_876.5}
     training = {"tokens_per_step": 2_048, "precision": "fp32", "models": {"plain_loop": model}}

@@ -1,12 +1,14 @@
 """Mixture-of-Experts models of transformers, served from their own checkpoint with experts in a bounded memory.
 
-The model is built without weights. Everything but the experts is read into memory as 32-bit floats; experts are read
-through a cache, by a function that transformers calls in place of its own. It computes what transformers' eager experts
-compute in 32-bit floats, in the same order: to the bit from a checkpoint of 32-bit floats; from one in fewer bits up to
-rounding, as a product is then done in blocks of rows. Only weights and configuration are read, never code.
+The model is built without weights. Everything but the experts is read into memory, matrices as they are stored and the
+rest as 32-bit floats; experts are read through a cache, by a function that transformers calls in place of its own. It
+computes what transformers' eager experts compute in 32-bit floats, in the same order: to the bit from a checkpoint of
+32-bit floats; from one in fewer bits up to rounding, as `precision.linear` adds in another order. Only weights and
+configuration are read, never code.
 """
 
 import copy
+import functools
 import re
 from collections.abc import Callable
 from itertools import accumulate
@@ -174,8 +176,12 @@ class HubModel:
             if place.shape != expected.shape:
                 found = f"{list(place.shape)}, not {list(expected.shape)} as config.json says"
                 raise DynarouteError(f"{place.path}: tensor {stored} is {found}")
-            checkpoint.read(stored, tensor := torch.empty(place.shape))
+            as_stored = isinstance(module, nn.Linear) and own == "weight" and self._device == "cpu"
+            dtype = place.dtype if as_stored else torch.float32
+            checkpoint.read(stored, tensor := torch.empty(place.shape, dtype=dtype))
             tensor = tensor.to(self._device)
+            if dtype != torch.float32:
+                module.forward = functools.partial(_apply_linear, module)
             setattr(module, own, nn.Parameter(tensor, False) if isinstance(expected, nn.Parameter) else tensor)
         model.tie_weights()
         # No file has its buffers.
@@ -299,6 +305,12 @@ def _build(config: "PretrainedConfig") -> "PreTrainedModel":
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation=IMPLEMENTATION
         )
+
+
+def _apply_linear(module: nn.Linear, x: Tensor) -> Tensor:
+    """A layer [..., I] to [..., O] whose weights have fewer bits than its input."""
+    out = linear(x.flatten(0, -2), module.weight).unflatten(0, x.shape[:-1])
+    return out if module.bias is None else out + module.bias
 
 
 def _scores(gate: nn.Module, state: Tensor) -> Tensor:

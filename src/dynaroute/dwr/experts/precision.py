@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dynaroute.config.dwr import Precision
 from dynaroute.config.schema import Positive, Section
+from dynaroute.dwr.experts.kernel import product
 from dynaroute.dwr.model import DWRConfig, DWRTransformer, ExpertWeights
 
 # As safetensors names them.
@@ -81,11 +82,14 @@ def dequantize(stored: Mapping[str, Tensor], out: ExpertWeights) -> None:
 def linear(x: Tensor, weights: Tensor, scale: Tensor | None = None) -> Tensor:
     """`x w^T` [S, O] in 32-bit floats, for weights [O, I] of any precision, `scale` [O] being that of int8 ones.
 
-    Weights in fewer bits are widened a few rows at a time, so that they are read from memory once, and as they are. A
-    product in bf16 is 20 times slower on a CPU without instructions for it.
+    Weights in fewer bits are widened a few rows at a time, so that they are read from memory once, and as they are; for
+    one token while they are multiplied, where the kernel can be compiled. A product in bf16 would round the token, and
+    is 20 times slower on a CPU without instructions for it.
     """
     if weights.dtype == x.dtype:
         return F.linear(x, weights)
+    if (out := product(x, weights)) is not None:
+        return out if scale is None else out.mul_(scale)
     out = x.new_empty(len(x), len(weights))
     rows = max(1, WIDENED_AT_ONCE // weights.shape[1])
     wide = x.new_empty(min(rows, len(weights)), weights.shape[1])

@@ -48,12 +48,27 @@ def values(cached: Cached, peers: Record | None) -> dict[str, Any]:
             "accuracies": _accuracies(cached),
             "precisions": [{**row, "loss": row["nll"] - precisions[0]["nll"]} for row in precisions],
             "places": places,
-            "peers": [{**row, "late_rate": row.get("late_rate")} for row in peers["rows"]] if peers else [],
+            "peers": _peers(peers["rows"]) if peers else [],
         },
         "by_prefetcher": {kind: [(name + kind, name, ".3f") for name in names] for kind in KINDS},
         "peers": peers,
         "missed": [goal for goal in peers["goals"] if goal["value"] < goal["goal"]] if peers else [],
     }
+
+
+def _peers(rows: list[Record]) -> list[dict[str, Any]]:
+    """Rows of the benchmark; one that could not be measured has a note in place of numbers."""
+    numbers = ("hit_rate", "read_bytes", "cold", "warm", "ratio", "share", "bound_by")
+    return [
+        {
+            **dict.fromkeys(numbers),
+            **row,
+            "note": row.get("note"),
+            "limit": "none" if row["limit_bytes"] is None else f"{row['limit_bytes'] / 2**30:.1f} GiB",
+            "range": None if "note" in row else f"{row['lowest']:.2f} to {row['highest']:.2f}",
+        }
+        for row in rows
+    ]
 
 
 def _places(cached: Cached, third: int) -> list[dict[str, Any]]:

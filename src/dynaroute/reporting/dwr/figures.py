@@ -86,6 +86,32 @@ def plot_hit_rates(hits: "pd.DataFrame", num_experts: int, path: str | Path) -> 
         axes.legend(loc="lower right")
 
 
+def plot_peers(rows: list[dict[str, Any]], path: str | Path) -> None:
+    """Memory against speed with a warm cache, of rows of benchmark_hub_moe; bars from slowest to fastest round."""
+    styles = {  # by what a name begins with
+        "ours, shards": (BLUE, "o"), "ours, bf16 export": (SKY, "s"), "ours, int8": (GREEN, "D"),
+        "ours, all resident in bf16": (BLUE, "P"), "ours, all resident in int8": (GREEN, "X"),
+        "llama.cpp": (ORANGE, "^"), "transformers": (VERMILION, "v"), "accelerate": (PURPLE, "<"),
+    }  # fmt: skip
+    with saved_figure(path, 6.4, 3.4) as figure:
+        axes = figure.subplots()
+        for start, (color, marker) in styles.items():
+            own = [row for row in rows if row["name"].startswith(start) and "warm" in row and row["threads"] == 1]
+            own.sort(key=lambda row: row["memory_bytes"])
+            if own:
+                speed = [row["warm"] for row in own]
+                errors = [[row["warm"] - row["lowest"] for row in own], [row["highest"] - row["warm"] for row in own]]
+                memory = [row["memory_bytes"] / 1e9 for row in own]
+                style = {"fmt": f"{marker}:", "color": color, "markeredgecolor": BLACK, "markeredgewidth": 0.6}
+                axes.errorbar(memory, speed, errors, **style, markersize=7, capsize=2, label=start)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(left=0)
+        axes.set_xlabel("memory limit, or without one the most that was used (GB)")
+        axes.set_ylabel("tokens/s, warm")
+        figure.legend(loc="outside right upper")
+
+
 def plot_runs(swept: list[Record], seeds: list[Record], locality: "pd.DataFrame | None", path: str | Path) -> None:
     """Test perplexity against the hit rate of LRU, a point for each balance coefficient, lighter for other seeds.
 
