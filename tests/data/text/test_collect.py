@@ -121,9 +121,7 @@ def test_a_document_in_parts_is_one_document_in_one_split(tmp_path, monkeypatch)
 
 def test_ids_of_equal_hash_are_not_taken_for_duplicates(tmp_path, monkeypatch):
     values = {"d\0d3": 2**63, "d\0d4": 2**63}
-    monkeypatch.setattr(
-        "dynaroute.data.text.collect.stable_hash", lambda name: values.get(name, stable_hash(name)), raising=True
-    )
+    monkeypatch.setattr("dynaroute.data.text.collect.stable_hash", lambda name: values.get(name, stable_hash(name)))
     collect("c", dolma_corpus(tmp_path / "a.gz", [*(f"d{i}" for i in range(50)), "d4"]), tmp_path / "out")
     assert sorted(split_by_id(tmp_path / "out")) == sorted(f"d{i}" for i in range(50))
 
@@ -154,26 +152,18 @@ def test_a_region_is_held_out_by_place_whatever_follows(tmp_path):
 
 
 def test_a_split_without_a_share_is_an_empty_file(tmp_path):
-    metadata = collect(
-        "c", dolma_corpus(tmp_path / "a.gz", ["one"], {"validation": 0.0, "test": 0.0}), tmp_path / "out"
-    )
+    corpus = dolma_corpus(tmp_path / "a.gz", ["one"], {"validation": 0.0, "test": 0.0})
+    metadata = collect("c", corpus, tmp_path / "out")
     assert metadata["splits"]["test"] == {"documents": 0, "characters": 0, "sources": {}}
     assert (tmp_path / "out" / "test.jsonl").read_bytes() == b""
 
 
-def test_official_splits_are_kept(tmp_path, monkeypatch):
+def test_official_splits_are_kept_and_a_missing_one_is_named_with_those_there_are(tmp_path, monkeypatch):
     corpus = hub_corpus(tmp_path, monkeypatch, train=["A.", "B."], validation=["C."], test=["D."])
     collect("c", corpus, tmp_path / "out")
-    assert split_by_id(tmp_path / "out") == {
-        "train-0": "train",
-        "train-1": "train",
-        "validation-0": "validation",
-        "test-0": "test",
-    }
-
-
-def test_a_missing_official_split_is_named_with_those_there_are(tmp_path, monkeypatch):
-    corpus = hub_corpus(tmp_path, monkeypatch, train=["A."], test=["B."])
+    splits = {"train-0": "train", "train-1": "train", "validation-0": "validation", "test-0": "test"}
+    assert split_by_id(tmp_path / "out") == splits
+    (tmp_path / "dataset/validation-00000-of-00001.parquet").unlink()
     with pytest.raises(DynarouteError, match=r"no official split 'validation' .* there is: train, test"):
         collect("c", corpus, tmp_path / "out")
 
