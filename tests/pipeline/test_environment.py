@@ -19,12 +19,8 @@ OVERRIDDEN = {
     "ACCELERATE_DYNAMO_USE_DYNAMIC": "True", "ACCELERATE_USE_CPU": "True", "FSDP_OFFLOAD_PARAMS": "true",
     "PARALLELISM_CONFIG_TP_SIZE": "2",
 }  # fmt: skip
-OFF = {
-    "ACCELERATE_USE_FSDP": "false",
-    "ACCELERATE_FP8_BACKEND": "NO",
-    "NVIDIA_TF32_OVERRIDE": "0",
-    "OMP_DYNAMIC": "FALSE",
-}
+OFF = {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_FP8_BACKEND": "NO", "NVIDIA_TF32_OVERRIDE": "0"}
+OFF |= {"OMP_DYNAMIC": "FALSE"}
 
 
 def forget_the_environment():
@@ -78,32 +74,29 @@ def stage(tmp_path, monkeypatch):
     return start
 
 
-def test_every_stage_refuses_what_would_change_results(stage, monkeypatch):
-    monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
-    with pytest.raises(SystemExit, match=r"^some_stage: OMP_THREAD_LIMIT=1 in the environment"):
-        stage(launched=False)
+WORLD = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+REFUSED = [
+    ({"OMP_THREAD_LIMIT": "1"}, False, "OMP_THREAD_LIMIT=1 in the environment"),
+    *(({name: "1"}, True, "this is process 1 of several, but LOCAL_RANK") for name in ("RANK", "PMIX_RANK")),
+    # With its rank alone, accelerate would see a single process on a GPU.
+    *(({name: "4", "RANK": "1"}, True, f"{name}=4, but LOCAL_RANK, RANK, ") for name in NUM_PROCESSES),
+    (WORLD, False, "WORLD_SIZE=2: this stage is a single process: start one"),
+]
 
 
-@pytest.mark.parametrize("name", ["RANK", "PMIX_RANK"])
-def test_a_process_with_a_rank_alone_is_refused(stage, monkeypatch, name):
-    monkeypatch.setenv(name, "1")
-    with pytest.raises(SystemExit, match=r"^some_stage: this is process 1 of several, but LOCAL_RANK"):
-        stage(launched=True)
-
-
-@pytest.mark.parametrize("name", NUM_PROCESSES)
-def test_one_of_several_processes_that_do_not_know_of_one_another_is_refused(stage, monkeypatch, name):
-    monkeypatch.setenv(name, "4")
-    monkeypatch.setenv("RANK", "1")  # not enough: accelerate would see a single process on a GPU
-    with pytest.raises(SystemExit, match=f"^some_stage: {name}=4, but LOCAL_RANK, RANK, WORLD_SIZE are not all set"):
-        stage(launched=True)
-
-
-def test_a_stage_for_one_process_refuses_to_be_one_of_several(stage, monkeypatch):
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+@pytest.mark.parametrize(("variables", "launched", "message"), REFUSED)
+def test_a_stage_refuses_what_would_change_results_and_processes_that_do_not_know_of_one_another(
+    stage, monkeypatch, variables, launched, message
+):
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match=r"^some_stage: WORLD_SIZE=2: this stage is a single process: start one"):
-        stage(launched=False)
+    with pytest.raises(SystemExit, match=f"^some_stage: {message}"):
+        stage(launched=launched)
+
+
+def test_a_stage_for_several_processes_may_be_one_of_them(stage, monkeypatch):
+    for name, value in WORLD.items():
+        monkeypatch.setenv(name, value)
     assert stage(launched=True) == ["python"]
 
 
