@@ -34,7 +34,7 @@ lint: env
 
 benchmarks: env  ## layers and peers at the paper's sizes, and the pages that show them
 	dvc repro benchmarks/dvc.yaml
-	dvc repro --single-item --force report_cached_inference report_dwr report_dagformer summarize
+	dvc repro --single-item --force plot_dwr report_cached_inference report_dwr report_dagformer summarize
 
 faults: env  ## kills, full disks and damaged files, where allowed with the right to mount (docs/reliability.md)
 	$$(unshare --user --map-root-user --mount echo unshare --user --map-root-user --mount 2>/dev/null) \

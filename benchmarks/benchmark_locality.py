@@ -49,7 +49,7 @@ from dynaroute.pipeline.stage import run
 
 SEEDS = 3  # that of the reference and those after it
 ALPHAS = (0.5, 1.0)  # logits by which cache-aware routing prefers held experts
-USED = 0.1  # of the uniform load, from which on an expert counts as used
+USED = 0.3  # of the uniform load, from which on an expert counts as used
 
 LOSS_FREE = {"balance": "loss_free", "balance_coefficient": 0.0, "balance_window": 1, "balance_rate": 0.1}
 REUSE = {"reuse_coefficient": 0.05, "reuse_half_life": 3.0}

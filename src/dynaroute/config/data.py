@@ -190,7 +190,7 @@ class HubTokenizer(Hosted):
     """The fast tokenizer of a hub id, a local directory or a GGUF file.
 
     If it splits text first, as GPT-2's, Llama 3's, OLMo 2's or Qwen's do, it reads documents of any length in pieces.
-    Others, such as Llama 2's, read documents whole, up to four million characters.
+    Others, such as Llama 2's and GPT-4o's, read documents whole, up to four million characters.
     """
 
     kind: Literal["hub"]

@@ -74,10 +74,10 @@ CUT = {
     "Llama 3": byte_level(split(LLAMA_PATTERN), BYTES, added=["<tok>", "word"]),
     "OLMo 2": byte_level(split(LLAMA_PATTERN, "removed", True), BYTES),
     "Qwen": byte_level(split(QWEN_PATTERN), BYTES, normalizer=normalizers.NFC()),
-    "GPT-4o": byte_level(split(O200K_PATTERN), BYTES),
     "GPT-2's pattern": byte_level(split(GPT2_HUB_PATTERN), BYTES),
 }
 WHOLE = {
+    "GPT-4o": byte_level(split(O200K_PATTERN), BYTES),
     "nothing splits": tokenizers.Tokenizer(models.BPE()),
     "bytes alone": byte_level(BYTES),
     "digits alone": byte_level(pre_tokenizers.Digits(True), BYTES),

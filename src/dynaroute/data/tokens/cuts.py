@@ -19,17 +19,13 @@ GPT2_CUTS = re.compile(r"[^\S\x1c-\x1f](?=[\S\x1c-\x1f])")
 # white spaces in their own way. No alternative matches a white space after another character.
 WORD_CUTS = re.compile(r"(?<=\S)(?=[^\S\x1c-\x1f])")
 # The same but before a line end, which a mark may take in; and after the last line end of several white spaces, if
-# another character follows at all: `\s*[\r\n]+` matches up to there, and on the left alone as well. GPT-4o's marks take
-# in a slash after a line end.
-LINE_CUTS = re.compile(r"(?<=\S)(?=[^\S\r\n\x1c-\x1f])|(?<=[\r\n])(?!/)(?=[^\S\r\n]*+\S)")
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+# another character follows at all: `\s*[\r\n]+` matches up to there, and on the left alone as well.
+LINE_CUTS = re.compile(r"(?<=\S)(?=[^\S\r\n\x1c-\x1f])|(?<=[\r\n])(?=[^\S\r\n]*+\S)")
 GPT2 = ["'s|'t|'re|'ve|'m|'ll|'d", r" ?\p{L}+", r" ?\p{N}+", r" ?[^\s\p{L}\p{N}]+"]
 OTHERS = [
-    *(CONTRACTIONS, r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*"),  # Llama 3, OLMo 2
+    # Llama 3, OLMo 2
+    *(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+", r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*"),
     *(r"\p{N}", r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"),  # Qwen
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + CONTRACTIONS + "?",  # GPT-4o
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + CONTRACTIONS + "?",
-    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
 ]
 CUTS_OF_PATTERNS = {
     re.compile("(?:(?:{})\\|)+{}".format("|".join(map(re.escape, alternatives)), re.escape(spaces))): cuts

@@ -131,23 +131,29 @@ def plot_runs(swept: list[Record], seeds: list[Record], locality: "pd.DataFrame 
                     axes.annotate(text, point, (0, 6), textcoords="offset points", ha="center", fontsize=7)
         else:
             exact = locality[locality["routing"] == "exact"].set_index("setting")
-            for name, row in exact.iterrows():
-                color = VERMILION if str(name).startswith("recipe") else BLUE
-                fill = color if row["smallest_load"] >= LOAD else "none"
-                point = row["lru_third"], row["perplexity"]
-                axes.plot(*point, "o", markerfacecolor=fill, color=color, markersize=7 if name == "recipe" else 5)
-                axes.annotate(str(name), point, (5, 3), textcoords="offset points", fontsize=6.5, color=color)
             low, high = exact.loc["reference", ["perplexity_low", "perplexity_high"]]
-            axes.axhspan(low, high, color=GREY, alpha=0.2, label="95 % interval of the reference")
+            near = exact["perplexity"] < high + 2 * (high - low)
+            for number, (name, row) in enumerate(exact[near].sort_values("lru_third").iterrows()):
+                color = VERMILION if str(name).startswith("recipe") else BLUE
+                fill = color if row["smallest_load"] >= LOAD else "white"
+                point = row["lru_third"], row["perplexity"]
+                axes.plot(*point, "o", markerfacecolor=fill, color=color, markersize=9 if name == "recipe" else 6)
+                place = {"xytext": (0, -13 if number % 2 else 7), "textcoords": "offset points", "ha": "center"}
+                place["bbox"] = {"fc": "white", "lw": 0, "pad": 0.5, "alpha": 0.7}
+                text = str(name).replace("recipe_", "… ").replace("_", " ").replace("lambda", "λ")
+                axes.annotate(text, point, **place, fontsize=7, color=color)
+            axes.axhspan(low, high, color=GREY, alpha=0.2, label="reference, 95 % interval over seeds")
             axes.axvline(2 * exact.loc["reference", "lru_third"], color=BLACK, linewidth=1, label="twice its hits")
             aware = locality[locality["routing"] == "inexact 1"].set_index("setting")
             for name in ("reference", "recipe"):
                 (x, y), (to_x, to_y) = (rows.loc[name, ["lru_third", "perplexity"]] for rows in (exact, aware))
-                label = "cache-aware routing, α 1 (inexact)" if name == "reference" else None
-                axes.plot([x, to_x], [y, to_y], "x:", color=GREEN, markevery=[1], label=label)
+                label = "cache-aware routing, α = 1 (inexact)" if name == "reference" else None
+                axes.plot([x, to_x], [y, to_y], "x:", color=GREEN, markersize=8, markevery=[1], label=label)
             axes.plot(
-                [], [], "o", markerfacecolor="none", color=BLUE, label=f"an expert has less than {LOAD:g} of the load"
+                [], [], "o", markerfacecolor="white", color=BLUE, label=f"an expert has less than {LOAD:g} of the load"
             )
+            for name, value in exact["perplexity"][~near].items():
+                axes.plot([], [], " ", label=f"above the frame: {name}, {value:.0f}")
         axes.axvline(
             first["uniform_hit_rate"]["lru"], color=BLUE, linestyle=":", linewidth=1, label="LRU, uniform routing"
         )
