@@ -18,6 +18,7 @@ from resuming import killed_at
 from small_settings import changed
 from small_tokens import write_tokens
 
+from dynaroute.analysis.dwr_runs import train_and_measure
 from dynaroute.analysis.traces import Trace, uniform_trace
 from dynaroute.config import Settings, read_yaml
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
@@ -163,9 +164,14 @@ def test_the_table_has_rows_for_each_setting_with_its_controls(tokens, monkeypat
     assert rows["reference", "exact"]["reaches_goal"] == "False"
 
 
-def test_the_larger_size_is_that_of_the_model_of_dwr_and_others_are_refused(tokens):
+def test_the_larger_size_is_that_of_the_model_of_dwr_and_others_are_refused(tokens, monkeypatch):
+    def of_fewer_windows(settings, name, dwr, *rest):
+        assert dwr.train_windows is None
+        train_and_measure(settings, name, dwr.model_copy(update={"validation_windows": 5, "eval_windows": 5}), *rest)
+
+    monkeypatch.setattr(benchmark_locality, "train_and_measure", of_fewer_windows)
     benchmark_locality.main(make_settings({}), "larger")
-    assert {name for name, _ in rows_of("larger")} == {"reference", "recipe"}
+    assert {name for name, _ in rows_of("larger")} == {*benchmark_locality.LARGER}
     with pytest.raises(DynarouteError, match="size = 'huge': must be reference or larger"):
         benchmark_locality.main(make_settings({}), "huge")
 
