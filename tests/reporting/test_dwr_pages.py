@@ -170,7 +170,7 @@ def write_locality(run: str, smallest_load: float = 0.5) -> None:
         write_csv(f"reports/benchmarks/locality_{scale}.csv", benchmark_locality.table(found))
 
 
-LOCALITY = ("lambda_0", "loss_free", "reuse", "prior", "recipe", "recipe_prior")
+LOCALITY = ("lambda_0", "loss_free", "reuse", "prior", "recipe", "recipe_reuse_0.1", "recipe_prior")
 
 
 def test_benchmarks_are_on_their_pages(tree):
