@@ -74,16 +74,10 @@ def test_dvc_reads_what_the_project_reads(path):
 
 def test_the_paper_file_is_the_seeds_model():
     dwr = load_settings(PAPER).dwr
-    assert (dwr.d_model, dwr.d_ff, dwr.num_layers, dwr.num_heads, dwr.num_experts, dwr.top_k) == (
-        512,
-        2048,
-        6,
-        8,
-        16,
-        2,
-    )
-    training = dwr.training
-    assert (training.batch_size, dwr.max_seq_len, training.epochs, training.warmup_steps) == (16, 512, 10, 200)
+    own, training = dwr.model_dump(), dwr.training
+    sizes = [own[key] for key in ("d_model", "d_ff", "num_layers", "num_heads", "num_experts", "top_k", "max_seq_len")]
+    assert sizes == [512, 2048, 6, 8, 16, 2, 512]
+    assert (training.batch_size, training.epochs, training.warmup_steps) == (16, 10, 200)
     assert (training.lr, training.min_lr, training.betas, training.weight_decay) == (3e-4, 3e-5, [0.9, 0.95], 0.1)
 
 
@@ -109,24 +103,12 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"dwr.topk": 3}, "dwr.topk = 3: unknown key; did you mean top_k?"),
         ({"sed": 3}, "sed = 3: unknown key; did you mean seed?"),
         ({"dwr.d_ff": ...}, "dwr.d_ff is missing"),
-        (
-            {"dwr.balance": "none"},
-            "dwr.balance = 'none': input should be 'auxiliary', 'auxiliary_accumulated' or 'loss_",
-        ),
-        (
-            {"dwr.balance": "loss_free"},
-            "dwr.balance_coefficient = 0.01: must be 0.0 with balance = loss_free, which has no loss",
-        ),
-        (
-            {"dwr.cache_prior": 1.0, "dwr.cache_prior_experts": 9},
-            "dwr.cache_prior_experts = 9: must be top_k = 2 to num_experts = 8",
-        ),
+        ({"dwr.balance": "none"}, "dwr.balance = 'none': input should be 'auxiliary', 'auxiliary_accumulated' or"),
+        ({"dwr.balance": "loss_free"}, "dwr.balance_coefficient = 0.01: must be 0.0 with balance = loss_free"),
+        ({"dwr.cache_prior": 1.0, "dwr.cache_prior_experts": 9}, "dwr.cache_prior_experts = 9: must be top_k = 2"),
         ({"dwr.corpus": "wiki"}, "dwr.corpus = 'wiki': must be among corpora: docs"),
         ({"corpora.docs.source.kind": "ftp"}, "corpora.docs.source.kind = 'ftp': must be one of"),
-        (
-            {"corpora.docs.source.kind": ...},
-            "corpora.docs.source.kind = None: must be one of installed_text, hub, dolma",
-        ),
+        ({"corpora.docs.source.kind": ...}, "corpora.docs.source.kind = None: must be one of installed_text, hub"),
         ({"corpora.docs.source": "hub"}, "corpora.docs.source = 'hub': must be a mapping with a kind: installed_text,"),
         ({"corpora.docs.tokenizer": None}, "corpora.docs.tokenizer = None: must be a mapping with a kind: bpe, gpt2"),
         ({"corpora.docs.split": 3}, "corpora.docs.split = 3: must be official, or a mapping with the keys validation,"),
@@ -145,28 +127,16 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"variants.A5.from": []}, "variants.A5.from = []: must be one of base, planted, A1"),
         ({"corpora.docs.split": "official"}, "corpora.docs.split = 'official': installed_text has no official splits"),
         ({"corpora.docs.split": {"skip": 3, "test": 1}}, "corpora.docs.split.validation is missing"),
-        (
-            {"corpora.docs.split": {"skip": -1, "validation": 1, "test": 1}},
-            "split.skip = -1: input should",
-        ),
-        (
-            {"corpora.docs.split": {"skip": 1, "validation": 0.1, "test": 1}},
-            "split.validation = 0.1: input",
-        ),
-        (
-            {"corpora.docs.source": {**STREAM, "files": 3}},
-            "corpora.docs.tokenizer.kind = 'bpe': must be gpt2 or hub with dolma_stream",
-        ),
+        ({"corpora.docs.split": {"skip": -1, "validation": 1, "test": 1}}, "split.skip = -1: input should"),
+        ({"corpora.docs.split": {"skip": 1, "validation": 0.1, "test": 1}}, "split.validation = 0.1: input"),
+        ({"corpora.docs.source": {**STREAM, "files": 3}}, "corpora.docs.tokenizer.kind = 'bpe': must be gpt2 or"),
         ({"corpora.docs.source": {**STREAM, "files": 0}}, "corpora.docs.source.files = 0: input should be greater"),
         ({"corpora.docs.split.test": 0.97}, "corpora.docs.split.test = 0.97: validation + test must be below 1"),
         ({"tau_final": 0.0}, "tau_final = 0.0: input should be greater than or equal to 0.000001"),
         ({"variants.A5.tau_init": -1.0}, "variants.A5.tau_init = -1.0: input should be greater than or equal to"),
         ({"variants.A5.tau_int": 1.0}, "variants.A5.tau_int = 1.0: unknown key; did you mean tau_init?"),
         ({"variants.A5.micro_batch_size": 3}, "variants.A5.micro_batch_size = 3: must divide batch_size"),
-        (
-            {"variants.A5.early_stopping_patience": 3},
-            "variants.A5.early_stopping_patience = 3: is no knob of a variant: its tau and lambda must reach their",
-        ),
+        ({"variants.A5.early_stopping_patience": 3}, "variants.A5.early_stopping_patience = 3: is no knob of a"),
         ({"variants.A5.precision": "bf16"}, "variants.A5.precision = 'bf16': is no knob of a variant: a predictor is"),
         ({"precision": "fp32"}, "precision = 'fp32': is no knob of a variant: a predictor is trained in fp32"),
         ({"dagformer.precision": "fp16"}, "dagformer.precision = 'fp16': input should be 'fp32' or 'bf16'"),
@@ -174,27 +144,18 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"variants.A5.from": "B1"}, "variants.A5.from = 'B1': must be one of base, planted, A1"),
         ({"variants.A5": {}}, "variants.A5.from = None: must be one of base, planted, A1"),
         ({"variants.P2": {"from": "P1", "rank": 16}}, "variants.P2.rank = 16: must be 4, as in P1"),
-        (
-            {"variants.P2": {"from": "P1", "cascade": "learnable"}},
-            "variants.P2.cascade = 'learnable': must be off or fixed, as in P1, whose weights it resumes",
-        ),
+        ({"variants.P2": {"from": "P1", "cascade": "learnable"}}, "variants.P2.cascade = 'learnable': must be off"),
         ({"variants.P2": {"from": "A11", "cascade": "off"}}, "variants.P2.cascade = 'off': must be learnable, as in"),
         ({"variants.P2": {"from": "A11", "cascade_k": 1.0}}, "variants.P2.cascade_k = 1.0: must be 5.0, as in A11"),
         ({"variants.P2": {"from": "P1", "init_logit": -3.0}}, "variants.P2.init_logit = -3.0: must be 15.0, as in P1"),
         ({"variants.P2": {"from": "P1", "base_lr": 1e-4}}, "variants.P2.base_lr = 0.0001: must be 0, as in P1"),
         ({"variants.P2": {"from": "J1", "base_lr": 0.0}}, "variants.P2.base_lr = 0.0: must be above 0, as in J1"),
-        (
-            {"variants.baseline": {"from": "base"}},
-            "variants.baseline = {'from': 'base'}: this name stands for the base",
-        ),
+        ({"variants.baseline": {"from": "base"}}, "variants.baseline = {'from': 'base'}: this name stands for the"),
         ({"variants.random": {"from": "base"}}, "variants.random = {'from': 'base'}: this name stands for the base"),
         ({"dagformer.planted": None}, "variants.planted_C1.from = 'planted': must be one of base, A1"),
         ({"dagformer.planted.open_share": 1.0}, "dagformer.planted.open_share = 1.0: input should be less than 1"),
         ({"analysis.variants": ["P1", "planted_P1"]}, "analysis.variants = 'planted_P1': must start from base"),
-        (
-            {"analysis.primary.text.right": ["planted_C1"]},
-            "analysis.primary.text = ['P1', 'P1s1', 'P1s2', 'planted_C1']: must start from one base",
-        ),
+        ({"analysis.primary.text.right": ["planted_C1"]}, "analysis.primary.text = ['P1', 'P1s1', 'P1s2'"),
         ({"variants.P1.from": "P2"}, "variants.P2.from = 'P1': must be one of base, planted, A1"),
         ({"variants.a/b": {"from": "base"}}, "a/b"),
         ({"dwr_runs": {}}, "dwr_runs = []: must have a reference, which the others override"),
@@ -204,36 +165,18 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"dwr_runs.reference.train_windows": ...}, "dwr_runs.reference.train_windows is missing"),
         ({"dwr_runs.reference.d_ff": 30}, "dwr_runs.reference.d_ff = 30: must be a multiple of 16"),
         ({"dwr_runs.lambda_0.num_experts": 1}, "dwr_runs.lambda_0.num_experts = 1: must be at least 2: with"),
-        (
-            {"dwr_runs.lambda_0.experts": 1},
-            "dwr_runs.lambda_0.experts = 1: unknown key; did you mean num_exp",
-        ),
+        ({"dwr_runs.lambda_0.experts": 1}, "dwr_runs.lambda_0.experts = 1: unknown key; did you mean num_exp"),
         ({"dwr_runs.more_text.training.lr": 0}, "dwr_runs.more_text.training.lr = 0: input should be greater than 0"),
         ({"dwr_runs.more_text.training": 3}, "dwr_runs.more_text.training = 3: must be a mapping with the keys batch"),
-        (
-            {"dwr_runs.more_text.training.validate_every": "x"},
-            "dwr_runs.more_text.training.validate_every = 'x': input should be 'epoch' or",
-        ),
-        (
-            {"dwr_runs.more_text.also_validate_on": ["docs"]},
-            "dwr_runs.more_text.also_validate_on = ['docs']: must be empty: a run says nothing of other corpora",
-        ),
+        ({"dwr_runs.more_text.training.validate_every": "x"}, "dwr_runs.more_text.training.validate_every = 'x'"),
+        ({"dwr_runs.more_text.also_validate_on": ["docs"]}, "dwr_runs.more_text.also_validate_on = ['docs']: must"),
         ({"dagformer.prefix_tokens": 128}, "dagformer.prefix_tokens = 128: must be below seq_len = 128"),
         ({"dagformer.base.num_heads": 3}, "dagformer.base.hidden_size = 128: must be a multiple of 2 * num_heads = 6"),
         ({"analysis.variants": ["P1", "B7"]}, "analysis.variants = 'B7': must be among variants: A1, A10"),
         ({"analysis.primary.text.right": ["C7"]}, "analysis.primary.text.right = 'C7': must be among variants: A1"),
-        (
-            {"analysis.primary.text.left": ["baseline"]},
-            "analysis.primary.text.left = 'baseline': must be among variants",
-        ),
-        (
-            {"analysis.primary.text.right": ["C1", "baseline"]},
-            "analysis.primary.text.right = 'baseline': must be among",
-        ),
-        (
-            {"analysis.primary.text.mode": "firm"},
-            "analysis.primary.text.mode = 'firm': input should be 'soft' or 'hard'",
-        ),
+        ({"analysis.primary.text.left": ["baseline"]}, "analysis.primary.text.left = 'baseline': must be among"),
+        ({"analysis.primary.text.right": ["C1", "baseline"]}, "analysis.primary.text.right = 'baseline': must be"),
+        ({"analysis.primary.text.mode": "firm"}, "analysis.primary.text.mode = 'firm': input should be 'soft' or"),
         ({"analysis.primary": {}}, "analysis.primary = {}: must have at least 1"),
         ({"analysis.removal_fractions": [1.5]}, "analysis.removal_fractions.0 = 1.5: input should be less than or"),
         ({"analysis.oracle_windows": 1}, "analysis.oracle_windows = 1: input should be greater than or equal to 2"),
@@ -249,19 +192,13 @@ def test_scientific_notation_as_dvc_writes_it_is_a_float(tmp_path):
         ({"dwr.also_validate_on": ["x", "x"]}, "dwr.also_validate_on = ['x', 'x']: must not hold an entry twice"),
         ({"corpora.docs.source.domains": {}}, "corpora.docs.source.domains = {}: must have at least 1"),
         ({"corpora.docs.source.domains.code.read": "lines"}, "code.read = 'lines': input should be 'text' or"),
-        (
-            {"corpora.docs.source": {"kind": "files", "paths": ["*", "*"]}},
-            "corpora.docs.source.paths = ['*', '*']: must not hold an entry twice",
-        ),
+        ({"corpora.docs.source": {"kind": "files", "paths": ["*", "*"]}}, "corpora.docs.source.paths = ['*', '*']"),
         ({"simulate_cache.machines": {}}, "simulate_cache.machines = {}: must have at least 1"),
         ({"simulate_cache.models": {}}, "simulate_cache.models = {}: must have at least 1"),
         ({"simulate_cache.models.seed.expert_mib": 1e-7}, "expert_mib = 1e-07: input should be greater than or equal"),
         ({"benchmark_cache.capacities": []}, "benchmark_cache.capacities = []: must have at least 1"),
         ({"variants.A5.seed": 10**20}, "variants.A5.seed = 100000000000000000000: input should be less than or equal"),
-        (
-            {"dwr.d_model": 16 * 10**20},
-            "dwr.d_model = 1600000000000000000000: input should be less than or equal to 1048576",
-        ),
+        ({"dwr.d_model": 16 * 10**20}, "dwr.d_model = 1600000000000000000000: input should be less than or equal"),
         ({"dwr.training.epochs": 1e308}, "dwr.training.epochs = 1e+308: input should be less than or equal to"),
         ({"num_threads": 100_000}, "num_threads = 100000: input should be less than or equal to 1024"),
         ({"launcher": 10**400}, "launcher = 10000"),
@@ -334,13 +271,9 @@ def test_an_unknown_variant_is_named(tmp_path):
 
 
 def test_a_dwr_run_is_the_reference_with_its_overrides_and_that_is_dwr_with_its_own(tmp_path):
-    runs = {
-        "reference": {
-            **{"corpus": "docs", "train_windows": 8, "validation_windows": None, "eval_windows": 4},
-            **{"d_ff": 64, "training": {"epochs": 3.0, "lr": 0.5}},
-        },
-        "other": {"corpus": "docs", "dropout": 0.3, "training": {"lr": 0.25}},
-    }
+    reference = {"corpus": "docs", "train_windows": 8, "validation_windows": None, "eval_windows": 4}
+    reference |= {"d_ff": 64, "training": {"epochs": 3.0, "lr": 0.5}}
+    runs = {"reference": reference, "other": {"corpus": "docs", "dropout": 0.3, "training": {"lr": 0.25}}}
     settings = load_with(tmp_path, {"dwr_runs": runs, "dwr.training.clip_norm": 7.0})
     reference, other = settings.dwr_run("reference"), settings.dwr_run("other")
     assert (reference.d_ff, reference.dropout, reference.d_model) == (64, settings.dwr.dropout, settings.dwr.d_model)
@@ -359,29 +292,21 @@ def test_a_dwr_run_may_be_trained_on_what_the_model_is_also_validated_on(tmp_pat
     assert [settings.dwr_run(name).also_validate_on for name in settings.dwr_runs] == [[]] * len(settings.dwr_runs)
 
 
-def test_a_corpus_name_cannot_be_a_path(tmp_path):
-    docs = read_yaml(DEFAULT)["corpora"]["docs"]
-    with pytest.raises(DynarouteError, match=r"\.\./evil"):
-        load_with(tmp_path, {"corpora": {"docs": docs, "../evil": docs}})
-
-
-def test_text_that_is_not_yaml_is_named_with_its_line(tmp_path):
-    (tmp_path / "params.yaml").write_text("a: 1\nb: [1, 2\n")
-    with pytest.raises(DynarouteError, match=r"params\.yaml, line \d+: not valid YAML"):
-        load_settings(tmp_path / "params.yaml")
-    (tmp_path / "params.yaml").write_text("a: \x14\n")
-    with pytest.raises(DynarouteError, match=r"params\.yaml: not valid YAML: unacceptable character.*$") as caught:
-        load_settings(tmp_path / "params.yaml")
-    assert "\n" not in str(caught.value)
-    (tmp_path / "params.yaml").write_text("just a string")
-    with pytest.raises(DynarouteError, match="must be a mapping"):
-        load_settings(tmp_path / "params.yaml")
-    for text in ("a: 2001-99-99", "a: " + "9" * 5000, "a: !!int ''"):
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: 1\nb: [1, 2\n", r", line \d+: not valid YAML"),
+        ("a: \x14\n", ": not valid YAML: unacceptable character"),
+        ("just a string", ".* must be a mapping"),
+        *((text, ": not valid YAML: ") for text in ("a: 2001-99-99", "a: " + "9" * 5000, "a: !!int ''")),
+        (None, ": cannot be read"),
+    ],
+)
+def test_text_that_is_not_yaml_is_named_with_its_line(tmp_path, text, problem):
+    if text is not None:
         (tmp_path / "params.yaml").write_text(text)
-        with pytest.raises(DynarouteError, match=r"params\.yaml: not valid YAML: "):
-            load_settings(tmp_path / "params.yaml")
-    with pytest.raises(DynarouteError, match=r"absent\.yaml: cannot be read"):
-        load_settings(tmp_path / "absent.yaml")
+    with pytest.raises(DynarouteError, match=rf"params\.yaml{problem}[^\n]*$"):
+        load_settings(tmp_path / "params.yaml")
 
 
 PARAMS = read_yaml(DEFAULT)

@@ -1,6 +1,5 @@
 """`make scale NAME=gpu` on a CPU with small sizes."""
 
-import shutil
 from pathlib import Path
 
 import benchmark_dag
@@ -72,37 +71,14 @@ def write_corpora() -> None:
         write_text(f"data/tokens/{name}/tokenizer/tokenizer.json", "{}")
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> Path:
-    """A workspace in which all stages have run."""
-    root = tmp_path_factory.mktemp("gpu")
-    with pytest.MonkeyPatch.context() as patch:
-        prepare(root, patch)
-        for module, values in MODULES.items():
-            for name, value in values.items():
-                patch.setattr(module, name, value)
-        write_corpora()
-        settings = small_settings()
-        for stage in (train_dwr, export_experts, *MODULES, benchmark_gpu_cache):
-            stage.main(settings)
-    return root
-
-
-@pytest.fixture
-def workspace(measured, tmp_path, monkeypatch) -> Path:
-    """The working directory: a copy of that."""
-    shutil.copytree(measured, tmp_path, dirs_exist_ok=True)
+def test_every_stage_runs_and_a_text_that_is_not_trained_on_is_not_learned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def prepare(root: Path, patch: pytest.MonkeyPatch) -> None:
-    (root / "reports").mkdir()
-    shutil.copy(REPOSITORY / "reports/reference.yaml", root / "reports")
-    patch.chdir(root)
-
-
-def test_a_text_that_is_not_trained_on_is_not_learned(workspace):
+    for module, values in MODULES.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+    write_corpora()
+    for stage in (train_dwr, export_experts, *MODULES, benchmark_gpu_cache):
+        stage.main(small_settings())
     last = read_csv("reports/dwr/training.csv", "validation_loss", "validation_wikitext_loss").iloc[-1]
     assert last["validation_loss"] < last["validation_wikitext_loss"]
 
@@ -121,9 +97,8 @@ def test_the_settings_are_the_published_sizes():
     dwr = settings.dwr
     sizes = dwr.model_dump(include=set(DWRConfig.model_fields) - {"vocab_size"})
     assert DWRConfig(vocab_size=50304, **sizes).num_params() == 259_712_096
-    assert (dwr.training.batch_size, dwr.max_seq_len, dwr.training.epochs, dwr.training.precision) == (
-        16, 512, 10, "bf16",
-    )  # fmt: skip
+    training = dwr.training
+    assert (training.batch_size, dwr.max_seq_len, training.epochs, training.precision) == (16, 512, 10, "bf16")
     assert settings.benchmark_cache.capacities[-1] == 96
     paper = load_settings(REPOSITORY / "params/paper.yaml")
     same = {"batch_size", "predictor_hidden", "rank", "cascade", "init_logit"}

@@ -45,7 +45,7 @@ class Hub:
         missing = 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
         if found := re.fullmatch(r"/(?:datasets/)?(\w+/[\w-]+)/resolve/([^/]+)/(.+)", path):
             repository, revision, name = found.groups()
-            if revision not in (COMMIT,):
+            if revision != COMMIT:
                 return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
             if name not in self.files(repository):
                 return missing
@@ -128,25 +128,34 @@ def run(code: str, endpoint: str, home: Path, **variables: str) -> subprocess.Co
     return subprocess.run([sys.executable, "-c", code], env=environment, cwd=home, capture_output=True, text=True)
 
 
-def test_models_tokenizers_and_datasets_come_from_the_hub_at_their_revisions(hub, tmp_path):
-    endpoint, server = hub
-    code = f"""
+TEXT = f"""
 import torch
-from pathlib import Path
 from dynaroute.config.dagformer import HubEncoder
-from dynaroute.config.data import Corpus, Hub, HubTokenizer
-from dynaroute.dagformer.encoders import load_encoder
-from dynaroute.dagformer.hub import load_model
+from dynaroute.config.data import Corpus, Hub
+from dynaroute.data.locate import locate
 from dynaroute.data.text.sources import documents
-from dynaroute.data.tokens.stream import list_addresses
-from dynaroute.data.tokens.tokenizers import save_tokenizer
 at = dict(revision="{COMMIT}")
 source = Hub(kind="hub", path="somebody/wiki", name="wiki-2", text_column="text", rows="documents", **at)
+locate(source, "")
 print([(document.split, document.text) for document in documents(source)])
+"""
+FETCH = f"""
+import contextlib, sys
+from huggingface_hub.cli.hf import main
+for own in (["somebody/olmo"], ["somebody/qwen"], ["somebody/texts", "urls/v1.txt", "--type", "dataset"]):
+    sys.argv[:] = ["hf", "download", *own, "--revision", "{COMMIT}"]
+    with contextlib.suppress(SystemExit):
+        main()
+"""
+REST = f"""
+from dynaroute.dagformer.encoders import load_encoder
+from dynaroute.dagformer.hub import load_model
+from dynaroute.data.tokens.stream import list_addresses
+from dynaroute.data.tokens.tokenizers import save_tokenizer
 own = dict(kind="hub", path="somebody/olmo", **at)
 stream = dict(kind="dolma_stream", path="somebody/texts", addresses="urls/v1.txt", files=None, **at)
-split = dict(validation=0.1, test=0.1)
-corpus = Corpus.model_validate(dict(source=stream, split=split, tokenizer=own))
+corpus = Corpus.model_validate(dict(source=stream, split=dict(validation=0.1, test=0.1), tokenizer=own))
+locate(corpus.source, "")
 print(list_addresses("c", corpus, "raw")["addresses"])
 tokenizer = save_tokenizer(corpus.tokenizer, [], "tokenizer")
 base = load_model("base", "AutoModelForCausalLM", "somebody/olmo", "cpu", torch.float32, "{COMMIT}")
@@ -155,13 +164,18 @@ encoder = load_encoder(HubEncoder(kind="hub", path="somebody/qwen", **at), "nowh
 base.save_pretrained("base")
 torch.save(encoder.encode_texts(["the cat", "the other mat"]), "vectors.pt")
 """
-    done = run(code, endpoint, tmp_path)
+SAID = [
+    "[('train', 'One.'), ('train', 'Two.'), ('validation', 'Three.'), ('test', 'Four.')]",
+    "['http://127.0.0.1/0.gz', 'http://127.0.0.1/1.gz']",
+    "sdpa torch.float32",
+]
+
+
+def test_models_tokenizers_and_datasets_come_from_the_hub_at_their_revisions(hub, tmp_path):
+    endpoint, server = hub
+    done = run(TEXT + REST, endpoint, tmp_path)
     assert done.returncode == 0, (server.asked, done.stderr)
-    assert done.stdout.splitlines() == [
-        "[('train', 'One.'), ('train', 'Two.'), ('validation', 'Three.'), ('test', 'Four.')]",
-        "['http://127.0.0.1/0.gz', 'http://127.0.0.1/1.gz']",
-        "sdpa torch.float32",
-    ]
+    assert done.stdout.splitlines() == SAID
     ours = Olmo2ForCausalLM.from_pretrained(tmp_path / "base").state_dict()
     theirs = Olmo2ForCausalLM.from_pretrained(server.root / "somebody/olmo").state_dict()
     assert all(torch.equal(ours[name].float(), theirs[name].float()) for name in theirs)
@@ -174,45 +188,12 @@ torch.save(encoder.encode_texts(["the cat", "the other mat"]), "vectors.pt")
 def test_without_a_network_nothing_is_asked_for_what_was_fetched_before(hub, tmp_path):
     """By the commands of docs/paper-scale.md: `hf download`; and for datasets, `collect`."""
     endpoint, server = hub
-    texts = f"""
-from dynaroute.config.dagformer import HubEncoder
-from dynaroute.config.data import Corpus, Hub
-from dynaroute.data.locate import locate
-from dynaroute.data.text.sources import documents
-at = dict(revision="{COMMIT}")
-source = Hub(kind="hub", path="somebody/wiki", name="wiki-2", text_column="text", rows="documents", **at)
-locate(source, "")
-print(len(list(documents(source))))
-"""
-    fetch = f"""
-import contextlib, sys
-from huggingface_hub.cli.hf import main
-for own in (["somebody/olmo"], ["somebody/qwen"], ["somebody/texts", "urls/v1.txt", "--type", "dataset"]):
-    sys.argv[:] = ["hf", "download", *own, "--revision", "{COMMIT}"]
-    with contextlib.suppress(SystemExit):
-        main()
-"""
-    done = run(texts + fetch, endpoint, tmp_path)
+    done = run(TEXT + FETCH, endpoint, tmp_path)
     assert done.returncode == 0, (server.asked, done.stderr)
     asked = len(server.asked)
-    code = f"""{texts}
-from dynaroute.dagformer.encoders import load_encoder
-from dynaroute.dagformer.hub import load_model
-from dynaroute.data.tokens.stream import list_addresses
-from dynaroute.data.tokens.tokenizers import save_tokenizer
-own = dict(kind="hub", path="somebody/olmo", **at)
-stream = dict(kind="dolma_stream", path="somebody/texts", addresses="urls/v1.txt", files=None, **at)
-corpus = Corpus.model_validate(dict(source=stream, split=dict(validation=0.1, test=0.1), tokenizer=own))
-locate(corpus.source, "")
-print(len(list_addresses("c", corpus, "raw")["addresses"]))
-tokenizer = save_tokenizer(corpus.tokenizer, [], "tokenizer")
-load_model("base", "AutoModelForCausalLM", "somebody/olmo", "cpu", "auto", "{COMMIT}")
-encoder = load_encoder(HubEncoder(kind="hub", path="somebody/qwen", **at), "nowhere", tokenizer, "cpu")
-print(encoder.embedding_size)
-"""
-    done = run(code, endpoint, tmp_path, HF_HUB_OFFLINE="1")
+    done = run(TEXT + REST, endpoint, tmp_path, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["4", "2", "16"]
+    assert done.stdout.splitlines() == SAID
     assert server.asked[asked:] == []
 
 

@@ -43,14 +43,19 @@ def tree(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def found(tree) -> dict:
+    """The summary that the stage writes."""
+    stage.main(settings())
+    return json.loads((FOLDER / "summary.json").read_text())
+
+
 def rows(name: str) -> list[dict[str, str]]:
     with (FOLDER / f"{name}.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_removing_everything_is_the_base_without_any_connection(tree):
-    stage.main(settings())
-    found = json.loads((FOLDER / "summary.json").read_text())
+def test_removing_everything_is_the_base_without_any_connection(found):
     assert all(passed is True for passed in found["checks"].values())
     assert (found["flatness"]["n"], found["removal_windows"]) == (5, 4)
     whole = [row for row in rows("removal") if row["fraction"] == "1.0"]
@@ -59,19 +64,17 @@ def test_removing_everything_is_the_base_without_any_connection(tree):
     nll = nll_without_connections()
     documents = windows_of_documents(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN)
     own = documents[scored_windows()]
-    expected = paired_difference(nll[0], nll[1], own)
+    expected = paired_difference(*nll, own)
     assert float(whole[0]["mean"]) == pytest.approx(expected.mean, abs=1e-5)
     assert float(whole[0]["low"]) == pytest.approx(expected.low, abs=1e-5)
 
 
-def test_a_head_or_layer_pair_is_removed_with_all_its_edges(tree):
-    stage.main(settings())
-    found = json.loads((FOLDER / "summary.json").read_text())["groups"]
+def test_a_head_or_layer_pair_is_removed_with_all_its_edges(found):
     windows = Windows(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN, keep_tail=False)
     scored = Subset(windows, scored_windows()[:3])
     graph, opened = DagForward(make_base()), dag_mask(LAYERS, HEADS).float()
     for kind in ("layers", "head"):
-        own = [row for row in found if row["kind"] == kind]
+        own = [row for row in found["groups"] if row["kind"] == kind]
         assert [row["expected"] for row in own] == sorted(row["expected"] for row in own)
         assert [row["promising"] for row in own] == [True] * (len(own) // 2) + [False] * (len(own) // 2)
         for row in own:
@@ -87,11 +90,9 @@ def test_a_head_or_layer_pair_is_removed_with_all_its_edges(tree):
 @pytest.mark.parametrize("asked", [2, 99])
 def test_groups_are_removed_from_evenly_chosen_windows_or_all_there_are(tree, monkeypatch, asked):
     seen = []
-    monkeypatch.setattr(
-        stage, "group_removals", lambda graph, windows, documents, *_: seen.extend([windows, documents])
-    )
+    monkeypatch.setattr(stage, "group_removals", lambda graph, *arguments: seen.extend(arguments))
     stage.main(changed(settings(), analysis={**ANALYSIS, "removal_windows": 99, "group_windows": asked}))
-    windows, documents = seen
+    windows, documents, *_ = seen
     of_windows = windows_of_documents(TokenShards(Path("data/tokens/docs"), "test"), SEQ_LEN)
     scored = halves(of_windows, (ANALYSIS["gradient_windows"], 99))[1]
     assert 2 < len(scored) < 99
@@ -116,10 +117,9 @@ def nll_without_connections() -> np.ndarray:
     return torch.stack(losses).numpy()
 
 
-def test_the_oracle_is_scored_on_its_own_window_the_next_and_one_of_another_document(tree):
-    stage.main(settings())
+def test_the_oracle_is_scored_on_its_own_window_the_next_and_one_of_another_document(found):
     assert len(rows("removal")) == 3 * 2
-    found = json.loads((FOLDER / "summary.json").read_text())["oracle"]
+    found = found["oracle"]
     shards = TokenShards(Path("data/tokens/docs"), "test")
     windows, documents = Windows(shards, SEQ_LEN, keep_tail=False), windows_of_documents(shards, SEQ_LEN)
     own = followed_windows(documents, ANALYSIS["oracle_windows"])
@@ -135,8 +135,8 @@ def test_the_oracle_is_scored_on_its_own_window_the_next_and_one_of_another_docu
     assert found["same"]["mean"] < 0
 
 
-def test_orders_are_compared_with_the_random_one_at_the_same_fraction(tree):
-    stage.main(settings())
+@pytest.mark.usefixtures("found")
+def test_orders_are_compared_with_the_random_one_at_the_same_fraction():
     found = pd.read_csv(FOLDER / "removal.csv").set_index(["order", "fraction"])
     random = found.loc["random", "mean"].to_dict()
     for (_, fraction), row in found.iterrows():

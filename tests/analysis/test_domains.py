@@ -112,6 +112,3 @@ def test_the_probe_answers_as_if_fitted_anew_without_each_document():
         x, y, w = centred[~own], targets[~own], weights[~own, None]
         coefficients = np.linalg.solve(x.T @ (w * x) + ridge * np.eye(GATES), x.T @ (w * y))
         assert answers[own] == pytest.approx(centred[own] @ coefficients, abs=1e-9)
-
-
-# --- which windows are of which document ---------------------------------------------------------------------------

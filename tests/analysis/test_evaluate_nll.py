@@ -105,9 +105,8 @@ def test_the_prefix_protocol_does_not_see_the_vectors_of_whole_windows(tree):
     after = rows_of("P1")
     for mode in ("soft", "hard", "baseline"):  # the controls have the window protocol's density in both
         assert nll_of(before, "prefix", mode).tolist() == nll_of(after, "prefix", mode).tolist()
-    assert (
-        nll_of(before, "window", "soft") != nll_of(after, "window", "soft")
-    ).sum() >= WINDOWS - 1  # all but the middle
+    changed = nll_of(before, "window", "soft") != nll_of(after, "window", "soft")
+    assert changed.sum() >= WINDOWS - 1  # all but the middle
     for key in ("nll_hard", "density_hard", "mean_A"):
         assert report["prefix"][key] == report_of("P1")["prefix"][key]
 
@@ -146,24 +145,6 @@ def test_gates_can_be_made_again_from_the_stored_logits(tree, knobs):
             torch.testing.assert_close(tensors[f"{protocol}.mean_{mode}"], gates.mean(0))
             name = "mean_A" if mode == "soft" else "density_hard"
             assert report[protocol][name] == pytest.approx(gates[:, mask].mean().item(), rel=1e-5)
-
-
-def test_two_runs_write_the_same_bytes(tree):
-    contents = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        stage.main(tiny_settings(), "P1")
-        contents.append([Path(name.format("P1")).read_bytes() for name in OUTPUTS])
-    assert contents[0] == contents[1]
-
-
-@pytest.mark.parametrize("knobs", [{"predictor_input": "none"}, {"input_norm": "rms_post"}, {"rank": 5}])
-def test_the_baseline_is_the_same_for_every_variant(tree, knobs):
-    write_variant("A1", make_predictor(seed=9, **knobs))
-    for name in ("P1", "A1"):
-        stage.main(tiny_settings(), name)
-    assert baseline_of("P1") == baseline_of("A1")
-    assert nll_of(rows_of("P1"), "window", "soft").tolist() != nll_of(rows_of("A1"), "window", "soft").tolist()
 
 
 def test_a_predictor_that_opens_everything_shows_no_difference(tree):
@@ -216,9 +197,7 @@ def test_input_that_does_not_fit_is_an_error_in_one_line(tree):
     with pytest.raises(DynarouteError, match="train/P1: files of two runs, 0123456789abcdef and another"):
         stage.main(tiny_settings(), "P1")
     Path("data/dagformer/train/P1/run.json").write_text('{"run": "1"}')
-    with pytest.raises(
-        DynarouteError, match=r"data/dagformer/train/P1/run\.json: lacks 'knobs': delete it and run the stage"
-    ):
+    with pytest.raises(DynarouteError, match=r"data/dagformer/train/P1/run\.json: lacks 'knobs'"):
         stage.main(tiny_settings(), "P1")
     with pytest.raises(DynarouteError, match=r"data/dagformer/train/P9/run\.json: cannot be read"):
         stage.main(tiny_settings(), "P9")

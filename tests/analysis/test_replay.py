@@ -14,7 +14,7 @@ from dynaroute.analysis.traces import Trace, count_transitions, load_trace, reco
 from dynaroute.config.dwr import PolicyName, SimulatedMachine, SimulatedModel
 from dynaroute.dwr.experts.cache import ExpertCache
 from dynaroute.dwr.experts.policies import LRU, make_policy
-from dynaroute.dwr.experts.prefetch import FrequencyPrefetcher, GatePrefetcher, Prediction, make_prefetcher
+from dynaroute.dwr.experts.prefetch import FrequencyPrefetcher, GatePrefetcher, make_prefetcher
 from dynaroute.dwr.experts.residency import Residency
 from dynaroute.dwr.experts.store import ExpertStore, Usage, export_store
 from dynaroute.dwr.inference import bind_experts, load_backbone, routers
@@ -83,12 +83,6 @@ def test_a_trace_holds_what_routers_chose(model, trace):
         assert torch.equal(torch.tensor(trace.experts[:, layer].astype(int)), statistics[layer].chosen.flatten(0, 1))
     assert trace.lookahead.shape == (32, 2, 5)
     assert trace.lookahead.dtype == np.float32
-
-
-def test_a_layer_alone_is_followed_by_none():
-    trace = record_routing(make_model(num_layers=1), Text(), "run")
-    assert (trace.experts.shape, trace.lookahead.shape) == ((32, 1, 2), (32, 0, 5))
-    assert count_transitions(trace.experts, 5) == []
 
 
 def test_a_uniform_trace_is_as_long_and_every_choice_is_alike_whatever_was_chosen_before():
@@ -195,21 +189,3 @@ def test_the_clock_is_that_of_a_plain_loop(trace, capacity, read, expert, dense,
 def test_reads_that_take_no_time_cost_nothing(trace):
     calls = replay(trace, Residency(1, LRU(), 3, 2))
     assert ratio_to_resident(calls, Seconds(read=0.0, expert=1.0, dense=3.0)) == 1.0
-
-
-def test_predicted_experts_are_read_while_the_layer_computes():
-    trace = Trace("run", np.array([[[0], [1]]], np.uint16), np.array([[[1, 0]]], np.uint16))
-    seconds = Seconds(read=4.0, expert=1.0, dense=2.0)
-    predicted = replay(trace, Residency(4, LRU(), 2, 1), [[Prediction(1, [1], [1.0])]])
-    # 2 dense, 4 read, 1 compute; meanwhile the next is read from 6 to 10; 2 dense to 9, wait to 10, 1 compute
-    assert ratio_to_resident(predicted, seconds) == pytest.approx(6 / 11)
-    assert ratio_to_resident(replay(trace, Residency(4, LRU(), 2, 1)), seconds) == pytest.approx(6 / 14)
-
-
-def test_a_predicted_expert_is_not_read_when_its_layer_is_called_before_its_turn():
-    trace = Trace("run", np.array([[[0], [1]], [[2], [3]]], np.uint16), np.zeros((2, 1, 4), np.uint16))
-    calls = replay(trace, Residency(8, LRU(), 2, 1), [[Prediction(1, [0, 2, 3], [0.3] * 3)]] * 2)
-    # 2 dense, 4 read 0, 1 compute to 7, and meanwhile 0 of the next layer from 6 to 10; 2 dense to 9, when 2 and 3 have
-    # not begun; 1 is read from 10 to 14, 1 compute to 15; 2 dense to 17, 4 read 2, 1 compute to 22, and meanwhile
-    # nothing, since all predicted experts count as held; 2 dense to 24, 4 read 3 on demand, 1 compute to 29
-    assert ratio_to_resident(calls, Seconds(read=4.0, expert=1.0, dense=2.0)) == pytest.approx(12 / 29)

@@ -8,13 +8,7 @@ import torch
 from small_dagformer import HEADS, LAYERS, make_base, make_windows
 
 from dynaroute.analysis.nll import window_nll
-from dynaroute.analysis.sensitivity import (
-    flatness,
-    gate_gradients,
-    optimise_gates,
-    removal_orders,
-    without_edges,
-)
+from dynaroute.analysis.sensitivity import flatness, gate_gradients, optimise_gates, removal_orders, without_edges
 from dynaroute.analysis.statistics import document_means
 from dynaroute.dagformer.gates import dag_mask
 from dynaroute.dagformer.graph import DagForward

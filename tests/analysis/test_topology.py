@@ -65,12 +65,6 @@ def test_a_head_is_mute_or_deaf_only_if_it_is_in_every_text():
     assert not deaf.any()
 
 
-def test_entropy_is_one_bit_where_a_gate_is_undecided_and_none_where_it_is_decided():
-    assert gate_entropy(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])).tolist() == pytest.approx(
-        [0.0, 0.8112781, 1.0, 0.8112781, 0.0]
-    )
-
-
 def test_layer_pairs_are_means_over_their_gates():
     adjacency = torch.stack([gates(e02=0.4, e03=0.8, e12=0.2), gates(e25=1.0, e14=0.6)])
     expected = torch.full((2, 3, 3), torch.nan)

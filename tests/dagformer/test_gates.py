@@ -51,10 +51,7 @@ def test_soft_and_hard_gates_follow_their_formulas():
     z = logits()
     assert torch.equal(gumbel_sigmoid(z, 0.7, "soft"), torch.sigmoid(z / 0.7))
     assert torch.equal(gumbel_sigmoid(z, 0.7, "hard"), (z > 0).double())
-
-
-def test_train_adds_the_noise_before_the_temperature():
-    z, noise = logits(), logits(1)
+    noise = logits(1)
     assert torch.equal(gumbel_sigmoid(z, 2.0, "train", noise), torch.sigmoid((z + noise) / 2.0))
 
 
@@ -85,17 +82,13 @@ def test_entries_of_minus_infinity_are_closed_and_get_no_gradient(mode):
         assert (z.grad[:, mask] != 0).all()
 
 
-def test_gradients_of_the_gates_are_exact():
+def test_gradients_of_gates_and_cascade_are_exact():
     z = logits(batch=1)[:, :6, :6].clone().requires_grad_()
     noise, tau = logits(1, 1)[:, :6, :6], torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z, tau: gumbel_sigmoid(z, tau, "train", noise), (z, tau))
     assert torch.autograd.gradcheck(lambda z, tau: gumbel_sigmoid(z, tau, "soft"), (z, tau))
-
-
-def test_gradients_of_the_cascade_are_exact_also_for_a_learnable_k():
-    adjacency = torch.rand(1, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    k = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, k: cascade(a, k, 2, hard=False), (adjacency, k))
+    adjacency = torch.sigmoid(z).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, k: cascade(a, k, 2, hard=False), (adjacency, tau))
 
 
 @pytest.mark.parametrize("tau", [1e-6, 1e6])
@@ -127,15 +120,12 @@ def test_the_cascade_scales_what_a_node_sends_by_what_it_receives():
 
 def test_a_hard_cascade_silences_exactly_the_nodes_that_receive_nothing():
     adjacency = open_gates()
+    assert torch.equal(cascade(adjacency, 5.0, H, hard=True), adjacency)
     deaf = 2 * H + 1
     adjacency[:, :, deaf] = 0
     expected = adjacency.clone()
     expected[:, deaf] = 0
     assert torch.equal(cascade(adjacency, 5.0, H, hard=True), expected)
-
-
-def test_a_hard_cascade_leaves_a_fully_open_graph_open():
-    assert torch.equal(cascade(open_gates(), 5.0, H, hard=True), open_gates())
 
 
 def test_without_the_exemption_a_hard_cascade_cuts_layer_0_off():

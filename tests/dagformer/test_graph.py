@@ -31,20 +31,10 @@ OTHERS = [name for name in BASES if name != "olmo2"]
 def make_base(layers: int = 3, heads: int = 2, d_model: int = 16, dtype=torch.float32, **settings) -> PreTrainedModel:
     """A random base whose norms differ from 1, its biases from 0, and whose eps matters, in the given dtype."""
     torch.manual_seed(layers * 100 + heads)
-    config = AutoConfig.for_model(
-        settings.pop("model_type", "olmo2"),
-        vocab_size=VOCAB,
-        hidden_size=d_model,
-        intermediate_size=2 * d_model,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=64,
-        pad_token_id=None,
-        eos_token_id=None,
-        initializer_range=0.2,
-        **settings,
-    )
-    base = AutoModelForCausalLM.from_config(config)
+    sizes = {"hidden_size": d_model, "intermediate_size": 2 * d_model, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": heads, "vocab_size": VOCAB, "max_position_embeddings": 64}
+    sizes |= {"pad_token_id": None, "eos_token_id": None, "initializer_range": 0.2, "model_type": "olmo2"}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes | settings))
     for name, parameter in base.named_parameters():
         if "norm" in name or "bias" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -87,13 +77,9 @@ SHAPES = [(1, 2, 1, 5), (2, 1, 3, 7), (3, 4, 2, 1), (4, 2, 2, 9), (5, 2, 1, 6), 
 
 
 @pytest.mark.parametrize(("layers", "heads", "batch", "length"), SHAPES)
-@pytest.mark.parametrize(
-    ("dtype", "logit_tolerance", "nll_tolerance"), [("float32", 1e-4, 1e-5), ("float64", 1e-9, 1e-9)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance", "of_nll"), [("float32", 1e-4, 1e-5), ("float64", 1e-9, 1e-9)])
 @pytest.mark.parametrize("name", BASES)
-def test_all_ones_adjacency_reproduces_the_base_model(
-    layers, heads, batch, length, dtype, logit_tolerance, nll_tolerance, name
-):
+def test_all_ones_adjacency_reproduces_the_base_model(layers, heads, batch, length, dtype, tolerance, of_nll, name):
     dtype, settings = getattr(torch, dtype), BASES[name]
     if heads % settings.get("num_key_value_heads", 1):
         settings = settings | {"num_key_value_heads": 1}
@@ -104,9 +90,9 @@ def test_all_ones_adjacency_reproduces_the_base_model(
         for input_norm in ("none", "gate_mean"):
             actual = DagForward(base, input_norm)(tokens, open_gates(base, batch))
             assert actual.dtype == dtype
-            assert (actual - expected).abs().max() < logit_tolerance
+            assert (actual - expected).abs().max() < tolerance
             if length > 1:
-                assert abs(nll(actual, tokens) - nll(expected, tokens)) < nll_tolerance
+                assert abs(nll(actual, tokens) - nll(expected, tokens)) < of_nll
 
 
 @pytest.mark.parametrize(
@@ -115,10 +101,7 @@ def test_all_ones_adjacency_reproduces_the_base_model(
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}},
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}},
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10_000.0}},
-        {
-            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0},
-            "max_position_embeddings": 4,
-        },
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 4},
         {"hidden_act": "gelu"},
         {"rms_norm_eps": 1e-2},
         {"tie_word_embeddings": True},
@@ -170,20 +153,19 @@ def match_the_formulas(base: PreTrainedModel, batch: int, input_norm: str, train
 
 
 @pytest.mark.usefixtures("exact_norms")
-@pytest.mark.parametrize("input_norm", INPUT_NORMS)
-@pytest.mark.parametrize(("layers", "heads", "batch"), [(2, 3, 1), (3, 2, 2), (5, 2, 2), (6, 1, 1)])
-def test_values_and_gradients_match_the_formulas_node_by_node(layers, heads, batch, input_norm):
-    match_the_formulas(make_base(layers, heads, 8 * heads, torch.float64, rms_norm_eps=1e-2), batch, input_norm)
-
-
-@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("input_norm", INPUT_NORMS)
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_architectures_match_the_formulas_frozen_or_not(name, input_norm, trainable):
-    for layers, heads, batch in ((2, 4, 1), (5, 2, 2)):
+@pytest.mark.parametrize("name", BASES)
+def test_values_and_gradients_match_the_formulas_node_by_node(name, input_norm, trainable):
+    shapes = [(2, 3, 1), (3, 2, 2), (6, 1, 1), (5, 2, 2)] if name == "olmo2" else [(2, 4, 1), (5, 2, 2)]
+    shapes = [(1, 2, 1), *shapes] if trainable else shapes  # of a single layer, the base alone has gradients
+    for layers, heads, batch in shapes:
         base = make_base(layers, heads, 8 * heads, torch.float64, rms_norm_eps=1e-2, **BASES[name])
         match_the_formulas(base, batch, input_norm, trainable)
+    if trainable and name == "olmo2":  # weights of 0, as of a base that was pruned
+        for layer in base.model.layers:
+            layer.post_attention_layernorm.weight.data[[1, 4]] = 0
+        match_the_formulas(base, 2, input_norm, trainable=True)
 
 
 @pytest.fixture
@@ -237,18 +219,6 @@ def test_a_gpu_computes_what_a_cpu_does(input_norm):
         nll(logits, tokens.to(device)).backward()
         found.append((logits.detach().cpu(), gates.grad.cpu()))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.usefixtures("exact_norms")
-@pytest.mark.parametrize("input_norm", INPUT_NORMS)
-@pytest.mark.parametrize(("layers", "heads", "batch"), [(1, 2, 1), (2, 3, 1), (3, 2, 2), (5, 2, 2), (6, 1, 1)])
-@pytest.mark.parametrize("zeros", [False, True])
-def test_a_trainable_base_gets_the_gradients_of_the_formulas(layers, heads, batch, input_norm, zeros):
-    base = make_base(layers, heads, 8 * heads, torch.float64, rms_norm_eps=1e-2)
-    if zeros:  # weights of 0, as of a base that was pruned
-        for layer in base.model.layers:
-            layer.post_attention_layernorm.weight.data[[1, 4]] = 0
-    match_the_formulas(base, batch, input_norm, trainable=True)
 
 
 def test_a_trainable_base_with_all_gates_open_gets_the_gradients_of_transformers():
@@ -324,14 +294,6 @@ def test_closed_gates_stay_finite_forward_and_backward(input_norm):
         assert adjacency.grad.isfinite().all()
 
 
-def test_gate_mean_ignores_the_scale_of_a_targets_gates():
-    base = make_base(dtype=torch.float64)
-    tokens, adjacency = make_tokens(), random_gates(base, 2)
-    dag = DagForward(base, "gate_mean")
-    with torch.no_grad():
-        torch.testing.assert_close(dag(tokens, adjacency), dag(tokens, adjacency * 0.3))
-
-
 def test_the_layer_0_bug_of_the_hard_cascade_cannot_return():
     base = make_base(4, 2, 16)
     tokens = make_tokens(2, 16)
@@ -342,17 +304,6 @@ def test_the_layer_0_bug_of_the_hard_cascade_cannot_return():
         bug = dag(tokens, cascade(open_gates(base, 2), 5.0, 2, hard=True, exempt_first_layer=False))
     assert (fixed - dense).abs().max() < 1e-4
     assert (bug - dense).abs().max() > 1e-2
-
-
-def test_the_base_is_frozen_and_unchanged():
-    base = make_base()
-    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
-    adjacency = random_gates(base, 2, torch.float32).requires_grad_()
-    nll(DagForward(base)(make_tokens(), adjacency), make_tokens()).backward()
-    for name, parameter in base.named_parameters():
-        assert torch.equal(parameter, before[name])
-        assert parameter.grad is None
-        assert not parameter.requires_grad
 
 
 def test_two_passes_at_once_do_not_share_buffers():
@@ -387,10 +338,8 @@ def test_a_second_backward_through_a_retained_graph_gives_the_same_gradient():
 def test_a_second_backward_through_a_trainable_base_is_right_or_refused(input_norm):
     base = make_base(4, 2, 16, torch.float64)
     weights = [parameter for layer in base.model.layers for parameter in layer.parameters()]
-    loss = nll(
-        DagForward(base, input_norm, trainable=True)(make_tokens(), random_gates(base, 2).requires_grad_()),
-        make_tokens(),
-    )
+    dag = DagForward(base, input_norm, trainable=True)
+    loss = nll(dag(make_tokens(), random_gates(base, 2).requires_grad_()), make_tokens())
     first = torch.autograd.grad(loss, weights, retain_graph=True)
     if input_norm in ("rms_post", "ln_post"):  # these keep what q, k and v read
         for one, other in zip(first, torch.autograd.grad(loss, weights), strict=True):
@@ -401,36 +350,29 @@ def test_a_second_backward_through_a_trainable_base_is_right_or_refused(input_no
 
 
 def test_buffers_are_reused_and_hold_two_copies_of_the_heads_and_one_of_the_gradient():
-    layers, heads, d_model, batch, length = 6, 4, 64, 2, 16
-    base = make_base(layers, heads, d_model)
+    base, tokens, addresses = make_base(6, 4, 64), make_tokens(2, 16), set()
     dag = DagForward(base)
-    tokens = make_tokens(batch, length)
-    addresses = set()
     for _ in range(3):
-        adjacency = open_gates(base, batch).requires_grad_()
-        nll(dag(tokens, adjacency), tokens).backward()
+        nll(dag(tokens, open_gates(base, 2).requires_grad_()), tokens).backward()
         gc.collect()
         addresses.add(dag._spare.data_ptr())
     assert len(addresses) == 1
-    one_copy = batch * length * (layers - 1) * (heads + 1) * d_model
+    one_copy = tokens.numel() * 5 * (4 + 1) * 64
     assert dag._spare.numel() <= 3 * one_copy + graph._SCRATCH
 
 
 def test_autocast_around_it_changes_nothing():
     base = make_base()
-    dag = DagForward(base)
     with torch.no_grad():
-        expected = dag(make_tokens(), open_gates(base, 2))
+        expected = DagForward(base)(make_tokens(), open_gates(base, 2))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(dag(make_tokens(), open_gates(base, 2)), expected)
+            assert torch.equal(DagForward(base)(make_tokens(), open_gates(base, 2)), expected)
 
 
 def test_it_follows_a_cast_of_the_module():
     dag = DagForward(make_base()).double()
-    tokens = make_tokens()
     with torch.no_grad():
-        actual, expected = dag(tokens, open_gates(dag.base, 2)), dag.base(tokens).logits
-    assert (actual - expected).abs().max() < 1e-9
+        assert (dag(make_tokens(), open_gates(dag.base, 2)) - dag.base(make_tokens()).logits).abs().max() < 1e-9
 
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
@@ -439,24 +381,15 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers":
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: DagForward(make_base(attention_bias=True)),
-            "ForCausalLM: attention_bias = True: must be False for olmo2",
-        ),
+        (lambda: DagForward(make_base(attention_bias=True)), "attention_bias = True: must be False for olmo2"),
         (
             lambda: DagForward(make_base(model_type="qwen3", head_dim=8, num_key_value_heads=1, **SLIDING)),
             r"Qwen3ForCausalLM: layer_types.1 = 'sliding_attention': .* 'full_attention'",
         ),
         (lambda: DagForward(make_base(model_type="mistral")), "MistralForCausalLM: must be .* olmo2, llama, qwen3"),
-        (
-            lambda: DagForward(make_base().model),
-            "Olmo2Model: must be a causal language model",
-        ),
+        (lambda: DagForward(make_base().model), "Olmo2Model: must be a causal language model"),
         (lambda: DagForward(make_base(), "rms"), "input_norm = 'rms': must be one of none, gate_mean"),
-        (
-            lambda: DagForward(make_base())(make_tokens(2), torch.ones(1, 6, 6)),
-            r"shape \[1, 6, 6\]: must be \[2, 6, 6\]",
-        ),
+        (lambda: DagForward(make_base())(make_tokens(2), torch.ones(1, 6, 6)), r"\[1, 6, 6\]: must be \[2, 6, 6\]"),
     ],
 )
 def test_what_is_not_supported_is_refused_in_one_line(make, message):

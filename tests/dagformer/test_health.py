@@ -60,15 +60,8 @@ def test_an_alarm_needs_100_steps_in_a_row(rows, expected):
 
 def test_the_reason_says_what_was_seen():
     rows = [row(0), row(50, slope=1e-5), row(100), row(150)]
-    assert (
-        health(rows, 100)[1] == "the mean slope dA/dZ of the gates was below 0.001 for 50 steps in a row, and an "
-        "alarm takes 100 steps"
-    )
-    assert health([row(0), row(1000), row(2000, density=0.0)], 100)[1] == (
-        "hard density was below 0.01 at single validations only, and an alarm takes 100 steps"
-    )
-    assert health([row(0), row(50, density=0.0), row(150, density=0.0)], 100)[1] == (
-        "hard density was below 0.01 from step 50 to 150 or longer"
-    )
+    assert "was below 0.001 for 50 steps in a row" in health(rows, 100)[1]
+    assert "below 0.01 at single validations only" in health([row(0), row(1000), row(2000, density=0.0)], 100)[1]
+    assert "below 0.01 from step 50 to 150" in health([row(0), row(50, density=0.0), row(150, density=0.0)], 100)[1]
     assert "stayed above" in health([row(0), row(150)], 100)[1]
     assert health(rows, 50)[0] == "saturated"

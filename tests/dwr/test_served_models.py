@@ -182,10 +182,7 @@ def edit_config(folder: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"model_type": "gpt_oss"},
-            "model_type = 'gpt_oss': supported are deepseek_v2, deepseek_v3, mixtral,",
-        ),
+        ({"model_type": "gpt_oss"}, "model_type = 'gpt_oss': supported are deepseek_v2, deepseek_v3, mixtral,"),
         ({"model_type": None}, "model_type = None: supported are"),
         ({"model_type": []}, r"config.json: model_type = \[\]: supported are"),
         ({"hidden_act": "tilu"}, "config.json: hidden_act = 'tilu': must be one of gelu, "),

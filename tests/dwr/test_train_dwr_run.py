@@ -4,7 +4,6 @@ import csv
 import random
 from pathlib import Path
 
-import benchmark_balance
 import benchmark_locality
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from resuming import killed_at
 from small_settings import changed
 from small_tokens import write_tokens
 
+from dynaroute.analysis.dwr_runs import train_and_measure
 from dynaroute.analysis.traces import Trace, uniform_trace
 from dynaroute.config import Settings, read_yaml
 from dynaroute.dwr.model import DWRConfig, DWRTransformer
@@ -127,17 +127,6 @@ def test_each_epoch_and_every_tenth_step_have_a_row_and_seeds_differ(tokens):
     assert other["history"][0]["validation_loss"] != found["history"][0]["validation_loss"]
 
 
-def test_the_balance_benchmark_trains_each_coefficient_with_three_seeds(tokens):
-    settings = make_settings({"balance_coefficient": 0.0, "training": {"early_stopping_patience": 1}})
-    benchmark_balance.main(settings)
-    found, reference = read_record("reports/benchmarks/balance.json"), run_one("reference")
-    assert [(row["lambda"], row["seed"]) for row in found["rows"]] == [
-        (x, seed) for x in (0.0, 0.01) for seed in range(3)
-    ]
-    assert (found["reference"], found["rows"][3]["lru"]) == (reference["run"], reference["hit_rate"]["lru"])
-    assert len({row["test_loss"] for row in found["rows"]}) == 6
-
-
 def test_a_run_that_is_trained_for_locality_goes_on_after_a_kill_as_if_there_was_none(tokens):
     locality = {"balance": "loss_free", "balance_coefficient": 0.0, "balance_window": 2, "balance_rate": 0.1}
     locality |= {"reuse_coefficient": 0.1, "cache_prior": 2.0, "cache_prior_experts": 2}
@@ -160,7 +149,7 @@ def test_the_table_has_rows_for_each_setting_with_its_controls(tokens, monkeypat
     monkeypatch.setattr(benchmark_locality, "SETTINGS", {name: benchmark_locality.SETTINGS[name] for name in names})
     benchmark_locality.main(make_settings({}), "reference")
     rows = rows_of("reference")
-    kinds = ("exact", "inexact 0.25", "inexact 1", "shuffled text", "shuffled routing")
+    kinds = ("exact", "inexact 0.5", "inexact 1", "shuffled text", "shuffled routing")
     assert rows.keys() == {(name, kind) for name in (*names, "fewer_experts") for kind in kinds}
     for name in names:
         exact, inexact = rows[name, "exact"], rows[name, "inexact 1"]
@@ -175,9 +164,14 @@ def test_the_table_has_rows_for_each_setting_with_its_controls(tokens, monkeypat
     assert rows["reference", "exact"]["reaches_goal"] == "False"
 
 
-def test_the_larger_size_is_that_of_the_model_of_dwr_and_others_are_refused(tokens):
+def test_the_larger_size_is_that_of_the_model_of_dwr_and_others_are_refused(tokens, monkeypatch):
+    def of_fewer_windows(settings, name, dwr, *rest):
+        assert dwr.train_windows is None
+        train_and_measure(settings, name, dwr.model_copy(update={"validation_windows": 5, "eval_windows": 5}), *rest)
+
+    monkeypatch.setattr(benchmark_locality, "train_and_measure", of_fewer_windows)
     benchmark_locality.main(make_settings({}), "larger")
-    assert {name for name, _ in rows_of("larger")} == {"reference", "recipe"}
+    assert {name for name, _ in rows_of("larger")} == {*benchmark_locality.LARGER}
     with pytest.raises(DynarouteError, match="size = 'huge': must be reference or larger"):
         benchmark_locality.main(make_settings({}), "huge")
 

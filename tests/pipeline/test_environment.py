@@ -21,12 +21,8 @@ OVERRIDDEN = {
     "ACCELERATE_DYNAMO_USE_DYNAMIC": "True", "ACCELERATE_USE_CPU": "True", "FSDP_OFFLOAD_PARAMS": "true",
     "PARALLELISM_CONFIG_TP_SIZE": "2",
 }  # fmt: skip
-OFF = {
-    "ACCELERATE_USE_FSDP": "false",
-    "ACCELERATE_FP8_BACKEND": "NO",
-    "NVIDIA_TF32_OVERRIDE": "0",
-    "OMP_DYNAMIC": "FALSE",
-}
+OFF = {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_FP8_BACKEND": "NO", "NVIDIA_TF32_OVERRIDE": "0"}
+OFF |= {"OMP_DYNAMIC": "FALSE"}
 
 
 def forget_the_environment():

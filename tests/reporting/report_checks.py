@@ -1,27 +1,37 @@
-"""How the tests of reports run stages and read pages."""
+"""How the tests of reports change what stages wrote, and read pages."""
 
-import os
+import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
+from pathlib import Path
 
-from repository import REPOSITORY, stage_script
+import pandas as pd
 
-from dynaroute.pipeline.artifacts import sha256
+from dynaroute.config import read_yaml
+from dynaroute.pipeline.artifacts import write_json
 
 STRANGE = re.compile(r"7,?777,?777|8888\.[89]")
 
 
-def run_stage(name: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs a stage in the working directory."""
-    command = [sys.executable, str(stage_script(name))]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src"), **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+def edit_json(path: str | Path, change: Callable[[dict], object]) -> None:
+    """Lets `change` alter what a JSON file holds."""
+    data = json.loads(Path(path).read_text())
+    change(data)
+    write_json(path, data)
 
 
-def hashes(*paths: str) -> dict[str, str]:
-    """SHA-256 of files."""
-    return {path: sha256(path) for path in paths}
+def edit_csv(path: str | Path, change: Callable[[pd.DataFrame], pd.DataFrame | None]) -> None:
+    """Lets `change` alter what a CSV file holds, or return something else."""
+    table = pd.read_csv(path)
+    changed = change(table)
+    (table if changed is None else changed).to_csv(path, index=False)
+
+
+def edit_yaml(path: str | Path, change: Callable[[dict], object]) -> None:
+    """Lets `change` alter what a YAML file holds."""
+    data = read_yaml(path)
+    change(data)
+    Path(path).write_text(json.dumps(data))  # JSON is YAML
 
 
 def table_rows(text: str) -> list[list[str]]:

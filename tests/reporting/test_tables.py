@@ -1,19 +1,9 @@
-import pytest
-
-from dynaroute.errors import DynarouteError
 from dynaroute.reporting import tables
-from dynaroute.reporting.inputs import Record
 
 
 def test_columns_of_numbers_are_aligned_to_the_right():
     text = tables.table(["name", "n"], [["a", "1"], ["b", "–"], ["c", "**+2.5**"]])
     assert text.splitlines() == ["| name | n |", "| :--- | ---: |", "| a | 1 |", "| b | – |", "| c | **+2.5** |"]
-
-
-def test_every_line_of_what_is_published_is_marked():
-    lines = tables.published("One.\n\n| a |\n| --- |").splitlines()
-    assert lines[0].startswith("> **Published.** One.")
-    assert all(line.startswith(">") for line in lines)
 
 
 def test_sizes_take_the_unit_that_suits_them():
@@ -38,11 +28,6 @@ def test_a_table_takes_rows_and_a_list_of_columns():
     rows = [{"name": "a", "loss": 1.23456, "steps": 1200}, {"name": "b", "loss": None, "steps": float("nan")}]
     text = tables.tabulate(rows, [("name", "run"), ("loss", "NLL", "+.3f"), ("steps", "steps")])
     assert text.splitlines()[2:] == ["| a | +1.235 | 1,200 |", "| b | – | – |"]
-
-
-def test_a_row_that_lacks_a_column_names_its_file():
-    with pytest.raises(DynarouteError, match=r"^a\.json: lacks 'loss'"):
-        tables.tabulate([Record({"name": "a"}, "a.json")], [("name", "run"), ("loss", "NLL", ".3f")])
 
 
 def test_items_are_listed_as_in_a_sentence():

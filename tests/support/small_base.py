@@ -13,19 +13,9 @@ SEQ_LEN = 16
 def make_base(seed: int = 0) -> Olmo2ForCausalLM:
     """The base, frozen."""
     torch.manual_seed(seed)
-    config = Olmo2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=SEQ_LEN,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        initializer_range=0.3,
-        use_cache=False,
-    )
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS}
+    sizes |= {"num_attention_heads": HEADS, "max_position_embeddings": SEQ_LEN, "initializer_range": 0.3}
+    config = Olmo2Config(**sizes, bos_token_id=None, eos_token_id=None, pad_token_id=None, use_cache=False)
     return Olmo2ForCausalLM(config).requires_grad_(False).eval()
 
 

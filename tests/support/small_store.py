@@ -24,10 +24,7 @@ def make_model(seed: int = 0, **changes) -> DWRTransformer:
 
 def uniform_usage(model: DWRTransformer) -> Usage:
     layers, experts = model.config.num_layers, model.config.num_experts
-    return Usage(
-        load=[[1 / experts] * experts] * layers,
-        transitions=[[[2] * experts] * experts] * (layers - 1),
-    )
+    return Usage(load=[[1 / experts] * experts] * layers, transitions=[[[2] * experts] * experts] * (layers - 1))
 
 
 def export(path: Path, model: DWRTransformer | None = None, run: str = RUN, precision: str = "fp32") -> ExpertStore:

@@ -17,14 +17,8 @@ def write_tokens(
 ) -> Path:
     """Writes the documents of each split, which come from the sources in turn; three characters a token."""
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {
-        "vocab_size": vocab_size,
-        "padded_vocab_size": padded(vocab_size),
-        "eot_id": eot_id,
-        "dtype": token_dtype(vocab_size),
-        "sources": list(sources),
-        "splits": {},
-    }
+    metadata = {"vocab_size": vocab_size, "padded_vocab_size": padded(vocab_size), "eot_id": eot_id}
+    metadata |= {"dtype": token_dtype(vocab_size), "sources": list(sources), "splits": {}}
     for split, documents in splits.items():
         writer = ShardWriter(folder, split, {source: n for n, source in enumerate(sources)}, vocab_size, shard_tokens)
         for index, ids in enumerate(documents):

@@ -1,5 +1,8 @@
 """A tiny model, its text and a trainer of it, for the tests of the training loop."""
 
+import os
+import signal
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -59,6 +62,15 @@ class Objective:
 
     def validation_metrics(self, sums):
         return {"loss": float(sums["nll"] / sums["count"])}
+
+
+class InterruptedInAValidation(Objective):
+    """By a signal at step 7."""
+
+    def validation_sums(self, model, batch, step):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().validation_sums(model, batch, step)
 
 
 def make_settings(**changes):

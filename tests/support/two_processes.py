@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from small_training import LOCALITY, Objective, make_dwr_trainer, train
+from small_training import LOCALITY, InterruptedInAValidation, Objective, make_dwr_trainer, train
 
 from dynaroute.errors import DynarouteError
 from dynaroute.training import loop
@@ -34,18 +34,9 @@ def train_dwr(folder):
         trainer.run()
 
 
-class InterruptedInAStep(Objective):
-    def loss(self, model, batch, step):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().loss(model, batch, step)
-
-
-class InterruptedInAValidation(Objective):
-    def validation_sums(self, model, batch, step):
-        if step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().validation_sums(model, batch, step)
+def interrupt(step):
+    if step == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class InterruptedWhileSaving(Objective):
@@ -68,8 +59,8 @@ def stop(folder):
     """Stops runs by a signal to one of the processes; each notes what it says. Then lets them go on, but for one."""
     train(folder / "whole", micro_batch_size=2)
     for name, interrupted, rank in (
-        ("step0", InterruptedInAStep, 0),
-        ("step1", InterruptedInAStep, 1),
+        ("step0", lambda: Objective(interrupt), 0),
+        ("step1", lambda: Objective(interrupt), 1),
         ("validation0", InterruptedInAValidation, 0),
         ("validation1", InterruptedInAValidation, 1),
         ("saving0", InterruptedWhileSaving, 0),  # it is the main process that saves
@@ -80,7 +71,7 @@ def stop(folder):
             (folder / f"{name}-said-by-{RANK}").write_text(str(error))
         train(folder / name, micro_batch_size=2)
     with contextlib.suppress(DynarouteError):
-        train(folder / "left", InterruptedInAStep(), dropout=0.0, micro_batch_size=2)
+        train(folder / "left", Objective(interrupt), dropout=0.0, micro_batch_size=2)
 
 
 def wait(folder):

@@ -30,10 +30,6 @@ def test_the_rate_stays_between_zero_and_its_peak(total, warmup, step):
     assert math.isfinite(rate)
 
 
-def test_the_rate_ends_at_its_final_value():
-    assert warmup_cosine(99, 100, 10, 1.0, 0.1) == pytest.approx(0.1)
-
-
 def test_matrices_decay_and_biases_norms_and_embeddings_do_not():
     config = DWRConfig(
         d_model=16, d_ff=16, num_layers=2, num_heads=2, num_experts=3, top_k=2, max_seq_len=8, dropout=0.0,

@@ -15,8 +15,8 @@ from torch import Tensor
 def reuse_loss(scores: Tensor, chosen: Tensor, half_life: float) -> Tensor:
     """How unlikely the router makes the experts that a token's own sequence used recently.
 
-    With p_t the softmax of a layer's router scores for token t, c_s[e] = 1 / K if token s used expert e, else 0, and
-    m_t the mean of all c_s with s < t, weighted by `2^(-(t - 1 - s) / half_life)`:
+    p_t is the softmax of a layer's router scores for token t. c_s[e] is 1 / K if token s used expert e, else 0. m_t is
+    the mean of all c_s with s < t, weighted by `2^(-(t - 1 - s) / half_life)`. Then
 
         loss_t = KL(m_t || p_t) = sum_e m_t[e] * (log m_t[e] - log p_t[e])
 

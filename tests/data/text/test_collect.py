@@ -145,26 +145,18 @@ def test_a_region_is_held_out_by_place_whatever_follows(tmp_path):
 
 
 def test_a_split_without_a_share_is_an_empty_file(tmp_path):
-    metadata = collect(
-        "c", dolma_corpus(tmp_path / "a.gz", ["one"], {"validation": 0.0, "test": 0.0}), tmp_path / "out"
-    )
+    corpus = dolma_corpus(tmp_path / "a.gz", ["one"], {"validation": 0.0, "test": 0.0})
+    metadata = collect("c", corpus, tmp_path / "out")
     assert metadata["splits"]["test"] == {"documents": 0, "characters": 0, "sources": {}}
     assert (tmp_path / "out" / "test.jsonl").read_bytes() == b""
 
 
-def test_official_splits_are_kept(tmp_path, monkeypatch):
+def test_official_splits_are_kept_and_a_missing_one_is_named_with_those_there_are(tmp_path, monkeypatch):
     corpus = hub_corpus(tmp_path, monkeypatch, train=["A.", "B."], validation=["C."], test=["D."])
     collect("c", corpus, tmp_path / "out")
-    assert split_by_id(tmp_path / "out") == {
-        "train-0": "train",
-        "train-1": "train",
-        "validation-0": "validation",
-        "test-0": "test",
-    }
-
-
-def test_a_missing_official_split_is_named_with_those_there_are(tmp_path, monkeypatch):
-    corpus = hub_corpus(tmp_path, monkeypatch, train=["A."], test=["B."])
+    splits = {"train-0": "train", "train-1": "train", "validation-0": "validation", "test-0": "test"}
+    assert split_by_id(tmp_path / "out") == splits
+    (tmp_path / "dataset/validation-00000-of-00001.parquet").unlink()
     with pytest.raises(DynarouteError, match=r"no official split 'validation' .* there is: train, test"):
         collect("c", corpus, tmp_path / "out")
 

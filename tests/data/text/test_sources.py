@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,9 +73,11 @@ def test_a_blank_document_is_left_out(monkeypatch, chunks):
 # --- dolma -------------------------------------------------------------------------------------------------------
 
 
-def test_dolma_documents_come_by_sorted_file_and_then_line(tmp_path):
+def test_dolma_documents_come_by_sorted_file_and_then_line_without_blank_ones(tmp_path):
     write_dolma(tmp_path / "b.gz", row("3"))
-    source = write_dolma(tmp_path / "a.gz", row("1", added="2024-01-01", metadata={}), row("2", "Line\u2028break\r\n"))
+    (tmp_path / "c.gz").write_bytes(gzip.compress(b""))
+    rows = row("1", added="2024-01-01", metadata={}), row("2", "Line\u2028break\r\n"), row("4", ""), row("5", " \n\t")
+    source = write_dolma(tmp_path / "a.gz", *rows)
     assert list(documents(source)) == [
         Document("1", "Text.", "wiki"),
         Document("2", "Line\u2028break\r\n", "wiki"),
@@ -88,11 +91,6 @@ def test_real_dolma_shards_are_read_whole(shared_data):
     for document in documents(source):
         counts[document.source] = counts.get(document.source, 0) + 1
     assert counts == {"wiki": 121, "books": 167, "peps": 363, "rfcs": 436, "code": 204}
-
-
-def test_blank_documents_are_left_out(tmp_path):
-    source = write_dolma(tmp_path / "a.gz", row("1", ""), row("2", " \n\t"), row("3"))
-    assert [document.id for document in documents(source)] == ["3"]
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zstd])
@@ -114,13 +112,6 @@ def test_zstd_is_read_by_what_is_in_a_file_whatever_its_name(tmp_path):
     assert [document.id for document in found] == ["0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize("cut", [-1, 6, 20])
-def test_a_truncated_zstd_is_named(tmp_path, cut):
-    (tmp_path / "a.zst").write_bytes(zstd(b"\n" + json.dumps(row("1")).encode())[:cut])
-    with pytest.raises(DynarouteError, match=r"a\.zst: damaged gzip or zstd after line \d"):
-        list(documents(Dolma(kind="dolma", paths=[str(tmp_path / "a.zst")])))
-
-
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -135,21 +126,12 @@ def test_a_truncated_zstd_is_named(tmp_path, cut):
         ("\udcff", "not valid JSON: 'utf-8' codec"),
     ],
 )
-def test_a_damaged_line_is_named_after_the_good_ones_were_streamed(tmp_path, line, problem):
-    path = tmp_path / "a.gz"
-    path.write_bytes(gzip.compress((json.dumps(row("1")) + "\n" + line + "\n").encode(errors="surrogateescape")))
-    stream = documents(Dolma(kind="dolma", paths=[str(path)]))
-    assert next(stream).id == "1"
-    with pytest.raises(DynarouteError, match=rf"a\.gz, line 2: {problem}"):
-        next(stream)
-
-
-def test_blank_lines_are_skipped_and_counted_as_lines(tmp_path):
-    good = json.dumps(row("1"))
-    (tmp_path / "a.gz").write_bytes(gzip.compress(f"\n{good}\n \r\n{{\n".encode()))
+def test_a_damaged_line_is_named_after_the_good_ones_were_streamed_counting_blank_ones(tmp_path, line, problem):
+    lines = f"\n{json.dumps(row('1'))}\n \r\n{line}\n"
+    (tmp_path / "a.gz").write_bytes(gzip.compress(lines.encode(errors="surrogateescape")))
     stream = documents(Dolma(kind="dolma", paths=[str(tmp_path / "a.gz")]))
     assert next(stream).id == "1"
-    with pytest.raises(DynarouteError, match=r"a\.gz, line 4: not valid JSON"):
+    with pytest.raises(DynarouteError, match=rf"a\.gz, line 4: {problem}"):
         next(stream)
 
 
@@ -163,26 +145,22 @@ def test_a_line_too_long_to_be_held_is_named_after_those_before_it(tmp_path, mon
         next(found)
 
 
-def test_a_truncated_gzip_is_named(tmp_path):
-    source = write_dolma(tmp_path / "a.gz", row("1"), row("2"))
-    (tmp_path / "a.gz").write_bytes((tmp_path / "a.gz").read_bytes()[:-12])
-    with pytest.raises(DynarouteError, match=r"a\.gz: damaged gzip or zstd after line \d"):
-        list(documents(source))
+LINE = json.dumps(row("1")).encode()
 
 
-def test_a_file_that_is_not_gzip_is_named(tmp_path):
-    (tmp_path / "a.gz").write_text(json.dumps(row("1")))
-    with pytest.raises(DynarouteError, match=r"a\.gz: damaged gzip or zstd after line 0"):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        *((zstd(b"\n" + LINE)[:cut], r"damaged gzip or zstd after line \d") for cut in (-1, 6, 20)),
+        (gzip.compress(LINE + b"\n" + LINE)[:-12], r"damaged gzip or zstd after line \d"),
+        (LINE, "damaged gzip or zstd after line 0"),
+        (b"", "an empty file, not even a gzip of nothing: fetch the file again"),
+    ],
+)
+def test_a_file_that_is_not_whole_is_named(tmp_path, content, problem):
+    (tmp_path / "a.gz").write_bytes(content)
+    with pytest.raises(DynarouteError, match=rf"a\.gz: {problem}"):
         list(documents(Dolma(kind="dolma", paths=[str(tmp_path / "a.gz")])))
-
-
-def test_an_empty_file_is_no_empty_gzip(tmp_path):
-    source = write_dolma(tmp_path / "a.gz", row("1"))
-    (tmp_path / "b.gz").write_bytes(gzip.compress(b""))
-    assert [document.id for document in documents(source)] == ["1"]
-    (tmp_path / "b.gz").write_bytes(b"")
-    with pytest.raises(DynarouteError, match=r"b\.gz: an empty file, not even a gzip of nothing: fetch the file again"):
-        list(documents(source))
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -218,13 +196,6 @@ def test_two_files_of_one_name_are_refused(tmp_path):
         list(documents(source))
 
 
-def test_patterns_may_leave_the_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "project").mkdir()
-    (tmp_path / "a.txt").write_text("A")
-    monkeypatch.chdir(tmp_path / "project")
-    assert [document.id for document in documents(Files(kind="files", paths=["../*.txt"]))] == ["../a.txt"]
-
-
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
@@ -232,6 +203,7 @@ def test_patterns_may_leave_the_working_directory(tmp_path, monkeypatch):
         ("{}/te*/poems/*.txt", {"{name}/texts/poems/b.txt"}),
         ("{}/texts/poems/b.txt", {"poems/b.txt"}),
         ("~/texts/[p]*/b.txt", {"texts/poems/b.txt"}),
+        ("../{name}/texts/a.txt", {"../{name}/texts/a.txt"}),  # it is not absolute
     ],
 )
 def test_an_absolute_pattern_gives_ids_that_do_not_depend_on_where_the_folder_lies(
@@ -242,7 +214,8 @@ def test_an_absolute_pattern_gives_ids_that_do_not_depend_on_where_the_folder_li
         (tmp_path / name / "texts" / "a.txt").write_text("A")
         (tmp_path / name / "texts" / "poems" / "b.txt").write_text("B")
         monkeypatch.setenv("HOME", str(tmp_path / name))
-        found = documents(Files(kind="files", paths=[pattern.format(tmp_path / name)]))
+        monkeypatch.chdir(tmp_path / name)
+        found = documents(Files(kind="files", paths=[pattern.format(tmp_path / name, name=name)]))
         assert {document.id for document in found} == {path.format(name=name) for path in expected}
 
 
@@ -252,20 +225,6 @@ def test_files_are_ordered_by_id_wherever_they_lie(tmp_path):
         (tmp_path / folder / "x.txt").write_text("X")
     found = documents(Files(kind="files", paths=[f"{tmp_path}/1/b/*.txt", f"{tmp_path}/2/a/*.txt"]))
     assert [document.id for document in found] == ["a/x.txt", "b/x.txt"]
-
-
-def test_a_file_that_is_not_utf8_is_named(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"ok \xff")
-    with pytest.raises(DynarouteError, match=r"a\.txt: not UTF-8 text: invalid start byte"):
-        list(documents(Files(kind="files", paths=[str(tmp_path / "*.txt")])))
-
-
-@pytest.mark.parametrize("kind", [Dolma, Files])
-def test_a_pattern_that_matches_nothing_is_named(tmp_path, kind):
-    (tmp_path / "a.txt").write_text("A")
-    source = kind(kind=kind.__name__.lower(), paths=[str(tmp_path / "*.txt"), str(tmp_path / "*.nothing")])
-    with pytest.raises(DynarouteError, match=r"\*\.nothing' matches no file"):
-        list(documents(source))
 
 
 @pytest.mark.parametrize(
@@ -286,10 +245,8 @@ def test_a_pattern_that_is_none_is_named(tmp_path, monkeypatch, pattern, problem
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("A")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DynarouteError) as caught:
+    with pytest.raises(DynarouteError, match=rf"^{re.escape(f'paths: {pattern!r} {problem}')}[^\n]*$"):
         matched_files([pattern])
-    assert str(caught.value).startswith(f"paths: {pattern!r} {problem}")
-    assert "\n" not in str(caught.value)
 
 
 # --- hub ---------------------------------------------------------------------------------------------------------
@@ -350,15 +307,16 @@ def test_rows_that_are_not_utf8_are_repaired(hub_folder):
     assert [document.text for document in documents(hub(hub_folder))] == ["a\ufffd\0", "b"]
 
 
-def test_a_missing_column_is_named_with_those_there_are(hub_folder):
-    write_split(hub_folder, "train", ["One."], column="content")
-    with pytest.raises(DynarouteError, match=r"'text' is not a column of text in split train .* content \(string\)"):
-        list(documents(hub(hub_folder)))
-
-
-def test_a_column_of_numbers_is_not_text(hub_folder):
-    write_split(hub_folder, "train", [1, 2])
-    with pytest.raises(DynarouteError, match=r"text \(int64\)"):
+@pytest.mark.parametrize(
+    ("column", "values", "problem"),
+    [
+        ("content", ["One."], r"'text' is not a column of text in split train .* content \(string\)"),
+        ("text", [1, 2], r"text \(int64\)"),
+    ],
+)
+def test_a_column_that_is_missing_or_no_text_is_named_with_those_there_are(hub_folder, column, values, problem):
+    write_split(hub_folder, "train", values, column)
+    with pytest.raises(DynarouteError, match=problem):
         list(documents(hub(hub_folder)))
 
 

@@ -90,18 +90,6 @@ def test_a_batch_takes_windows_in_any_order_and_refuses_others(tmp_path):
             windows.batch([index])
 
 
-def test_a_tail_without_a_target_is_not_a_window(tmp_path):
-    shards = TokenShards(write(tmp_path, [list(range(11))]), "train")
-    assert len(Windows(shards, 5, keep_tail=True)) == len(Windows(shards, 5, keep_tail=False)) == 2
-
-
-def test_too_few_tokens_are_refused(tmp_path):
-    shards = TokenShards(write(tmp_path, [list(range(8))]), "train")
-    with pytest.raises(DynarouteError, match="train has 8 tokens, but a window needs 9"):
-        Windows(shards, 8, keep_tail=False)
-    assert len(Windows(shards, 7, keep_tail=False)) == 1
-
-
 @pytest.mark.parametrize(
     ("vocab_size", "size", "dtype"),
     [(50257, 50304, "uint16"), (4096, 4096, "uint16"), (65536, 65536, "uint16"), (65537, 65600, "uint32")],

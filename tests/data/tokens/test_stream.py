@@ -19,9 +19,10 @@ import collect as collect_stage
 import pyarrow
 import pytest
 import tokenize_corpus
-from faulty_server import FaultyServer, first_member
+from faulty_server import FaultyServer
 from repository import REPOSITORY
 from resuming import killed_at
+from tiny_pipeline import wait_until
 
 from dynaroute.config import Settings, read_yaml
 from dynaroute.config.data import ByteBPE, Corpus
@@ -123,6 +124,11 @@ def address(server) -> str:
         yield address
 
 
+@pytest.fixture
+def stream(tmp_path, server, address, tokenizer) -> Stream:
+    return Stream(tmp_path / "stream", address, server, tokenizer)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, files, tokenizer) -> dict[str, bytes]:
     server = FaultyServer(files)
@@ -156,64 +162,42 @@ def test_a_stream_gives_the_tokens_that_local_files_give(tmp_path, server, addre
         one, other = metadata["splits"][part], expected["splits"][part]
         for key in ("num_tokens", "num_documents", "num_characters", "unigram_entropy", "tokens_by_source"):
             assert one[key] == other[key], key
+    for file, (name, data) in zip(metadata["files"], files.items(), strict=True):
+        hashed = hashlib.sha256(data).hexdigest()
+        assert file == {"address": f"{address}/{name}", "bytes": len(data), "sha256": hashed, "documents": 19}
     assert not stream.scratch.exists()
 
 
-def test_the_region_is_held_out_and_stays_the_same_when_more_files_follow(tmp_path, files, tokenizer):
-    held_out = []
-    for number in (2, 4):
-        server = FaultyServer(dict(list(files.items())[:number]))
-        with server.running() as address:
-            stream = Stream(tmp_path / str(number), address, server, tokenizer)
-            stream.run()
-        held_out.append([TokenShards(stream.tokens, split).read(0, 10**6).tolist() for split in ("validation", "test")])
-        assert [TokenShards(stream.tokens, split).num_documents for split in ("validation", "test")] == [6, 9]
-    assert held_out[0] == held_out[1]
-
-
-FAULTS = ["drop", "stall", "reset", "labelled", "unstated", 416, 429, 500, 503]
+FAULTS = ["drop", "reset", "labelled", "unstated", 416, 429, 500, 503, "stall"]
+OF_RANGES = ["ignore_range", "wrong_range", "first_member", "other_total"]  # befall a download that resumes
+RESUMED = [*OF_RANGES, "truncate", "unstated", 416]
+MIXED = [random.Random(seed).choices([*FAULTS[:-1], *OF_RANGES], k=5) for seed in range(4)]  # the last takes long
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, fault, monkeypatch):
+def test_a_fault_changes_nothing(stream, server, undisturbed, fault, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUTS", (20, 0.2 if fault == "stall" else 60))
     server.faults = {"0.json.gz": [fault], "2.json.gz": [fault, fault]}
-    stream = Stream(tmp_path / "faulty", address, server, tokenizer)
     stream.run()
     assert stream.content() == undisturbed
     asked = [name for name, _ in server.requests].count("2.json.gz")
     assert asked == (1 if fault in ("labelled", "unstated") else 3)
 
 
-@pytest.mark.parametrize(
-    "fault", ["ignore_range", "wrong_range", "truncate", "first_member", "unstated", "other_total", 416]
-)
-def test_a_fault_within_a_resumed_download_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, fault):
-    server.faults = {name: ["drop", fault] for name in server.files}
-    stream = Stream(tmp_path / "faulty", address, server, tokenizer)
+@pytest.mark.parametrize("faults", [*(["drop", fault] for fault in RESUMED), *MIXED], ids=str)
+def test_faults_one_after_the_other_change_nothing(stream, server, undisturbed, faults):
+    server.faults = {name: [*faults] for name in server.files}
     stream.run()
     assert stream.content() == undisturbed
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_any_mixture_of_faults_changes_nothing(tmp_path, server, address, tokenizer, undisturbed, seed):
-    draw = random.Random(seed)
-    faults = [fault for fault in FAULTS if fault != "stall"]  # which takes long
-    of_ranges = ["ignore_range", "wrong_range", "first_member", "other_total"]
-    server.faults = {name: draw.choices([*faults, *of_ranges], k=5) for name in server.files}
-    stream = Stream(tmp_path / "faulty", address, server, tokenizer)
-    stream.run()
-    assert stream.content() == undisturbed
-
-
-def test_zstd_files_give_the_tokens_that_gzips_give(tmp_path, server, address, tokenizer, undisturbed):
+def test_zstd_files_give_the_tokens_that_gzips_give(stream, server, undisturbed):
     for name, data in server.files.items():
         sink = pyarrow.BufferOutputStream()
-        with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
-            stream.write(gzip.decompress(data))
+        with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+            file.write(gzip.decompress(data))
         server.files[name] = sink.getvalue().to_pybytes()
     server.faults = {"1.json.gz": ["drop", "drop"]}
-    stream = Stream(tmp_path / "stream", address, server, tokenizer)
     stream.run()
     found = stream.content()
     assert found.pop("metadata") != undisturbed["metadata"]  # it names the files' sizes
@@ -222,13 +206,12 @@ def test_zstd_files_give_the_tokens_that_gzips_give(tmp_path, server, address, t
 
 @pytest.mark.parametrize("damage", [b"<html>Log in</html>", -9, 500], ids=["page", "cut", "garbled"])
 def test_a_damaged_file_stops_the_run_by_name_and_is_fetched_again_by_the_next(
-    tmp_path, server, address, tokenizer, undisturbed, damage
+    stream, server, address, undisturbed, damage
 ):
     whole = server.files["1.json.gz"]
     if isinstance(damage, int):
         damage = whole[:damage] + (b"x" + whole[damage + 1 :] if damage > 0 else b"")
     server.files["1.json.gz"] = damage
-    stream = Stream(tmp_path / "stream", address, server, tokenizer)
     with pytest.raises(DynarouteError, match=rf"^{address}/1\.json\.gz(: damaged gzip or zstd|, line)"):
         stream.run()
     server.files["1.json.gz"] = whole
@@ -236,33 +219,21 @@ def test_a_damaged_file_stops_the_run_by_name_and_is_fetched_again_by_the_next(
     assert stream.content() == undisturbed
 
 
-def test_a_download_that_broke_off_goes_on_where_it_stopped(tmp_path, server, address, tokenizer, undisturbed, files):
+def test_a_download_that_broke_off_goes_on_where_it_stopped(stream, server, files):
     server.faults = {"1.json.gz": ["drop", "drop"]}
-    stream = Stream(tmp_path / "faulty", address, server, tokenizer)
     stream.run()
     size = len(files["1.json.gz"])
     starts = [start for name, start in server.requests if name == "1.json.gz"]
     assert starts == [0, size // 3, size // 3 + (size - size // 3) // 3]
 
 
-def test_a_download_goes_on_after_the_first_of_several_gzips(tmp_path, server, address, files):
-    """What came by then is whole as gzip goes: the length alone says that something is missing."""
-    server.faults = {"1.json.gz": ["drop", "first_member"]}
-    fetch(f"{address}/1.json.gz", tmp_path / "1.gz", threading.Event())
-    assert (tmp_path / "1.gz").read_bytes() == files["1.json.gz"]
-    assert server.requests[-1] == ("1.json.gz", first_member(files["1.json.gz"]))
-
-
 @pytest.mark.parametrize("crash_at", [0, 1, 12, 19, 20, 37, 57, 75, 130, 170])
-def test_a_run_that_died_anywhere_ends_as_one_that_did_not(
-    tmp_path, server, address, tokenizer, undisturbed, monkeypatch, crash_at
-):
+def test_a_run_that_died_anywhere_ends_as_one_that_did_not(stream, undisturbed, monkeypatch, crash_at):
     """Documents are written after the last note and files are left behind: all that must be dropped.
 
     Here documents come in parts, so that it also dies within one.
     """
     monkeypatch.setattr(corpora, "PART_CHARACTERS", 100)
-    stream = Stream(tmp_path / "killed", address, server, tokenizer)
     with killed_at(ShardWriter, "write", crash_at):
         stream.run()
     assert not stream.tokens.exists()
@@ -270,18 +241,20 @@ def test_a_run_that_died_anywhere_ends_as_one_that_did_not(
     assert stream.content() == undisturbed
 
 
-def test_a_process_killed_time_and_again_ends_as_one_that_was_not(tmp_path, server, address, tokenizer, undisturbed):
-    stream = Stream(tmp_path / "killed", address, server, tokenizer)
+def test_a_process_killed_time_and_again_ends_as_one_that_was_not(stream, undisturbed):
+    def noted() -> int:
+        with contextlib.suppress(OSError):
+            return json.loads((stream.scratch / "progress.json").read_text())["documents"]
+        return 0
+
     for enough in (15, 45):
         process = multiprocessing.get_context("spawn").Process(target=run_slowly, args=(stream,))
         process.start()
-        deadline = time.monotonic() + 60
-        while documents_noted(stream) < enough and time.monotonic() < deadline:
-            time.sleep(0.005)
+        wait_until(lambda enough=enough: noted() >= enough)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    assert 45 <= documents_noted(stream) < 76
+    assert 45 <= noted() < 76
     stream.run()
     assert stream.content() == undisturbed
 
@@ -294,50 +267,23 @@ def run_slowly(stream: Stream) -> None:
     stream.run()
 
 
-def documents_noted(stream: Stream) -> int:
-    with contextlib.suppress(OSError):
-        return json.loads((stream.scratch / "progress.json").read_text())["documents"]
-    return 0
-
-
-@pytest.mark.parametrize("moment", ["forced to disk", "renamed", "copied", "copy forced to disk", "copy renamed"])
-def test_a_run_killed_while_it_publishes_reads_nothing_again(
-    tmp_path, server, address, tokenizer, undisturbed, monkeypatch, moment
-):
+@pytest.mark.parametrize("moment", ["flush", "replace", "copytree", "copy flush", "copy replace"])
+def test_a_run_killed_while_it_publishes_reads_nothing_again(stream, server, undisturbed, monkeypatch, moment):
     """What is copied goes to another file system."""
-    stream = Stream(tmp_path / "killed", address, server, tokenizer)
-    flush, replace, copytree, reached = artifacts.flush, Path.replace, shutil.copytree, []
+    steps = {"flush": artifacts.flush, "replace": Path.replace, "copytree": shutil.copytree}
 
-    def kill(what: str) -> None:
-        if what == moment:
-            reached.append(what)
-            raise KeyboardInterrupt
-
-    def flush_or_die(path: Path) -> None:
-        if path.suffix == ".npy":
-            kill("copy forced to disk" if path.parent.name == ".tokens.tmp" else "forced to disk")
-        flush(path)
-
-    def replace_or_die(path: Path, target: Path) -> Path:
-        if Path(target) == stream.tokens:
-            kill("copy renamed" if path.name == ".tokens.tmp" else "renamed")
-            if path.parent == stream.scratch:
+    def step(name: str, path: Path, *rest: object, **options: bool) -> object:
+        if Path(path).suffix == ".npy" or path in (stream.scratch / "tokens", stream.root / ".tokens.tmp"):
+            if moment == ("copy " if ".tokens.tmp" in path.parts else "") + name:
+                raise KeyboardInterrupt
+            if name == "replace" and path.parent == stream.scratch:
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-        return replace(path, target)
+        return steps[name](path, *rest, **options)
 
-    def copy_or_die(source: Path, target: Path, *rest: object, **options: bool) -> None:
-        if source == stream.scratch / "tokens":
-            shutil.copy(source / "train-00000.npy", target)
-            kill("copied")
-        copytree(source, target, *rest, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "flush", flush_or_die)
-        patch.setattr(Path, "replace", replace_or_die)
-        patch.setattr(shutil, "copytree", copy_or_die)
-        with pytest.raises(KeyboardInterrupt):
-            stream.run()
-    assert reached == [moment]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for owner, name in ((artifacts, "flush"), (Path, "replace"), (shutil, "copytree")):
+            patch.setattr(owner, name, lambda *rest, name=name, **options: step(name, *rest, **options))
+        stream.run()
     assert not stream.tokens.exists()
     shutil.rmtree(stream.root / ".tokens.tmp", ignore_errors=True)  # `make recover`
     server.requests.clear()
@@ -368,83 +314,55 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, tokenizer, monkeypatch):
 
 
 def test_few_files_lie_on_disk_at_once(tmp_path, tokenizer, monkeypatch):
-    most, fetch = 0, streaming.fetch
+    numbers, fetch = [], streaming.fetch
 
-    def watched(address: str, path: Path, stop: object) -> None:
-        nonlocal most
+    def watched(address: str, path: Path, stop: threading.Event) -> None:
         fetch(address, path, stop)
-        most = max(most, len(list(path.parent.iterdir())))
+        numbers.append(len(list(path.parent.iterdir())))
 
     monkeypatch.setattr(streaming, "fetch", watched)
     server = FaultyServer(make_files(15, 20))
     with server.running() as address:
         Stream(tmp_path / "stream", address, server, tokenizer).run()
-    assert 1 < most <= streaming.DOWNLOADS
+    assert 1 < max(numbers) <= streaming.DOWNLOADS
 
 
-def test_what_was_read_from_each_address_is_in_the_metadata(tmp_path, server, address, tokenizer, files):
-    found = Stream(tmp_path / "stream", address, server, tokenizer).run()["files"]
-    assert found == [
-        {"address": f"{address}/{name}", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
-         "documents": 19}
-        for name, data in files.items()
-    ]  # fmt: skip
-
-
-def test_off_a_terminal_a_line_for_each_file_says_how_far_it_is(tmp_path, server, address, tokenizer, capsys):
-    Stream(tmp_path / "stream", address, server, tokenizer).run()
+def test_off_a_terminal_a_line_for_each_file_says_how_far_it_is(stream, capsys):
+    stream.run()
     lines = capsys.readouterr().err.splitlines()
     assert [line.rpartition(", ")[0] for line in lines] == [
         f"c: {number} of 4 files, {19 * number} documents" for number in (1, 2, 3, 4)
     ]
 
 
-def test_a_file_that_is_not_there_stops_the_run_at_once(tmp_path, server, address, tokenizer):
-    stream = Stream(tmp_path / "stream", address, server, tokenizer)
+def test_a_file_that_is_not_there_stops_the_run_at_once(stream, server):
     del server.files["1.json.gz"]
     with pytest.raises(DynarouteError, match=r"/1\.json\.gz: the server answers 404 Not Found$"):
         stream.run()
     assert [name for name, _ in server.requests].count("1.json.gz") == 1
 
 
-def test_a_server_that_never_recovers_is_given_up_and_the_run_goes_on_when_it_has(
-    tmp_path, server, address, tokenizer, undisturbed, monkeypatch
-):
+def test_a_server_that_never_recovers_is_given_up_until_it_has(stream, server, undisturbed, monkeypatch):
     monkeypatch.setattr(download, "FAILURES", 4)
-    stream = Stream(tmp_path / "stream", address, server, tokenizer)
     server.faults = {"2.json.gz": [503] * 30}
-    with pytest.raises(DynarouteError) as caught:
+    with pytest.raises(DynarouteError, match=r"/2\.json\.gz: 4 failures without progress, [^\n]*: 503 Server[^\n]*$"):
         stream.run()
-    message = str(caught.value)
-    assert message.startswith(f"{address}/2.json.gz: 4 failures without progress, the last one: 503 Server Error: ")
-    assert "\n" not in message
     assert len(server.faults["2.json.gz"]) == 26
     server.faults = {}
     stream.run()
     assert stream.content() == undisturbed
 
 
-class Waits(threading.Event):
-    """An event that notes how long it is waited for, and does not wait."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seconds: list[float] = []
-
-    def wait(self, timeout: float) -> bool:
-        self.seconds.append(timeout)
-        return False
-
-
 def test_a_server_that_is_down_is_asked_again_for_more_than_20_minutes(tmp_path, server, address, monkeypatch):
-    for name, seconds in DELAYS.items():
-        monkeypatch.setattr(download, name, seconds)
+    for name, delay in DELAYS.items():
+        monkeypatch.setattr(download, name, delay)
     server.faults = {"2.json.gz": [503] * 30}
-    waits = Waits()
+    seconds, stop = [], threading.Event()
+    monkeypatch.setattr(stop, "wait", lambda timeout: seconds.append(timeout))
     with pytest.raises(DynarouteError, match=r"2\.json\.gz: \d+ failures without progress, .*503"):
-        fetch(f"{address}/2.json.gz", tmp_path / "2.gz", waits)
-    assert sum(waits.seconds) > 20 * 60
-    assert max(waits.seconds) <= 120
+        fetch(f"{address}/2.json.gz", tmp_path / "2.gz", stop)
+    assert sum(seconds) > 20 * 60
+    assert max(seconds) <= 120
 
 
 def test_a_download_is_on_disk_before_it_has_its_name(tmp_path, server, address, monkeypatch):
@@ -454,11 +372,11 @@ def test_a_download_is_on_disk_before_it_has_its_name(tmp_path, server, address,
     assert flushed == [("0.gz.part", False)]
 
 
-def test_a_damaged_line_is_named_by_address(tmp_path, server, address, tokenizer):
+def test_a_damaged_line_is_named_by_address(stream, server, address):
     lines = gzip.decompress(server.files["1.json.gz"]).split(b"\n")
     server.files["1.json.gz"] = gzip.compress(b"\n".join([*lines[:5], b"{", *lines[5:]]))
     with pytest.raises(DynarouteError, match=rf"^{address}/1\.json\.gz, line 6: not valid JSON"):
-        Stream(tmp_path / "stream", address, server, tokenizer).run()
+        stream.run()
 
 
 def test_a_corpus_that_ends_within_its_region_is_refused(tmp_path, server, address, tokenizer):
@@ -483,10 +401,8 @@ def test_a_list_that_is_none_is_named(tmp_path, tokenizer, text, files, problem)
     if text is not None:
         (tmp_path / "list.txt").write_text(text)
     source = {"kind": "dolma_stream", "path": str(tmp_path), "revision": None, "addresses": "list.txt", "files": files}
-    with pytest.raises(DynarouteError) as caught:
+    with pytest.raises(DynarouteError, match=f"^corpora.c.source.addresses: list.txt of {tmp_path}.*{problem}"):
         list_addresses("c", make_corpus(tokenizer, source), tmp_path / "raw")
-    assert str(caught.value).startswith(f"corpora.c.source.addresses: list.txt of {tmp_path}")
-    assert problem in str(caught.value)
     assert not (tmp_path / "raw").exists()
 
 
@@ -503,9 +419,7 @@ def test_the_stages_stream_a_corpus(tmp_path, server, address, tokenizer, monkey
     monkeypatch.chdir(tmp_path)
     for stage in (collect_stage, tokenize_corpus):
         stage.main(Settings.model_validate(params), "mine")
-    assert capsys.readouterr().err.startswith(
-        "mine: 1 of 1 files, 19 documents, "
-    )  # where nobody watches, a line for each file
+    assert capsys.readouterr().err.startswith("mine: 1 of 1 files, 19 documents, ")
     tokens = tmp_path / "data/tokens/mine"
     assert [TokenShards(tokens, split).num_documents for split in ("train", "validation", "test")] == [12, 3, 4]
     assert not list((tmp_path / ".scratch/tokenize_corpus").iterdir())

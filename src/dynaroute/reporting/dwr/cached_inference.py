@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dynaroute.reporting.dwr.findings import gap_closed
 from dynaroute.reporting.dwr.results import Cached
 from dynaroute.reporting.inputs import Record
+from dynaroute.reporting.tables import ratio
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,14 +59,14 @@ def values(cached: Cached, peers: Record | None) -> dict[str, Any]:
 
 def _peers(rows: list[Record]) -> list[dict[str, Any]]:
     """Rows of the benchmark; one that could not be measured has a note in place of numbers."""
-    numbers = ("hit_rate", "read_bytes", "cold", "warm", "ratio", "share", "bound_by")
+    numbers = ("hit_rate", "read_bytes", "cold", "ratio", "share", "bound_by")
     return [
         {
             **dict.fromkeys(numbers),
             **row,
             "note": row.get("note"),
             "limit": "none" if row["limit_bytes"] is None else f"{row['limit_bytes'] / 2**30:.1f} GiB",
-            "range": None if "note" in row else f"{row['lowest']:.2f} to {row['highest']:.2f}",
+            "speed": None if "note" in row else ratio(row["warm"], row["lowest"], row["highest"]),
         }
         for row in rows
     ]

@@ -230,4 +230,5 @@ def _locality(table: "pd.DataFrame") -> Iterable[dict[str, Any]]:
             name = row["setting"] if row["routing"] == "exact" else f"{row['setting']}, {row['routing']}"
             known = row["perplexity"] is not None
             means = {part: row[f"perplexity{end}"] for part, end in (("mean", ""), ("low", "_low"), ("high", "_high"))}
-            yield {**row, "name": name, "ppl": interval(means, 1, "") if known else None}
+            goal = {True: "yes", False: "no"}.get(row["reaches_goal"])
+            yield {**row, "name": name, "ppl": interval(means, 1, "") if known else None, "goal": goal}
