@@ -11,18 +11,16 @@ Writes  reports/dwr/simulated_hits.csv        hit rates by capacity, policy (MIN
         data/dwr/simulation/summary.json      hit rates at a third of the experts
 """
 
-import itertools
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
-from dynaroute.analysis.replay import Call, Clock, Seconds, predict, replay, timed
+from dynaroute.analysis.replay import predict, replay
+from dynaroute.analysis.speeds import record_ranks, speeds
 from dynaroute.analysis.traces import Trace, load_trace, uniform_trace
 from dynaroute.config import Settings
-from dynaroute.config.dwr import PrefetchName
-from dynaroute.dwr.experts.payoff import Payoff
 from dynaroute.dwr.experts.policies import Belady, make_policy
 from dynaroute.dwr.experts.prefetch import make_prefetcher
 from dynaroute.dwr.experts.residency import CacheStatistics, Residency, nearest_a_third
@@ -50,19 +48,11 @@ def main(settings: Settings) -> None:
         if (prefetcher := make_prefetcher(name, store, [nn.Identity()] * config.num_layers, lookahead))
     }
 
-    def run_one(
-        trace: Trace,
-        capacity: int,
-        policy: str,
-        per_layer: bool,
-        prefetch: PrefetchName = "none",
-        clock: Clock | None = None,
-        payoff: Payoff | None = None,
-    ) -> tuple[CacheStatistics, list[Call]]:
+    def run_one(trace: Trace, capacity: int, policy: str, per_layer: bool) -> CacheStatistics:
         chosen = Belady(trace.calls()) if policy == "min" else make_policy(policy, store.usage.load)
         residency = Residency(capacity, chosen, config.num_layers, config.top_k, per_layer)
-        calls = replay(trace, residency, predictions.get(prefetch), clock, payoff)
-        return residency.statistics, calls
+        replay(trace, residency)
+        return residency.statistics
 
     cells = [(capacity, policy, False) for capacity in simulate.capacities for policy in [*policies, "min"]]
     # Equal shares of the layers: all policies at a third of the experts, elsewhere what they are compared with.
@@ -80,42 +70,16 @@ def main(settings: Settings) -> None:
             "uniform_hit_rate": uniform.hit_rate,
         }
         for capacity, policy, per_layer in tqdm(cells, desc="hit rates", unit="replay", disable=None)
-        for found, uniform in [[run_one(routing, capacity, policy, per_layer)[0] for routing in routings]]
+        for found, uniform in [[run_one(routing, capacity, policy, per_layer) for routing in routings]]
     ]
     online = [row for row in hits if row["policy"] != "min" and not row["per_layer"]]
     best = {row["capacity"]: row["policy"] for row in sorted(online, key=lambda row: row["hit_rate"])}
-    ways = [(name, selective) for name in prefetchers for selective in (False, True) if name != "none" or not selective]
-    places = list(itertools.product(simulate.machines.items(), simulate.models.items()))
-    speeds = []
-    for capacity, (prefetch, selective) in tqdm(
-        list(itertools.product(simulate.capacities, ways)), desc="speeds", unit="prefetcher", disable=None
-    ):
-        cell = trace, capacity, best[capacity], False, prefetch
-        if not selective:
-            found, calls = run_one(*cell)
-        for (machine, on), (model, of) in places:
-            if selective:
-                clock = Clock(Seconds.of(on, of))
-                found, _ = run_one(*cell, clock, Payoff(config.top_k))
-            else:
-                clock = timed(calls, Seconds.of(on, of))
-            speeds.append(
-                {
-                    "machine": machine,
-                    "model": model,
-                    "capacity": capacity,
-                    "policy": best[capacity],
-                    "prefetch": prefetch,
-                    "selective": selective,
-                    "hit_rate": found.hit_rate,
-                    "late_rate": clock.late / found.requests,
-                    "accuracy": found.accuracy if found.predicted else None,
-                    "ratio_to_resident": clock.ratio_to_resident,
-                }
-            )
+    ranks = {
+        name: record_ranks(make_policy(name, store.usage.load), trace, config.num_experts) for name in {*best.values()}
+    }
     write_csv("reports/dwr/simulated_hits.csv", hits)
     with output_directory("data/dwr/simulation") as folder:
-        write_csv(folder / "speed.csv", speeds)
+        write_csv(folder / "speed.csv", list(speeds(trace, best, ranks, predictions, simulate)))
         write_json(folder / "summary.json", summary(hits, store.run, len(trace.experts), third))
 
 
