@@ -90,16 +90,23 @@ def test_probabilities_are_those_that_came_true():
     assert [round(average.value, 2) for average in payoff._used.values()] == [pytest.approx(0.125, abs=0.05)]
 
 
-def test_where_nothing_is_worth_it_predictions_are_made_for_few_tokens():
-    payoff = measured(1e6, 1.0, 1.0)
-    assert all(payoff.wants_prediction(layer) for layer in (0, 1))
-    for _ in range(payoff.PATIENCE):
-        certain(payoff, 1)
+def share_wanted(payoff: Payoff) -> float:
     wanted = [payoff.wants_prediction(layer) for _ in range(10 * payoff.PROBE) for layer in (0, 1)]
-    assert sum(wanted) == 2 * 10
+    return sum(wanted) / len(wanted)
+
+
+def test_where_predictions_save_less_than_they_take_they_are_made_for_few_tokens():
+    payoff = measured(1e6, 1.0, 1.0)
+    assert share_wanted(payoff) == 1
+    for _ in range(payoff.FIRST):
+        certain(payoff, 1)
+    assert share_wanted(payoff) == 1 / payoff.PROBE
     payoff.read = Average(2.0, 1)  # the disk has become fast
-    certain(payoff, 1)
-    assert all(payoff.wants_prediction(layer) for layer in (0, 1))
+    for _ in range(2):
+        certain(payoff, 1)
+    assert share_wanted(payoff) == 1
+    payoff.predicting.add(10.0)
+    assert share_wanted(payoff) == 1 / payoff.PROBE
 
 
 def noisy_trace(noise: float, tokens: int = 400) -> Trace:

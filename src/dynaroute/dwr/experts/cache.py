@@ -95,6 +95,7 @@ class ExpertCache:
         self._prefetcher, self.counter = prefetcher, counter
         self._payoff = Payoff(config.top_k) if prefetcher and selective else None
         self._ended: tuple[int, float] | None = None  # the last call of a single token: its layer, and when it ended
+        self._spent = 0.0  # seconds of making the last prediction
         self._begun: float | None = None  # when the prefetching thread began the read that is under way
         self._predictions: dict[int, Prediction] = {}  # by layer, until it is called
         self._ahead: set[Key] = set()  # prefetched for these layers
@@ -172,8 +173,10 @@ class ExpertCache:
             self.counter.count(layer, scores.topk(self.store.config.top_k).indices)
         if self._prefetcher is None or (self._payoff and not self._payoff.wants_prediction(layer)):
             return
+        started = time.perf_counter()
         if prediction := self._prefetcher.predict(layer, state, scores):
             self._predictions[prediction.layer] = prediction
+        self._spent = time.perf_counter() - started
 
     def fetch(self, layer: int, needed: list[int]) -> Iterator[tuple[int, ExpertWeights]]:
         """Yields each needed expert of a layer once; its weights are valid until the next one is requested.
@@ -242,7 +245,7 @@ class ExpertCache:
 
     def _prefetch(self, unused: dict[Key, None]) -> None:
         """Begins to read predicted experts, if they are worth it."""
-        is_worth = self._payoff and self._payoff.is_worth
+        is_worth, started = self._payoff and self._payoff.is_worth, time.perf_counter()
         for prediction in self._predictions.values():
             if self._payoff:
                 begun, slots = self._begun, [(key, self._slots.get(key)) for key in unused]
@@ -252,6 +255,8 @@ class ExpertCache:
             for load in self._residency.prefetch(prediction.layer, prediction.experts, list(unused), is_worth):
                 self._ahead.add(load.key)
                 self._prefetchers.submit(self._fill_ahead, self._assign(load), load.key)
+        if self._payoff and self._predictions:
+            self._payoff.predicting.add(self._spent + time.perf_counter() - started)
 
     def _assign(self, load: Load) -> _Slot:
         """Gives an expert the slot of the one it evicts."""

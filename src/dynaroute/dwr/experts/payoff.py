@@ -12,6 +12,9 @@ probability a, those that a demand read evicts with d; a right prediction replac
 
     p min(o, max(0, R - h (K - 1) e))  -  (1 - p) (R - o) (1 - h^K)  -  (a - p d) R  >  caution R.
 
+Making a prediction takes time as well. It is made where this is less than what recent ones were expected to save, and
+otherwise for one token in `PROBE`.
+
 This assumes that all reads take equally long, one after another; that a prefetch which has not begun when its layer is
 called is not read; that requests are hits independently of each other; and that regretting an eviction costs one read.
 """
@@ -51,26 +54,29 @@ class Payoff:
         read: seconds of reading an expert.
         expert: seconds of computing with one. On a GPU, which computes later, it is too short: less is read ahead.
         dense: seconds of computing from one layer's last expert to the next layer's call.
+        predicting: seconds of making a prediction and acting on it.
     """
 
     CAUTION = 0.05  # reads that a prefetch must be expected to save, for the errors of the estimates
-    PATIENCE = 200  # predictions in a row that were not worth following, before predicting is limited to
-    PROBE = 16  # one token in as many
+    FIRST = 8  # predictions that are made in any case
+    PROBE = 16  # tokens of which one is predicted for where predictions do not pay
 
     def __init__(self, top_k: int) -> None:
-        self.read, self.expert, self.dense = Average(), Average(), Average()
+        self.read, self.expert, self.dense, self.predicting = Average(), Average(), Average(), Average()
         self._top_k = top_k
         self._hit = Average(0.5, 4)
         self._used: dict[int, Average] = {}  # by log odds
         self._regret = {ahead: Average(0.2, 4) for ahead in (False, True)}  # of evictions for a prefetch, or not
         self._evicted: dict[int, dict[Key, bool]] = defaultdict(dict)  # by layer, until it is called
         self._predicted: dict[int, dict[Key, int]] = defaultdict(dict)  # likewise, with log odds
-        self._tokens = self._refused = 0
+        self._gain = Average()  # seconds that a prediction was expected to save, over all that was followed of it
+        self._saved, self._made, self._tokens = 0.0, 0, 0
 
     def wants_prediction(self, layer: int) -> bool:
-        """Whether a layer's prediction, which takes time itself, may be worth making."""
+        """Whether a layer's prediction may save more time than it takes."""
         self._tokens += layer == 0
-        return self._refused < self.PATIENCE or self._tokens % self.PROBE == 0
+        pays = self._made < self.FIRST or self._gain.value > self.predicting.value
+        return pays or self._tokens % self.PROBE == 0
 
     def called(self, layer: int, needed: Sequence[int], missing: int, victims: Sequence[Key | None]) -> None:
         """Learns from a call, of which some experts are missing, and others are evicted for them."""
@@ -92,6 +98,9 @@ class Payoff:
             reads: of it that are still to be read.
             busy: seconds left of a read under way.
         """
+        if self._made:
+            self._gain.add(self._saved)
+        self._saved, self._made = 0.0, self._made + 1
         read, expert = self.read.value, self.expert.value
         self._begin, now = busy + reads * read, ready * expert
         for index in range(1, reads + 1):
@@ -108,8 +117,9 @@ class Payoff:
         odds = self._predicted[key[0]][key] = self._odds[key]
         if victim:
             self._evicted[victim[0]].setdefault(victim, True)
-        worth = self.saving(self._used[odds].value, victim is not None) > self.CAUTION * self.read.value
-        self._refused = 0 if worth else self._refused + 1
+        saving = self.saving(self._used[odds].value, victim is not None)
+        worth = saving > self.CAUTION * self.read.value
+        self._saved += worth * saving
         self._begin += worth * self.read.value
         return worth
 

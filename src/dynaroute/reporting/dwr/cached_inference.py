@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NEAR = 0.9  # of the resident speed
+GOAL = 1 / 3  # of the gap from the better LRU to MIN
 KINDS = ("", "_all")  # of prefetching: of predictions that are worth it, or of all
 
 
@@ -27,13 +28,16 @@ def values(cached: Cached, peers: Record | None) -> dict[str, Any]:
     places, precisions = _places(cached, third), cached.export["precisions"]
     names = [name for name in cached.speeds["prefetch"].unique() if name != "none"]
     checks = {**cached.summary["checks"], **simulation["checks"]}
+    gaps = {int(capacity): gap_closed(hits, False, capacity, better=True) for capacity in hits["capacity"].unique()}
+    closed = {capacity: found[policy] for capacity, found in gaps.items() if policy in found}
     return {
         "cached": cached,
         "failed": [name.replace("_", " ") for name, passed in checks.items() if passed is False],
         "third": third,
         "policy": policy,
         "rates": rates,
-        "gap_closed": {per_layer: gap_closed(hits, per_layer, third).get(policy) for per_layer in (False, True)},
+        "closed": closed,
+        "reached": sum(share >= GOAL for share in closed.values()),
         "near": NEAR,
         "faster": {kind: sum(any(place[name + kind] > 1 for name in names) for place in places) for kind in KINDS},
         "slowest": min((place[name] for place in places for name in names), default=None),
@@ -41,8 +45,8 @@ def values(cached: Cached, peers: Record | None) -> dict[str, Any]:
             "hits": hits[~hits["per_layer"]],
             "closed": pd.DataFrame(
                 {"capacity": capacity, "policy": name, "closed": share}
-                for capacity in hits["capacity"].unique()
-                for name, share in gap_closed(hits, False, capacity, better=True).items()
+                for capacity, found in gaps.items()
+                for name, share in found.items()
             ),
             "third": _at_a_third(hits, third),
             "decoding": cached.cells.assign(setting=cached.cells["policy"] + ", " + cached.cells["prefetch"]),

@@ -96,7 +96,8 @@ def values(results: Results) -> dict[str, Any]:
             "gates": list(_gates(runs[0], spreads)),
             "routers": _routers(curve, router, load, run["config"]["top_k"]),
             "runs": list(_runs(runs)),
-            "locality": [] if locality is None else list(_locality(locality)),
+            "locality": (shown := [] if locality is None else list(_locality(locality))),
+            "ppl": {row["name"]: row["ppl"] for row in shown},
             "larger": [] if larger is None else list(_locality(larger[larger["routing"] == "exact"])),
             "checks": made,
             "splits": [
