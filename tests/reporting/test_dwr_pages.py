@@ -164,6 +164,7 @@ def write_locality(run: str, smallest_load: float = 0.5) -> None:
         hits = {f"{policy}_third": 0.2 + number / 10 for policy in ("lru", "lru_per_layer", "min")}
         exact = hits | {"tokens_per_second_disk": 40.0}
         routing = {"exact": exact, "inexact 1": exact | {"loss": math.log(120), "kl": 0.25}}
+        routing |= dict.fromkeys(("shuffled text", "shuffled routing"), hits)
         own = {"run": run, "test_loss": math.log(100), "smallest_load": smallest_load, "largest_load": 1.5}
         found[name] = [own | {"routing": routing}] * 3
     for scale in ("reference", "larger"):
@@ -195,7 +196,8 @@ def test_the_benchmark_of_locality_is_shown_beside_its_own_reference_alone(tree)
         assert f"| {name}, inexact 1 | 120.0 [120.0, 120.0] | – | – |{f' 0.{number}00 |' * 3} 40 | 0.250 |" in text
     assert "lambda_0, inexact 1" not in text
     assert f"| recipe | 100.0 [100.0, 100.0] | 0.50 | 1.50 |{' 0.700 |' * 3} yes |" in text  # at the main model's size
-    assert "LRU hits 0.700 instead of 0.200, at a PPL of 100.0 instead of 100.0" in text.replace("\n", " ")
+    for sentence in ("LRU hits 0.700 instead of 0.200", "PPL is 100.0 instead of 100.0", "40 instead of 40 on `disk`."):
+        assert sentence in text.replace("\n", " ")
     assert_readable(text, 1500)
 
 
