@@ -12,7 +12,7 @@ the rest of the model as ours holds it, and 0.5 GiB for libraries. Subjects take
 files is in memory, as far as it can be read again. Warm: after 24 more tokens. llama.cpp is left out where
 llama-cpp-python is not installed; where no memory group can be made, nothing is limited, and the report says so.
 
-It takes about 25 minutes on two cores, 16 GiB of memory, and 45 GB of disk in the folder hub_moe of the one that is its
+It takes about 35 minutes on two cores, 16 GiB of memory, and 45 GB of disk in the folder hub_moe of the one that is its
 argument. That is deleted at the end, except for the weights if it has a file named `keep`. An interrupted run resumes
 after the last finished subject.
 """
