@@ -87,7 +87,6 @@ def values(results: Results) -> dict[str, Any]:
         "published_slope": findings.depth_slopes(theirs)[0],
         "weakest": max(runs, key=lambda one: one["test_loss"] - one["test_unigram_entropy"]),
         "failed": [check["check"] for check in made if "failed" in check["outcome"]],
-        "measured": sum(check["outcome"] != outcome(None) for check in made),
         "locality": _by_setting(locality),
         "larger": larger is not None,
         "rows": {
